@@ -1,0 +1,127 @@
+"""What a paired data set is: images and texts that belong together, their labels, and three splits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from cmr_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N pairs; row i of `image` and entry i of `text` describe the same thing.
+
+    image   float32 (N, Di) features, or uint8 (N, 3, H, W) raw images
+    text    float32 (N, Dt) features, or N tuples of captions
+    labels  int64 (N,) class ids from 0, or uint8 (N, C) multi-hot
+    """
+
+    image: Tensor
+    text: Tensor | Sequence[tuple[str, ...]]
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        sizes = {"image": len(self.image), "text": len(self.text), "labels": len(self.labels)}
+        if len(set(sizes.values())) != 1:
+            raise InputError(f"image, text and labels must have the same number of rows, got {sizes}")
+        _check_labels(self.labels)
+        for name in ("image", "text"):
+            values = getattr(self, name)
+            if isinstance(values, Tensor) and values.is_floating_point():
+                if values.ndim != 2:
+                    raise InputError(f"{name} features must be (N, dim), got shape {tuple(values.shape)}")
+                bad = (~torch.isfinite(values)).any(dim=1)
+                if bad.any():
+                    row = int(bad.nonzero()[0])
+                    raise InputError(f"{name} features must be finite: {int(bad.sum())} rows are not, the first is row {row}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor) -> "Pairs":
+        """The pairs at `rows` (int64 indices), in that order."""
+        text = self.text[rows] if isinstance(self.text, Tensor) else tuple(self.text[i] for i in rows.tolist())
+        return Pairs(self.image[rows], text, self.labels[rows])
+
+    @property
+    def multi_label(self) -> bool:
+        return self.labels.ndim == 2
+
+
+@dataclass(frozen=True)
+class PairedDataset:
+    """Train, query and database splits. Queries of one modality rank the database of the other.
+
+    Where the field ranks the test set within itself (Wikipedia), `query` and `database` are the same object.
+    """
+
+    name: str
+    train: Pairs
+    query: Pairs
+    database: Pairs
+    valid: Pairs | None = None
+    class_names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for split in ("train", "query", "database"):
+            pairs = getattr(self, split)
+            if len(pairs) == 0:
+                raise InputError(f"{self.name}: the {split} split is empty, it needs at least one pair")
+        splits = [p for p in (self.train, self.valid, self.query, self.database) if p is not None]
+        for what, shape in (("image", _width), ("text", _width), ("labels", _width)):
+            widths = {shape(getattr(p, what)) for p in splits}
+            if len(widths) != 1:
+                raise InputError(f"{self.name}: {what} must have one width over all splits, got {sorted(map(str, widths))}")
+        if self.num_classes < 2:
+            raise InputError(f"{self.name}: labels hold one class only; retrieval by label needs at least two")
+
+    @property
+    def num_classes(self) -> int:
+        if self.train.multi_label:
+            return self.train.labels.shape[1]
+        splits = [p for p in (self.train, self.valid, self.query, self.database) if p is not None]
+        return max(len(self.class_names), 1 + max(int(p.labels.max()) for p in splits))
+
+    @property
+    def image_dim(self) -> int:
+        return _feature_dim(self.name, "image", self.train.image)
+
+    @property
+    def text_dim(self) -> int:
+        return _feature_dim(self.name, "text", self.train.text)
+
+    def hold_out(self, fraction: float, seed: int) -> "PairedDataset":
+        """Move about `fraction` of the training pairs to `valid`, by class where labels are single, always the same for one seed."""
+        if not 0 < fraction < 1:
+            raise InputError(f"fraction must lie between 0 and 1, got {fraction}")
+        count = len(self.train)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        if not self.train.multi_label:
+            order = order[torch.argsort(self.train.labels[order], stable=True)]
+        # every (1/fraction)-th item of the class-sorted shuffle: each class gives its share
+        held = torch.zeros(count, dtype=torch.bool)
+        held[order[torch.arange(0, count, 1 / fraction).long()]] = True
+        return replace(self, train=self.train.select((~held).nonzero()[:, 0]), valid=self.train.select(held.nonzero()[:, 0]))
+
+
+def _check_labels(labels: Tensor) -> None:
+    if labels.ndim == 1 and labels.dtype == torch.int64:
+        if len(labels) and int(labels.min()) < 0:
+            raise InputError(f"class ids must be 0 or more, got {int(labels.min())}")
+    elif labels.ndim == 2 and labels.dtype == torch.uint8:
+        if labels.numel() and int(labels.max()) > 1:
+            raise InputError(f"multi-hot labels must be 0 or 1, got {int(labels.max())}")
+    else:
+        raise InputError(f"labels must be int64 (N,) class ids or uint8 (N, C) multi-hot, got {labels.dtype} {tuple(labels.shape)}")
+
+
+def _width(values: Tensor | Sequence) -> tuple:
+    return tuple(values.shape[1:]) if isinstance(values, Tensor) else ("captions",)
+
+
+def _feature_dim(name: str, what: str, values: Tensor | Sequence) -> int:
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        raise InputError(f"{name}: {what} is raw, this needs features (N, dim)")
+    return values.shape[1]

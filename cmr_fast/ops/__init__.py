@@ -1,0 +1,6 @@
+"""The kernels' Python face: one file per op. Needs torch and numpy, nothing else."""
+
+from cmr_fast.ops._dispatch import explain
+from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
+
+__all__ = ["explain", "hamming_distances", "hamming_range", "hamming_topk", "pack_codes", "unpack_codes"]

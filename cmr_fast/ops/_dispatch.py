@@ -1,0 +1,115 @@
+"""Which backend runs an op, and which instruction set the native one uses.
+
+The tensor's device selects a fixed tuple of backends per op; the first available one wins. `backend=` or
+CMR_FAST_BACKEND forces one, CMR_FAST_ISA forces an instruction set; a forced choice that cannot run raises.
+"""
+
+import functools
+import importlib
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+from cmr_fast.errors import InputError
+
+BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+}
+
+
+@functools.cache
+def native() -> ModuleType | ImportError:
+    """The compiled module cmr_fast._cpu, or the reason why it cannot be imported."""
+    try:
+        return importlib.import_module("cmr_fast._cpu")
+    except ImportError as reason:
+        return reason
+
+
+def unavailable(backend: str, device: str) -> str | None:
+    """Why `backend` cannot run on `device` here, or None where it can."""
+    if backend == "torch":
+        return None
+    if backend == "cpp":
+        if device != "cpu":
+            return f"cpp runs on cpu tensors, these are on {device}"
+        module = native()
+        return None if isinstance(module, ModuleType) else f"cmr_fast._cpu cannot be imported ({module}); pip install . builds it"
+    return f"there is no backend called {backend!r}"
+
+
+def choose_backend(op: str, device: str, forced: str | None = None) -> str:
+    """The backend that runs `op` on tensors of `device`. A forced one that cannot run raises, with the reason."""
+    candidates = BACKENDS[op].get(device, ("torch",))
+    forced = forced or os.environ.get("CMR_FAST_BACKEND") or None
+    if forced:
+        if forced not in candidates:
+            raise InputError(f"{op} on {device} has the backends {', '.join(candidates)}, got backend={forced!r}")
+        reason = unavailable(forced, device)
+        if reason:
+            raise InputError(f"backend {forced!r} of {op} cannot run: {reason}")
+        return forced
+    return next(name for name in candidates if unavailable(name, device) is None)
+
+
+def choose_isa() -> str:
+    """The instruction set of the native CPU kernels: CMR_FAST_ISA, else the best that this processor has."""
+    module = native()
+    if not isinstance(module, ModuleType):
+        raise InputError(f"no native kernels: {module}")
+    available = module.available_isas()
+    forced = os.environ.get("CMR_FAST_ISA") or None
+    if forced is None:
+        return available[0]
+    if forced not in available:
+        raise InputError(f"CMR_FAST_ISA={forced!r} cannot run here: this build and processor have {', '.join(available)}")
+    return forced
+
+
+def choose_threads(threads: int | None = None) -> int:
+    """`threads`, else CMR_FAST_THREADS, else the processors that this process may use."""
+    source = "threads"
+    if threads is None:
+        text = os.environ.get("CMR_FAST_THREADS")
+        if not text:
+            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        source = "CMR_FAST_THREADS"
+        threads = int(text) if text.isdigit() else 0
+    if threads < 1:
+        raise InputError(f"{source} must be 1 or more, got {threads}")
+    return threads
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run and why: `backend`, `isa` (native CPU kernels only) and one line per candidate."""
+
+    op: str
+    device: str
+    backend: str
+    isa: str | None
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.op} on {self.device}: {self.backend}" + (f" ({self.isa})" if self.isa else "")
+        return "\n".join([head, *(f"  {line}" for line in self.reasons)])
+
+
+def explain(op: str, *tensors: object) -> Explanation:
+    """Which backend and instruction set `op` would use for `tensors` (numpy arrays count as cpu), and why."""
+    if op not in BACKENDS:
+        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted(BACKENDS))}")
+    device = next((t.device.type for t in tensors if hasattr(t, "device") and hasattr(t.device, "type")), "cpu")
+    backend = choose_backend(op, device)
+    forced = [f"{name}={os.environ[name]}" for name in ("CMR_FAST_BACKEND", "CMR_FAST_ISA") if os.environ.get(name)]
+    reasons = [
+        f"{name}: {'chosen' if name == backend else unavailable(name, device) or 'available'}"
+        for name in BACKENDS[op].get(device, ("torch",))
+    ]
+    isa = None
+    if backend == "cpp":
+        isa = choose_isa()
+        reasons.append(f"instruction sets here: {', '.join(native().available_isas())}")  # type: ignore[union-attr]
+    return Explanation(op, device, backend, isa, tuple(reasons + [f"forced by {f}" for f in forced]))

@@ -1,0 +1,281 @@
+"""Packed-bit Hamming distance: pack, unpack, exact top-k, range search, distance tables.
+
+Codes are uint8 rows of ceil(bits / 8) bytes, bit j in byte j // 8 at position j % 8: the bytes of faiss's binary
+indexes. Unused bits of the last byte must be 0. Widths from 1 to 4096 bits. Results are exact and ties go to the
+lower index, whatever the backend, the instruction set and the number of threads.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmr_fast.errors import InputError
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops._library import register
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+MAX_BITS = 4096
+_TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
+
+
+def pack_codes(x: Array, threshold: float | None = None) -> Array:
+    """Pack rows of bits.
+
+    x          (N, bits), 1 to 4096 bits. bool and integers: bit = x > 0 (so {0, 1} and {-1, 1} both work).
+               Floats: bit = x >= 0, or x >= threshold. Floats that are all 0 or 1 are ambiguous: `>= 0` would set
+               every bit, so they need `threshold=0.5` said.
+    returns    uint8 (N, ceil(bits / 8)), of the kind that went in (numpy or torch, same device).
+    """
+    values, was_numpy = _as_tensor(x, "x")
+    if values.ndim != 2 or not 1 <= values.shape[1] <= MAX_BITS:
+        raise InputError(f"x must be (N, bits) with 1 to {MAX_BITS} bits, got shape {tuple(values.shape)}")
+    if values.is_complex():
+        raise InputError(f"x must be bool, integer or float, got {values.dtype}")
+    if values.is_floating_point():
+        if bool(torch.isnan(values).any()):
+            raise InputError("x must not hold NaN: a NaN has no sign to pack")
+        if threshold is None and values.numel() and bool(((values == 0) | (values == 1)).all()):
+            raise InputError(
+                "x is float and every value is 0 or 1: `x >= 0` would set every bit; pass threshold=0.5 to pack {0, 1} bits, "
+                "or threshold=0 where >= 0 is really meant"
+            )
+        bits = values >= (0.0 if threshold is None else threshold)
+    else:
+        if threshold is not None:
+            raise InputError(f"threshold is for floats; {values.dtype} is packed by x > 0, got threshold={threshold}")
+        bits = values if values.dtype == torch.bool else values > 0
+    return _like_input(torch.ops.cmr_fast.pack_bits(bits), was_numpy)
+
+
+def unpack_codes(codes: Array, bits: int) -> Array:
+    """uint8 (N, ceil(bits / 8)) -> uint8 (N, bits) of 0 and 1."""
+    packed, was_numpy = _as_tensor(codes, "codes")
+    _check_codes(packed, "codes")
+    if not 1 <= bits <= MAX_BITS or packed.shape[1] != -(-bits // 8):
+        raise InputError(f"{bits} bits need codes of {-(-bits // 8)} bytes, got shape {tuple(packed.shape)}")
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return _like_input(((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous(), was_numpy)
+
+
+def hamming_topk(
+    q: Array, db: Array, k: int, *, bits: int | None = None, backend: str | None = None, threads: int | None = None
+) -> tuple[Array, Array]:
+    """The k nearest database codes of every query, exactly.
+
+    q          uint8 (Q, nbytes) packed queries
+    db         uint8 (N, nbytes) packed database, on the same device
+    k          1 or more; k > N pads with index -1 and distance bits + 1
+    bits       code length where it is not 8 * nbytes (it only sets the padding distance)
+    backend    "cpp" or "torch" forces one; threads: default all processors of this process
+    returns    distances int32 (Q, k), indices int64 (Q, k), sorted by (distance, index)
+    """
+    queries, database, was_numpy = _as_codes(q, db)
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"k must be an integer of 1 or more, got {k!r}")
+    bits = _check_bits(bits, database.shape[1])
+    chosen = _dispatch.choose_backend("hamming_topk", database.device.type, backend)
+    result = torch.ops.cmr_fast.hamming_topk(queries, database, int(k), bits, chosen, _dispatch.choose_threads(threads))
+    return _like_input(result[0], was_numpy), _like_input(result[1], was_numpy)
+
+
+def hamming_range(
+    q: Array, db: Array, radius: int, *, backend: str | None = None, threads: int | None = None
+) -> tuple[Array, Array, Array]:
+    """Every database code at distance <= radius of each query: faiss's range_search triple.
+
+    returns    lims int64 (Q + 1,), distances int32 (T,), indices int64 (T,); the hits of query i are
+               lims[i]:lims[i + 1], in index order
+    """
+    queries, database, was_numpy = _as_codes(q, db)
+    if not isinstance(radius, (int, np.integer)) or radius < 0:
+        raise InputError(f"radius must be an integer of 0 or more, got {radius!r}")
+    chosen = _dispatch.choose_backend("hamming_range", database.device.type, backend)
+    result = torch.ops.cmr_fast.hamming_range(queries, database, int(radius), chosen, _dispatch.choose_threads(threads))
+    lims, distances, indices = (_like_input(r, was_numpy) for r in result)
+    return lims, distances, indices
+
+
+def hamming_distances(q: Array, db: Array, *, backend: str | None = None, threads: int | None = None) -> Array:
+    """The whole table, int32 (Q, N): for small cases, it takes 4 * Q * N bytes."""
+    queries, database, was_numpy = _as_codes(q, db)
+    chosen = _dispatch.choose_backend("hamming_distances", database.device.type, backend)
+    return _like_input(
+        torch.ops.cmr_fast.hamming_distances(queries, database, chosen, _dispatch.choose_threads(threads)), was_numpy
+    )
+
+
+def _as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
+    if isinstance(x, Tensor):
+        return x, False
+    if not isinstance(x, np.ndarray):
+        raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}")
+    x = np.ascontiguousarray(x)
+    if not x.flags.writeable:
+        x = np.asarray(_SharedMemory(x))
+    try:
+        return torch.from_numpy(x), True
+    except TypeError as error:
+        raise InputError(f"{name} must be bool, integer or float, got dtype {x.dtype}") from error
+
+
+class _SharedMemory:
+    """A read-only array (a memory map, say) as one that torch takes without a copy or a warning; the ops never write."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.owner = x
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}
+
+
+def _like_input(result: Tensor, was_numpy: bool):  # noqa: ANN202
+    return result.numpy() if was_numpy else result
+
+
+def _check_codes(codes: Tensor, name: str) -> None:
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or not 1 <= codes.shape[1] <= MAX_BITS // 8:
+        raise InputError(
+            f"{name} must be packed codes, uint8 (N, nbytes) with 1 to {MAX_BITS // 8} bytes (see pack_codes), "
+            f"got {codes.dtype} {tuple(codes.shape)}"
+        )
+
+
+def _as_codes(q: object, db: object) -> tuple[Tensor, Tensor, bool]:
+    queries, was_numpy = _as_tensor(q, "q")
+    database, db_was_numpy = _as_tensor(db, "db")
+    if was_numpy != db_was_numpy:
+        raise InputError("q and db must both be numpy arrays or both torch tensors")
+    _check_codes(queries, "q")
+    _check_codes(database, "db")
+    if queries.shape[1] != database.shape[1]:
+        raise InputError(f"q and db must have the same bits: q has {queries.shape[1]} bytes a code, db has {database.shape[1]}")
+    if queries.device != database.device:
+        raise InputError(f"q and db must be on one device, got {queries.device} and {database.device}")
+    return queries, database, was_numpy
+
+
+def _check_bits(bits: int | None, nbytes: int) -> int:
+    if bits is None:
+        return 8 * nbytes
+    if not 8 * (nbytes - 1) < bits <= 8 * nbytes:
+        raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits}")
+    return int(bits)
+
+
+# --- the registered ops: torch tensors only, arguments already checked ---
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    n, width = bits.shape
+    nbytes = -(-width // 8)
+    if width % 8:
+        bits = torch.nn.functional.pad(bits, (0, 8 * nbytes - width))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    return (bits.reshape(n, nbytes, 8).to(torch.uint8) * weights).sum(dim=2, dtype=torch.uint8)
+
+
+def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str, threads: int) -> tuple[Tensor, Tensor]:
+    distances = torch.full((len(q), k), bits + 1, dtype=torch.int32, device=q.device)
+    indices = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
+    if backend == "cpp":
+        q, db = q.contiguous(), db.contiguous()
+        native = _dispatch.native()
+        isa = _dispatch.choose_isa()
+        shape = (len(q), len(db), db.shape[1], k, threads)
+        workspace = torch.empty(native.hamming_topk_workspace(isa, *shape), dtype=torch.uint8)
+        native.hamming_topk(
+            isa, q.data_ptr(), db.data_ptr(), *shape, distances.data_ptr(), indices.data_ptr(), workspace.data_ptr()
+        )
+        return distances, indices
+    kept = min(k, len(db))
+    for start, table in _torch_blocks(q, db):
+        # (distance, index) in one integer: its k smallest are the k nearest, ties to the lower index
+        keys = table.long() * len(db) + torch.arange(len(db), device=q.device)
+        best = keys.topk(kept, dim=1, largest=False, sorted=True).values
+        distances[start : start + len(table), :kept] = (best // len(db)).int()
+        indices[start : start + len(table), :kept] = best % len(db)
+    return distances, indices
+
+
+def _range(q: Tensor, db: Tensor, radius: int, backend: str, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+    lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
+    if backend == "cpp":
+        q, db = q.contiguous(), db.contiguous()
+        native = _dispatch.native()
+        isa = _dispatch.choose_isa()
+        shape = (len(q), len(db), db.shape[1], radius, threads)
+        splits = native.hamming_range_splits(*shape)
+        offsets = torch.zeros(len(q) * splits + 1, dtype=torch.int64)
+        workspace = torch.empty(native.hamming_range_workspace(isa, *shape), dtype=torch.uint8)
+        native.hamming_range_count(isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), workspace.data_ptr())
+        torch.cumsum(offsets, 0, out=offsets)
+        total = int(offsets[-1])
+        distances, indices = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.int64)
+        native.hamming_range_fill(
+            isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), distances.data_ptr(), indices.data_ptr(),
+            workspace.data_ptr(),
+        )  # fmt: skip
+        return offsets[::splits].clone(), distances, indices
+    parts = []
+    for start, table in _torch_blocks(q, db):
+        near = table <= radius
+        lims[start + 1 : start + 1 + len(table)] = near.sum(dim=1)
+        parts.append((table[near], near.nonzero()[:, 1]))
+    distances = torch.cat([p[0] for p in parts]) if parts else lims.new_empty(0, dtype=torch.int32)
+    indices = torch.cat([p[1] for p in parts]) if parts else lims.new_empty(0)
+    return lims.cumsum(0), distances, indices
+
+
+def _distances(q: Tensor, db: Tensor, backend: str, threads: int) -> Tensor:
+    out = torch.empty((len(q), len(db)), dtype=torch.int32, device=q.device)
+    if backend == "cpp":
+        q, db = q.contiguous(), db.contiguous()
+        _dispatch.native().hamming_distances(
+            _dispatch.choose_isa(), q.data_ptr(), db.data_ptr(), len(q), len(db), db.shape[1], threads, out.data_ptr()
+        )
+        return out
+    for start, table in _torch_blocks(q, db):
+        out[start : start + len(table)] = table
+    return out
+
+
+def _torch_blocks(q: Tensor, db: Tensor):  # noqa: ANN202
+    """Blocks of the distance table, int32, by products of +-1: exact in float32 up to 2^24 bits."""
+    if len(q) == 0 or len(db) == 0:
+        return
+    bits = 8 * db.shape[1]
+    signs = _signs(db).T
+    step = max(1, _TORCH_BLOCK // len(db))
+    for start in range(0, len(q), step):
+        yield start, ((bits - _signs(q[start : start + step]) @ signs) / 2).int()
+
+
+def _signs(codes: Tensor) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (((codes[:, :, None] >> shifts) & 1).float() * 2 - 1).reshape(len(codes), -1)
+
+
+def _fake_range(q: Tensor, db: Tensor, radius: int, backend: str, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.library.get_ctx().new_dynamic_size()
+    return (
+        q.new_empty(q.shape[0] + 1, dtype=torch.int64),
+        q.new_empty(total, dtype=torch.int32),
+        q.new_empty(total, dtype=torch.int64),
+    )
+
+
+register("pack_bits(Tensor bits) -> Tensor", _pack_bits, lambda bits: bits.new_empty((bits.shape[0], (bits.shape[1] + 7) // 8), dtype=torch.uint8))
+register(
+    "hamming_topk(Tensor q, Tensor db, int k, int bits, str backend, int threads) -> (Tensor, Tensor)",
+    _topk,
+    lambda q, db, k, bits, backend, threads: (
+        q.new_empty((q.shape[0], k), dtype=torch.int32),
+        q.new_empty((q.shape[0], k), dtype=torch.int64),
+    ),
+)
+register("hamming_range(Tensor q, Tensor db, int radius, str backend, int threads) -> (Tensor, Tensor, Tensor)", _range, _fake_range)
+register(
+    "hamming_distances(Tensor q, Tensor db, str backend, int threads) -> Tensor",
+    _distances,
+    lambda q, db, backend, threads: q.new_empty((q.shape[0], db.shape[0]), dtype=torch.int32),
+)

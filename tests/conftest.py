@@ -1,0 +1,15 @@
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data sets: $CMR_FAST_DATA, else ../shared/data beside the project."""
+    root = Path(os.environ.get("CMR_FAST_DATA", REPO.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"real data not found at {root}; set CMR_FAST_DATA")
+    return root
