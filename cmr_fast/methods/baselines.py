@@ -1,0 +1,237 @@
+"""Cross-modal baselines at the price of a call: CCA, CCA-ITQ, PCA sign, random.
+
+Every one has `fit(train) -> self` and, like a trained method, `encode(modality, features)`, `output` ("embedding" or
+"code"), `metric` and `name`. Codes come as logits (N, bits): bit = logit >= 0. The work is done in float64 on the CPU.
+"""
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from cmr_fast.data.pairs import Pairs
+from cmr_fast.errors import InputError
+
+Modality = Literal["image", "text"]
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+SCALES = ("each", "global")
+
+
+class Baseline:
+    """One affine map per modality; a subclass learns it in `learn` from inputs that are centred and scaled.
+
+    scale="each" divides each feature by its standard deviation on the training split, scale="global" divides all features
+    of a modality by one number (their root mean variance): a ridge of 1 is then the mean variance either way.
+    """
+
+    name: ClassVar[str]
+    output: ClassVar[str] = "code"
+    metric: ClassVar[str] = "hamming"
+
+    def __init__(self, *, scale: str = "each", seed: int = 0) -> None:
+        if scale not in SCALES:
+            raise InputError(f"scale must be one of {SCALES}, got {scale!r}")
+        self.scale = scale
+        self.seed = seed
+        self.mean: dict[str, Tensor] = {}
+        self.projection: dict[str, Tensor] = {}  # (features, dim), the scaling folded in
+
+    def fit(self, train: Pairs) -> Self:
+        """Learn from the training pairs; labels are not looked at.
+
+        Raises InputError for raw (not feature) inputs or fewer than 2 pairs.
+        """
+        if len(train) < 2:
+            raise InputError(f"{self.name} needs at least 2 training pairs, got {len(train)}")
+        centred, inverse = {}, {}
+        for modality in MODALITIES:
+            features = _as_features(getattr(train, modality), modality)
+            self.mean[modality] = features.mean(dim=0)
+            centred[modality] = features - self.mean[modality]
+            variance = centred[modality].square().mean(dim=0)
+            if self.scale == "global":
+                variance = variance.mean().expand_as(variance)
+            inverse[modality] = torch.where(variance > 0, variance, 1.0).rsqrt()
+        weights = self.learn(centred["image"] * inverse["image"], centred["text"] * inverse["text"])
+        self.projection = {m: inverse[m][:, None] * w for m, w in zip(MODALITIES, weights, strict=True)}
+        return self
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """From inputs (N, Di), (N, Dt) of zero mean: the projections (Di, dim), (Dt, dim)."""
+        raise NotImplementedError
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, D) raw features -> float32 (N, dim). InputError if not fitted or if D is not the width fitted on."""
+        if modality not in MODALITIES:
+            raise InputError(f"modality must be one of {MODALITIES}, got {modality!r}")
+        if not self.projection:
+            raise InputError(f"{self.name} is not fitted: call fit(train) first")
+        features = _as_features(features, modality)
+        if features.shape[1] != len(self.mean[modality]):
+            raise InputError(f"{modality} features must be {len(self.mean[modality])} wide, got {features.shape[1]}")
+        return ((features - self.mean[modality]) @ self.projection[modality]).float()
+
+
+class CCA(Baseline):
+    """Canonical correlation analysis with a ridge; embeddings of `dim` canonical variates, compared by cosine.
+
+    The ridge is added to both covariances of the scaled inputs. `weight` multiplies each variate by its canonical
+    correlation to that power (0: unit variance; Gong et al. 2014 use a power to damp weak variates). dim=None keeps
+    every variate that the narrower modality has.
+    """
+
+    name = "cca"
+    output = "embedding"
+    metric = "cosine"
+
+    def __init__(
+        self, dim: int | None = 7, ridge: float = 1e-3, *, weight: float = 0.0, scale: str = "each", seed: int = 0
+    ) -> None:
+        super().__init__(scale=scale, seed=seed)
+        if dim is not None and dim < 1:
+            raise InputError(f"dim must be at least 1, got {dim}")
+        if ridge < 0:
+            raise InputError(f"ridge must be 0 or more, got {ridge}")
+        self.dim, self.ridge, self.weight = dim, ridge, weight
+        self.correlations = torch.empty(0)
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        whiten_image, whiten_text = _inverse_sqrt_covariance(image, self.ridge), _inverse_sqrt_covariance(text, self.ridge)
+        cross = whiten_image @ (image.T @ text / len(image)) @ whiten_text
+        left, correlations, right = torch.linalg.svd(cross, full_matrices=False)
+        dim = len(correlations) if self.dim is None else self.dim
+        if dim > len(correlations):
+            raise InputError(f"these inputs have {len(correlations)} canonical variates at most, dim={dim} was asked for")
+        self.correlations = correlations[:dim]
+        weight = self.correlations**self.weight
+        return whiten_image @ left[:, :dim] * weight, whiten_text @ right[:dim].T * weight
+
+
+class CCAITQ(Baseline):
+    """CCA, then one iterative quantisation (ITQ) rotation shared by both modalities (Gong et al. 2013), for Hamming search.
+
+    The space that is rotated has dim = min(bits, variates) canonical variates unless `dim` says otherwise. With more bits
+    than dimensions the rotation becomes a (dim, bits) matrix with orthonormal rows, from the same Procrustes step: a
+    tight frame, so each further bit is one more hyperplane through the canonical space, placed to quantise it well.
+    Learnt on both modalities' training pairs together.
+    """
+
+    name = "cca-itq"
+
+    def __init__(
+        self,
+        bits: int = 32,
+        ridge: float = 1e-3,
+        *,
+        dim: int | None = None,
+        weight: float = 0.0,
+        iterations: int = 50,
+        scale: str = "each",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(scale=scale, seed=seed)
+        self.bits = _check_bits(bits)
+        if dim is not None and not 1 <= dim <= bits:
+            raise InputError(f"dim must lie between 1 and bits={bits}, got {dim}")
+        if iterations < 0:
+            raise InputError(f"iterations must be 0 or more, got {iterations}")
+        self.dim, self.ridge, self.weight, self.iterations = dim, ridge, weight, iterations
+        self.rotation = torch.empty(0)  # (dim, bits)
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        dim = min(self.bits, image.shape[1], text.shape[1]) if self.dim is None else self.dim
+        to_image, to_text = CCA(dim, self.ridge, weight=self.weight).learn(image, text)
+        values = torch.cat([image @ to_image, text @ to_text])
+        self.rotation = itq(values, self.bits, self.iterations, self.seed)
+        return to_image @ self.rotation, to_text @ self.rotation
+
+
+class PCASign(Baseline):
+    """Principal components of each modality on its own, sign taken; the weakest honest code.
+
+    Nothing aligns the two sets of components but their order, and the sign of each text component, which is chosen so that
+    it correlates positively with the image component of the same rank over the training pairs. With more bits than
+    components both modalities share one random projection with orthonormal rows.
+    """
+
+    name = "pca-sign"
+
+    def __init__(self, bits: int = 32, *, scale: str = "each", seed: int = 0) -> None:
+        super().__init__(scale=scale, seed=seed)
+        self.bits = _check_bits(bits)
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        dim = min(self.bits, image.shape[1], text.shape[1])
+        to_image, to_text = _principal(image, dim), _principal(text, dim)
+        agreement = ((image @ to_image) * (text @ to_text)).sum(dim=0)
+        to_text = torch.where(agreement < 0, -to_text, to_text)
+        if self.bits > dim:
+            frame = _orthonormal_rows(dim, self.bits, self.seed)
+            to_image, to_text = to_image @ frame, to_text @ frame
+        return to_image, to_text
+
+
+class Random(Baseline):
+    """Codes that know nothing: a pseudo-random hash of each row, the same for the same row, independent over modalities."""
+
+    name = "random"
+
+    def __init__(self, bits: int = 32, *, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.bits = _check_bits(bits)
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = [torch.randn(x.shape[1], self.bits, generator=generator, dtype=x.dtype) for x in (image, text)]
+        return drawn[0], drawn[1]
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        # the phase turns some 10^4 times over the data's spread: neighbours get unrelated bits
+        return torch.sin(1e5 * super().encode(modality, features).double()).float()
+
+
+BASELINES: dict[str, type[Baseline]] = {cls.name: cls for cls in (CCA, CCAITQ, PCASign, Random)}
+
+
+def itq(values: Tensor, bits: int, iterations: int, seed: int) -> Tensor:
+    """ITQ's rotation R (dim, bits), R R' = I: min over R and B in {-1,1} of |B - values R|^2 by turns.
+
+    `values` is float (N, dim) of zero mean, bits >= dim. B = sign(values R), then R is the Procrustes solution
+    U W' of values' B = U S W'.
+    """
+    rotation = _orthonormal_rows(values.shape[1], bits, seed).to(values.dtype)
+    for _ in range(iterations):
+        codes = torch.where(values @ rotation >= 0, 1.0, -1.0).to(values.dtype)
+        left, _, right = torch.linalg.svd(values.T @ codes, full_matrices=False)
+        rotation = left @ right
+    return rotation
+
+
+def _inverse_sqrt_covariance(x: Tensor, ridge: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    values = values.clamp_min(0)
+    # without a ridge, directions that the data do not have stay at 0 rather than blowing up
+    alive = values + ridge > values.max().clamp_min(1.0) * 1e-10
+    return vectors * torch.where(alive, (values + ridge).rsqrt(), 0.0) @ vectors.T
+
+
+def _principal(x: Tensor, dim: int) -> Tensor:
+    return torch.linalg.eigh(x.T @ x)[1].flip(1)[:, :dim]
+
+
+def _orthonormal_rows(rows: int, columns: int, seed: int) -> Tensor:
+    drawn = torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(drawn)[0].T
+
+
+def _check_bits(bits: int) -> int:
+    if bits < 1:
+        raise InputError(f"bits must be at least 1, got {bits}")
+    return bits
+
+
+def _as_features(values: object, modality: str) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        seen = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"{modality} must be features (N, dim) in a tensor, got {seen}")
+    return values.detach().cpu().double()
