@@ -1,0 +1,33 @@
+"""Training methods, one file per paper, and the loop that trains them all."""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cmr_fast.methods.loop import Method
+
+_CLASSES = {"acmr": "ACMR", "cmimh": "CMIMH"}
+
+
+class _Methods(Mapping[str, "type[Method]"]):
+    """Method classes by name; a method's module is imported when it is first asked for."""
+
+    def __getitem__(self, name: str) -> "type[Method]":
+        if name not in _CLASSES:
+            raise InputError(f"unknown method {name!r}, expected one of {', '.join(_CLASSES)}")
+        return getattr(import_module(f"cmr_fast.methods.{name}"), _CLASSES[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _CLASSES
+
+
+METHODS = _Methods()

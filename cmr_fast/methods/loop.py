@@ -1,0 +1,511 @@
+"""The one training loop: every method of this package is trained, resumed, validated and evaluated here."""
+
+import json
+import math
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmr_fast._files import write_aside
+from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods import METHODS, checkpoint
+from cmr_fast.methods._runlog import RunLog
+
+if TYPE_CHECKING:
+    from cmr_fast.retrieval.metrics import RetrievalResult
+
+Modality = Literal["image", "text"]
+CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.safetensors"
+_ENCODE_ROWS = 4096
+
+
+class Method(nn.Module):
+    """Base of every trained method: its networks, its optimizers, one batch of its algorithm, and its encoder.
+
+    Whatever a run needs to go on after a kill lives in parameters, buffers and optimizers; the loop stores these.
+    Buffers get their final shape in `__init__`.
+    """
+
+    name: ClassVar[str]
+    output: ClassVar[Literal["embedding", "code"]]
+    """embedding: compared by `metric`; code: compared by Hamming distance of the bits `encode(...) >= 0`."""
+    metric: ClassVar[str] = "cosine"
+    Config: ClassVar[type]
+    """A frozen dataclass with at least `epochs` and `batch_size`; the paper's values are the defaults."""
+
+    def __init__(self, config: Any, image_dim: int, text_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_dim, self.text_dim, self.num_classes = image_dim, text_dim, num_classes
+
+    def fit_inputs(self, train: Pairs) -> None:
+        """Learn input statistics from the training split alone and keep them as buffers."""
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers, by the name that `step` uses."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        batch: Pairs,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Every update for one batch. progress goes from 0 (first batch) towards 1 (end of training).
+
+        Returns the scalars to log, detached; each must be finite.
+        """
+        raise NotImplementedError
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, dim) features -> (N, d) embeddings, or (N, bits) values whose signs are the code."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run goes, whatever the method."""
+
+    out: Path = Path("runs/latest")
+    """Folder that the run writes; it must not exist yet, or be empty, unless resume is given."""
+    seed: int = 0
+    """Seed of the weights, the batches and the validation split."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """Arithmetic of the training steps, by Lightning Fabric's names."""
+    resume: bool = False
+    """Go on from the run folder's checkpoint; starts afresh where there is none yet."""
+    valid_fraction: float = 0.1
+    """Share of the training split held out for early stopping, if the data set has no validation split; 0 for none."""
+    patience: int = 30
+    """Stop after this many epochs without a better validation mAP; 0 never stops early."""
+    eval_every: int = 1
+    """Epochs between validations."""
+    checkpoint_seconds: float = 5.0
+    """Write the checkpoint at the first epoch end this long after the last one; 0 writes it every epoch."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves them as they are. Sums may differ in the last bit between thread counts."""
+    quiet: bool = False
+    """Print nothing."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.valid_fraction < 1:
+            raise InputError(f"valid_fraction must be at least 0 and below 1, got {self.valid_fraction}")
+        for name, least in (("patience", 0), ("eval_every", 1), ("threads", 0), ("seed", 0), ("checkpoint_seconds", 0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    model: Method
+    """The weights of the best epoch by validation; of the last epoch where there is no validation split."""
+    history: list[dict[str, float]]
+    """One row per epoch, as in metrics.csv."""
+    results: dict[str, Any]
+    """What results.json holds: results["all"] and results["topk_hits@50"], each with i2t, t2i and average."""
+
+
+@dataclass
+class _State:
+    """Everything beside tensors that a resumed run needs."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_map: float = -1.0
+    done: bool = False
+
+
+def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> Run:
+    """Train `method` on `dataset` and evaluate the best weights on its query and database splits.
+
+    method   a name of METHODS or a Method class
+    config   the method's Config, or None for its defaults
+
+    The folder `run.out` gets config.json, metrics.csv, tensorboard/, checkpoint.safetensors, model.safetensors and
+    results.json. The random state is set from (seed, epoch) at every epoch, so a run that is killed and resumed ends
+    with the weights of one that was not (exactly, on the CPU with the same number of threads).
+
+    Raises InputError for bad settings, a run folder that holds something already, a checkpoint that is damaged or of
+    other settings, and a loss that is no longer finite.
+    """
+    kind = METHODS[method] if isinstance(method, str) else method
+    config = kind.Config() if config is None else config
+    if not isinstance(config, kind.Config):
+        raise InputError(f"{kind.name} needs a {kind.Config.__name__} config, got {type(config).__name__}")
+    if dataset.valid is None and run.valid_fraction > 0:
+        dataset = dataset.hold_out(run.valid_fraction, run.seed)
+    if len(dataset.train) < 2:
+        raise InputError(f"{dataset.name}: training needs at least two pairs, got {len(dataset.train)}")
+    folder = Path(run.out)
+    described = _describe(kind, config, dataset, run)
+    _claim(folder, described, run.resume)
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with torch.random.fork_rng(devices=range(devices)), _threads(run.threads):
+        return _train(kind, config, dataset, run, folder, described)
+
+
+def _train(
+    kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig, folder: Path, described: dict[str, Any]
+) -> Run:
+    fabric = _fabric(run)
+    _reseed(run.seed, 0)
+    model = kind(config, dataset.image_dim, dataset.text_dim, dataset.num_classes)
+    model.fit_inputs(dataset.train)
+    fabric.setup_module(model)
+    plain = model.optimizers()
+    optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
+
+    state, history, best = _State(), [], None
+    if run.resume and (folder / CHECKPOINT).exists():
+        state, history, best = _restore(folder / CHECKPOINT, model, optimizers, described)
+    saved_at = time.monotonic()
+    pairs = _to(dataset.train, model)
+    with RunLog(folder, history, config.epochs, f"{kind.name} on {dataset.name}", run.quiet) as log:
+        if state.epoch:
+            log.say(f"resumed {folder} after epoch {state.epoch}")
+        while not state.done:
+            started = time.perf_counter()
+            state.epoch += 1
+            row = {"epoch": state.epoch} | _epoch(fabric, model, optimizers, pairs, config, run.seed, state.epoch)
+            last = state.epoch == config.epochs
+            if dataset.valid is not None:
+                scores = {"valid_i2t": math.nan, "valid_t2i": math.nan, "valid_map": math.nan}
+                if state.epoch % run.eval_every == 0 or last:
+                    scores = _validate(model, dataset.valid)
+                    if scores["valid_map"] > state.best_map:
+                        state.best_map, state.best_epoch = scores["valid_map"], state.epoch
+                        best = _snapshot(model)
+                row |= scores
+            log.epoch(row | {"seconds": time.perf_counter() - started})
+            waited = state.epoch - state.best_epoch
+            stop_early = dataset.valid is not None and run.patience > 0 and waited >= run.patience
+            state.done = last or stop_early
+            if state.done or time.monotonic() - saved_at >= run.checkpoint_seconds:
+                _save(folder / CHECKPOINT, model, optimizers, state, history, best, described)
+                saved_at = time.monotonic()
+
+    if best is not None:
+        model.load_state_dict(best)
+    else:
+        state.best_epoch = state.epoch
+    results = {
+        "method": kind.name,
+        "data": dataset.name,
+        "seed": run.seed,
+        "epochs": state.epoch,
+        "best_epoch": state.best_epoch,
+        "valid_map": state.best_map if best is not None else None,
+        "train_seconds": sum(row["seconds"] for row in history),
+    } | _final(model, dataset)
+    save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described})
+    _write_json(folder / "results.json", results)
+    return Run(folder, model, history, results)
+
+
+def _epoch(
+    fabric: Any, model: Method, optimizers: dict[str, Any], pairs: Pairs, config: Any, seed: int, epoch: int
+) -> dict[str, float]:
+    """One pass over the training split; returns the mean of each logged scalar."""
+    _reseed(seed, epoch)
+    model.train()
+    order = torch.randperm(len(pairs))
+    batches = [rows for rows in order.split(config.batch_size) if len(rows) > 1]
+    sums: dict[str, Tensor] = {}
+    for number, rows in enumerate(batches):
+        progress = (epoch - 1 + number / len(batches)) / config.epochs
+        with fabric.autocast():
+            logged = model.step(pairs.select(rows.to(pairs.labels.device)), optimizers, fabric.backward, progress)
+        for name, value in logged.items():
+            sums[name] = sums[name] + value if name in sums else value
+    means = {name: float(value) / len(batches) for name, value in sums.items()}
+    wrong = [name for name, value in means.items() if not math.isfinite(value)]
+    wrong += [f"parameter {name}" for name, value in model.named_parameters() if not wrong and not value.isfinite().all()]
+    if wrong:
+        raise InputError(
+            f"{model.name}: {wrong[0]} is no longer finite in epoch {epoch}; the checkpoint holds an earlier epoch. "
+            "Expected finite losses: lower the learning rate or the weight of that term"
+        )
+    return means
+
+
+def evaluate_model(
+    model: Any, dataset: PairedDataset, *, k: int | None = None, convention: str = "all", ties: str = "index"
+) -> "dict[str, RetrievalResult]":
+    """Retrieval quality on the query and database splits: {"i2t": image queries over texts, "t2i": the reverse}.
+
+    model: anything with `output`, `metric` (for embeddings) and `encode(modality, features)`; k, convention and ties
+    as in cmr_fast.retrieval.metrics.
+    """
+    return _evaluate(model, dataset.query, dataset.database, [{"k": k, "convention": convention, "ties": ties}])[0]
+
+
+def load_model(path: str | os.PathLike[str]) -> Method:
+    """The trained model of a run folder or a model.safetensors file, in eval mode on the CPU.
+
+    Raises InputError for a run that has not ended, and for a file that is damaged or holds something else.
+    """
+    file = Path(path)
+    if file.is_dir():
+        if not (file / MODEL).exists() and (file / CHECKPOINT).exists():
+            raise InputError(f"{file}: this run has not ended; end it with resume, then its model can be loaded")
+        file = file / MODEL
+    tensors, meta = checkpoint.load(file, "model")
+    kind = METHODS[meta["method"]]
+    config = _config_from(kind, meta["config"], file)
+    model = kind(config, meta["image_dim"], meta["text_dim"], meta["num_classes"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{file}: its tensors do not fit {kind.name} with the config stored in it: {error}") from error
+    return model.eval()
+
+
+def save_model(path: str | os.PathLike[str], model: Method, extra: dict[str, Any] | None = None) -> None:
+    """Write a model that `load_model` reads; extra is stored beside the config."""
+    meta = {
+        "method": model.name,
+        "config": asdict(model.config),
+        "image_dim": model.image_dim,
+        "text_dim": model.text_dim,
+        "num_classes": model.num_classes,
+    }
+    checkpoint.save(path, "model", model.state_dict(), meta | (extra or {}))
+
+
+def _claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
+    """Create the run folder and its config.json, or check that a resumed run is the one that was begun there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a run folder is needed here, this is a file")
+    config = folder / "config.json"
+    if folder.exists() and any(folder.iterdir()):
+        if not resume:
+            raise InputError(f"{folder}: not empty and would be overwritten; resume this run, or name another folder")
+        if config.exists():
+            _same(folder, _read_json(config), described)
+            return
+        if any((folder / name).exists() for name in (CHECKPOINT, MODEL)):
+            raise InputError(f"{folder}: config.json is missing, so this run cannot be resumed")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(config, described)
+
+
+def _same(where: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to resume with another method, config, seed or data set; name the first thing that differs."""
+    if stored.get("method") != wanted["method"]:
+        raise InputError(f"{where}: a run of {stored.get('method')}, it cannot be resumed with {wanted['method']}")
+    for part in ("config", "run", "data"):
+        before, now = stored.get(part, {}), json.loads(json.dumps(wanted[part]))
+        for name in sorted(set(before) | set(now)):
+            if name not in _FREE and before.get(name) != now.get(name):
+                raise InputError(
+                    f"{where}: cannot be resumed, {part} {name} was {before.get(name)!r} and is now {now.get(name)!r}"
+                )
+
+
+_FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
+
+
+def _describe(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> dict[str, Any]:
+    sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split)) is not None}
+    data = {"name": dataset.name, "num_classes": dataset.num_classes, "crc32": _crc(dataset.train)} | sizes
+    data |= {"image_dim": dataset.image_dim, "text_dim": dataset.text_dim}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    settings = {"out": str(run.out)} | {f.name: getattr(run, f.name) for f in fields(run) if f.name != "out"}
+    return {"method": kind.name, "config": asdict(config), "run": settings, "data": data, "versions": versions}
+
+
+_SPLITS = ("train", "valid", "query", "database")
+
+
+def _crc(pairs: Pairs) -> int:
+    """A checksum of the labels and of up to 1000 training pairs: tells data sets of one shape apart."""
+    few = pairs.select(torch.arange(0, len(pairs), max(1, len(pairs) // 1000)))
+    value = zlib.crc32(pairs.labels.numpy().tobytes())
+    for part in (few.image, few.text):
+        raw = part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
+        value = zlib.crc32(raw, value)
+    return value
+
+
+def _save(
+    path: Path,
+    model: Method,
+    optimizers: dict[str, Any],
+    state: _State,
+    history: list[dict[str, float]],
+    best: dict[str, Tensor] | None,
+    described: dict[str, Any],
+) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
+    rest = {}
+    for name, optimizer in optimizers.items():
+        values, rest[name] = checkpoint.flatten_optimizer(f"optimizer.{name}", optimizer.state_dict())
+        tensors |= values
+    meta = {"described": described, "state": asdict(state), "history": history, "optimizers": rest}
+    checkpoint.save(path, "checkpoint", tensors, meta)
+
+
+def _restore(
+    path: Path, model: Method, optimizers: dict[str, Any], described: dict[str, Any]
+) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None]:
+    tensors, meta = checkpoint.load(path, "checkpoint")
+    _same(path, meta["described"], described)
+    model.load_state_dict(_under("model.", tensors))
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(
+            checkpoint.unflatten_optimizer(f"optimizer.{name}", tensors, meta["optimizers"][name])
+        )
+    return _State(**meta["state"]), meta["history"], _under("best.", tensors) or None
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _snapshot(model: Method) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _validate(model: Method, valid: Pairs) -> dict[str, float]:
+    """mAP(all) of the validation split, each pair a query over the whole split."""
+    found = _evaluate(model, valid, valid, [{"convention": "all"}])[0]
+    i2t, t2i = float(found["i2t"].map), float(found["t2i"].map)
+    return {"valid_i2t": i2t, "valid_t2i": t2i, "valid_map": (i2t + t2i) / 2}
+
+
+def _final(model: Method, dataset: PairedDataset) -> dict[str, dict[str, float]]:
+    settings = {"all": {"convention": "all"}, "topk_hits@50": {"convention": "topk_hits", "k": 50}}
+    found = _evaluate(model, dataset.query, dataset.database, list(settings.values()))
+    return {name: averaged(result) for name, result in zip(settings, found, strict=True)}
+
+
+def averaged(found: "dict[str, RetrievalResult]") -> dict[str, float]:
+    """The mAP of both directions and their average, rounded to nothing: {"i2t", "t2i", "average"}."""
+    i2t, t2i = float(found["i2t"].map), float(found["t2i"].map)
+    return {"i2t": i2t, "t2i": t2i, "average": (i2t + t2i) / 2}
+
+
+def _evaluate(
+    model: Any, query: Pairs, database: Pairs, settings: list[dict[str, Any]]
+) -> "list[dict[str, RetrievalResult]]":
+    """One {"i2t", "t2i"} per setting; everything is encoded once."""
+    from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
+
+    encoded = {
+        (modality, split): encode_all(model, modality, getattr(pairs, modality))
+        for split, pairs in (("query", query), ("database", database))
+        for modality in ("image", "text")
+    }
+
+    def compare(asked: str, answered: str, options: dict[str, Any]) -> "RetrievalResult":
+        sides = encoded[asked, "query"], encoded[answered, "database"]
+        labels = query.labels, database.labels
+        if model.output == "embedding":
+            return evaluate_embeddings(*sides, *labels, metric=model.metric, **options)
+        from cmr_fast.ops.hamming import pack_codes
+
+        codes = [pack_codes(side >= 0) for side in sides]
+        return evaluate_codes(*codes, *labels, bits=sides[0].shape[1], **options)
+
+    return [{"i2t": compare("image", "text", o), "t2i": compare("text", "image", o)} for o in settings]
+
+
+@torch.no_grad()
+def encode_all(model: Any, modality: Modality, features: Tensor) -> Tensor:
+    """All rows of `features` through `model.encode` in eval mode, a few thousand at a time -> float tensor on the CPU."""
+    training = getattr(model, "training", False)
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if training:
+        model.eval()
+    parts = []
+    for rows in features.split(_ENCODE_ROWS):
+        if weight is not None:
+            rows = rows.to(weight.device, weight.dtype if rows.is_floating_point() else None)
+        encoded = torch.as_tensor(model.encode(modality, rows))
+        parts.append(encoded.to("cpu", torch.promote_types(encoded.dtype, torch.float32)))
+    if training:
+        model.train()
+    return torch.cat(parts)
+
+
+def _to(pairs: Pairs, model: Method) -> Pairs:
+    """The pairs on the model's device, features in its dtype."""
+    weight = next(model.parameters())
+
+    def move(values: Any) -> Any:
+        if not isinstance(values, Tensor):
+            return values
+        return values.to(weight.device, weight.dtype if values.is_floating_point() else None)
+
+    return Pairs(move(pairs.image), move(pairs.text), move(pairs.labels))
+
+
+def _fabric(run: RunConfig) -> Any:
+    from lightning.fabric import Fabric
+
+    name, _, number = run.device.partition(":")
+    if name not in ("auto", "cpu", "cuda") or (number and not (name == "cuda" and number.isdecimal())):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {run.device!r}")
+    if name == "cuda" and int(number or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise InputError(f"device {run.device} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    fabric = Fabric(accelerator=name, devices=[int(number)] if number else 1, precision=run.precision)
+    fabric.launch()
+    return fabric
+
+
+def _reseed(seed: int, epoch: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _config_from(kind: type[Method], stored: dict[str, Any], where: Path) -> Any:
+    """A method's config from JSON, where tuples have become lists."""
+    known = {f.name for f in fields(kind.Config)}
+    if set(stored) - known:
+        raise InputError(f"{where}: its {kind.name} config has unknown fields {sorted(set(stored) - known)}")
+    return kind.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with write_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
