@@ -9,6 +9,7 @@ import importlib
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from cmr_fast.errors import InputError
 
@@ -20,8 +21,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 @functools.cache
-def native() -> ModuleType | ImportError:
-    """The compiled module cmr_fast._cpu, or the reason why it cannot be imported."""
+def native() -> Any:
+    """The compiled module cmr_fast._cpu, or the ImportError that says why there is none."""
     try:
         return importlib.import_module("cmr_fast._cpu")
     except ImportError as reason:
@@ -36,7 +37,11 @@ def unavailable(backend: str, device: str) -> str | None:
         if device != "cpu":
             return f"cpp runs on cpu tensors, these are on {device}"
         module = native()
-        return None if isinstance(module, ModuleType) else f"cmr_fast._cpu cannot be imported ({module}); pip install . builds it"
+        return (
+            None
+            if isinstance(module, ModuleType)
+            else f"cmr_fast._cpu cannot be imported ({module}); pip install . builds it"
+        )
     return f"there is no backend called {backend!r}"
 
 
@@ -64,7 +69,9 @@ def choose_isa() -> str:
     if forced is None:
         return available[0]
     if forced not in available:
-        raise InputError(f"CMR_FAST_ISA={forced!r} cannot run here: this build and processor have {', '.join(available)}")
+        raise InputError(
+            f"CMR_FAST_ISA={forced!r} cannot run here: this build and processor have {', '.join(available)}"
+        )
     return forced
 
 
@@ -111,5 +118,5 @@ def explain(op: str, *tensors: object) -> Explanation:
     isa = None
     if backend == "cpp":
         isa = choose_isa()
-        reasons.append(f"instruction sets here: {', '.join(native().available_isas())}")  # type: ignore[union-attr]
+        reasons.append(f"instruction sets here: {', '.join(native().available_isas())}")
     return Explanation(op, device, backend, isa, tuple(reasons + [f"forced by {f}" for f in forced]))

@@ -75,8 +75,7 @@ def hamming_topk(
     if not isinstance(k, (int, np.integer)) or k < 1:
         raise InputError(f"k must be an integer of 1 or more, got {k!r}")
     bits = _check_bits(bits, database.shape[1])
-    chosen = _dispatch.choose_backend("hamming_topk", database.device.type, backend)
-    result = torch.ops.cmr_fast.hamming_topk(queries, database, int(k), bits, chosen, _dispatch.choose_threads(threads))
+    result = torch.ops.cmr_fast.hamming_topk(queries, database, int(k), bits, backend, threads)
     return _like_input(result[0], was_numpy), _like_input(result[1], was_numpy)
 
 
@@ -91,8 +90,7 @@ def hamming_range(
     queries, database, was_numpy = _as_codes(q, db)
     if not isinstance(radius, (int, np.integer)) or radius < 0:
         raise InputError(f"radius must be an integer of 0 or more, got {radius!r}")
-    chosen = _dispatch.choose_backend("hamming_range", database.device.type, backend)
-    result = torch.ops.cmr_fast.hamming_range(queries, database, int(radius), chosen, _dispatch.choose_threads(threads))
+    result = torch.ops.cmr_fast.hamming_range(queries, database, int(radius), backend, threads)
     lims, distances, indices = (_like_input(r, was_numpy) for r in result)
     return lims, distances, indices
 
@@ -100,10 +98,7 @@ def hamming_range(
 def hamming_distances(q: Array, db: Array, *, backend: str | None = None, threads: int | None = None) -> Array:
     """The whole table, int32 (Q, N): for small cases, it takes 4 * Q * N bytes."""
     queries, database, was_numpy = _as_codes(q, db)
-    chosen = _dispatch.choose_backend("hamming_distances", database.device.type, backend)
-    return _like_input(
-        torch.ops.cmr_fast.hamming_distances(queries, database, chosen, _dispatch.choose_threads(threads)), was_numpy
-    )
+    return _like_input(torch.ops.cmr_fast.hamming_distances(queries, database, backend, threads), was_numpy)
 
 
 def _as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
@@ -148,7 +143,9 @@ def _as_codes(q: object, db: object) -> tuple[Tensor, Tensor, bool]:
     _check_codes(queries, "q")
     _check_codes(database, "db")
     if queries.shape[1] != database.shape[1]:
-        raise InputError(f"q and db must have the same bits: q has {queries.shape[1]} bytes a code, db has {database.shape[1]}")
+        raise InputError(
+            f"q and db must have the same bits: q has {queries.shape[1]} bytes a code, db has {database.shape[1]}"
+        )
     if queries.device != database.device:
         raise InputError(f"q and db must be on one device, got {queries.device} and {database.device}")
     return queries, database, was_numpy
@@ -166,6 +163,8 @@ def _check_bits(bits: int | None, nbytes: int) -> int:
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
     n, width = bits.shape
     nbytes = -(-width // 8)
     if width % 8:
@@ -174,14 +173,13 @@ def _pack_bits(bits: Tensor) -> Tensor:
     return (bits.reshape(n, nbytes, 8).to(torch.uint8) * weights).sum(dim=2, dtype=torch.uint8)
 
 
-def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str, threads: int) -> tuple[Tensor, Tensor]:
+def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads: int | None) -> tuple[Tensor, Tensor]:
     distances = torch.full((len(q), k), bits + 1, dtype=torch.int32, device=q.device)
     indices = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
-    if backend == "cpp":
+    if _dispatch.choose_backend("hamming_topk", q.device.type, backend) == "cpp":
         q, db = q.contiguous(), db.contiguous()
-        native = _dispatch.native()
-        isa = _dispatch.choose_isa()
-        shape = (len(q), len(db), db.shape[1], k, threads)
+        native, isa = _dispatch.native(), _dispatch.choose_isa()
+        shape = (len(q), len(db), db.shape[1], k, _dispatch.choose_threads(threads))
         workspace = torch.empty(native.hamming_topk_workspace(isa, *shape), dtype=torch.uint8)
         native.hamming_topk(
             isa, q.data_ptr(), db.data_ptr(), *shape, distances.data_ptr(), indices.data_ptr(), workspace.data_ptr()
@@ -197,13 +195,14 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str, threads: int) 
     return distances, indices
 
 
-def _range(q: Tensor, db: Tensor, radius: int, backend: str, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _range(
+    q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
-    if backend == "cpp":
+    if _dispatch.choose_backend("hamming_range", q.device.type, backend) == "cpp":
         q, db = q.contiguous(), db.contiguous()
-        native = _dispatch.native()
-        isa = _dispatch.choose_isa()
-        shape = (len(q), len(db), db.shape[1], radius, threads)
+        native, isa = _dispatch.native(), _dispatch.choose_isa()
+        shape = (len(q), len(db), db.shape[1], radius, _dispatch.choose_threads(threads))
         splits = native.hamming_range_splits(*shape)
         offsets = torch.zeros(len(q) * splits + 1, dtype=torch.int64)
         workspace = torch.empty(native.hamming_range_workspace(isa, *shape), dtype=torch.uint8)
@@ -226,12 +225,13 @@ def _range(q: Tensor, db: Tensor, radius: int, backend: str, threads: int) -> tu
     return lims.cumsum(0), distances, indices
 
 
-def _distances(q: Tensor, db: Tensor, backend: str, threads: int) -> Tensor:
+def _distances(q: Tensor, db: Tensor, backend: str | None, threads: int | None) -> Tensor:
     out = torch.empty((len(q), len(db)), dtype=torch.int32, device=q.device)
-    if backend == "cpp":
+    if _dispatch.choose_backend("hamming_distances", q.device.type, backend) == "cpp":
         q, db = q.contiguous(), db.contiguous()
+        shape = (len(q), len(db), db.shape[1], _dispatch.choose_threads(threads))
         _dispatch.native().hamming_distances(
-            _dispatch.choose_isa(), q.data_ptr(), db.data_ptr(), len(q), len(db), db.shape[1], threads, out.data_ptr()
+            _dispatch.choose_isa(), q.data_ptr(), db.data_ptr(), *shape, out.data_ptr()
         )
         return out
     for start, table in _torch_blocks(q, db):
@@ -255,7 +255,9 @@ def _signs(codes: Tensor) -> Tensor:
     return (((codes[:, :, None] >> shifts) & 1).float() * 2 - 1).reshape(len(codes), -1)
 
 
-def _fake_range(q: Tensor, db: Tensor, radius: int, backend: str, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_range(
+    q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.library.get_ctx().new_dynamic_size()
     return (
         q.new_empty(q.shape[0] + 1, dtype=torch.int64),
@@ -264,18 +266,26 @@ def _fake_range(q: Tensor, db: Tensor, radius: int, backend: str, threads: int) 
     )
 
 
-register("pack_bits(Tensor bits) -> Tensor", _pack_bits, lambda bits: bits.new_empty((bits.shape[0], (bits.shape[1] + 7) // 8), dtype=torch.uint8))
 register(
-    "hamming_topk(Tensor q, Tensor db, int k, int bits, str backend, int threads) -> (Tensor, Tensor)",
+    "pack_bits(Tensor bits) -> Tensor",
+    _pack_bits,
+    lambda bits: bits.new_empty((bits.shape[0], (bits.shape[1] + 7) // 8), dtype=torch.uint8),
+)
+register(
+    "hamming_topk(Tensor q, Tensor db, int k, int bits, str? backend, int? threads) -> (Tensor, Tensor)",
     _topk,
     lambda q, db, k, bits, backend, threads: (
         q.new_empty((q.shape[0], k), dtype=torch.int32),
         q.new_empty((q.shape[0], k), dtype=torch.int64),
     ),
 )
-register("hamming_range(Tensor q, Tensor db, int radius, str backend, int threads) -> (Tensor, Tensor, Tensor)", _range, _fake_range)
 register(
-    "hamming_distances(Tensor q, Tensor db, str backend, int threads) -> Tensor",
+    "hamming_range(Tensor q, Tensor db, int radius, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    _range,
+    _fake_range,
+)
+register(
+    "hamming_distances(Tensor q, Tensor db, str? backend, int? threads) -> Tensor",
     _distances,
     lambda q, db, backend, threads: q.new_empty((q.shape[0], db.shape[0]), dtype=torch.int32),
 )

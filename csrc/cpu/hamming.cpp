@@ -1,0 +1,241 @@
+// Splitting a search into tasks, choosing the kernel, putting the parts together.
+#include "hamming.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace cmr {
+namespace {
+
+constexpr int64_t kAlign = 64;
+constexpr int64_t kMaxBits = 4096;
+constexpr int64_t kStateBytes = 8 << 20;       // top-k buffers of one task
+constexpr int64_t kMinSplit = 1 << 16;         // codes, below which splitting the database costs more than it gives
+constexpr int64_t kMaxSplit = int64_t{1} << 31;  // indices inside a split are 32 bits wide
+
+std::atomic<const char*> last_isa{"none"};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
+
+const HammingKernel& kernel_for(const std::string& isa) {
+    if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+#if defined(__x86_64__)
+    if (isa == "avx512_vpopcntdq") return hamming_avx512;
+    if (isa == "avx2") return hamming_avx2;
+#endif
+    return hamming_scalar;
+}
+
+// Tasks are groups of queries times ranges of the database; tasks of one group differ in the range only.
+struct Plan {
+    int64_t group = 1, groups = 0, splits = 1, split = 0;
+
+    Plan(const HammingShape& s, int64_t max_group) {
+        const int64_t wanted = s.threads > 1 ? 4 * s.threads : 1;
+        const int64_t small = s.threads > 1 ? std::max<int64_t>(32, ceil_div(s.num_queries, wanted)) : s.num_queries;
+        group = std::max<int64_t>(1, std::min({max_group, small, s.num_queries}));
+        groups = ceil_div(s.num_queries, group);
+        splits = std::max<int64_t>(1, std::min(ceil_div(wanted, std::max<int64_t>(groups, 1)), s.n / kMinSplit));
+        splits = std::max(splits, ceil_div(s.n, kMaxSplit));
+        split = std::max<int64_t>(1, ceil_div(s.n, splits));
+    }
+
+    int64_t tasks() const { return groups * splits; }
+};
+
+HammingScan scan_of(const Plan& plan, const HammingShape& s, const uint8_t* q, const uint8_t* db, int64_t task,
+                    uint8_t* scratch) {
+    const int64_t first_query = task / plan.splits * plan.group, first = task % plan.splits * plan.split;
+    return {q + first_query * s.nbytes, std::min(plan.group, s.num_queries - first_query),
+            db + first * s.nbytes,      std::max<int64_t>(0, std::min(plan.split, s.n - first)),
+            s.nbytes,                   scratch};
+}
+
+int slots(const HammingShape& s, const Plan& plan) {
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(s.threads, plan.tasks())));
+}
+
+Plan topk_plan(const HammingShape& s) {
+    const int64_t per_query = topk_capacity(s.n, s.k_or_radius) * static_cast<int64_t>(sizeof(uint64_t));
+    return Plan(s, std::max<int64_t>(1, std::min<int64_t>(256, kStateBytes / per_query)));
+}
+
+struct TopKMemory {
+    int64_t scratch, states, keys, slot, counts, partial, total;
+
+    TopKMemory(const HammingShape& s, const Plan& plan) {
+        const int64_t capacity = topk_capacity(plan.split, s.k_or_radius);
+        const int64_t kept = std::min(s.k_or_radius, plan.split);
+        scratch = align(scan_scratch_bytes(plan.group, s.nbytes));
+        states = align(plan.group * static_cast<int64_t>(sizeof(TopK)));
+        keys = align(plan.group * capacity * static_cast<int64_t>(sizeof(uint64_t)));
+        slot = scratch + states + keys;
+        const bool merge = plan.splits > 1;
+        counts = merge ? align(s.num_queries * plan.splits * static_cast<int64_t>(sizeof(uint32_t))) : 0;
+        partial = merge ? align(s.num_queries * plan.splits * kept * static_cast<int64_t>(sizeof(uint64_t))) : 0;
+        total = slots(s, plan) * slot + counts + partial + kAlign;
+    }
+};
+
+uint8_t* aligned(uint8_t* p) {
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + kAlign - 1) / kAlign * kAlign);
+}
+
+// Keys of several ranges, each in index order -> the k nearest by (distance, index), by counting.
+struct Part {
+    const uint64_t* keys;
+    uint32_t count;
+    int64_t base;
+};
+
+void write_sorted(const Part* parts, int64_t num_parts, int64_t k, int64_t bits, int32_t* distances, int64_t* indices) {
+    int64_t place[kMaxBits + 2];
+    std::fill(place, place + bits + 2, 0);
+    for (int64_t p = 0; p < num_parts; ++p)
+        for (uint32_t i = 0; i < parts[p].count; ++i) ++place[(parts[p].keys[i] >> 32) + 1];
+    for (int64_t d = 0; d <= bits; ++d) place[d + 1] += place[d];
+    for (int64_t p = 0; p < num_parts; ++p)
+        for (uint32_t i = 0; i < parts[p].count; ++i) {
+            const uint64_t key = parts[p].keys[i];
+            const int64_t at = place[key >> 32]++;
+            if (at >= k) continue;
+            distances[at] = static_cast<int32_t>(key >> 32);
+            indices[at] = parts[p].base + static_cast<int64_t>(key & 0xffffffffu);
+        }
+}
+
+Plan range_plan(const HammingShape& s) { return Plan(s, kRangeGroup); }
+
+uint32_t clamp_radius(const HammingShape& s) {
+    return static_cast<uint32_t>(std::min<int64_t>(s.k_or_radius, 8 * s.nbytes));
+}
+
+}  // namespace
+
+const char* hamming_last_isa() { return last_isa.load(); }
+void hamming_set_last_isa(const char* isa) { last_isa.store(isa); }
+
+int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes) {
+    const int64_t words = ceil_div(nbytes, 8);
+    // the queries in words, and one tile of word planes (at least one step of 64 codes)
+    return align(num_queries * words * 8) + 2 * kAlign + std::max<int64_t>(16384, 64 * words * 8) + 16384;
+}
+
+int64_t topk_capacity(int64_t n, int64_t k) {
+    return std::min(n, k + std::max<int64_t>(k, 64)) + kScanSlack;
+}
+
+void topk_compact(TopK& state, int64_t k) {
+    if (state.count < k) return;
+    uint32_t histogram[kMaxBits + 1];
+    uint32_t widest = 0;
+    for (uint32_t i = 0; i < state.count; ++i) widest = std::max(widest, static_cast<uint32_t>(state.keys[i] >> 32));
+    std::fill(histogram, histogram + widest + 1, 0);
+    for (uint32_t i = 0; i < state.count; ++i) ++histogram[state.keys[i] >> 32];
+    uint32_t cut = 0;
+    int64_t below = 0;
+    while (below + histogram[cut] < k) below += histogram[cut++];
+    int64_t at_cut = k - below;
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < state.count; ++i) {
+        const uint32_t d = static_cast<uint32_t>(state.keys[i] >> 32);
+        if (d < cut || (d == cut && at_cut-- > 0)) state.keys[kept++] = state.keys[i];
+    }
+    state.count = kept;
+    state.limit = cut;
+}
+
+size_t hamming_topk_workspace(const HammingShape& s) { return TopKMemory(s, topk_plan(s)).total; }
+
+void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s, int32_t* distances,
+                  int64_t* indices, uint8_t* workspace) {
+    const HammingKernel& kernel = kernel_for(isa);
+    const Plan plan = topk_plan(s);
+    const TopKMemory memory(s, plan);
+    const int64_t k = s.k_or_radius, bits = 8 * s.nbytes;
+    const int64_t capacity = topk_capacity(plan.split, k), kept = std::min(k, plan.split);
+    uint8_t* const base = aligned(workspace);
+    uint32_t* const counts = reinterpret_cast<uint32_t*>(base + slots(s, plan) * memory.slot);
+    uint64_t* const partial = reinterpret_cast<uint64_t*>(base + slots(s, plan) * memory.slot + memory.counts);
+
+    parallel_for(plan.tasks(), s.threads, [&](int64_t task, int slot) {
+        uint8_t* const mine = base + slot * memory.slot;
+        const HammingScan job = scan_of(plan, s, q, db, task, mine);
+        TopK* const states = reinterpret_cast<TopK*>(mine + memory.scratch);
+        uint64_t* const keys = reinterpret_cast<uint64_t*>(mine + memory.scratch + memory.states);
+        for (int64_t i = 0; i < job.num_queries; ++i)
+            states[i] = {keys + i * capacity, 0, static_cast<uint32_t>(bits + 1)};
+        kernel.topk(job, k, capacity, states);
+        const int64_t first_query = task / plan.splits * plan.group, split = task % plan.splits;
+        for (int64_t i = 0; i < job.num_queries; ++i) {
+            const int64_t query = first_query + i;
+            if (plan.splits == 1) {
+                const Part part{states[i].keys, states[i].count, 0};
+                write_sorted(&part, 1, k, bits, distances + query * k, indices + query * k);
+            } else {
+                counts[query * plan.splits + split] = states[i].count;
+                std::memcpy(partial + (query * plan.splits + split) * kept, states[i].keys,
+                            states[i].count * sizeof(uint64_t));
+            }
+        }
+    });
+    if (plan.splits == 1) return;
+    parallel_for(s.num_queries, s.threads, [&](int64_t query, int) {
+        std::vector<Part> parts(plan.splits);
+        for (int64_t p = 0; p < plan.splits; ++p)
+            parts[p] = {partial + (query * plan.splits + p) * kept, counts[query * plan.splits + p], p * plan.split};
+        write_sorted(parts.data(), plan.splits, k, bits, distances + query * k, indices + query * k);
+    });
+}
+
+int64_t hamming_range_splits(const HammingShape& s) { return range_plan(s).splits; }
+
+size_t hamming_range_workspace(const HammingShape& s) {
+    const Plan plan = range_plan(s);
+    return slots(s, plan) * align(scan_scratch_bytes(plan.group, s.nbytes)) + kAlign;
+}
+
+void hamming_range_count(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s,
+                         int64_t* offsets, uint8_t* workspace) {
+    const HammingKernel& kernel = kernel_for(isa);
+    const Plan plan = range_plan(s);
+    const int64_t slot_bytes = align(scan_scratch_bytes(plan.group, s.nbytes));
+    parallel_for(plan.tasks(), s.threads, [&](int64_t task, int slot) {
+        const HammingScan job = scan_of(plan, s, q, db, task, aligned(workspace) + slot * slot_bytes);
+        const int64_t first_query = task / plan.splits * plan.group, split = task % plan.splits;
+        kernel.count(job, clamp_radius(s), offsets + 1 + first_query * plan.splits + split, plan.splits);
+    });
+}
+
+void hamming_range_fill(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s,
+                        const int64_t* offsets, int32_t* distances, int64_t* indices, uint8_t* workspace) {
+    const HammingKernel& kernel = kernel_for(isa);
+    const Plan plan = range_plan(s);
+    const int64_t slot_bytes = align(scan_scratch_bytes(plan.group, s.nbytes));
+    parallel_for(plan.tasks(), s.threads, [&](int64_t task, int slot) {
+        const HammingScan job = scan_of(plan, s, q, db, task, aligned(workspace) + slot * slot_bytes);
+        const int64_t first_query = task / plan.splits * plan.group, split = task % plan.splits;
+        kernel.fill(job, clamp_radius(s), offsets + first_query * plan.splits + split, plan.splits, split * plan.split,
+                    distances, indices);
+    });
+}
+
+void hamming_distances(const std::string& isa, const uint8_t* q, const uint8_t* db, int64_t num_queries, int64_t n,
+                       int64_t nbytes, int threads, int32_t* out) {
+    const HammingKernel& kernel = kernel_for(isa);
+    const HammingShape s{num_queries, n, nbytes, 0, threads};
+    const Plan plan = range_plan(s);
+    parallel_for(plan.tasks(), threads, [&](int64_t task, int) {
+        std::vector<uint8_t> scratch(align(scan_scratch_bytes(plan.group, nbytes)) + kAlign);
+        const HammingScan job = scan_of(plan, s, q, db, task, aligned(scratch.data()));
+        kernel.table(job, out + task / plan.splits * plan.group * n + task % plan.splits * plan.split, n);
+    });
+}
+
+}  // namespace cmr
