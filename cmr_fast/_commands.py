@@ -1,0 +1,369 @@
+"""What the commands of cli.py do. Heavy imports stay inside the functions, so that --help is quick."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmr_fast._files import write_aside
+from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from cmr_fast import cli
+    from cmr_fast.data.pairs import PairedDataset, Pairs
+    from cmr_fast.methods.loop import Method, RunConfig
+
+SOURCE = "data.json"
+_CHUNK = 4096
+
+
+def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunConfig") -> None:
+    from cmr_fast.methods.loop import train as train_method
+    from cmr_fast.report import baselines_for, print_results, score
+
+    dataset = load_data(source.data, source.features)
+    out = str(settings.out).replace("<data>", dataset.name).replace("<seed>", str(settings.seed))
+    run = train_method(method, config, dataset, replace(settings, out=Path(out)))
+    record_source(run.path, source.data, source.features)
+    if settings.quiet:
+        return
+    with busy("measuring beside the baselines"):
+        rows = [score(method, run.model, dataset)]
+        rows += [score(name, model, dataset) for name, model in baselines_for([run.model], dataset)]
+    print_results(rows, title=f"{dataset.name}: {len(dataset.query)} queries, {len(dataset.database)} in the database")
+    best = run.results.get("best_epoch")
+    print(f"\nRun folder: {run.path}" + (f" (weights of epoch {best}, the best by validation)" if best else ""))
+    print("Next:")
+    for line in next_commands(run.path, codes=run.model.output == "code"):
+        print(f"  {line}")
+
+
+def next_commands(run: Path, codes: bool) -> list[str]:
+    """Commands to type after a training, each of which works as it stands."""
+    bits = "" if codes else " --bits"
+    return [
+        f"cmr-fast evaluate {run} --convention every --k 50",
+        f"cmr-fast encode {run} --modality image --split database{bits} --out {run}/images.npy",
+        f"cmr-fast encode {run} --modality text --split query{bits} --out {run}/queries.npy",
+        f"cmr-fast index {run}/images.npy --out {run}/images.cmrx",
+        f"cmr-fast search {run}/images.cmrx {run}/queries.npy --k 10 --out {run}/hits.csv",
+        f"cmr-fast report {run} --out {run}/report",
+    ]
+
+
+def encode(arguments: "cli.Encode") -> None:
+    import numpy as np
+
+    from cmr_fast.methods.loop import encode_all
+    from cmr_fast.ops import pack_codes
+
+    if arguments.real and arguments.bits:
+        raise InputError("--real and --bits exclude each other: expected one of them or none")
+    free(arguments.out, arguments.force)
+    model, dataset = open_run(arguments.trained, arguments.data, arguments.features)
+    pairs = split_of(dataset, arguments.split, arguments.trained)
+    with busy(f"encoding {len(pairs)} {arguments.modality} rows"):
+        values = encode_all(model, arguments.modality, getattr(pairs, arguments.modality))
+    packed = arguments.bits or (model.output == "code" and not arguments.real)
+    array = (pack_codes(values, threshold=0.0) if packed else values.float()).numpy()
+    with write_aside(arguments.out) as aside, open(aside, "wb") as file:
+        np.save(file, array)
+    what = f"packed codes of {values.shape[1]} bits" if packed else f"values of {values.shape[1]} dimensions"
+    print(f"{arguments.out}: {len(array)} {what}, {array.dtype} {array.shape}")
+
+
+def index(arguments: "cli.Index") -> None:
+    from cmr_fast.retrieval.index import HammingIndex
+
+    free(arguments.out, arguments.force)
+    parts = [read_array(path) for path in arguments.codes]
+    for path, part in zip(arguments.codes, parts, strict=True):
+        check_codes(part, path)
+        if part.shape[1] != parts[0].shape[1]:
+            raise InputError(
+                f"{path}: codes have {part.shape[1]} bytes, those of {arguments.codes[0]} have {parts[0].shape[1]}; "
+                "one index holds one code length"
+            )
+    ids = None if arguments.ids is None else read_array(arguments.ids)
+    total = sum(len(part) for part in parts)
+    if ids is not None and (ids.ndim != 1 or len(ids) != total or ids.dtype.kind not in "iu"):
+        raise InputError(f"{arguments.ids}: expected {total} integer ids, one per code, got {ids.dtype} {ids.shape}")
+    built = HammingIndex(arguments.bits or 8 * parts[0].shape[1])
+    start = 0
+    for part in track(parts, "adding files"):
+        if ids is None:
+            built.add(part)
+        else:
+            built.add(part, ids=ids[start : start + len(part)].astype("int64"))
+        start += len(part)
+    built.save(arguments.out)
+    print(f"{arguments.out}: {built.ntotal} codes of {built.bits} bits")
+
+
+def search(arguments: "cli.Search") -> None:
+    import numpy as np
+
+    from cmr_fast.retrieval.index import HammingIndex
+
+    if arguments.out is not None:
+        if arguments.out.suffix not in (".npz", ".csv"):
+            raise InputError(f"{arguments.out}: expected a name in .npz or .csv, got {arguments.out.suffix!r}")
+        free(arguments.out, arguments.force)
+    if arguments.k < 1:
+        raise InputError(f"k must be 1 or more, got {arguments.k}")
+    present(arguments.index)
+    loaded = HammingIndex.load(arguments.index)
+    queries = read_array(arguments.queries)
+    check_codes(queries, arguments.queries)
+    if len(queries) == 0:
+        raise InputError(f"{arguments.queries}: holds no query, expected at least one")
+    found = [
+        loaded.search(queries[start : start + _CHUNK], arguments.k, threads=arguments.threads)
+        for start in track(range(0, len(queries), _CHUNK), "searching")
+    ]
+    distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if arguments.out is not None:
+        write_hits(arguments.out, distances, ids)
+    table = new_table(f"The nearest of {loaded.ntotal} codes of {loaded.bits} bits: id (distance)", "query")
+    shown = min(5, arguments.k)
+    for rank in range(shown):
+        table.add_column(str(rank + 1), justify="right")
+    for query in range(min(arguments.show, len(queries))):
+        hits = zip(ids[query, :shown], distances[query, :shown], strict=True)
+        table.add_row(str(query), *(f"{i} ({d})" if i >= 0 else "-" for i, d in hits))
+    show(table)
+    more = len(queries) - arguments.show
+    if more > 0:
+        print(f"… and {more} more queries")
+    if arguments.out is not None:
+        print(f"{arguments.out}: {len(queries)} queries, {arguments.k} hits each")
+
+
+def write_hits(path: Path, distances: "np.ndarray", ids: "np.ndarray") -> None:
+    """distances int32 (Q, k) and ids int64 (Q, k) to .npz, or to .csv without the padding."""
+    import numpy as np
+
+    with write_aside(path) as aside:
+        if path.suffix == ".npz":
+            with open(aside, "wb") as file:
+                np.savez(file, distances=distances, ids=ids)
+            return
+        with open(aside, "w", newline="") as text:
+            writer = csv.writer(text)
+            writer.writerow(["query", "rank", "id", "distance"])
+            for query, (row_ids, row_distances) in enumerate(zip(ids.tolist(), distances.tolist(), strict=True)):
+                hits = zip(row_ids, row_distances, strict=True)
+                writer.writerows([query, rank, i, d] for rank, (i, d) in enumerate(hits, start=1) if i >= 0)
+
+
+def evaluate(arguments: "cli.Evaluate") -> None:
+    from cmr_fast.retrieval.metrics import CONVENTIONS, TIES
+
+    if arguments.out is not None:
+        free(arguments.out, arguments.force)
+    conventions = CONVENTIONS if arguments.convention == "every" else (arguments.convention,)
+    ties = TIES if arguments.ties == "every" else (arguments.ties,)
+    settings = [{"convention": c, "ties": t, "k": arguments.k} for c in conventions for t in ties]
+    files = [getattr(arguments, name) for name in _FILES]
+    if arguments.trained is not None:
+        if any(files):
+            raise InputError("expected a run folder or the four files, got both")
+        title, rows = _evaluate_run(arguments, settings)
+    else:
+        missing = [name for name, file in zip(_FILES, files, strict=True) if file is None]
+        if missing:
+            flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+            raise InputError(f"expected a run folder, or codes and labels of queries and database; not given: {flags}")
+        title, rows = _evaluate_files(arguments, files, settings)
+    cut = "the whole ranking" if arguments.k is None else f"k = {arguments.k}"
+    columns = [name for name in rows[0] if name not in ("convention", "ties", "k")]
+    table = new_table(f"mAP, {cut}: {title}", "convention", "ties")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row["convention"], row["ties"], *(_number(row[name]) for name in columns))
+    show(table)
+    if arguments.out is not None:
+        with write_aside(arguments.out) as aside:
+            aside.write_text(json.dumps(rows, indent=2) + "\n")
+        print(f"{arguments.out}: {len(rows)} rows")
+
+
+_FILES = ("query_codes", "database_codes", "query_labels", "database_labels")
+
+
+def _number(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _evaluate_run(arguments: "cli.Evaluate", settings: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    from cmr_fast.report import evaluate_many
+
+    model, dataset = open_run(arguments.trained, arguments.data, arguments.features)
+    with busy("evaluating"):
+        found = evaluate_many(model, dataset, settings)
+    rows = []
+    for setting, both in zip(settings, found, strict=True):
+        if isinstance(both, InputError):
+            if len(settings) == 1:
+                raise both
+            rows.append(setting | dict.fromkeys(("I2T", "T2I", "average"), f"- {both}"))
+            continue
+        i2t, t2i = both["i2t"].map, both["t2i"].map
+        rows.append(setting | {"I2T": i2t, "T2I": t2i, "average": (i2t + t2i) / 2})
+    return f"{model.name} on {dataset.name}", rows
+
+
+def _evaluate_files(
+    arguments: "cli.Evaluate", files: list[Path], settings: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
+
+    queries, database, query_labels, database_labels = arrays = [read_array(path) for path in files]
+    for path, array, labels in zip(files[:2], arrays[:2], arrays[2:], strict=True):
+        if len(array) != len(labels):
+            raise InputError(f"{path}: {len(array)} rows, but {len(labels)} labels; expected one per row")
+    rows = []
+    for setting in settings:
+        with busy("evaluating"):
+            labels = query_labels, database_labels
+            if queries.dtype.kind == "f":
+                result = evaluate_embeddings(queries, database, *labels, metric=arguments.metric, **setting)
+            else:
+                result = evaluate_codes(queries, database, *labels, bits=arguments.bits, **setting)
+        rows.append(setting | {"mAP": result.map})
+    return f"{len(queries)} queries, {len(database)} in the database", rows
+
+
+def report(arguments: "cli.Report") -> None:
+    from cmr_fast.report import print_results, write_report
+
+    loaded = [(path, *open_run(path, arguments.data, arguments.features)) for path in arguments.runs]
+    with busy("drawing"):
+        rows = write_report(loaded, arguments.out, with_baselines=arguments.baselines, force=arguments.force)
+    print_results(rows, title="Results")
+    print(f"\nReport: {arguments.out / 'index.html'}")
+
+
+def load_data(data: str, features: str | None = None) -> "PairedDataset":
+    from cmr_fast.data import load
+
+    with busy(f"reading {data}"):
+        return load(data, **({} if features is None else {"features": features}))
+
+
+def record_source(run: Path, data: str, features: str | None = None) -> None:
+    """Note beside a run where its data came from, so that later commands find them."""
+    where = str(Path(data).resolve()) if Path(data).exists() else data
+    with write_aside(run / SOURCE) as aside:
+        aside.write_text(json.dumps({"data": where, "features": features}) + "\n")
+
+
+def open_run(trained: Path, data: str | None, features: str | None) -> "tuple[Method, PairedDataset]":
+    """The model of a run, and the data asked for (None: its own). Raises InputError where they do not fit."""
+    from cmr_fast.methods.loop import load_model
+
+    present(trained)
+    model = load_model(trained)
+    recorded = (trained if trained.is_dir() else trained.parent) / SOURCE
+    source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    if data is None and "data" not in source:
+        raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
+    same = data is None or data == source.get("data")
+    dataset = load_data(data or source["data"], features or (source.get("features") if same else None))
+    for name in ("image", "text"):
+        needed, seen = getattr(model, f"{name}_dim"), getattr(dataset, f"{name}_dim")
+        if needed != seen:
+            raise InputError(f"{trained}: expects {name} features of {needed} dimensions, {dataset.name} has {seen}")
+    return model, dataset
+
+
+def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":
+    """The pairs of a split; train and valid as the run at `trained` divided them."""
+    config = (trained if trained.is_dir() else trained.parent) / "config.json"
+    if split in ("train", "valid") and dataset.valid is None and config.is_file():
+        run = json.loads(config.read_text())["run"]
+        if run["valid_fraction"] > 0:
+            dataset = dataset.hold_out(run["valid_fraction"], run["seed"])
+    pairs = getattr(dataset, split)
+    if pairs is None:
+        raise InputError(f"{dataset.name}: has no {split} split, and {trained} held none out")
+    return pairs
+
+
+def present(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+
+
+def free(path: Path, force: bool) -> None:
+    """Refuse to write over what is there; --force allows it, for files."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists already; --force overwrites it")
+
+
+def read_array(path: Path) -> "np.ndarray":
+    """A .npy file, mapped into memory; nothing in it is executed."""
+    import numpy as np
+
+    present(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy array of numbers ({error})") from error
+    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        raise InputError(f"{path}: expected one .npy array, got {type(array).__name__}")
+    return array
+
+
+def check_codes(codes: "np.ndarray", path: Path) -> None:
+    if codes.dtype.name != "uint8" or codes.ndim != 2:
+        raise InputError(f"{path}: expected packed codes, uint8 (N, bytes), got {codes.dtype} {codes.shape}")
+
+
+def new_table(title: str, *columns: str) -> "Table":
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def show(table: "Table") -> None:
+    """Print a table; its natural width where the output is not a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=200)
+    console.print(table)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on stderr while something without a length goes on; nothing where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def track(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """A progress bar on stderr; nothing where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    return rich_track(items, description=what, console=Console(stderr=True), transient=True)

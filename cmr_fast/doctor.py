@@ -1,0 +1,205 @@
+"""What this installation can do, and why: versions, processor, instruction set, backends per op, extras, data."""
+
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import Any
+
+CPU_FLAGS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512_vpopcntdq",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
+VARIABLES = (
+    "CMR_FAST_DATA",
+    "CMR_FAST_BACKEND",
+    "CMR_FAST_ISA",
+    "CMR_FAST_THREADS",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `cmr-fast doctor` prints, as JSON values. Never raises for something that is merely absent."""
+    import torch
+
+    import cmr_fast
+    from cmr_fast.ops import _dispatch
+
+    return {
+        "cmr_fast": {"version": cmr_fast.__version__, "path": str(Path(cmr_fast.__file__).parent)},
+        "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
+        "libraries": {name: _version(name) for name in _requirements("")},
+        "cpu": _cpu() | {"torch_threads": torch.get_num_threads()},
+        "gpu": _gpu(torch),
+        "instruction_set": _instruction_set(_dispatch),
+        "ops": {
+            op: {device: _backends(_dispatch, torch, op, device, names) for device, names in devices.items()}
+            for op, devices in _dispatch.BACKENDS.items()
+        },
+        "extras": {extra: {name: _version(name) for name in _requirements(extra)} for extra in _extras()},
+        "data": _data(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _extras() -> list[str]:
+    try:
+        return [extra for extra in metadata("cmr-fast").get_all("Provides-Extra") or [] if extra != "all"]
+    except PackageNotFoundError:
+        return []
+
+
+def _requirements(extra: str) -> list[str]:
+    """The packages that this installation's metadata names for `extra` ("" for what is always needed)."""
+    try:
+        lines = requires("cmr-fast") or []
+    except PackageNotFoundError:
+        return []
+    wanted = [line for line in lines if extra == "".join(re.findall(r"extra == ['\"]([^'\"]+)", line))]
+    return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": model,
+        "machine": platform.machine(),
+        "usable_processors": usable,
+        "features": [f for f in CPU_FLAGS if f in flags],
+    }
+
+
+def _gpu(torch: Any) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "why": "torch sees CUDA",
+        }
+    why = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device or driver"
+    return {"devices": [], "why": why}
+
+
+def _instruction_set(dispatch: Any) -> dict[str, Any]:
+    """`runs`: the one that native CPU ops use, None where there is no native module; `why`; `available` best first."""
+    module = dispatch.native()
+    if isinstance(module, ImportError):
+        return {
+            "runs": None,
+            "why": f"cmr_fast._cpu cannot be imported ({module}); `pip install .` builds it",
+            "available": [],
+        }
+    available = list(module.available_isas())
+    try:
+        runs = dispatch.choose_isa()
+    except ValueError as error:
+        return {"runs": None, "why": str(error), "available": available}
+    forced = os.environ.get("CMR_FAST_ISA")
+    why = f"forced by CMR_FAST_ISA={forced}" if forced else "the best that this processor and this build have"
+    return {"runs": runs, "why": why, "available": available}
+
+
+def _backends(dispatch: Any, torch: Any, op: str, device: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Which backend would run `op`, and for each candidate 'available' or the reason why not."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return {"runs": None, "candidates": dict.fromkeys(names, "no CUDA device here")}
+    candidates = {name: dispatch.unavailable(name, device) or "available" for name in names}
+    try:
+        return {"runs": dispatch.choose_backend(op, device), "candidates": candidates}
+    except ValueError as error:
+        return {"runs": None, "candidates": candidates, "error": str(error)}
+
+
+def _data() -> dict[str, Any]:
+    root = os.environ.get("CMR_FAST_DATA")
+    if root is None:
+        return {
+            "root": None,
+            "sets": [],
+            "why": "CMR_FAST_DATA is not set: give --data a path, or `shapes` for the built-in set",
+        }
+    folder = Path(root)
+    if not folder.is_dir():
+        return {"root": root, "sets": [], "why": f"CMR_FAST_DATA={root} is not a folder"}
+    return {"root": root, "sets": sorted(p.name for p in folder.iterdir() if p.is_dir()), "why": "CMR_FAST_DATA"}
+
+
+def print_report(found: dict[str, Any]) -> None:
+    """`examine()` for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=bool(columns)
+        )
+        for column in columns:
+            made.add_column(column)
+        return made
+
+    python, cpu, isa, gpu, data = (found[name] for name in ("python", "cpu", "instruction_set", "gpu", "data"))
+    head = table("cmr-fast " + found["cmr_fast"]["version"])
+    head.add_row("installed in", found["cmr_fast"]["path"])
+    head.add_row("python", f"{python['version']}  {python['executable']}")
+    head.add_row("system", python["system"])
+    head.add_row("processor", f"{cpu['model']}, {cpu['usable_processors']} usable")
+    head.add_row("its features", " ".join(cpu["features"]) or "not known on this system")
+    head.add_row("instruction set", f"[bold]{isa['runs'] or 'none'}[/bold]: {isa['why']}")
+    head.add_row("  to choose from", ", ".join(isa["available"]) or "none")
+    head.add_row("GPU", f"{', '.join(gpu['devices']) or 'none'}: {gpu['why']}")
+    head.add_row("data", f"{data['root'] or 'none'}: {', '.join(data['sets']) or data['why']}")
+    for name, value in found["environment"].items():
+        head.add_row(f"  {name}", value)
+    console.print(head, "")
+
+    ops = table("Backends", "op", "device", "runs", "candidates, in order of preference")
+    for op, devices in found["ops"].items():
+        for device, backend in devices.items():
+            reasons = "; ".join(f"{name}: {why}" for name, why in backend["candidates"].items())
+            ops.add_row(op, device, f"[bold]{backend['runs'] or 'none'}[/bold]", backend.get("error") or reasons)
+    console.print(ops, "")
+
+    libraries = table("Libraries")
+    libraries.add_row("  ".join(f"{name} {seen or '[red]missing[/red]'}" for name, seen in found["libraries"].items()))
+    console.print(libraries, "")
+
+    extras = table("Optional extras", "extra", "state", "packages")
+    for name, packages in found["extras"].items():
+        missing = [package for package, seen in packages.items() if seen is None]
+        state = (
+            f'[yellow]missing {", ".join(missing)}[/yellow]: pip install "cmr-fast\\[{name}]"'
+            if missing
+            else "[green]installed[/green]"
+        )
+        extras.add_row(name, state, ", ".join(f"{p} {v}" for p, v in packages.items() if v))
+    console.print(extras)

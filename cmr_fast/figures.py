@@ -1,0 +1,154 @@
+"""The papers' figures as PNG files: one function per figure, arrays in, one file out, one look for all.
+
+Colours are Okabe and Ito's, told apart by people with colour-blindness; every line also has its own dash and marker,
+so the figures survive a grey printer.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmr_fast._files import write_aside
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+MARKERS = "osD^vP*"
+CLASS_COLOURS = (*COLOURS, "#882255", "#999933", "#BBBBBB")
+IMAGE_COLOUR, TEXT_COLOUR = "#D55E00", "#0072B2"  # the paper's red and blue
+DIRECTIONS = {"i2t": "image query, texts ranked", "t2i": "text query, images ranked"}
+STYLE = {
+    "figure.dpi": 120,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+}
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""x and y of one line."""
+
+
+def plot_directions(
+    path: Path, title: str, curves: Mapping[str, Mapping[str, Curve]], xlabel: str, ylabel: str, *, log_x: bool = False
+) -> None:
+    """Two panels, i2t and t2i, one line per name. curves[name]["i2t" or "t2i"] = (x, y)."""
+    with _panels(path, title, 1, 2, (8.6, 3.7)) as (figure, axes):
+        for axis, direction in zip(axes, DIRECTIONS, strict=True):
+            for number, (name, both) in enumerate(curves.items()):
+                x, y = both[direction]
+                axis.plot(x, y, label=name, markevery=max(1, math.ceil(len(x) / 8)), **_look(number))
+            axis.set_title(DIRECTIONS[direction])
+            axis.set_xlabel(xlabel)
+            if log_x:
+                axis.set_xscale("log")
+                axis.xaxis.set_major_formatter("{x:g}")
+        top = max(axis.get_ylim()[1] for axis in axes)
+        for axis in axes:
+            axis.set_ylim(0, min(1.02, top))
+        axes[0].set_ylabel(ylabel)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / math.ceil(len(labels) / 4))
+        )
+
+
+def plot_losses(
+    path: Path, title: str, epochs: Sequence[float], panels: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """One panel per entry: panels[panel title][line name] = one value per epoch, NaN where there is none."""
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with _panels(path, title, rows, columns, (3.9 * columns, 3.1 * rows)) as (_, axes):
+        for axis, (panel, lines) in itertools.zip_longest(axes, panels.items(), fillvalue=("", {})):
+            if not lines:
+                axis.set_axis_off()
+                continue
+            for number, (name, values) in enumerate(lines.items()):
+                there = np.isfinite(values)
+                look = _look(number) | {"marker": "o" if there.sum() <= 12 else ""}
+                axis.plot(np.asarray(epochs)[there], values[there], label=name, **look)
+            axis.set_title(panel)
+            axis.set_xlabel("epoch")
+            axis.set_xlim(min(epochs) - 0.02 * len(epochs), max(epochs) + 0.02 * len(epochs))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            if len(lines) > 1:
+                axis.legend()
+
+
+def plot_tsne(
+    path: Path, title: str, image: np.ndarray, text: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str]
+) -> None:
+    """t-SNE of both modalities together, float (N, d) each: by modality and, given `labels` (N,), by class."""
+    points = _tsne(np.concatenate([image, text]))
+    modality = np.repeat([0, 1], [len(image), len(text)])
+    panels = 1 if labels is None else 2
+    with _panels(path, title, 1, panels, (4.4 * panels, 4.6)) as (_, axes):
+        order = np.random.default_rng(0).permutation(len(points))  # neither modality hides the other
+        colours = np.where(modality == 0, IMAGE_COLOUR, TEXT_COLOUR)
+        axes[0].scatter(*points[order].T, c=colours[order], s=9, alpha=0.75, linewidths=0)
+        for name, colour in (("image", IMAGE_COLOUR), ("text", TEXT_COLOUR)):
+            axes[0].scatter([], [], c=colour, s=22, label=name)
+        axes[0].set_title("by modality")
+        if labels is not None:
+            classes = np.concatenate([labels, labels])
+            for number in np.unique(classes):
+                name = class_names[number] if number < len(class_names) else f"class {number}"
+                there = classes == number
+                colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+                axes[1].scatter(*points[there].T, c=colour, s=9, alpha=0.75, linewidths=0, label=name)
+            axes[1].set_title("by class")
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set_visible(True)
+            axis.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, fontsize=8, markerscale=1.5, columnspacing=1
+            )
+
+
+def _tsne(points: np.ndarray) -> np.ndarray:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.astype(np.float32))
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+@contextmanager
+def _panels(
+    path: Path, title: str, rows: int, columns: int, size: tuple[float, float]
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure of rows x columns axes, saved to `path` when the body ends; needs no display, leaves no global state."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size)
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        figure.suptitle(title, fontweight="bold", fontsize=11)
+        yield figure, list(axes.flat)
+        with write_aside(path) as aside:
+            figure.savefig(aside)

@@ -1,0 +1,330 @@
+"""Results tables and the papers' figures from trained runs: scores, PNG files and an index page."""
+
+import csv
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cmr_fast import figures
+from cmr_fast._files import write_aside
+from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cmr_fast.data.pairs import PairedDataset
+    from cmr_fast.retrieval.metrics import RetrievalResult
+
+CUT = 50
+TSNE_POINTS = 1000
+_CHEAP_CCA = 2048  # CCA takes an eigendecomposition of each feature covariance
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one data set: {"i2t", "t2i"} under mAP(all) and under mAP@50 over the hits found."""
+
+    name: str
+    data: str
+    whole: "Mapping[str, RetrievalResult]"
+    top: "Mapping[str, RetrievalResult]"
+
+    def numbers(self) -> tuple[float, ...]:
+        """I2T, T2I, average under mAP(all), then the same under mAP@50 (hits)."""
+        both = [(float(found["i2t"].map), float(found["t2i"].map)) for found in (self.whole, self.top)]
+        return tuple(value for i2t, t2i in both for value in (i2t, t2i, (i2t + t2i) / 2))
+
+
+COLUMNS = (
+    *("I2T mAP(all)", "T2I mAP(all)", "average mAP(all)"),
+    *(f"I2T mAP@{CUT} hits", f"T2I mAP@{CUT} hits", f"average mAP@{CUT} hits"),
+)
+
+
+def evaluate_many(
+    model: Any, dataset: "PairedDataset", settings: Sequence[Mapping[str, Any]]
+) -> "list[dict[str, RetrievalResult] | InputError]":
+    """`evaluate_model` under several settings (k, convention, ties), each side encoded once.
+
+    A setting that the metrics refuse gives its InputError in that place.
+    """
+    from cmr_fast.methods.loop import encode_all
+    from cmr_fast.ops import pack_codes
+    from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
+
+    modalities = ("image", "text")
+    query = {m: encode_all(model, m, getattr(dataset.query, m)) for m in modalities}
+    database = query
+    if dataset.database is not dataset.query:
+        database = {m: encode_all(model, m, getattr(dataset.database, m)) for m in modalities}
+    labels = dataset.query.labels, dataset.database.labels
+
+    def compare(asked: str, answered: str, setting: Mapping[str, Any]) -> "RetrievalResult":
+        if model.output == "embedding":
+            return evaluate_embeddings(query[asked], database[answered], *labels, metric=model.metric, **setting)
+        codes = [pack_codes(side, threshold=0.0) for side in (query[asked], database[answered])]
+        return evaluate_codes(*codes, *labels, bits=query[asked].shape[1], **setting)
+
+    found: list[dict[str, RetrievalResult] | InputError] = []
+    for setting in settings:
+        try:
+            found.append({"i2t": compare("image", "text", setting), "t2i": compare("text", "image", setting)})
+        except InputError as error:
+            found.append(error)
+    return found
+
+
+def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
+    """Both directions under both conventions of the results table. Raises InputError where the metrics refuse."""
+    settings = [{"convention": "all"}, {"convention": "topk_hits", "k": CUT}]
+    whole, top = evaluate_many(model, dataset, settings)
+    for found in (whole, top):
+        if isinstance(found, InputError):
+            raise found
+    return Score(name, dataset.name, whole, top)  # type: ignore[arg-type]
+
+
+def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple[str, Any]]:
+    """To set beside `models`: CCA for embeddings, CCA-ITQ per code length (where they take seconds), random."""
+    from cmr_fast.methods.baselines import CCA, CCAITQ, Random
+
+    models = list(models)
+    code_bits = sorted({bits for model in models if (bits := _bits(model))})
+    found: list[tuple[str, Any]] = []
+    if max(dataset.image_dim, dataset.text_dim) <= _CHEAP_CCA:
+        if any(model.output == "embedding" for model in models):
+            dim = min(7, dataset.image_dim, dataset.text_dim)
+            found.append((f"CCA, {dim} dims", CCA(dim).fit(dataset.train)))
+        found += [(f"CCA-ITQ, {bits} bits", CCAITQ(bits).fit(dataset.train)) for bits in code_bits]
+    bits = code_bits[0] if code_bits else 64
+    return [*found, (f"random, {bits} bits", Random(bits).fit(dataset.train))]
+
+
+def print_results(scores: Sequence[Score], title: str) -> None:
+    """The results table on standard output; the best of each column in bold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    several = len({s.data for s in scores}) > 1
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("")
+    if several:
+        table.add_column("data")
+    for convention in ("mAP(all)", f"mAP@{CUT} hits"):
+        for what in ("I2T", "T2I", "average"):
+            table.add_column(f"{convention}\n{what}" if what == "I2T" else f"\n{what}", justify="right")
+    for s in scores:
+        best = np.max([other.numbers() for other in scores if other.data == s.data], axis=0)
+        numbers = zip(s.numbers(), best, strict=True)
+        cells = [f"[bold]{n:.3f}[/bold]" if n == top else f"{n:.3f}" for n, top in numbers]
+        table.add_row(s.name, *([s.data] if several else []), *cells)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+
+
+Loaded = tuple[Path, Any, "PairedDataset"]
+
+
+def write_report(runs: Sequence[Loaded], out: Path, *, with_baselines: bool = True, force: bool = False) -> list[Score]:
+    """Figures, results.csv, README.md and index.html in the folder `out`; returns the rows of the table.
+
+    runs     (run folder, its model, its data set) each; runs on one data set share their curves
+    force    write over the files of an earlier report; anything else in the folder stays as it is
+    Raises InputError where `out` holds a report already (without force) or is a file.
+    """
+    if not runs:
+        raise InputError("a report needs at least one run, got none")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a folder to write")
+    if (out / "README.md").exists() and not force:
+        raise InputError(f"{out}: holds a report already; --force writes over it")
+    out.mkdir(parents=True, exist_ok=True)
+    names = _names([(path, model) for path, model, _ in runs])
+    scores: list[Score] = []
+    pages: list[tuple[str, str]] = []  # (file, caption)
+    groups: dict[str, list[int]] = {}
+    for number, (_, _, dataset) in enumerate(runs):
+        groups.setdefault(dataset.name, []).append(number)
+    for data, members in groups.items():
+        dataset = runs[members[0]][2]
+        group = [score(names[i], runs[i][1], runs[i][2]) for i in members]
+        if with_baselines:
+            models = [runs[i][1] for i in members]
+            group += [score(name, model, dataset) for name, model in baselines_for(models, dataset)]
+        scores += group
+        pages += draw_curves(group, out, data, suffix="" if len(groups) == 1 else f"-{_slug(data)}")
+    for number, (path, model, dataset) in enumerate(runs):
+        suffix = "" if len(runs) == 1 else f"-{_slug(names[number])}"
+        pages += draw_run(path, model, dataset, out, names[number], suffix)
+    write_index(out, scores, pages)
+    return scores
+
+
+def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "") -> list[tuple[str, str]]:
+    """Precision-scope, precision at K, precision-recall of models on one data set; returns (file, caption) of each."""
+    database = scores[0].whole["i2t"].num_database
+    drawn = []
+
+    def figure(file: str, caption: str, curves: Mapping[str, Any], xlabel: str, ylabel: str, **options: Any) -> None:
+        figures.plot_directions(out / file, f"{caption.partition(' (')[0]}, {data}", curves, xlabel, ylabel, **options)
+        drawn.append((file, f"{caption}, {data}"))
+
+    def precision(ks: np.ndarray) -> dict[str, dict[str, figures.Curve]]:
+        return {s.name: {d: (ks, np.asarray(found.precision_at(ks))) for d, found in s.whole.items()} for s in scores}
+
+    last = min(1000, database)
+    scope = np.unique(np.linspace(min(50, last), last, 40).astype(int))
+    caption = "Precision-scope (ACMR, Fig. 3)"
+    figure(f"precision-scope{suffix}.png", caption, precision(scope), "scope K (items shown)", "precision")
+    ks = np.unique(np.geomspace(1, last, 40).astype(int))
+    caption = "Precision at K (CMIMH, Fig. 4)"
+    figure(f"precision-at-k{suffix}.png", caption, precision(ks), "K (items shown)", "precision at K", log_x=True)
+    by_rank = {s.name: {d: _thin(*s.whole[d].precision_recall_by_rank()) for d in s.whole} for s in scores}
+    figure(f"precision-recall{suffix}.png", "Precision-recall by rank (CMIMH, Fig. 5)", by_rank, "recall", "precision")
+    coded = [s for s in scores if s.whole["i2t"].bits is not None]
+    if coded:
+        by_radius = {s.name: {d: _by_radius(found) for d, found in s.whole.items()} for s in coded}
+        caption = "Precision-recall by Hamming radius (pairs pooled)"
+        figure(f"precision-recall-radius{suffix}.png", caption, by_radius, "recall", "precision")
+    return drawn
+
+
+def draw_run(
+    path: Path, model: Any, dataset: "PairedDataset", out: Path, name: str, suffix: str = ""
+) -> list[tuple[str, str]]:
+    """Loss curves from the run's metrics.csv, and t-SNE of the query split; returns (file, caption) of each."""
+    drawn = []
+    history = read_history(path)
+    panels = loss_panels(history)
+    if panels:
+        file = f"losses{suffix}.png"
+        figures.plot_losses(out / file, f"Training of {name}, {dataset.name}", history["epoch"].tolist(), panels)
+        drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
+    if len(dataset.query) >= 5:
+        from cmr_fast.methods.loop import encode_all
+
+        rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:TSNE_POINTS])
+        points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
+        if model.output == "embedding" and model.metric == "cosine":
+            points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
+        elif model.output == "code":
+            points = {m: np.where(x >= 0, 1.0, -1.0) for m, x in points.items()}
+        labels = None if dataset.query.multi_label else dataset.query.labels.numpy()[rows]
+        file = f"tsne{suffix}.png"
+        title = f"t-SNE of {name}, {dataset.name}"
+        figures.plot_tsne(out / file, title, points["image"], points["text"], labels, dataset.class_names)
+        drawn.append((file, f"t-SNE of {len(rows)} query pairs in the common space (ACMR, Fig. 4), {name}"))
+    return drawn
+
+
+def read_history(run: Path) -> dict[str, np.ndarray]:
+    """metrics.csv by column, float64 (epochs,), NaN where a value is missing. Empty where there is no such file."""
+    file = (run if run.is_dir() else run.parent) / "metrics.csv"
+    if not file.is_file():
+        return {}
+    with open(file, newline="") as text:
+        rows = list(csv.DictReader(text))
+    try:
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: expected one number per column and epoch ({error})") from error
+
+
+def loss_panels(history: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Fig. 5's embedding and adversarial loss (where a method has them), validation mAP, then each term."""
+    first = [name for name in ("embedding_loss", "adversarial_loss", "loss") if name in history]
+    panels = {name.replace("_", " "): {name: history[name]} for name in first}
+    valid = {"I2T": "valid_i2t", "T2I": "valid_t2i", "average": "valid_map"}
+    if "valid_map" in history:
+        panels["validation mAP(all)"] = {line: history[name] for line, name in valid.items() if name in history}
+    for name, values in history.items():
+        if name not in first and name not in ("epoch", "seconds") and not name.startswith("valid_"):
+            stem, _, side = name.rpartition("_")
+            title, line = (stem, side) if side in ("image", "text") else (name, name)
+            panels.setdefault(title.replace("_", " "), {})[line] = values
+    return panels
+
+
+def write_index(out: Path, scores: Sequence[Score], pages: Sequence[tuple[str, str]]) -> None:
+    """results.csv, README.md and index.html: the table and every figure with its caption."""
+    rows = [[s.name, s.data, *(f"{n:.4f}" for n in s.numbers())] for s in scores]
+    head = ["model", "data", *COLUMNS]
+    with write_aside(out / "results.csv") as aside, open(aside, "w", newline="") as text:
+        csv.writer(text).writerows([head, *rows])
+    note = (
+        "I2T: image queries rank texts; T2I: text queries rank images. mAP(all) divides by all relevant items "
+        f"(convention `all`), mAP@{CUT} hits by those among the first {CUT} (`topk_hits`)."
+    )
+    table = [head, ["---", "---", *["---:"] * len(COLUMNS)], *rows]
+    lines = ["# Results", "", *map(_row, table), "", note, ""]
+    for file, caption in pages:
+        lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
+    with write_aside(out / "README.md") as aside:
+        aside.write_text("\n".join(lines))
+    cells = "".join(f"<tr>{_cells('td', row)}</tr>\n" for row in rows)
+    body = "".join(_FIGURE.format(file=html.escape(file), caption=html.escape(caption)) for file, caption in pages)
+    with write_aside(out / "index.html") as aside:
+        aside.write_text(_PAGE.format(head=_cells("th", head), cells=cells, note=note, body=body))
+
+
+_FIGURE = '<figure><img src="{file}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>cmr-fast report</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; }}
+td:nth-child(n+3) {{ text-align: right; font-variant-numeric: tabular-nums; }}
+figure {{ margin: 2rem 0; }} img {{ max-width: 100%; height: auto; }} figcaption {{ color: #555; }}
+</style>
+<h1>Results</h1>
+<table><tr>{head}</tr>
+{cells}</table>
+<p>{note}</p>
+{body}</html>
+"""
+
+
+def _cells(tag: str, values: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
+    """Short names: method, bits, seed; the folder's name too where two would be the same."""
+    names = []
+    for path, model in runs:
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        seed = json.loads(config.read_text())["run"]["seed"] if config.is_file() else None
+        bits = _bits(model)
+        names.append(model.name.upper() + (f", {bits} bits" if bits else "") + (f", seed {seed}" if seed else ""))
+    folders = [path.name if path.is_dir() else path.parent.name for path, _ in runs]
+    return [n if names.count(n) == 1 else f"{n} ({folder})" for n, folder in zip(names, folders, strict=True)]
+
+
+def _bits(model: Any) -> int | None:
+    return getattr(model.config, "bits", None) if model.output == "code" else None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _thin(precision: np.ndarray, recall: np.ndarray) -> figures.Curve:
+    """At most about 200 of the points, the first ranks kept denser."""
+    precision, recall = np.asarray(precision), np.asarray(recall)
+    rows = np.unique(np.geomspace(1, len(recall), 200).astype(int)) - 1
+    return recall[rows], precision[rows]
+
+
+def _by_radius(result: "RetrievalResult") -> figures.Curve:
+    precision, recall = (np.asarray(x) for x in result.precision_recall_by_radius(average="micro", empty="skip")[:2])
+    there = np.isfinite(precision)
+    return recall[there], precision[there]
