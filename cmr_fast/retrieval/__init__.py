@@ -1,0 +1,16 @@
+"""Search and evaluation: HammingIndex, and retrieval metrics by named convention and tie rule."""
+
+from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, convention_table, tie_table
+from cmr_fast.retrieval.index import HammingIndex
+from cmr_fast.retrieval.metrics import RetrievalResult, evaluate_codes, evaluate_embeddings
+
+__all__ = [
+    "CONVENTIONS",
+    "TIES",
+    "HammingIndex",
+    "RetrievalResult",
+    "convention_table",
+    "evaluate_codes",
+    "evaluate_embeddings",
+    "tie_table",
+]
