@@ -26,9 +26,9 @@ def hamming_range(q: np.ndarray, db: np.ndarray, radius: int) -> tuple[np.ndarra
     """Everything at distance <= radius, in index order within a query."""
     table = hamming_distances(q, db)
     hits = [np.flatnonzero(row <= radius) for row in table]
-    lims = np.concatenate([[0], np.cumsum([len(h) for h in hits])]).astype(np.int64)
-    distances = np.concatenate([row[h] for row, h in zip(table, hits, strict=True)] or [np.empty(0)]).astype(np.int32)
-    return lims, distances, np.concatenate(hits or [np.empty(0)]).astype(np.int64)
+    lims = np.cumsum([0] + [len(h) for h in hits], dtype=np.int64)
+    distances = np.concatenate([np.empty(0, np.int32)] + [row[h] for row, h in zip(table, hits, strict=True)])
+    return lims, distances, np.concatenate([np.empty(0, np.int64), *hits])
 
 
 def pack_codes(bits: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ indexes. Unused bits of the last byte must be 0. Widths from 1 to 4096 bits. Res
 lower index, whatever the backend, the instruction set and the number of threads.
 """
 
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
             raise InputError("x must not hold NaN: a NaN has no sign to pack")
         if threshold is None and values.numel() and bool(((values == 0) | (values == 1)).all()):
             raise InputError(
-                "x is float and every value is 0 or 1: `x >= 0` would set every bit; pass threshold=0.5 to pack {0, 1} bits, "
-                "or threshold=0 where >= 0 is really meant"
+                "x is float and every value is 0 or 1, so `x >= 0` would set every bit: expected threshold=0.5 to pack "
+                "{0, 1} bits, or threshold=0 where >= 0 is really meant"
             )
         bits = values >= (0.0 if threshold is None else threshold)
     else:
@@ -116,14 +117,14 @@ def _as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
 
 
 class _SharedMemory:
-    """A read-only array (a memory map, say) as one that torch takes without a copy or a warning; the ops never write."""
+    """A read-only array (a memory map, say) as one that torch takes as it is; the ops never write to it."""
 
     def __init__(self, x: np.ndarray) -> None:
         self.owner = x
         self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}
 
 
-def _like_input(result: Tensor, was_numpy: bool):  # noqa: ANN202
+def _like_input(result: Tensor, was_numpy: bool) -> Any:
     return result.numpy() if was_numpy else result
 
 
@@ -157,9 +158,6 @@ def _check_bits(bits: int | None, nbytes: int) -> int:
     if not 8 * (nbytes - 1) < bits <= 8 * nbytes:
         raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits}")
     return int(bits)
-
-
-# --- the registered ops: torch tensors only, arguments already checked ---
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
@@ -239,7 +237,7 @@ def _distances(q: Tensor, db: Tensor, backend: str | None, threads: int | None) 
     return out
 
 
-def _torch_blocks(q: Tensor, db: Tensor):  # noqa: ANN202
+def _torch_blocks(q: Tensor, db: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of the distance table, int32, by products of +-1: exact in float32 up to 2^24 bits."""
     if len(q) == 0 or len(db) == 0:
         return

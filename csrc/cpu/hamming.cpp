@@ -226,6 +226,19 @@ void hamming_range_fill(const std::string& isa, const uint8_t* q, const uint8_t*
     });
 }
 
+int64_t hamming_arithmetic(const std::string& isa, int64_t nbytes, int64_t rounds) {
+    constexpr int64_t kQueries = 8, kCodes = 4096;
+    std::vector<uint8_t> q(kQueries * nbytes), db(kCodes * nbytes);
+    uint32_t random = 1;
+    for (auto* v : {&q, &db})
+        for (uint8_t& byte : *v) byte = static_cast<uint8_t>((random = random * 1664525u + 1013904223u) >> 24);
+    std::vector<uint8_t> scratch(align(scan_scratch_bytes(kQueries, nbytes)) + kAlign);
+    uint64_t checksum = 0;
+    const HammingScan job{q.data(), kQueries, db.data(), kCodes, nbytes, aligned(scratch.data())};
+    const int64_t pairs = kernel_for(isa).arithmetic(job, rounds, &checksum);
+    return checksum ? pairs : 0;
+}
+
 void hamming_distances(const std::string& isa, const uint8_t* q, const uint8_t* db, int64_t num_queries, int64_t n,
                        int64_t nbytes, int threads, int32_t* out) {
     const HammingKernel& kernel = kernel_for(isa);

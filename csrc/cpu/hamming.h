@@ -33,6 +33,8 @@ struct HammingKernel {
     void (*fill)(const HammingScan&, uint32_t radius, const int64_t* offsets, int64_t stride, int64_t base,
                  int32_t* distances, int64_t* indices);
     void (*table)(const HammingScan&, int32_t* out, int64_t row_stride);
+    // how many pairs were xor-ed, counted and added, with nothing else done: what a benchmark calls the limit
+    int64_t (*arithmetic)(const HammingScan&, int64_t rounds, uint64_t* checksum);
 };
 
 extern const HammingKernel hamming_scalar;
@@ -68,6 +70,8 @@ void hamming_range_count(const std::string& isa, const uint8_t* q, const uint8_t
                          int64_t* offsets, uint8_t* workspace);
 void hamming_range_fill(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape&,
                         const int64_t* offsets, int32_t* distances, int64_t* indices, uint8_t* workspace);
+
+int64_t hamming_arithmetic(const std::string& isa, int64_t nbytes, int64_t rounds);
 
 void hamming_distances(const std::string& isa, const uint8_t* q, const uint8_t* db, int64_t num_queries, int64_t n,
                        int64_t nbytes, int threads, int32_t* out);

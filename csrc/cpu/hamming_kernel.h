@@ -205,6 +205,43 @@ struct Scan {
         }
     }
 
+    // The bound: xor, popcount and add alone, over one tile in the first-level cache. Returns a checksum.
+    uint64_t arithmetic(int64_t rounds) const {
+        constexpr int kWords = W ? W : 1;
+        const int64_t count = std::min(tile_codes, job.n) / kStep * kStep;
+        const word* codes = tile(0, count);
+        reg q[kQueries][kWords], total[kQueries];
+        for (int j = 0; j < kQueries; ++j) {
+            total[j] = V::splat(0);
+            for (int w = 0; w < kWords; ++w) q[j][w] = V::splat(query_words[j % job.num_queries * words + w]);
+        }
+        for (int64_t round = 0; round < rounds; ++round)
+            for (int64_t at = 0; at < count; at += V::lanes)
+                for (int64_t begin = 0; begin < words; begin += kWords) {
+                    reg x[kWords];
+#pragma GCC unroll 8
+                    for (int w = 0; w < kWords; ++w) x[w] = V::load(codes + at * words + (begin + w) * V::lanes);
+#pragma GCC unroll 8
+                    for (int j = 0; j < kQueries; ++j) {
+                        typename V::sum bits = V::zero();
+#pragma GCC unroll 8
+                        for (int w = 0; w < kWords; ++w) bits = V::add_popcount(bits, V::bit_xor(q[j][w], x[w]));
+                        total[j] = V::add(total[j], V::finish(bits));
+                    }
+                }
+        uint64_t checksum = 0;
+        alignas(64) int32_t row[V::lanes];
+        for (int j = 0; j < kQueries; ++j) {
+            V::store_int32(row, total[j]);
+            for (int lane = 0; lane < V::lanes; ++lane) checksum += static_cast<uint32_t>(row[lane]);
+        }
+        return checksum;
+    }
+
+    int64_t arithmetic_pairs(int64_t rounds) const {
+        return kQueries * (std::min(tile_codes, job.n) / kStep * kStep) * rounds;
+    }
+
     void table(int32_t* out, int64_t row_stride) const {
         alignas(64) int32_t row[V::lanes];
         for (int64_t first = 0; first < job.n; first += tile_codes) {
@@ -349,11 +386,19 @@ void search(const S& scan, int64_t k, int64_t capacity, TopK* states) {
             scan.run(sink);                                                                                           \
         });                                                                                                           \
     }                                                                                                                 \
+    int64_t arithmetic(const HammingScan& job, int64_t rounds, uint64_t* checksum) {                                  \
+        int64_t pairs = 0;                                                                                            \
+        specialise<V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
+            *checksum += scan.arithmetic(rounds);                                                                     \
+            pairs = scan.arithmetic_pairs(rounds);                                                                    \
+        });                                                                                                           \
+        return pairs;                                                                                                 \
+    }                                                                                                                 \
     void table(const HammingScan& job, int32_t* out, int64_t row_stride) {                                            \
         specialise<V32, V64>(job, ISA, [&](const auto& scan) { scan.table(out, row_stride); });                       \
     }                                                                                                                 \
     }                                                                                                                 \
-    const HammingKernel NAME{ISA, topk, count, fill, table};
+    const HammingKernel NAME{ISA, topk, count, fill, table, arithmetic};
 
 }  // namespace
 }  // namespace cmr

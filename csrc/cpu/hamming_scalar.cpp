@@ -23,7 +23,14 @@ struct Scalar {
     static reg splat(word x) { return x; }
     static reg bit_xor(reg a, reg b) { return a ^ b; }
     static sum zero() { return 0; }
-    static sum add_popcount(sum total, reg x) { return total + static_cast<word>(__builtin_popcountll(x)); }
+    static sum add_popcount(sum total, reg x) {
+        // the built-in calls a table walk where the platform has no instruction
+        uint64_t v = x;
+        v -= (v >> 1) & 0x5555555555555555u;
+        v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
+        v = (v + (v >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+        return total + static_cast<word>((v * 0x0101010101010101u) >> 56);
+    }
     static reg finish(sum total) { return total; }
     static reg add(reg a, reg b) { return a + b; }
     static reg min(reg a, reg b) { return a < b ? a : b; }

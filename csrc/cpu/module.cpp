@@ -23,6 +23,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("available_isas", &cmr::available_isas, "Instruction sets of this build and processor, best first.");
     m.def("last_isa", &cmr::hamming_last_isa, "The instruction set whose kernel ran last.");
 
+    m.def("reset_last_isa", [] { cmr::hamming_set_last_isa("none"); }, "Forget it, so that a test sees what runs next.");
+
     m.def("hamming_topk_workspace", [](const std::string&, int64_t nq, int64_t n, int64_t nbytes, int64_t k, int threads) {
         return cmr::hamming_topk_workspace({nq, n, nbytes, k, threads});
     });
@@ -53,6 +55,13 @@ PYBIND11_MODULE(_cpu, m) {
                                 at<int64_t>(offsets), at<int32_t>(distances), at<int64_t>(indices),
                                 at<uint8_t>(workspace));
     });
+    m.def(
+        "hamming_arithmetic",
+        [](const std::string& isa, int64_t nbytes, int64_t rounds) {
+            py::gil_scoped_release released;
+            return cmr::hamming_arithmetic(isa, nbytes, rounds);
+        },
+        "xor, popcount and add alone on cached codes; returns the number of pairs. The limit that bench/ compares with.");
     m.def("hamming_distances", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes,
                                   int threads, Address out) {
         py::gil_scoped_release released;

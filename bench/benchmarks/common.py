@@ -1,0 +1,87 @@
+"""Timing ours against an alternative on the same work, so that a noisy machine hits both.
+
+One round times both, in an order that is turned round every time; the result is the median over the rounds of
+theirs / ours. A comparison whose correctness gate fails is not timed at all.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table. `check` raises where ours and theirs disagree; `work` is what one call does, in `unit`."""
+
+    name: str
+    alternative: str
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    check: Callable[[], None]
+    work: float
+    unit: str
+    limit: Callable[[], float] | None = None  # the machine's bound, in `unit` per second
+
+
+@dataclass(frozen=True)
+class Timing:
+    comparison: Comparison
+    ours: float  # seconds, median
+    theirs: float
+    speedup: float  # median over the rounds of theirs / ours
+    limit: float | None  # units per second
+
+    @property
+    def share_of_limit(self) -> float | None:
+        return None if self.limit is None else self.comparison.work / self.ours / self.limit
+
+
+def compare(comparison: Comparison, rounds: int = 7) -> Timing:
+    """Check, warm both up, then time them in turn."""
+    comparison.check()
+    sides = {"ours": comparison.ours, "theirs": comparison.theirs}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    limits = []
+    for name in sides:
+        sides[name]()
+    for turn in range(rounds):
+        for name in sorted(sides, reverse=bool(turn % 2)):
+            start = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+        if comparison.limit is not None:
+            limits.append(comparison.limit())
+    ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    return Timing(
+        comparison,
+        statistics.median(seconds["ours"]),
+        statistics.median(seconds["theirs"]),
+        statistics.median(ratios),
+        statistics.median(limits) if limits else None,
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Pin this process to one processor, where the platform can, and every library to one thread."""
+    import torch
+
+    threads, allowed = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
+    torch.set_num_threads(1)
+    try:
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+    except ImportError:
+        pass
+    if allowed:
+        os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if allowed:
+            os.sched_setaffinity(0, allowed)
