@@ -17,7 +17,7 @@ setup(
             "cmr_fast._cpu",
             sorted(glob("csrc/cpu/*.cpp")),
             include_dirs=["csrc/cpu"],
-            depends=sorted(glob("csrc/cpu/*.h")) + ["setup.py"],
+            depends=[*sorted(glob("csrc/cpu/*.h")), "setup.py"],
             cxx_std=17,
             extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
             extra_link_args=["-pthread"],

@@ -25,6 +25,7 @@ def main() -> int:
         "ops", nargs="*", default=[], metavar="op", help=f"which ones (default: all of {', '.join(OPS)})"
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round of a small case: shows that everything runs")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if unknown := set(arguments.ops) - set(OPS):
@@ -34,9 +35,9 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     with one_thread():
         for op in arguments.ops or OPS:
-            for item in importlib.import_module(f"benchmarks.{op}").comparisons():
+            for item in importlib.import_module(f"benchmarks.{op}").comparisons(quick=arguments.quick):
                 try:
-                    timing = compare(item, arguments.rounds)
+                    timing = compare(item, 1 if arguments.quick else arguments.rounds)
                 except AssertionError as error:
                     red += 1
                     print(f"| {item.name} | {item.alternative} | RED: {str(error).strip().splitlines()[0]} | | | |")
@@ -56,6 +57,7 @@ def main() -> int:
                         "theirs_s": timing.theirs,
                         "speedup": timing.speedup,
                         "limit": timing.limit,
+                        "share_of_limit": timing.share_of_limit,
                         "unit": item.unit,
                     }
                 )

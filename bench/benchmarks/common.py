@@ -33,10 +33,7 @@ class Timing:
     theirs: float
     speedup: float  # median over the rounds of theirs / ours
     limit: float | None  # units per second
-
-    @property
-    def share_of_limit(self) -> float | None:
-        return None if self.limit is None else self.comparison.work / self.ours / self.limit
+    share_of_limit: float | None  # median over the rounds
 
 
 def compare(comparison: Comparison, rounds: int = 7) -> Timing:
@@ -55,12 +52,14 @@ def compare(comparison: Comparison, rounds: int = 7) -> Timing:
         if comparison.limit is not None:
             limits.append(comparison.limit())
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    shares = [comparison.work / a / most for a, most in zip(seconds["ours"], limits, strict=False)]
     return Timing(
         comparison,
         statistics.median(seconds["ours"]),
         statistics.median(seconds["theirs"]),
         statistics.median(ratios),
         statistics.median(limits) if limits else None,
+        statistics.median(shares) if shares else None,
     )
 
 

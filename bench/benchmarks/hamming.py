@@ -55,7 +55,9 @@ def topk(bits: int, k: int, queries: int = QUERIES, codes: int = CODES) -> Compa
     )
 
 
-def comparisons() -> list[Comparison]:
+def comparisons(quick: bool = False) -> list[Comparison]:
+    if quick:
+        return [topk(64, 10, queries=16, codes=100_000)]
     return [*(topk(bits, k) for bits in BITS for k in KS), topk(64, 10, queries=1)]
 
 
