@@ -59,8 +59,11 @@ def acmr_triplet(
 
 def paired_distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances (N, d), (M, d) -> (N, M), at least sqrt(eps) so that the gradient is finite at zero."""
+    # distances do not change with the origin; one amid the points keeps digits in the expansion of the square
+    origin = torch.cat([a, b]).mean(0).detach()
+    a, b = a - origin, b - origin
     squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
-    return squared.clamp(min=torch.finfo(a.dtype).eps).sqrt()
+    return squared.clamp(min=torch.finfo(squared.dtype).eps).sqrt()
 
 
 def share_label(a: Tensor, b: Tensor) -> Tensor:

@@ -154,17 +154,12 @@ def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: 
         dataset = dataset.hold_out(run.valid_fraction, run.seed)
     if len(dataset.train) < 2:
         raise InputError(f"{dataset.name}: training needs at least two pairs, got {len(dataset.train)}")
-    folder = Path(run.out)
-    described = _describe(kind, config, dataset, run)
-    _claim(folder, described, run.resume)
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with torch.random.fork_rng(devices=range(devices)), _threads(run.threads):
-        return _train(kind, config, dataset, run, folder, described)
+        return _train(kind, config, dataset, run)
 
 
-def _train(
-    kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig, folder: Path, described: dict[str, Any]
-) -> Run:
+def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> Run:
     fabric = _fabric(run)
     _reseed(run.seed, 0)
     model = kind(config, dataset.image_dim, dataset.text_dim, dataset.num_classes)
@@ -173,6 +168,9 @@ def _train(
     plain = model.optimizers()
     optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
 
+    folder = Path(run.out)
+    described = _describe(kind, config, dataset, run)
+    _claim(folder, described, run.resume)
     state, history, best = _State(), [], None
     if run.resume and (folder / CHECKPOINT).exists():
         state, history, best = _restore(folder / CHECKPOINT, model, optimizers, described)
@@ -298,6 +296,8 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not resume:
             raise InputError(f"{folder}: not empty and would be overwritten; resume this run, or name another folder")
+        for aside in folder.glob(".*.*"):  # what write_aside had not yet renamed when the run was killed
+            aside.unlink()
         if config.exists():
             _same(folder, _read_json(config), described)
             return

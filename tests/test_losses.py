@@ -1,0 +1,125 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from cmr_fast.errors import InputError
+from cmr_fast.losses import acmr_triplet, frobenius, gradient_reversal, paired_distances, share_label
+
+
+def related(a, b):
+    return bool((a * b).sum() > 0) if a.ndim else bool(a == b)
+
+
+def triplet_sum(image, text, labels, margin, weight):
+    """Eq. 4-6 as printed: a loop over every triplet."""
+    total = 0.0
+    for anchors, others in ((image, text), (text, image)):
+        for i in range(len(labels)):
+            for j in range(len(labels)):
+                for k in range(len(labels)):
+                    if related(labels[i], labels[j]) and not related(labels[i], labels[k]):
+                        near = (anchors[i] - others[j]).norm()
+                        far = (anchors[i] - others[k]).norm()
+                        total += float(near + weight * max(0.0, margin - far))
+    return total
+
+
+def triplet_mean(image, text, labels, margin, weight):
+    """Per anchor the mean over its triplets, then the mean over the anchors that have one, for both directions."""
+    total = 0.0
+    for anchors, others in ((image, text), (text, image)):
+        per_anchor = []
+        for i in range(len(labels)):
+            triplets = [
+                float((anchors[i] - others[j]).norm() + weight * max(0.0, margin - (anchors[i] - others[k]).norm()))
+                for j in range(len(labels))
+                for k in range(len(labels))
+                if related(labels[i], labels[j]) and not related(labels[i], labels[k])
+            ]
+            if triplets:
+                per_anchor.append(sum(triplets) / len(triplets))
+        total += sum(per_anchor) / max(1, len(per_anchor))
+    return total
+
+
+ORACLES = {"sum": triplet_sum, "mean": triplet_mean}
+LABELS = {
+    "single": torch.tensor([0, 1, 1, 2, 0, 2, 1]),
+    "multi": torch.tensor([[1, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]]).byte(),
+    "one class": torch.zeros(7, dtype=torch.int64),
+    "all different": torch.arange(7),
+}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_triplet_matches_the_loop_over_all_triplets(labels, reduction):
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 7, 5, dtype=torch.float64)
+    got = acmr_triplet(image, text, labels, 2.5, 0.3, reduction)
+    assert float(got) == pytest.approx(ORACLES[reduction](image, text, labels, 2.5, 0.3), rel=1e-10)
+
+
+def test_triplet_in_float32_is_as_exact_far_from_the_origin():
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 7, 5, dtype=torch.float64) * 0.1 + 30
+    want = triplet_sum(image, text, LABELS["single"], 0.5, 1.0)
+    got = acmr_triplet(image.float(), text.float(), LABELS["single"], 0.5, 1.0, "sum")
+    assert float(got) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("labels", [LABELS["single"], LABELS["multi"]], ids=["single", "multi"])
+def test_triplet_gradcheck(labels, reduction):
+    torch.manual_seed(1)
+    image, text = torch.randn(2, 7, 3, dtype=torch.float64)
+    image.requires_grad_()
+    text.requires_grad_()
+    assert gradcheck(lambda a, b: acmr_triplet(a, b, labels, 2.0, 0.7, reduction), (image, text))
+
+
+def test_triplet_gradient_is_finite_where_image_and_text_coincide():
+    image = torch.randn(4, 3, requires_grad=True)
+    text = image.detach().clone().requires_grad_()
+    acmr_triplet(image, text, torch.tensor([0, 0, 1, 1]), 1.0, 1.0).backward()
+    assert image.grad.isfinite().all() and text.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": torch.zeros(4, 2)}, r"\(4, 3\) and \(4, 2\)"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "3 labels for 4 pairs"),
+        ({"reduction": "none"}, "'none'"),
+    ],
+)
+def test_triplet_refuses(change, message):
+    good = {"image": torch.zeros(4, 3), "text": torch.zeros(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(InputError, match=message):
+        acmr_triplet(**(good | {"margin": 1.0, "weight": 1.0} | change))
+
+
+def test_labels_of_two_kinds_are_refused():
+    with pytest.raises(InputError, match="both be"):
+        share_label(torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2))
+
+
+def test_distances_match_norms():
+    a, b = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(paired_distances(a, b), (a[:, None] - b[None]).norm(dim=2))
+
+
+def test_gradient_reversal_turns_the_gradient_and_nothing_else():
+    x = torch.randn(3, 4, requires_grad=True)
+    y = gradient_reversal(x, 0.25)
+    assert torch.equal(y, x)
+    (y * torch.arange(4.0)).sum().backward()
+    torch.testing.assert_close(x.grad, (-0.25 * torch.arange(4.0)).expand(3, 4))
+
+
+def test_frobenius_is_the_sum_of_norms_not_squared():
+    weights = [torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0], [12.0]])]
+    assert float(frobenius(weights)) == pytest.approx(18.0)
+    assert float(frobenius(weights, squared=True)) == pytest.approx(25.0 + 169.0)
+    with pytest.raises(InputError, match="at least one"):
+        frobenius([])
