@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +29,11 @@ def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunCo
     from cmr_fast.methods.loop import train as train_method
     from cmr_fast.report import baselines_for, print_results, score
 
-    dataset = load_data(source.data, source.features)
+    options = chosen(source.features)
+    dataset = load_data(source.data, options)
     out = str(settings.out).replace("<data>", dataset.name).replace("<seed>", str(settings.seed))
     run = train_method(method, config, dataset, replace(settings, out=Path(out)))
-    record_source(run.path, source.data, source.features)
+    record_source(run.path, source.data, options)
     if settings.quiet:
         return
     with busy("measuring beside the baselines"):
@@ -165,7 +166,7 @@ def write_hits(path: Path, distances: "np.ndarray", ids: "np.ndarray") -> None:
 
 
 def evaluate(arguments: "cli.Evaluate") -> None:
-    from cmr_fast.retrieval.metrics import CONVENTIONS, TIES
+    from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, find_convention, find_ties
 
     if arguments.out is not None:
         free(arguments.out, arguments.force)
@@ -185,12 +186,15 @@ def evaluate(arguments: "cli.Evaluate") -> None:
         title, rows = _evaluate_files(arguments, files, settings)
     cut = "the whole ranking" if arguments.k is None else f"k = {arguments.k}"
     columns = [name for name in rows[0] if name not in ("convention", "ties", "k")]
-    table = new_table(f"mAP, {cut}: {title}", "convention", "ties")
+    table = new_table(f"mAP, {cut}: {title}", "convention", "ties", "average precision of a query")
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(row["convention"], row["ties"], *(_number(row[name]) for name in columns))
+        convention, rule = find_convention(row["convention"]), find_ties(row["ties"])
+        table.add_row(convention.name, rule, convention.formula, *(_number(row[name]) for name in columns))
     show(table)
+    if any(row[name] is None for row in rows for name in columns):
+        print("-: not defined, since which queries count would depend on the order of ties")
     if arguments.out is not None:
         with write_aside(arguments.out) as aside:
             aside.write_text(json.dumps(rows, indent=2) + "\n")
@@ -200,8 +204,8 @@ def evaluate(arguments: "cli.Evaluate") -> None:
 _FILES = ("query_codes", "database_codes", "query_labels", "database_labels")
 
 
-def _number(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _evaluate_run(arguments: "cli.Evaluate", settings: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -210,15 +214,16 @@ def _evaluate_run(arguments: "cli.Evaluate", settings: list[dict[str, Any]]) -> 
     model, dataset = open_run(arguments.trained, arguments.data, arguments.features)
     with busy("evaluating"):
         found = evaluate_many(model, dataset, settings)
-    rows = []
+    rows, refused = [], None
     for setting, both in zip(settings, found, strict=True):
         if isinstance(both, InputError):
-            if len(settings) == 1:
-                raise both
-            rows.append(setting | dict.fromkeys(("I2T", "T2I", "average"), f"- {both}"))
+            refused = both
+            rows.append(setting | dict.fromkeys(("I2T", "T2I", "average")))
             continue
         i2t, t2i = both["i2t"].map, both["t2i"].map
         rows.append(setting | {"I2T": i2t, "T2I": t2i, "average": (i2t + t2i) / 2})
+    if refused and all(row["average"] is None for row in rows):
+        raise refused
     return f"{model.name} on {dataset.name}", rows
 
 
@@ -248,23 +253,34 @@ def report(arguments: "cli.Report") -> None:
 
     loaded = [(path, *open_run(path, arguments.data, arguments.features)) for path in arguments.runs]
     with busy("drawing"):
-        rows = write_report(loaded, arguments.out, with_baselines=arguments.baselines, force=arguments.force)
+        rows = write_report(
+            loaded,
+            arguments.out,
+            with_baselines=arguments.baselines,
+            tsne_points=arguments.tsne_points,
+            force=arguments.force,
+        )
     print_results(rows, title="Results")
     print(f"\nReport: {arguments.out / 'index.html'}")
 
 
-def load_data(data: str, features: str | None = None) -> "PairedDataset":
+def load_data(data: str, options: Mapping[str, Any]) -> "PairedDataset":
     from cmr_fast.data import load
 
     with busy(f"reading {data}"):
-        return load(data, **({} if features is None else {"features": features}))
+        return load(data, **options)
 
 
-def record_source(run: Path, data: str, features: str | None = None) -> None:
-    """Note beside a run where its data came from, so that later commands find them."""
+def chosen(features: str | None) -> dict[str, str]:
+    """The options of `load_data` that flags give."""
+    return {} if features is None else {"features": features}
+
+
+def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
+    """Note in a run folder where its data came from, so that later commands find them."""
     where = str(Path(data).resolve()) if Path(data).exists() else data
     with write_aside(run / SOURCE) as aside:
-        aside.write_text(json.dumps({"data": where, "features": features}) + "\n")
+        aside.write_text(json.dumps({"data": where, "options": dict(options)}) + "\n")
 
 
 def open_run(trained: Path, data: str | None, features: str | None) -> "tuple[Method, PairedDataset]":
@@ -274,11 +290,11 @@ def open_run(trained: Path, data: str | None, features: str | None) -> "tuple[Me
     present(trained)
     model = load_model(trained)
     recorded = (trained if trained.is_dir() else trained.parent) / SOURCE
-    source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {}
-    if data is None and "data" not in source:
+    source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {"data": None, "options": {}}
+    if data is None and source["data"] is None:
         raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
-    same = data is None or data == source.get("data")
-    dataset = load_data(data or source["data"], features or (source.get("features") if same else None))
+    options = source["options"] if data is None else {}
+    dataset = load_data(data or source["data"], options | chosen(features))
     for name in ("image", "text"):
         needed, seen = getattr(model, f"{name}_dim"), getattr(dataset, f"{name}_dim")
         if needed != seen:

@@ -181,6 +181,8 @@ class Report:
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
     baselines: bool = True
     """Draw CCA, CCA-ITQ and random beside the runs."""
+    tsne_points: int = 1000
+    """Query pairs in the t-SNE plots (ACMR, Fig. 4: 1000); 0 draws none."""
     force: bool = False
     """Overwrite the files of an earlier report in that folder."""
 

@@ -35,7 +35,8 @@ STYLE = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
-    "legend.frameon": False,
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "none",
 }
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -43,14 +44,24 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def plot_directions(
-    path: Path, title: str, curves: Mapping[str, Mapping[str, Curve]], xlabel: str, ylabel: str, *, log_x: bool = False
+    path: Path,
+    title: str,
+    curves: Mapping[str, Mapping[str, Curve]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    looks: Sequence[str],
+    log_x: bool = False,
 ) -> None:
-    """Two panels, i2t and t2i, one line per name. curves[name]["i2t" or "t2i"] = (x, y)."""
+    """Two panels, i2t and t2i, one line per name: curves[name]["i2t" or "t2i"] = (x, y).
+
+    looks: all names of a report, so that a name looks the same in every figure, whichever others are there.
+    """
     with _panels(path, title, 1, 2, (8.6, 3.7)) as (figure, axes):
         for axis, direction in zip(axes, DIRECTIONS, strict=True):
-            for number, (name, both) in enumerate(curves.items()):
+            for name, both in curves.items():
                 x, y = both[direction]
-                axis.plot(x, y, label=name, markevery=max(1, math.ceil(len(x) / 8)), **_look(number))
+                axis.plot(x, y, label=name, markevery=max(1, math.ceil(len(x) / 8)), **_look(looks.index(name)))
             axis.set_title(DIRECTIONS[direction])
             axis.set_xlabel(xlabel)
             if log_x:

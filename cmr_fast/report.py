@@ -26,12 +26,13 @@ _CHEAP_CCA = 2048  # CCA takes an eigendecomposition of each feature covariance
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one data set: {"i2t", "t2i"} under mAP(all) and under mAP@50 over the hits found."""
+    """One model on one data set, {"i2t", "t2i"} each: mAP(all), mAP@50 over the hits found, and tie-aware for the curves."""
 
     name: str
     data: str
     whole: "Mapping[str, RetrievalResult]"
     top: "Mapping[str, RetrievalResult]"
+    curves: "Mapping[str, RetrievalResult]"
 
     def numbers(self) -> tuple[float, ...]:
         """I2T, T2I, average under mAP(all), then the same under mAP@50 (hits)."""
@@ -80,12 +81,12 @@ def evaluate_many(
 
 def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
     """Both directions under both conventions of the results table. Raises InputError where the metrics refuse."""
-    settings = [{"convention": "all"}, {"convention": "topk_hits", "k": CUT}]
-    whole, top = evaluate_many(model, dataset, settings)
-    for found in (whole, top):
-        if isinstance(found, InputError):
-            raise found
-    return Score(name, dataset.name, whole, top)  # type: ignore[arg-type]
+    settings = [{"convention": "all"}, {"convention": "topk_hits", "k": CUT}, {"ties": "tie_aware"}]
+    found = evaluate_many(model, dataset, settings)
+    for result in found:
+        if isinstance(result, InputError):
+            raise result
+    return Score(name, dataset.name, *found)  # type: ignore[arg-type]
 
 
 def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple[str, Any]]:
@@ -129,10 +130,18 @@ def print_results(scores: Sequence[Score], title: str) -> None:
 Loaded = tuple[Path, Any, "PairedDataset"]
 
 
-def write_report(runs: Sequence[Loaded], out: Path, *, with_baselines: bool = True, force: bool = False) -> list[Score]:
+def write_report(
+    runs: Sequence[Loaded],
+    out: Path,
+    *,
+    with_baselines: bool = True,
+    tsne_points: int = TSNE_POINTS,
+    force: bool = False,
+) -> list[Score]:
     """Figures, results.csv, README.md and index.html in the folder `out`; returns the rows of the table.
 
     runs     (run folder, its model, its data set) each; runs on one data set share their curves
+    tsne_points   pairs in each t-SNE, 0 for none
     force    write over the files of an earlier report; anything else in the folder stays as it is
     Raises InputError where `out` holds a report already (without force) or is a file.
     """
@@ -159,22 +168,25 @@ def write_report(runs: Sequence[Loaded], out: Path, *, with_baselines: bool = Tr
         pages += draw_curves(group, out, data, suffix="" if len(groups) == 1 else f"-{_slug(data)}")
     for number, (path, model, dataset) in enumerate(runs):
         suffix = "" if len(runs) == 1 else f"-{_slug(names[number])}"
-        pages += draw_run(path, model, dataset, out, names[number], suffix)
+        pages += draw_run(path, model, dataset, out, names[number], suffix, tsne_points)
     write_index(out, scores, pages)
     return scores
 
 
 def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "") -> list[tuple[str, str]]:
     """Precision-scope, precision at K, precision-recall of models on one data set; returns (file, caption) of each."""
-    database = scores[0].whole["i2t"].num_database
+    database = scores[0].curves["i2t"].num_database
+    looks = [s.name for s in scores]
     drawn = []
 
     def figure(file: str, caption: str, curves: Mapping[str, Any], xlabel: str, ylabel: str, **options: Any) -> None:
-        figures.plot_directions(out / file, f"{caption.partition(' (')[0]}, {data}", curves, xlabel, ylabel, **options)
+        figures.plot_directions(
+            out / file, f"{caption.partition(' (')[0]}, {data}", curves, xlabel, ylabel, looks=looks, **options
+        )
         drawn.append((file, f"{caption}, {data}"))
 
     def precision(ks: np.ndarray) -> dict[str, dict[str, figures.Curve]]:
-        return {s.name: {d: (ks, np.asarray(found.precision_at(ks))) for d, found in s.whole.items()} for s in scores}
+        return {s.name: {d: (ks, np.asarray(found.precision_at(ks))) for d, found in s.curves.items()} for s in scores}
 
     last = min(1000, database)
     scope = np.unique(np.linspace(min(50, last), last, 40).astype(int))
@@ -183,18 +195,24 @@ def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "")
     ks = np.unique(np.geomspace(1, last, 40).astype(int))
     caption = "Precision at K (CMIMH, Fig. 4)"
     figure(f"precision-at-k{suffix}.png", caption, precision(ks), "K (items shown)", "precision at K", log_x=True)
-    by_rank = {s.name: {d: _thin(*s.whole[d].precision_recall_by_rank()) for d in s.whole} for s in scores}
+    by_rank = {s.name: {d: _by_rank(found) for d, found in s.curves.items()} for s in scores}
     figure(f"precision-recall{suffix}.png", "Precision-recall by rank (CMIMH, Fig. 5)", by_rank, "recall", "precision")
-    coded = [s for s in scores if s.whole["i2t"].bits is not None]
+    coded = [s for s in scores if s.curves["i2t"].metric == "hamming"]
     if coded:
-        by_radius = {s.name: {d: _by_radius(found) for d, found in s.whole.items()} for s in coded}
-        caption = "Precision-recall by Hamming radius (pairs pooled)"
+        by_radius = {s.name: {d: _by_radius(found) for d, found in s.curves.items()} for s in coded}
+        caption = "Precision-recall by Hamming radius (mean over queries)"
         figure(f"precision-recall-radius{suffix}.png", caption, by_radius, "recall", "precision")
     return drawn
 
 
 def draw_run(
-    path: Path, model: Any, dataset: "PairedDataset", out: Path, name: str, suffix: str = ""
+    path: Path,
+    model: Any,
+    dataset: "PairedDataset",
+    out: Path,
+    name: str,
+    suffix: str = "",
+    tsne_points: int = TSNE_POINTS,
 ) -> list[tuple[str, str]]:
     """Loss curves from the run's metrics.csv, and t-SNE of the query split; returns (file, caption) of each."""
     drawn = []
@@ -204,10 +222,10 @@ def draw_run(
         file = f"losses{suffix}.png"
         figures.plot_losses(out / file, f"Training of {name}, {dataset.name}", history["epoch"].tolist(), panels)
         drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
-    if len(dataset.query) >= 5:
+    if min(tsne_points, len(dataset.query)) >= 5:
         from cmr_fast.methods.loop import encode_all
 
-        rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:TSNE_POINTS])
+        rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
         points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
         if model.output == "embedding" and model.metric == "cosine":
             points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
@@ -317,14 +335,14 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _thin(precision: np.ndarray, recall: np.ndarray) -> figures.Curve:
-    """At most about 200 of the points, the first ranks kept denser."""
-    precision, recall = np.asarray(precision), np.asarray(recall)
-    rows = np.unique(np.geomspace(1, len(recall), 200).astype(int)) - 1
-    return recall[rows], precision[rows]
+def _by_rank(result: "RetrievalResult") -> figures.Curve:
+    """At most 200 of the ranks, the first ones kept denser."""
+    curve = result.precision_recall_by_rank()
+    rows = np.unique(np.geomspace(1, len(curve.at), 200).astype(int)) - 1
+    return curve.recall[rows], curve.precision[rows]
 
 
 def _by_radius(result: "RetrievalResult") -> figures.Curve:
-    precision, recall = (np.asarray(x) for x in result.precision_recall_by_radius(average="micro", empty="skip")[:2])
-    there = np.isfinite(precision)
-    return recall[there], precision[there]
+    curve = result.precision_recall_by_radius(average="macro", empty="skip")
+    there = np.isfinite(curve.precision)
+    return curve.recall[there], curve.precision[there]
