@@ -92,7 +92,7 @@ def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def frobenius(weights: Iterable[Tensor], *, squared: bool = False) -> Tensor:
-    """ACMR's L_reg (Eq. 7): the sum of the weights' Frobenius norms, not squared; squared=True gives weight decay's form."""
+    """ACMR's L_reg (Eq. 7): the sum of the weights' Frobenius norms, not squared unless asked (weight decay's form)."""
     norms = [weight.square().sum() if squared else weight.norm() for weight in weights]
     if not norms:
         raise InputError("frobenius needs at least one weight, got none")

@@ -49,7 +49,9 @@ class RunLog:
             self._task = self._bar.add_task(self.title, total=self.epochs, completed=len(self.history), note="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._board.close()

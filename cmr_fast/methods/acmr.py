@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,9 @@ class ACMRConfig:
     terms: Literal["full", "imi", "imd"] = "full"
     """Table 5: full ACMR, or with the inter-modal invariance (imi) or intra-modal discrimination (imd) term only."""
     inner_steps: int = 5
-    """k of Algorithm 1: updates of the projectors and the label classifier for one of the modality classifier (4.1.2)."""
+    """k of Algorithm 1: updates of projectors and label classifier for one of the modality classifier (4.1.2)."""
     adversary: float = 1.0
-    """Scale of the gradient reversal: weight of -L_adv in the projectors' objective (Eq. 9). 0 turns the adversary off."""
+    """Scale of the gradient reversal: weight of -L_adv in the projectors' objective (Eq. 9); 0 is no adversary."""
     adversary_schedule: Literal["constant", "ganin"] = "constant"
     """constant as in the paper; ganin multiplies by 2 / (1 + exp(-10 progress)) - 1, as the authors' code does."""
     classifier_rate: float = 0.05
@@ -121,11 +121,11 @@ class ACMR(Method):
 
     def fit_inputs(self, train: Pairs) -> None:
         self.image_scaling.fit(train.image)
-        self.text_scaling.fit(train.text)
+        self.text_scaling.fit(cast(Tensor, train.text))
 
-    def project(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """f_V(image), f_T(text): raw features (N, dim) of both modalities -> (N, 200) each."""
-        return self.encode("image", image), self.encode("text", text)
+    def project(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """f_V(image), f_T(text): features of both modalities -> (N, 200) each."""
+        return self.encode("image", pairs.image), self.encode("text", cast(Tensor, pairs.text))
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         if modality == "image":
@@ -159,10 +159,8 @@ class ACMR(Method):
             target = labels.to(image.dtype)
             target = target / target.sum(1, keepdim=True).clamp(min=1)
         smoothing = self.config.label_smoothing
-        return sum(
-            F.cross_entropy(head(side), target, label_smoothing=smoothing)
-            for head, side in ((self.image_labels, image), (self.text_labels, text))
-        )
+        on_image = F.cross_entropy(self.image_labels(image), target, label_smoothing=smoothing)
+        return on_image + F.cross_entropy(self.text_labels(text), target, label_smoothing=smoothing)
 
     def adversarial_loss(self, image: Tensor, text: Tensor, reversal: float) -> Tensor:
         """L_adv (Eq. 1) behind gradient reversal: modality cross-entropy, both modalities, mean over pairs."""
@@ -197,7 +195,7 @@ class ACMR(Method):
         if c.adversary_schedule == "ganin":
             reversal *= 2 / (1 + math.exp(-10 * progress)) - 1
         for _ in range(c.inner_steps):  # lines 1-6
-            image, text = self.project(batch.image, batch.text)
+            image, text = self.project(batch)
             embedding, terms = self.embedding_loss(image, text, batch.labels)
             loss = embedding
             if c.adversary:
@@ -208,7 +206,7 @@ class ACMR(Method):
         logged = {"embedding_loss": embedding} | terms
         if c.adversary:  # lines 7-8
             with torch.no_grad():
-                image, text = self.project(batch.image, batch.text)
+                image, text = self.project(batch)
             optimizers["modality"].zero_grad()
             logged["adversarial_loss"] = self.adversarial_loss(image, text, reversal=0.0)
             backward(logged["adversarial_loss"])

@@ -56,7 +56,7 @@ def _digest(kind: str, text: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(f"{_FORMAT}\n{kind}\n{text}".encode(), digest_size=16)
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

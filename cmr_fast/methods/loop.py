@@ -1,34 +1,44 @@
 """The one training loop: every method of this package is trained, resumed, validated and evaluated here."""
 
-import json
 import math
 import os
-import platform
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmr_fast._files import write_aside
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
+from cmr_fast.methods._runfolder import CHECKPOINT, MODEL, claim, describe, same, write_json
 from cmr_fast.methods._runlog import RunLog
+from cmr_fast.methods.evaluation import (
+    Modality,
+    averaged,
+    encode_all,
+    evaluate_model,
+    final_results,
+    validate,
+)
 
-if TYPE_CHECKING:
-    from cmr_fast.retrieval.metrics import RetrievalResult
-
-Modality = Literal["image", "text"]
-CHECKPOINT = "checkpoint.safetensors"
-MODEL = "model.safetensors"
-_ENCODE_ROWS = 4096
+__all__ = [
+    "Method",
+    "Modality",
+    "Run",
+    "RunConfig",
+    "averaged",
+    "encode_all",
+    "evaluate_model",
+    "load_model",
+    "save_model",
+    "train",
+]
 
 
 class Method(nn.Module):
@@ -169,9 +179,11 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
     optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
 
     folder = Path(run.out)
-    described = _describe(kind, config, dataset, run)
-    _claim(folder, described, run.resume)
-    state, history, best = _State(), [], None
+    described = describe(kind, config, dataset, run)
+    claim(folder, described, run.resume)
+    state = _State()
+    history: list[dict[str, float]] = []
+    best: dict[str, Tensor] | None = None
     if run.resume and (folder / CHECKPOINT).exists():
         state, history, best = _restore(folder / CHECKPOINT, model, optimizers, described)
     saved_at = time.monotonic()
@@ -187,7 +199,7 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
             if dataset.valid is not None:
                 scores = {"valid_i2t": math.nan, "valid_t2i": math.nan, "valid_map": math.nan}
                 if state.epoch % run.eval_every == 0 or last:
-                    scores = _validate(model, dataset.valid)
+                    scores = validate(model, dataset.valid)
                     if scores["valid_map"] > state.best_map:
                         state.best_map, state.best_epoch = scores["valid_map"], state.epoch
                         best = _snapshot(model)
@@ -212,9 +224,9 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
         "best_epoch": state.best_epoch,
         "valid_map": state.best_map if best is not None else None,
         "train_seconds": sum(row["seconds"] for row in history),
-    } | _final(model, dataset)
+    } | final_results(model, dataset)
     save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described})
-    _write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     return Run(folder, model, history, results)
 
 
@@ -235,24 +247,15 @@ def _epoch(
             sums[name] = sums[name] + value if name in sums else value
     means = {name: float(value) / len(batches) for name, value in sums.items()}
     wrong = [name for name, value in means.items() if not math.isfinite(value)]
-    wrong += [f"parameter {name}" for name, value in model.named_parameters() if not wrong and not value.isfinite().all()]
+    wrong += [
+        f"parameter {name}" for name, value in model.named_parameters() if not wrong and not value.isfinite().all()
+    ]
     if wrong:
         raise InputError(
             f"{model.name}: {wrong[0]} is no longer finite in epoch {epoch}; the checkpoint holds an earlier epoch. "
             "Expected finite losses: lower the learning rate or the weight of that term"
         )
     return means
-
-
-def evaluate_model(
-    model: Any, dataset: PairedDataset, *, k: int | None = None, convention: str = "all", ties: str = "index"
-) -> "dict[str, RetrievalResult]":
-    """Retrieval quality on the query and database splits: {"i2t": image queries over texts, "t2i": the reverse}.
-
-    model: anything with `output`, `metric` (for embeddings) and `encode(modality, features)`; k, convention and ties
-    as in cmr_fast.retrieval.metrics.
-    """
-    return _evaluate(model, dataset.query, dataset.database, [{"k": k, "convention": convention, "ties": ties}])[0]
 
 
 def load_model(path: str | os.PathLike[str]) -> Method:
@@ -288,63 +291,6 @@ def save_model(path: str | os.PathLike[str], model: Method, extra: dict[str, Any
     checkpoint.save(path, "model", model.state_dict(), meta | (extra or {}))
 
 
-def _claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
-    """Create the run folder and its config.json, or check that a resumed run is the one that was begun there."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: a run folder is needed here, this is a file")
-    config = folder / "config.json"
-    if folder.exists() and any(folder.iterdir()):
-        if not resume:
-            raise InputError(f"{folder}: not empty and would be overwritten; resume this run, or name another folder")
-        for aside in folder.glob(".*.*"):  # what write_aside had not yet renamed when the run was killed
-            aside.unlink()
-        if config.exists():
-            _same(folder, _read_json(config), described)
-            return
-        if any((folder / name).exists() for name in (CHECKPOINT, MODEL)):
-            raise InputError(f"{folder}: config.json is missing, so this run cannot be resumed")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(config, described)
-
-
-def _same(where: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to resume with another method, config, seed or data set; name the first thing that differs."""
-    if stored.get("method") != wanted["method"]:
-        raise InputError(f"{where}: a run of {stored.get('method')}, it cannot be resumed with {wanted['method']}")
-    for part in ("config", "run", "data"):
-        before, now = stored.get(part, {}), json.loads(json.dumps(wanted[part]))
-        for name in sorted(set(before) | set(now)):
-            if name not in _FREE and before.get(name) != now.get(name):
-                raise InputError(
-                    f"{where}: cannot be resumed, {part} {name} was {before.get(name)!r} and is now {now.get(name)!r}"
-                )
-
-
-_FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
-
-
-def _describe(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> dict[str, Any]:
-    sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split)) is not None}
-    data = {"name": dataset.name, "num_classes": dataset.num_classes, "crc32": _crc(dataset.train)} | sizes
-    data |= {"image_dim": dataset.image_dim, "text_dim": dataset.text_dim}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    settings = {"out": str(run.out)} | {f.name: getattr(run, f.name) for f in fields(run) if f.name != "out"}
-    return {"method": kind.name, "config": asdict(config), "run": settings, "data": data, "versions": versions}
-
-
-_SPLITS = ("train", "valid", "query", "database")
-
-
-def _crc(pairs: Pairs) -> int:
-    """A checksum of the labels and of up to 1000 training pairs: tells data sets of one shape apart."""
-    few = pairs.select(torch.arange(0, len(pairs), max(1, len(pairs) // 1000)))
-    value = zlib.crc32(pairs.labels.numpy().tobytes())
-    for part in (few.image, few.text):
-        raw = part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
-        value = zlib.crc32(raw, value)
-    return value
-
-
 def _save(
     path: Path,
     model: Method,
@@ -368,7 +314,7 @@ def _restore(
     path: Path, model: Method, optimizers: dict[str, Any], described: dict[str, Any]
 ) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None]:
     tensors, meta = checkpoint.load(path, "checkpoint")
-    _same(path, meta["described"], described)
+    same(path, meta["described"], described)
     model.load_state_dict(_under("model.", tensors))
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(
@@ -383,68 +329,6 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _snapshot(model: Method) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _validate(model: Method, valid: Pairs) -> dict[str, float]:
-    """mAP(all) of the validation split, each pair a query over the whole split."""
-    found = _evaluate(model, valid, valid, [{"convention": "all"}])[0]
-    i2t, t2i = float(found["i2t"].map), float(found["t2i"].map)
-    return {"valid_i2t": i2t, "valid_t2i": t2i, "valid_map": (i2t + t2i) / 2}
-
-
-def _final(model: Method, dataset: PairedDataset) -> dict[str, dict[str, float]]:
-    settings = {"all": {"convention": "all"}, "topk_hits@50": {"convention": "topk_hits", "k": 50}}
-    found = _evaluate(model, dataset.query, dataset.database, list(settings.values()))
-    return {name: averaged(result) for name, result in zip(settings, found, strict=True)}
-
-
-def averaged(found: "dict[str, RetrievalResult]") -> dict[str, float]:
-    """The mAP of both directions and their average, rounded to nothing: {"i2t", "t2i", "average"}."""
-    i2t, t2i = float(found["i2t"].map), float(found["t2i"].map)
-    return {"i2t": i2t, "t2i": t2i, "average": (i2t + t2i) / 2}
-
-
-def _evaluate(
-    model: Any, query: Pairs, database: Pairs, settings: list[dict[str, Any]]
-) -> "list[dict[str, RetrievalResult]]":
-    """One {"i2t", "t2i"} per setting; everything is encoded once."""
-    from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
-
-    encoded = {
-        (modality, split): encode_all(model, modality, getattr(pairs, modality))
-        for split, pairs in (("query", query), ("database", database))
-        for modality in ("image", "text")
-    }
-
-    def compare(asked: str, answered: str, options: dict[str, Any]) -> "RetrievalResult":
-        sides = encoded[asked, "query"], encoded[answered, "database"]
-        labels = query.labels, database.labels
-        if model.output == "embedding":
-            return evaluate_embeddings(*sides, *labels, metric=model.metric, **options)
-        from cmr_fast.ops.hamming import pack_codes
-
-        codes = [pack_codes(side >= 0) for side in sides]
-        return evaluate_codes(*codes, *labels, bits=sides[0].shape[1], **options)
-
-    return [{"i2t": compare("image", "text", o), "t2i": compare("text", "image", o)} for o in settings]
-
-
-@torch.no_grad()
-def encode_all(model: Any, modality: Modality, features: Tensor) -> Tensor:
-    """All rows of `features` through `model.encode` in eval mode, a few thousand at a time -> float tensor on the CPU."""
-    training = getattr(model, "training", False)
-    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if training:
-        model.eval()
-    parts = []
-    for rows in features.split(_ENCODE_ROWS):
-        if weight is not None:
-            rows = rows.to(weight.device, weight.dtype if rows.is_floating_point() else None)
-        encoded = torch.as_tensor(model.encode(modality, rows))
-        parts.append(encoded.to("cpu", torch.promote_types(encoded.dtype, torch.float32)))
-    if training:
-        model.train()
-    return torch.cat(parts)
 
 
 def _to(pairs: Pairs, model: Method) -> Pairs:
@@ -497,15 +381,3 @@ def _config_from(kind: type[Method], stored: dict[str, Any], where: Path) -> Any
     if set(stored) - known:
         raise InputError(f"{where}: its {kind.name} config has unknown fields {sorted(set(stored) - known)}")
     return kind.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error

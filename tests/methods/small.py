@@ -9,8 +9,19 @@ from cmr_fast.methods.acmr import ACMRConfig
 from cmr_fast.methods.loop import RunConfig, train
 
 ACMR_SMALL = ACMRConfig(
-    epochs=12, batch_size=16, dim=6, image_hidden=16, text_hidden=8, modality_hidden=4, dropout=0.3, learning_rate=1e-2,
-    alpha=0.1, beta=1.0, reg=0.01, adversary=0.1, label_head="shared",
+    epochs=12,
+    batch_size=16,
+    dim=6,
+    image_hidden=16,
+    text_hidden=8,
+    modality_hidden=4,
+    dropout=0.3,
+    learning_rate=1e-2,
+    alpha=0.1,
+    beta=1.0,
+    reg=0.01,
+    adversary=0.1,
+    label_head="shared",
 )
 
 
@@ -34,6 +45,13 @@ KILLED_EPOCHS = 40
 def train_small(out: str, resume: bool) -> None:
     """One run with a checkpoint at every epoch, for a process that will be killed."""
     run = RunConfig(
-        out=out, resume=resume, device="cpu", checkpoint_seconds=0, patience=0, valid_fraction=0.3, threads=1, quiet=True
+        out=out,
+        resume=resume,
+        device="cpu",
+        checkpoint_seconds=0,
+        patience=0,
+        valid_fraction=0.3,
+        threads=1,
+        quiet=True,
     )
     train("acmr", replace(ACMR_SMALL, epochs=KILLED_EPOCHS), small_dataset(), run)

@@ -140,7 +140,9 @@ def test_training_leaves_the_callers_random_state_and_threads_alone(tmp_path):
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
     """SIGKILL at random moments, resume, and again; the last attempt is left alone."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.fabric", "torch.utils.tensorboard", "cmr_fast.retrieval.metrics", "small"])
+    context.set_forkserver_preload(
+        ["lightning.fabric", "torch.utils.tensorboard", "cmr_fast.retrieval.metrics", "small"]
+    )
 
     def attempt(name, kill_after=None):
         process = context.Process(target=train_small, args=(str(tmp_path / name), True))
@@ -239,7 +241,7 @@ def test_resume_refuses_another_methods_run(tmp_path):
 
 def test_an_existing_run_is_not_overwritten(finished, tmp_path):
     before = (finished.path / "metrics.csv").read_bytes()
-    with pytest.raises(InputError, match="overwritten.*resume"):
+    with pytest.raises(InputError, match=r"overwritten.*resume"):
         train("acmr", ACMR_SMALL, small_dataset(), quick(finished.path))
     assert (finished.path / "metrics.csv").read_bytes() == before
     (tmp_path / "file").write_text("")
@@ -327,7 +329,7 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path):
                 self.image_labels.bias.fill_(math.nan)
             return {"loss": torch.tensor(0.0)}
 
-    with pytest.raises(InputError, match="parameter image_labels.bias is no longer finite in epoch 1"):
+    with pytest.raises(InputError, match=r"parameter image_labels\.bias is no longer finite in epoch 1"):
         train(Broken, ACMR_SMALL, small_dataset(), quick(tmp_path / "run"))
 
 
