@@ -1,0 +1,112 @@
+"""Named arrays out of .mat (v5, v7.3), .h5, .npy, .npz and .pkl files: what is there, read only when it is asked for."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmr_fast.errors import InputError
+
+SUFFIXES = (".mat", ".h5", ".hdf5", ".h5py", ".npy", ".npz", ".pkl", ".pickle")
+Arrays = dict[str, Callable[[], Any]]
+"""Key to a function that reads its value: a numpy array, from pickles also lists and dicts."""
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+def read_arrays(path: str | os.PathLike[str]) -> Arrays:
+    """What the file holds, by key; the format is told by its first bytes, not by its name.
+
+    .mat    v5 by scipy, v7.3 by h5py with the axes turned back, so both give MATLAB's shapes; sparse made dense
+    .h5     the data sets; those of groups as group_name
+    .npz    its arrays; .npy: one, under the file's stem. No pickles inside
+    .pkl    the entries of a dict of at most 32 string keys, else one value under the file's stem; by `pickles.load`
+
+    Raises InputError for a file that is missing, of no known format, or damaged (some only when a value is read).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    with open(file, "rb") as stream:
+        head = stream.read(128)
+    if not head:
+        raise InputError(f"{file}: is empty")
+    if head.startswith(b"MATLAB 5.0 MAT-file"):
+        return _guarded(file, "a MATLAB v5 file", _matlab5)
+    if head.startswith(b"MATLAB 7.3 MAT-file"):
+        return _guarded(file, "a MATLAB v7.3 file", lambda f: _hdf5(f, matlab=True))
+    if head.startswith(_HDF5):
+        return _guarded(file, "an HDF5 file", lambda f: _hdf5(f, matlab=False))
+    if head.startswith(b"\x93NUMPY"):
+        return _guarded(file, "a .npy file", lambda f: {f.stem: lambda: np.load(f, allow_pickle=False)})
+    if head.startswith(b"PK\x03\x04"):
+        return _guarded(file, "a .npz file", _npz)
+    if file.suffix in (".pkl", ".pickle"):
+        return _pickle(file)
+    known = "MATLAB v5 or v7.3, HDF5, .npy, .npz, or a pickle named .pkl"
+    raise InputError(f"{file}: expected {known}; it begins with {head[:16]!r}")
+
+
+def _guarded(file: Path, what: str, reader: Callable[[Path], Arrays]) -> Arrays:
+    """`reader`'s arrays; whatever goes wrong in the libraries, now or later, becomes one InputError."""
+
+    def guard(call: Callable[[], Any], part: str) -> Any:
+        try:
+            return call()
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"{file}: begins like {what}, but {part} cannot be read ({reason}); damaged or cut short?") from error
+
+    arrays = guard(lambda: reader(file), "its list of contents")
+    return {key: lambda key=key, call=call: guard(call, key) for key, call in arrays.items()}  # type: ignore[misc]
+
+
+def _matlab5(file: Path) -> Arrays:
+    import scipy.io
+    import scipy.sparse
+
+    def read(key: str) -> np.ndarray:
+        value = scipy.io.loadmat(file, variable_names=[key])[key]
+        return value.toarray() if scipy.sparse.issparse(value) else value
+
+    return {key: lambda key=key: read(key) for key, _, _ in scipy.io.whosmat(file)}  # type: ignore[misc]
+
+
+def _hdf5(file: Path, matlab: bool) -> Arrays:
+    import h5py
+
+    keys: list[str] = []
+    with h5py.File(file, "r") as opened:
+        opened.visititems(lambda name, item: keys.append(name) if isinstance(item, h5py.Dataset) else None)
+
+    def read(key: str) -> np.ndarray:
+        with h5py.File(file, "r") as opened:
+            data = opened[key]
+            value = data.asstr()[()] if h5py.check_string_dtype(data.dtype) else data[()]
+        return np.asarray(value).T if matlab else np.asarray(value)
+
+    # MATLAB keeps the contents of cell arrays in #refs#
+    return {key.replace("/", "_"): lambda key=key: read(key) for key in keys if not key.startswith("#")}  # type: ignore[misc]
+
+
+def _npz(file: Path) -> Arrays:
+    def read(key: str) -> np.ndarray:
+        with np.load(file, allow_pickle=False) as opened:
+            return opened[key]
+
+    with np.load(file, allow_pickle=False) as opened:
+        return {key: lambda key=key: read(key) for key in opened.files}  # type: ignore[misc]
+
+
+def _pickle(file: Path) -> Arrays:
+    from cmr_fast.data import pickles
+
+    value = pickles.load(file)
+    # larger dicts are rows by id, one value
+    if isinstance(value, dict) and 0 < len(value) <= 32 and all(isinstance(key, str) for key in value):
+        return {key: lambda item=item: item for key, item in value.items()}  # type: ignore[misc]
+    return {file.stem: lambda: value}
