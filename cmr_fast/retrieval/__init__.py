@@ -2,7 +2,8 @@
 
 from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, convention_table, tie_table
 from cmr_fast.retrieval.index import HammingIndex
-from cmr_fast.retrieval.metrics import RetrievalResult, evaluate_codes, evaluate_embeddings
+from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
+from cmr_fast.retrieval.result import RetrievalResult
 
 __all__ = [
     "CONVENTIONS",

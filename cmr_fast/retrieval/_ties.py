@@ -52,16 +52,22 @@ class Groups:
     @classmethod
     def from_sorted_keys(cls, keys: np.ndarray, relevant: np.ndarray) -> "Groups":
         """(B, N) ascending keys, equal where tied, and relevance in the same order -> the tied groups as they are."""
-        starts_here = np.ones(keys.shape, dtype=bool)
-        starts_here[:, 1:] = keys[:, 1:] != keys[:, :-1]
-        starts = np.flatnonzero(starts_here)
-        n = np.diff(starts, append=keys.size)
-        r = np.add.reduceat(relevant.ravel(), starts, dtype=np.int64)
-        query, before = np.divmod(starts, keys.shape[1])
-        hits = np.cumsum(r) - r
-        hits -= np.concatenate([[0], np.cumsum(np.count_nonzero(relevant, axis=1))])[query]
-        kept = r > 0
-        return cls(query[kept], n[kept], r[kept], before[kept], hits[kept])
+        width = keys.shape[1]
+        new = np.ones(keys.shape, dtype=bool)
+        new[:, 1:] = keys[:, 1:] != keys[:, :-1]
+        bounds = np.append(np.flatnonzero(new), keys.size)
+        found = np.concatenate([[0], np.cumsum(relevant.ravel(), dtype=np.int64)])
+        r = np.diff(found[bounds])
+        kept = np.flatnonzero(r)
+        starts = bounds[kept]
+        query = starts // width
+        return cls(
+            query, bounds[kept + 1] - starts, r[kept], starts - query * width, found[starts] - found[query * width]
+        )
+
+    def one(self, g: np.integer) -> tuple[int, int, int, int]:
+        """Size, relevant, before and hits_before of group g."""
+        return int(self.size[g]), int(self.relevant[g]), int(self.before[g]), int(self.hits_before[g])
 
     def ordered(self, ties: str) -> "Groups":
         """The groups under a tie rule: relevant first (optimistic), last (pessimistic), or as they are."""

@@ -13,7 +13,7 @@ class Convention:
     P(i) is the precision of the first i ranks, rel(i) is 1 where rank i is relevant, R counts the query's relevant
     items in the database, hits those of them inside the cut. k defaults to the database size.
 
-    cut             "k": the first k ranks; "R": the first min(k, R) ranks; "hits": the first min(k, R) hits, at any rank
+    cut             "k": the first k ranks; "R": the first min(k, R) ranks; "hits": the first min(k, R) hits
     denominator     "R", "hits", or "min", which is min(k, R)
     zero            "counts 0": a query with R = 0 has AP 0 and counts; "skip R = 0": it is left out of the mean;
                     "skip hits = 0": so is one with no hit inside the cut

@@ -4,8 +4,8 @@ File layout, little-endian, version 1:
 
     header      128 bytes: magic, version, bits, sizes, checksums; its own crc32 in the last four
     checks      uint32 per block of codes: crc32
-    ids         int64 per code, if the index has ids of its own
-    codes       uint8 (ntotal, nbytes), from a multiple of 64 bytes
+    ids         int64 per code, if the index has ids of its own; then zeros up to a multiple of 64 bytes
+    codes       uint8 (ntotal, nbytes)
 """
 
 import os
@@ -28,7 +28,7 @@ _MAX_BITS = 4096
 _MAGIC = b"CMRFHAM\n"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQqII")  # magic, version, bits, ntotal, next id, has ids, bytes in a block
-_SUMS = struct.Struct("<II")  # crc32 of checks, crc32 of ids
+_SUMS = struct.Struct("<II")  # crc32 of checks, crc32 of ids with their zeros
 _HEADER_BYTES = 128
 _BLOCK_BYTES = 1 << 22
 
@@ -135,11 +135,11 @@ class HammingIndex:
         ids = b"" if self._ids is None else self._ids[: self._ntotal].astype("<i8").tobytes()
         fields = (_MAGIC, _VERSION, self.bits, self._ntotal, self._next_id, int(self._ids is not None), _BLOCK_BYTES)
         table = checks.astype("<u4").tobytes()
+        ids += b"\0" * (-(_HEADER_BYTES + len(table) + len(ids)) % 64)
         header = _HEADER.pack(*fields) + _SUMS.pack(zlib.crc32(table), zlib.crc32(ids))
         header = header.ljust(_HEADER_BYTES - 4, b"\0")
         with write_aside(path) as aside, open(aside, "wb") as file:
             file.write(header + struct.pack("<I", zlib.crc32(header)) + table + ids)
-            file.write(b"\0" * (-file.tell() % 64))
             file.write(codes.data)
 
     @classmethod
@@ -160,13 +160,13 @@ class HammingIndex:
                 state = "truncated" if size < expected else "too long"
                 raise InputError(f"{path} is {state}: {expected} bytes expected, {size} seen")
             table = file.read(4 * _num_blocks(index._ntotal, nbytes))
-            ids = file.read(8 * index._ntotal if has_ids else 0)
+            ids = file.read(codes_at - file.tell())
         for part, data, expected in (("checks", table, table_sum), ("ids", ids, ids_sum)):
             if zlib.crc32(data) != expected:
                 raise InputError(f"{path} is damaged: the checksum of its {part} is wrong")
         index._checks = np.frombuffer(table, dtype="<u4")
         if has_ids:
-            index._ids = np.frombuffer(ids, dtype="<i8").astype(np.int64)
+            index._ids = np.frombuffer(ids, dtype="<i8", count=index._ntotal).astype(np.int64)
         if index._ntotal:
             shape = (index._ntotal, nbytes)
             index._codes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=codes_at, shape=shape))
