@@ -23,6 +23,7 @@ struct Avx2 {
     using sum = __m256i;  // a byte count in every byte: room for 31 words
     using mask = __m256i;
     static constexpr int64_t max_words = 31;
+    static constexpr bool has_transpose(int) { return false; }
 
     static reg bit_xor(reg a, reg b) { return _mm256_xor_si256(a, b); }
     static sum zero() { return _mm256_setzero_si256(); }

@@ -45,6 +45,27 @@ struct Avx512x64 : Avx512 {
     using mask = __mmask8;
     static constexpr int lanes = 8;
     static constexpr int blocks(int words) { return words <= 1 ? 4 : 2; }
+    static constexpr bool has_transpose(int words) { return words == 2 || words == 4; }
+
+    // rows of 8 codes -> word 0 of the 8 codes, word 1 of them, ...
+    template <int W>
+    static void transpose(const uint8_t* rows, word* out) {
+        const auto row = [&](int i) { return _mm512_loadu_si512(rows + 64 * i); };
+        if constexpr (W == 2) {
+            const __m512i x = row(0), y = row(1);
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi64(x, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), y));
+            _mm512_storeu_si512(out + 8, _mm512_permutex2var_epi64(x, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15), y));
+        } else {
+            const __m512i low = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13), high = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
+            const __m512i a = _mm512_permutex2var_epi64(row(0), low, row(1)), b = _mm512_permutex2var_epi64(row(2), low, row(3));
+            const __m512i c = _mm512_permutex2var_epi64(row(0), high, row(1)), d = _mm512_permutex2var_epi64(row(2), high, row(3));
+            _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x44));
+            _mm512_storeu_si512(out + 8, _mm512_shuffle_i64x2(a, b, 0xee));
+            _mm512_storeu_si512(out + 16, _mm512_shuffle_i64x2(c, d, 0x44));
+            _mm512_storeu_si512(out + 24, _mm512_shuffle_i64x2(c, d, 0xee));
+        }
+    }
+
     static constexpr int queries(int words) { return words == 1 ? 8 : words == 0 ? 4 : words <= 2 ? 4 : 2; }
 
     static reg load(const word* p) { return _mm512_loadu_si512(p); }
@@ -71,6 +92,7 @@ struct Avx512x32 : Avx512 {
     static constexpr int lanes = 16;
     static constexpr int blocks(int) { return 4; }
     static constexpr int queries(int) { return 8; }
+    static constexpr bool has_transpose(int) { return false; }
 
     static reg load(const word* p) { return _mm512_loadu_si512(p); }
     static reg splat(word x) { return _mm512_set1_epi32(static_cast<int>(x)); }

@@ -63,7 +63,15 @@ struct Scan {
         std::memset(planes + (count / V::lanes) * V::lanes * words, 0,
                     (padded - count / V::lanes * V::lanes) * words * sizeof(word));
         if (job.nbytes == words * static_cast<int64_t>(sizeof(word))) {
-            for (int64_t i = 0; i < count; ++i) {
+            int64_t i = 0;
+            if constexpr (V::has_transpose(W))
+                for (; i + V::lanes <= count; i += V::lanes) {
+                    // the next tile travels while this one is searched
+                    for (int64_t line = 0; line < V::lanes * words * int64_t{sizeof(word)}; line += 64)
+                        __builtin_prefetch(rows + i * job.nbytes + line + kTileBytes);
+                    V::template transpose<W>(rows + i * job.nbytes, planes + i * words);
+                }
+            for (; i < count; ++i) {
                 word* out = planes + i / V::lanes * V::lanes * words + i % V::lanes;
                 for (int64_t w = 0; w < words; ++w)
                     std::memcpy(out + w * V::lanes, rows + i * job.nbytes + w * sizeof(word), sizeof(word));

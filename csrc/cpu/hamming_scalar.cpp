@@ -14,6 +14,7 @@ struct Scalar {
     static constexpr int64_t max_words = 64;
     static constexpr int blocks(int) { return 4; }
     static constexpr int queries(int) { return 2; }
+    static constexpr bool has_transpose(int) { return false; }
 
     static reg load(const word* p) {
         word x;
