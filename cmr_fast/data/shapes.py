@@ -209,14 +209,14 @@ def describe(scenes: Scenes, random: np.random.Generator) -> tuple[tuple[str, ..
         made = [_WHOLE[variant[i][4] % len(_WHOLE)].format(all=every)]
         for number, kind in enumerate(kinds):
             made.append(kind[variant[i][number] % len(kind)].format(**words(i, number, about[i][number])))
-        captions.append(tuple(made[j] for j in order[i]))
+        captions.append(tuple(re.sub(r"\ba (?=[aeo])", "an ", made[j]) for j in order[i]))
     return tuple(captions)
 
 
 @cache
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can hold, in alphabetical order."""
-    templates = (*_WHOLE, *_PLACED, *_COUNTED, *_VAGUE, *_CASUAL, *_PLACES, *_COUNTS, "a and")
+    templates = (*_WHOLE, *_PLACED, *_COUNTED, *_VAGUE, *_CASUAL, *_PLACES, *_COUNTS, "a an and")
     found = {word for text in templates for word in tokens(re.sub(r"\{\w+\}", " ", text))}
     for group in (*(words for _, words in COLOURS.values()), *SHAPES.values(), *_SIZES):
         found.update(group)
@@ -249,11 +249,16 @@ def bag_of_words(captions: Sequence[str], reference: Sequence[str]) -> Tensor:
 
 
 def image_features(images: Tensor) -> Tensor:
-    """float32 (N, 204) of uint8 (N, 3, 32, 32): saturated pixels by 12 hues, the image at 4x4x3, and gradients.
+    """float32 (N, 204) of uint8 (N, 3, 32, 32): saturated pixels by 12 hues, the image at 3x4x4, and gradients.
 
     The gradients are the usual histogram: 4x4 cells, 8 unsigned directions weighted by magnitude, and the mean
-    magnitude of each cell; each of the three blocks has unit length, the hues without their sum.
+    magnitude of each cell; each of the four blocks has unit length.
     """
+    # in pieces that stay in cache
+    return torch.cat([_image_features(part) for part in images.split(128)])
+
+
+def _image_features(images: Tensor) -> Tensor:
     pixels = images.numpy().astype(np.float32) / 255
     high, low = pixels.max(axis=1), pixels.min(axis=1)
     chroma = high - low
