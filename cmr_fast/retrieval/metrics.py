@@ -111,7 +111,7 @@ def evaluate_embeddings(
         norms = block.norm(dim=1, keepdim=True)
         products = block @ y.T
         if metric == "l2":
-            far, bound = norms**2 + y_norms**2 - 2 * products, (norms + longest) ** 2
+            far, bound = y_norms**2 - 2 * products, longest**2 + 2 * norms * longest  # less |x|^2: one order
         else:
             far, bound = -products, norms * longest
         unit = _GRID / torch.where(bound > 0, bound, 1.0)
@@ -198,15 +198,17 @@ def _average_precisions(
         ranks = np.clip(ends - groups.before, 0, groups.size)
         sums = precision_sums(groups, ranks, harmonic)
     totals = np.bincount(groups.query, sums, size)
-    hits = np.bincount(groups.query, ranks * groups.relevant / groups.size, size)  # certain, but for the groups below
-    below = {"R": counts, "min": capped, "hits": hits}[rule.denominator]
+    if rule.denominator == "hits":  # certain, but for the mixed groups below
+        below = np.bincount(groups.query, ranks * groups.relevant / groups.size, size)
+    else:
+        below = counts if rule.denominator == "R" else capped
     ap = totals / np.where(below > 0, below, 1)
     if rule.denominator == "hits":
         for g in np.flatnonzero(mixed(groups, ranks)):
             query = groups.query[g]
             ap[query] = sum_over_hits(*groups.one(g), int(ranks[g]), totals[query] - sums[g], harmonic)
-    if rule.zero != "counts 0":
-        ap[(hits if rule.zero == "skip hits = 0" else counts) == 0] = np.nan
+    if rule.zero != "counts 0":  # R = 0, or hits = 0 where they divide
+        ap[below == 0] = np.nan
     return ap
 
 
@@ -235,8 +237,11 @@ def _ranked_relevance(keys: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """(B, N) keys and relevance -> relevance in the order of (key, index)."""
     index_bits = keys.shape[1].bit_length()
     if keys.dtype.itemsize <= 2 or _GRID.bit_length() + 2 + index_bits > 62:
-        order = np.argsort(keys, axis=1, kind="stable")  # numpy counts (radix) where keys have 8 or 16 bits
-        return np.take_along_axis(relevant, order, axis=1)
+        # a row at a time stays in cache; numpy's stable sort counts (radix) where keys have 8 or 16 bits
+        out = np.empty_like(relevant)
+        for i, row in enumerate(keys):
+            np.take(relevant[i], np.argsort(row, kind="stable"), out=out[i])
+        return out
     packed = ((keys << index_bits | np.arange(keys.shape[1])) << 1) | relevant
     packed.sort(axis=1)
     return (packed & 1).astype(bool)

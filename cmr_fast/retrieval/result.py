@@ -77,7 +77,7 @@ class PrecisionRecall(NamedTuple):
     recall: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RetrievalResult:
     """What one ranking of a database by a set of queries is worth. Every array is numpy float64.
 
