@@ -45,7 +45,7 @@ _TABLE = (
         "k",
         "hits",
         "counts 0",
-        "DCMH MATLAB topkMap; DJSRH, JDSH, DGCPN top map; DeepHash-pytorch; ACMR; DSCMR, SDML single-label; "
+        "DCMH MATLAB topkMap; DJSRH, JDSH, DGCPN top map; DeepHash-pytorch; ACMR; DSCMR, SDML single-label (k = N); "
         "torchmetrics top_k",
         "rewards fewer hits: [+--] scores above [+-+]; so the optimistic order need not score highest",
     ),
