@@ -28,6 +28,8 @@ const HammingKernel& kernel_for(const std::string& isa) {
 #if defined(__x86_64__)
     if (isa == "avx512_vpopcntdq") return hamming_avx512;
     if (isa == "avx2") return hamming_avx2;
+#elif defined(__aarch64__)
+    if (isa == "neon") return hamming_neon;
 #endif
     return hamming_scalar;
 }

@@ -41,6 +41,8 @@ extern const HammingKernel hamming_scalar;
 #if defined(__x86_64__)
 extern const HammingKernel hamming_avx2;
 extern const HammingKernel hamming_avx512;
+#elif defined(__aarch64__)
+extern const HammingKernel hamming_neon;
 #endif
 
 constexpr int64_t kRangeGroup = 64;  // queries of one range task

@@ -14,13 +14,15 @@ inline bool has_isa(const std::string& isa) {
     if (isa == "avx512_vpopcntdq")
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vpopcntdq");
+#elif defined(__aarch64__)
+    if (isa == "neon") return true;
 #endif
     return false;
 }
 
 inline std::vector<std::string> available_isas() {
     std::vector<std::string> found;
-    for (const char* isa : {"avx512_vpopcntdq", "avx2", "scalar"})
+    for (const char* isa : {"avx512_vpopcntdq", "avx2", "neon", "scalar"})
         if (has_isa(isa)) found.push_back(isa);
     return found;
 }
