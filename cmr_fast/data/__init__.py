@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cmr_fast.data.native import save_pairs
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 
-__all__ = ["PairedDataset", "Pairs", "load"]
+__all__ = ["PairedDataset", "Pairs", "load", "save_pairs"]
 
 
 def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
     """The data set at a path, or by name: "shapes" is built in, other names are folders or files under $CMR_FAST_DATA.
 
     What lies there is found by looking:
-    a folder with `raw_features*.mat`  the UCSD Wikipedia set, `cmr_fast.data.wikipedia.load`
-    other folders, and files           .mat, .h5, .npy, .npz and .pkl by the names of their arrays, `cmr_fast.data.files.load`
-    Options go to that function; `help` on it lists them. Raises InputError where nothing is found, the files are
-    damaged or do not belong together, or an option is not one of theirs.
+    a folder with raw_features*.mat   the UCSD Wikipedia set, `cmr_fast.data.wikipedia.load`
+    other folders, and files          arrays by their names in .mat, .h5, .npy, .npz, .pkl, `cmr_fast.data.files.load`
+    Your own features: one .npz with train_image, train_text, train_labels, query_image, …, see `cmr_fast.data.native`;
+    `save_pairs` writes it.
+
+    Options go to the function that reads; `help` on it lists them. Raises InputError where nothing is found, the files
+    are damaged or do not belong together, or an option is not one of theirs.
     """
     from cmr_fast.data import shapes, wikipedia
 

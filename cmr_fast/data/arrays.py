@@ -1,4 +1,4 @@
-"""Named arrays out of .mat (v5, v7.3), .h5, .npy, .npz and .pkl files: what is there, read only when it is asked for."""
+"""Named arrays out of .mat (v5, v7.3), .h5, .npy, .npz and .pkl files, each read when it is asked for."""
 
 import os
 from collections.abc import Callable
@@ -59,7 +59,9 @@ def _guarded(file: Path, what: str, reader: Callable[[Path], Arrays]) -> Arrays:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(f"{file}: begins like {what}, but {part} cannot be read ({reason}); damaged or cut short?") from error
+            raise InputError(
+                f"{file}: begins like {what}, but {part} cannot be read ({reason}); damaged or cut short?"
+            ) from error
 
     arrays = guard(lambda: reader(file), "its list of contents")
     return {key: lambda key=key, call=call: guard(call, key) for key, call in arrays.items()}  # type: ignore[misc]

@@ -27,15 +27,12 @@ class Pairs:
         if len(set(sizes.values())) != 1:
             raise InputError(f"image, text and labels must have the same number of rows, got {sizes}")
         _check_labels(self.labels)
-        for name in ("image", "text"):
-            values = getattr(self, name)
-            if isinstance(values, Tensor) and values.is_floating_point():
-                if values.ndim != 2:
-                    raise InputError(f"{name} features must be (N, dim), got shape {tuple(values.shape)}")
-                bad = (~torch.isfinite(values)).any(dim=1)
-                if bad.any():
-                    row = int(bad.nonzero()[0])
-                    raise InputError(f"{name} features must be finite: {int(bad.sum())} rows are not, the first is row {row}")
+        if isinstance(self.text, Tensor):
+            _check_features(self.text, "text")
+        if self.image.dtype != torch.uint8:
+            _check_features(self.image, "image")
+        elif self.image.ndim != 4 or self.image.shape[1] != 3:
+            raise InputError(f"raw images must be uint8 (N, 3, H, W), got uint8 {tuple(self.image.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,12 +67,25 @@ class PairedDataset:
             if len(pairs) == 0:
                 raise InputError(f"{self.name}: the {split} split is empty, it needs at least one pair")
         splits = [p for p in (self.train, self.valid, self.query, self.database) if p is not None]
+        if self.valid is not None and len(self.valid) == 0:
+            raise InputError(f"{self.name}: the valid split is empty, it needs at least one pair, or is None")
         for what, shape in (("image", _width), ("text", _width), ("labels", _width)):
             widths = {shape(getattr(p, what)) for p in splits}
             if len(widths) != 1:
-                raise InputError(f"{self.name}: {what} must have one width over all splits, got {sorted(map(str, widths))}")
-        if self.num_classes < 2:
-            raise InputError(f"{self.name}: labels hold one class only; retrieval by label needs at least two")
+                raise InputError(
+                    f"{self.name}: {what} must have one width over all splits, got {sorted(map(str, widths))}"
+                )
+        for split in ("train", "database"):
+            used = _used(getattr(self, split).labels)
+            if used < 2:
+                raise InputError(
+                    f"{self.name}: the {split} labels hold {('no class', 'one class only')[used]}; "
+                    "retrieval by label needs at least two"
+                )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise InputError(
+                f"{self.name}: {len(self.class_names)} class names for labels of {self.num_classes} classes"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -93,7 +103,7 @@ class PairedDataset:
         return _feature_dim(self.name, "text", self.train.text)
 
     def hold_out(self, fraction: float, seed: int) -> "PairedDataset":
-        """Move about `fraction` of the training pairs to `valid`, by class where labels are single, always the same for one seed."""
+        """Move about `fraction` of the training pairs to `valid`: the same for one seed, single labels by class."""
         if not 0 < fraction < 1:
             raise InputError(f"fraction must lie between 0 and 1, got {fraction}")
         count = len(self.train)
@@ -103,7 +113,18 @@ class PairedDataset:
         # every (1/fraction)-th item of the class-sorted shuffle: each class gives its share
         held = torch.zeros(count, dtype=torch.bool)
         held[order[torch.arange(0, count, 1 / fraction).long()]] = True
-        return replace(self, train=self.train.select((~held).nonzero()[:, 0]), valid=self.train.select(held.nonzero()[:, 0]))
+        return replace(
+            self, train=self.train.select((~held).nonzero()[:, 0]), valid=self.train.select(held.nonzero()[:, 0])
+        )
+
+
+def _check_features(values: Tensor, name: str) -> None:
+    if values.ndim != 2 or not values.is_floating_point():
+        raise InputError(f"{name} features must be floats (N, dim), got {values.dtype} {tuple(values.shape)}")
+    bad = (~torch.isfinite(values)).any(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise InputError(f"{name} features must be finite: {int(bad.sum())} rows are not, the first is row {row}")
 
 
 def _check_labels(labels: Tensor) -> None:
@@ -114,7 +135,14 @@ def _check_labels(labels: Tensor) -> None:
         if labels.numel() and int(labels.max()) > 1:
             raise InputError(f"multi-hot labels must be 0 or 1, got {int(labels.max())}")
     else:
-        raise InputError(f"labels must be int64 (N,) class ids or uint8 (N, C) multi-hot, got {labels.dtype} {tuple(labels.shape)}")
+        raise InputError(
+            f"labels must be int64 (N,) class ids or uint8 (N, C) multi-hot, got {labels.dtype} {tuple(labels.shape)}"
+        )
+
+
+def _used(labels: Tensor) -> int:
+    """How many classes occur."""
+    return int((labels.amax(dim=0) > 0).sum()) if labels.ndim == 2 else len(labels.unique())
 
 
 def _width(values: Tensor | Sequence) -> tuple:

@@ -57,9 +57,9 @@ _CASUAL = ("i can see a {size} {colour} {shape} here", "just a {colour} {shape} 
 
 
 class Scenes(NamedTuple):
-    """N scenes of up to three objects, in the corners of the image; entries past `count` mean nothing."""
+    """N scenes of up to three objects, in the corners of the image; entries past `number` mean nothing."""
 
-    count: np.ndarray  # (N,) 1 to 3
+    number: np.ndarray  # (N,) 1 to 3
     colour: np.ndarray  # (N, 3) into COLOURS
     shape: np.ndarray  # (N, 3) into SHAPES
     size: np.ndarray  # (N, 3) 0 small, 1 large
@@ -107,7 +107,7 @@ def load(
 def draw(count: int, random: np.random.Generator) -> Scenes:
     """Scenes at random: half of them with one object, three in ten with two, the rest with three."""
     return Scenes(
-        count=random.choice([1, 2, 3], size=count, p=[0.5, 0.3, 0.2]),
+        number=random.choice([1, 2, 3], size=count, p=[0.5, 0.3, 0.2]),
         colour=random.integers(len(COLOURS), size=(count, 3)),
         shape=random.integers(len(SHAPES), size=(count, 3)),
         size=random.integers(2, size=(count, 3)),
@@ -117,9 +117,9 @@ def draw(count: int, random: np.random.Generator) -> Scenes:
 
 def labels(scenes: Scenes) -> np.ndarray:
     """uint8 (N, 16): which colours and shapes are there."""
-    there = np.arange(3) < scenes.count[:, None]
+    there = np.arange(3) < scenes.number[:, None]
     rows, slots = there.nonzero()
-    found = np.zeros((len(scenes.count), len(CLASSES)), dtype=np.uint8)
+    found = np.zeros((len(scenes.number), len(CLASSES)), dtype=np.uint8)
     found[rows, scenes.colour[rows, slots]] = 1
     found[rows, len(COLOURS) + scenes.shape[rows, slots]] = 1
     return found
@@ -127,7 +127,7 @@ def labels(scenes: Scenes) -> np.ndarray:
 
 def render(scenes: Scenes, random: np.random.Generator) -> np.ndarray:
     """uint8 (N, 3, 32, 32), antialiased; later objects cover earlier ones."""
-    total = len(scenes.count)
+    total = len(scenes.number)
     grid = np.arange(SIDE, dtype=np.float32) + 0.5
     slope = random.uniform(-1, 1, (2, total, 1, 1)).astype(np.float32)
     shade = random.uniform(20, 110, (total, 1, 1)).astype(np.float32)
@@ -135,7 +135,7 @@ def render(scenes: Scenes, random: np.random.Generator) -> np.ndarray:
     images = np.repeat(background[:, None], 3, axis=1)
     palette = np.array([rgb for rgb, _ in COLOURS.values()], dtype=np.float32)
     for slot in range(3):
-        rows = (scenes.count > slot).nonzero()[0]
+        rows = (scenes.number > slot).nonzero()[0]
         if len(rows) == 0:
             continue
         place, size = scenes.place[rows, slot], scenes.size[rows, slot]
@@ -183,15 +183,15 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def describe(scenes: Scenes, random: np.random.Generator) -> tuple[tuple[str, ...], ...]:
     """Five captions a scene, in random order: one tells of every object, the others of one object each."""
-    total = len(scenes.count)
+    total = len(scenes.number)
     colours, shapes = [words for _, words in COLOURS.values()], list(SHAPES.values())
     kinds = (_PLACED, _COUNTED, _VAGUE, _CASUAL)
     # the common word for a thing half of the time
     word = random.choice(3, size=(total, 5, 3, 3), p=[0.5, 0.25, 0.25]).tolist()
-    about = (random.random((total, 4)) * scenes.count[:, None]).astype(int).tolist()
+    about = (random.random((total, 4)) * scenes.number[:, None]).astype(int).tolist()
     variant = random.integers(6, size=(total, 5)).tolist()
     order = random.random((total, 5)).argsort(axis=1).tolist()
-    count, colour, shape, size, place = (part.tolist() for part in scenes)
+    number, colour, shape, size, place = (part.tolist() for part in scenes)
 
     def words(i: int, caption: int, slot: int) -> dict[str, str]:
         a, b, c = word[i][caption][slot]
@@ -200,15 +200,15 @@ def describe(scenes: Scenes, random: np.random.Generator) -> tuple[tuple[str, ..
             "shape": shapes[shape[i][slot]][b],
             "size": _SIZES[size[i][slot]][c],
             "place": _PLACES[place[i][slot]],
-            "count": _COUNTS[count[i] - 1],
+            "count": _COUNTS[number[i] - 1],
         }
 
     captions = []
     for i in range(total):
-        every = " and ".join("a " + _LISTING.format(**words(i, 4, slot)) for slot in range(count[i]))
+        every = " and ".join("a " + _LISTING.format(**words(i, 4, slot)) for slot in range(number[i]))
         made = [_WHOLE[variant[i][4] % len(_WHOLE)].format(all=every)]
-        for number, kind in enumerate(kinds):
-            made.append(kind[variant[i][number] % len(kind)].format(**words(i, number, about[i][number])))
+        for j, kind in enumerate(kinds):
+            made.append(kind[variant[i][j] % len(kind)].format(**words(i, j, about[i][j])))
         captions.append(tuple(re.sub(r"\ba (?=[aeo])", "an ", made[j]) for j in order[i]))
     return tuple(captions)
 
@@ -229,7 +229,7 @@ def tokens(text: str) -> list[str]:
 
 
 def bag_of_words(captions: Sequence[str], reference: Sequence[str]) -> Tensor:
-    """float32 (len(captions), len(vocabulary())): tf-idf, rows of unit length; words outside the vocabulary count for nothing.
+    """float32 (len(captions), len(vocabulary())): tf-idf in rows of unit length; unknown words are passed over.
 
     reference: the captions that the document frequencies are counted in; of a `load`, all captions of its raw train
     split. idf = log((1 + n) / (1 + df)) + 1, as scikit-learn has it.
@@ -277,7 +277,7 @@ def _image_features(images: Tensor) -> Tensor:
 
 
 def _soft_histogram(turn: np.ndarray, weight: np.ndarray, bins: int) -> np.ndarray:
-    """(N, bins, 4, 4) of (N, 32, 32): `weight` by `turn` (periodic in 1), shared between the two nearest bins, summed per cell."""
+    """(N, bins, 4, 4) of (N, 32, 32): `weight` by `turn` (periodic in 1), shared by the two nearest bins, per cell."""
     at = (turn % 1) * bins
     low = np.floor(at).astype(np.int64)
     share = at - low

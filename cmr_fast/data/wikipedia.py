@@ -14,7 +14,7 @@ LISTS = {"tr": "trainset_txt_img_cat.list", "te": "testset_txt_img_cat.list"}
 
 
 def load(path: str | os.PathLike[str], *, features: str = "lda") -> PairedDataset:
-    """Read the folder of Rasiwasia et al. 2010: `raw_features.mat` or `raw_features_with_tfidf.mat`, and the .list files.
+    """Read the folder of Rasiwasia et al. 2010: `raw_features.mat` or `raw_features_with_tfidf.mat`, and the lists.
 
     image  float32 (N, 128): histogram of SIFT words, each row sums to 1
     text   float32: `features="lda"` (N, 10) topic shares, each row sums to 1; `"tfidf"` (N, 1000) weighted words

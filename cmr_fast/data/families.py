@@ -1,0 +1,142 @@
+"""The names under which the field's projects keep their arrays, and how a set of arrays is told to be one of them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cmr_fast.errors import InputError
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The names that a group of projects uses.
+
+    words     split to the word that stands for it in names; "whole" for a set that is not split
+    roles     image, text, labels (and text_labels where they are kept twice) to names, preferred first, {} for the word
+    database  what the test items rank where no database is named: each other ("query"), or the training items
+    """
+
+    name: str
+    words: Mapping[str, str]
+    roles: Mapping[str, Names]
+    database: str = "query"
+
+    def names(self, split: str, role: str) -> Names:
+        return tuple(pattern.format(self.words[split]) for pattern in self.roles[role])
+
+
+NATIVE = Family(
+    "cmr_fast's own .npz",
+    {"train": "train", "valid": "valid", "query": "query", "database": "database"},
+    {"image": ("{}_image",), "text": ("{}_text",), "labels": ("{}_labels",)},
+)
+FAMILIES = (
+    NATIVE,
+    Family(
+        "one set without splits (DCMH, torchcmh, TA-DCH)",
+        {"whole": ""},
+        {
+            "image": ("XAll", "FAll", "image", "images", "imgs", "IAll"),
+            "text": ("YAll", "TAll", "text", "tags"),
+            "labels": ("LAll", "labels"),
+        },
+    ),
+    Family(
+        "MATLAB hashing code (MIRFLICKR.mat, WIKI.mat, raw_mir.mat)",
+        {"train": "tr", "query": "te", "database": "db"},
+        {"image": ("I_{}",), "text": ("T_{}",), "labels": ("L_{}",)},
+        database="train",
+    ),
+    Family(
+        "XMedia",
+        {"train": "tr", "query": "te"},
+        {"image": ("I_{}_CNN",), "text": ("T_{}_BOW",), "labels": ("{}ImgCat",), "text_labels": ("{}TxtCat",)},
+    ),
+    Family(
+        "INRIA Websearch",
+        {"train": "tr", "valid": "val", "query": "te"},
+        {"image": ("{}_img",), "text": ("{}_txt",), "labels": ("{}_img_lab",), "text_labels": ("{}_txt_lab",)},
+    ),
+    Family(
+        "DSCMR",
+        {"train": "train", "valid": "valid", "query": "test"},
+        {"image": ("{}_img",), "text": ("{}_txt",), "labels": ("{}_img_lab",), "text_labels": ("{}_txt_lab",)},
+    ),
+    Family(
+        "SDML, MRL",
+        {"train": "train", "valid": "valid", "query": "test"},
+        {
+            "image": ("{}_imgs_deep",),
+            "text": ("{}_texts", "{}_text"),
+            "labels": ("{}_imgs_labels",),
+            "text_labels": ("{}_texts_labels",),
+        },
+    ),
+    Family(
+        "ACMR",
+        {"train": "train", "query": "test"},
+        {"image": ("{}_img_feats",), "text": ("{}_txt_vecs",), "labels": ("{}_labels",)},
+    ),
+    Family(
+        "DLFH, UCCH",
+        {"query": "Test", "database": "Database"},
+        {"image": ("V{}", "X{}"), "text": ("Y{}",), "labels": ("{}L",)},
+    ),
+)
+_NOT_DATA = {
+    ("Qi", "Qt", "Di", "Dt"): "saved hash codes; evaluate_codes measures them",
+    ("q_img", "q_txt", "r_img", "r_txt"): "saved hash codes; evaluate_codes measures them",
+    ("index", "caption"): "paths of images and their captions (DCHMT), not features; encode them first and save image, "
+    "text and labels in one .npz",
+}
+
+
+def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[Family, dict[str, dict[str, str]]]:
+    """The family that arrays of these names belong to, and the name for each of its splits and roles.
+
+    wanted: role to the name that is to be taken for it where several would do; case does not matter in the files.
+    Raises InputError naming what is missing from the family that fits best.
+    """
+    folded = {key.casefold(): key for key in keys}
+    here = ", ".join(sorted(folded.values())[:12]) + (", …" if len(folded) > 12 else "") or "nothing"
+    fits = [_fit(family, folded, wanted) for family in FAMILIES]
+    # the complete ones first, then by the number of arrays found
+    family, names, missing = max(fits, key=lambda fit: (not fit[2], sum(map(len, fit[1].values()))))
+    if missing:
+        for signs, what in _NOT_DATA.items():
+            if all(sign.casefold() in folded for sign in signs):
+                raise InputError(f"holds {here}: {what}")
+        if not names:
+            own = "image, text and labels, or train_image, train_text, …, query_labels"
+            raise InputError(f"no known names among its arrays ({here}); the simplest layout is one .npz of {own}")
+        raise InputError(
+            f"looks like {family.name}, but has no {', no '.join(missing)}; it holds {here}. "
+            "If they are in other files, put these in one folder and give that"
+        )
+    for role, key in wanted.items():
+        if key is not None and not any(key == chosen.get(role) for chosen in names.values()):
+            raise InputError(f"{role}={key!r} is not among the names for the {role} of {family.name}; it holds {here}")
+    return family, names
+
+
+def _fit(
+    family: Family, folded: Mapping[str, str], wanted: Mapping[str, str | None]
+) -> tuple[Family, dict[str, dict[str, str]], list[str]]:
+    """What a family finds of its names: split and role to name; and what it misses, in words."""
+    found: dict[str, dict[str, str]] = {}
+    missing = []
+    for split in family.words:
+        chosen = {}
+        for role in family.roles:
+            there = [folded[name.casefold()] for name in family.names(split, role) if name.casefold() in folded]
+            if there:
+                asked = wanted.get(role)
+                chosen[role] = asked if asked in there else there[0]
+        if chosen:
+            found[split] = chosen
+        if chosen or split not in ("valid", "database"):
+            lacking = [role for role in ("image", "text", "labels") if role not in chosen]
+            what = "" if split == "whole" else f"{split} "
+            missing += [f"{what}{role} ({' or '.join(family.names(split, role))})" for role in lacking]
+    return family, found, missing
