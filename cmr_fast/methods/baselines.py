@@ -20,8 +20,8 @@ SCALES = ("each", "global")
 class Baseline:
     """One affine map per modality; a subclass learns it in `learn` from inputs that are centred and scaled.
 
-    scale="each" divides each feature by its standard deviation on the training split, scale="global" divides all features
-    of a modality by one number (their root mean variance): a ridge of 1 is then the mean variance either way.
+    scale="each" divides each feature by its standard deviation on the training split, scale="global" divides all
+    features of a modality by one number (their root mean variance): a ridge of 1 is then the mean variance either way.
     """
 
     name: ClassVar[str]
@@ -96,22 +96,27 @@ class CCA(Baseline):
         self.correlations = torch.empty(0)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        whiten_image, whiten_text = _inverse_sqrt_covariance(image, self.ridge), _inverse_sqrt_covariance(text, self.ridge)
+        whiten_image, whiten_text = (
+            _inverse_sqrt_covariance(image, self.ridge),
+            _inverse_sqrt_covariance(text, self.ridge),
+        )
         cross = whiten_image @ (image.T @ text / len(image)) @ whiten_text
         left, correlations, right = torch.linalg.svd(cross, full_matrices=False)
         dim = len(correlations) if self.dim is None else self.dim
         if dim > len(correlations):
-            raise InputError(f"these inputs have {len(correlations)} canonical variates at most, dim={dim} was asked for")
+            raise InputError(
+                f"these inputs have {len(correlations)} canonical variates at most, dim={dim} was asked for"
+            )
         self.correlations = correlations[:dim]
         weight = self.correlations**self.weight
         return whiten_image @ left[:, :dim] * weight, whiten_text @ right[:dim].T * weight
 
 
 class CCAITQ(Baseline):
-    """CCA, then one iterative quantisation (ITQ) rotation shared by both modalities (Gong et al. 2013), for Hamming search.
+    """CCA, then one iterative quantisation (ITQ) rotation shared by both modalities (Gong et al. 2013).
 
-    The space that is rotated has dim = min(bits, variates) canonical variates unless `dim` says otherwise. With more bits
-    than dimensions the rotation becomes a (dim, bits) matrix with orthonormal rows, from the same Procrustes step: a
+    The space that is rotated has dim = min(bits, variates) canonical variates unless `dim` says otherwise. With more
+    bits than dimensions the rotation becomes a (dim, bits) matrix with orthonormal rows, from the same Procrustes step: a
     tight frame, so each further bit is one more hyperplane through the canonical space, placed to quantise it well.
     Learnt on both modalities' training pairs together.
     """
@@ -149,8 +154,8 @@ class CCAITQ(Baseline):
 class PCASign(Baseline):
     """Principal components of each modality on its own, sign taken; the weakest honest code.
 
-    Nothing aligns the two sets of components but their order, and the sign of each text component, which is chosen so that
-    it correlates positively with the image component of the same rank over the training pairs. With more bits than
+    Nothing aligns the two sets of components but their order, and the sign of each text component, which is chosen so
+    that it correlates positively with the image component of the same rank over the training pairs. With more bits than
     components both modalities share one random projection with orthonormal rows.
     """
 
@@ -172,7 +177,7 @@ class PCASign(Baseline):
 
 
 class Random(Baseline):
-    """Codes that know nothing: a pseudo-random hash of each row, the same for the same row, independent over modalities."""
+    """Codes that know nothing: a hash of each row, the same for the same row, independent over modalities."""
 
     name = "random"
 

@@ -1,0 +1,174 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, PCASign, Random, itq
+from cmr_fast.methods.evaluation import evaluate_model
+
+CORRELATIONS = (0.9, 0.6, 0.3)
+
+
+def correlated(count=20_000, seed=0):
+    """Pairs whose population canonical correlations are CORRELATIONS, then 0, behind two invertible mixings."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rho = torch.tensor([*CORRELATIONS, 0.0], dtype=torch.float64)
+    image = normal(count, 4)
+    text = rho * image + (1 - rho**2).sqrt() * normal(count, 4)
+    text = torch.cat([text, normal(count, 2)], dim=1)
+    image, text = image @ normal(4, 4) + 3, text @ normal(6, 6) - 2
+    return Pairs(image.float(), text.float(), torch.arange(count) % 2)
+
+
+def test_cca_finds_known_correlations():
+    train = correlated()
+    cca = CCA(dim=3, ridge=0.0).fit(train)
+    assert_close(cca.correlations, torch.tensor(CORRELATIONS, dtype=torch.float64), atol=0.02, rtol=0)
+    held_out = correlated(seed=0).select(torch.arange(5_000))
+    image, text = cca.encode("image", held_out.image), cca.encode("text", held_out.text)
+    both = torch.corrcoef(torch.cat([image, text], dim=1).T)
+    assert_close(both[:3, 3:].diagonal(), torch.tensor(CORRELATIONS), atol=0.04, rtol=0)
+    assert (both[:3, 3:] - both[:3, 3:].diagonal().diag()).abs().max() < 0.05
+
+
+def test_cca_variates_are_white_on_the_training_split_and_weight_is_a_power_of_the_correlation():
+    train = correlated(2_000)
+    variates = CCA(dim=3, ridge=0.0).fit(train).encode("text", train.text)
+    assert_close(variates.T @ variates / 2_000, torch.eye(3), atol=1e-4, rtol=0)
+    weighted = CCA(dim=3, ridge=0.0, weight=2.0).fit(train)
+    scale = (weighted.correlations**2).float()
+    assert_close(weighted.encode("text", train.text), variates * scale, atol=1e-5, rtol=1e-4)
+
+
+def test_cca_does_not_depend_on_the_units_of_a_feature():
+    train = correlated(500)
+    rescaled = Pairs(train.image * torch.tensor([1e-3, 1.0, 50.0, 7.0]), train.text, train.labels)
+    before = CCA(dim=2).fit(train).encode("image", train.image)
+    after = CCA(dim=2).fit(rescaled).encode("image", rescaled.image)
+    assert_close(after, before, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dim, bits", [(4, 4), (4, 11), (1, 3), (1, 1)])
+def test_itq_rotation_is_orthonormal_and_lowers_the_quantisation_error(dim, bits):
+    values = torch.randn(400, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def error(rotation):
+        turned = values @ rotation
+        return float((torch.where(turned >= 0, 1.0, -1.0) - turned).square().sum())
+
+    rotation = itq(values, bits, 50, seed=3)
+    assert rotation.shape == (dim, bits)
+    assert_close(rotation @ rotation.T, torch.eye(dim, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert error(rotation) <= error(itq(values, bits, 0, seed=3))
+
+
+def test_itq_keeps_cosines_and_undoes_a_rotation_of_corners():
+    corners = torch.tensor([[i >> b & 1 for b in range(3)] for i in range(8)], dtype=torch.float64) * 2 - 1
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    found = corners @ turn @ itq(corners @ turn, 3, 200, seed=0)
+    assert_close(found.abs(), torch.ones(8, 3, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 16])
+@pytest.mark.parametrize("name", ["cca-itq", "pca-sign", "random"])
+def test_codes_have_the_bits_asked_for_and_repeat(name, bits):
+    train = correlated(300)
+    first, second = (BASELINES[name](bits=bits, seed=5).fit(train) for _ in range(2))
+    assert (first.output, first.metric, first.name) == ("code", "hamming", name)
+    for modality, features in (("image", train.image), ("text", train.text)):
+        logits = first.encode(modality, features)
+        assert logits.shape == (300, bits) and logits.dtype == torch.float32
+        assert torch.equal(logits, second.encode(modality, features))
+        halves = torch.cat([first.encode(modality, features[:7]), first.encode(modality, features[7:])])
+        assert torch.equal(halves >= 0, logits >= 0)
+
+
+def test_pairs_agree_in_cca_itq_codes_and_not_in_random_ones():
+    train = correlated(2_000)
+
+    def agreement(baseline):
+        baseline.fit(train)
+        bits = [baseline.encode(modality, getattr(train, modality)) >= 0 for modality in ("image", "text")]
+        return float((bits[0] == bits[1]).float().mean())
+
+    # for normal variables of correlation r, signs agree with probability 1 - arccos(r) / pi
+    assert agreement(CCAITQ(8, ridge=0.0, dim=1)) == pytest.approx(1 - math.acos(0.9) / math.pi, abs=0.02)
+    assert abs(agreement(Random(64)) - 0.5) < 0.02
+
+
+def test_random_codes_are_balanced_and_tell_near_rows_apart():
+    train = correlated(2_000)
+    random = Random(32).fit(train)
+    bits = (random.encode("text", train.text) >= 0).float()
+    assert (bits.mean(dim=0) - 0.5).abs().max() < 0.06
+    near = train.text + 0.01 * torch.randn(train.text.shape, generator=torch.Generator().manual_seed(1))
+    moved = (random.encode("text", near) >= 0).float()
+    assert abs(float((bits == moved).float().mean()) - 0.5) < 0.03
+
+
+def test_pca_sign_aligns_the_sign_of_each_component():
+    count = 1_000
+    scale = torch.tensor([5.0, 2.0, 1.0])
+    shared = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)) * scale
+    train = Pairs(shared, -shared, torch.arange(count) % 2)
+    pca = PCASign(3, scale="global").fit(train)
+    assert torch.equal(pca.encode("image", shared) >= 0, pca.encode("text", -shared) >= 0)
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_evaluates_like_a_trained_method(name):
+    train = correlated(60)
+    model = BASELINES[name](**({"dim": 3} if name == "cca" else {"bits": 8})).fit(train)
+    results = evaluate_model(model, PairedDataset("made up", train, train, train))
+    assert all(0 < results[direction].map <= 1 for direction in ("i2t", "t2i"))
+
+
+def test_refusals():
+    train = correlated(50)
+    for make, words in [
+        (lambda: CCAITQ(0), "bits must be at least 1, got 0"),
+        (lambda: CCA(0), "dim must be at least 1, got 0"),
+        (lambda: CCA(3, ridge=-1.0), "ridge must be 0 or more, got -1.0"),
+        (lambda: CCAITQ(8, dim=9), "dim must lie between 1 and bits=8, got 9"),
+        (lambda: CCAITQ(8, iterations=-1), "iterations"),
+        (lambda: PCASign(8, scale="log"), "scale must be one of"),
+        (lambda: CCA(5).fit(train), "4 canonical variates at most, dim=5"),
+        (lambda: CCA(2).fit(train.select(torch.arange(1))), "at least 2 training pairs, got 1"),
+        (lambda: CCA(2).encode("image", train.image), "not fitted"),
+        (lambda: CCA(2).fit(train).encode("image", train.text), "image features must be 4 wide, got 6"),
+        (lambda: CCA(2).fit(train).encode("sound", train.text), "modality must be one of"),
+        (
+            lambda: CCA(2).fit(Pairs(torch.zeros(9, 3, 4, 4, dtype=torch.uint8), torch.zeros(9, 2), torch.arange(9))),
+            "shape",
+        ),
+    ]:
+        with pytest.raises(InputError, match=words):
+            make()
+
+
+def test_a_constant_feature_and_more_features_than_pairs_do_no_harm():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(10, 30, generator=generator)
+    image[:, 3] = 2.0
+    train = Pairs(image, torch.randn(10, 5, generator=generator), torch.arange(10) % 2)
+    for baseline in (CCA(3, ridge=0.0), CCAITQ(16), PCASign(16), Random(4)):
+        assert torch.isfinite(baseline.fit(train).encode("image", image)).all()
+
+
+@pytest.mark.realdata
+def test_wikipedia_cca_and_random(data_root):
+    from cmr_fast.data import load
+
+    data = load(data_root / "wikipedia")
+    cca = evaluate_model(CCA(7, 1e-3).fit(data.train), data)
+    assert cca["i2t"].map == pytest.approx(0.2465, abs=0.001)
+    assert cca["t2i"].map == pytest.approx(0.2008, abs=0.001)
+    chance = [evaluate_model(Random(32, seed=seed).fit(data.train), data)["i2t"].map for seed in range(5)]
+    assert sum(chance) / 5 == pytest.approx(0.118, abs=0.002)
