@@ -2,20 +2,17 @@
 
 import csv
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmr_fast._files import write_aside
+from cmr_fast._terminal import busy, new_table, show, track
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.table import Table
 
     from cmr_fast import cli
     from cmr_fast.data.pairs import PairedDataset, Pairs
@@ -63,7 +60,7 @@ def next_commands(run: Path, codes: bool) -> list[str]:
 def encode(arguments: "cli.Encode") -> None:
     import numpy as np
 
-    from cmr_fast.methods.loop import encode_all
+    from cmr_fast.methods.evaluation import encode_all
     from cmr_fast.ops import pack_codes
 
     if arguments.real and arguments.bits:
@@ -133,14 +130,14 @@ def search(arguments: "cli.Search") -> None:
     distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
     if arguments.out is not None:
         write_hits(arguments.out, distances, ids)
-    table = new_table(f"The nearest of {loaded.ntotal} codes of {loaded.bits} bits: id (distance)", "query")
+    table = new_table("query")
     shown = min(5, arguments.k)
     for rank in range(shown):
         table.add_column(str(rank + 1), justify="right")
     for query in range(min(arguments.show, len(queries))):
         hits = zip(ids[query, :shown], distances[query, :shown], strict=True)
         table.add_row(str(query), *(f"{i} ({d})" if i >= 0 else "-" for i, d in hits))
-    show(table)
+    show(f"The nearest of {loaded.ntotal} codes of {loaded.bits} bits: id (distance)", table)
     more = len(queries) - arguments.show
     if more > 0:
         print(f"… and {more} more queries")
@@ -177,7 +174,7 @@ def evaluate(arguments: "cli.Evaluate") -> None:
     if arguments.trained is not None:
         if any(files):
             raise InputError("expected a run folder or the four files, got both")
-        title, rows = _evaluate_run(arguments, settings)
+        title, rows = _evaluate_run(*open_run(arguments.trained, arguments.data, arguments.features), settings)
     else:
         missing = [name for name, file in zip(_FILES, files, strict=True) if file is None]
         if missing:
@@ -186,13 +183,13 @@ def evaluate(arguments: "cli.Evaluate") -> None:
         title, rows = _evaluate_files(arguments, files, settings)
     cut = "the whole ranking" if arguments.k is None else f"k = {arguments.k}"
     columns = [name for name in rows[0] if name not in ("convention", "ties", "k")]
-    table = new_table(f"mAP, {cut}: {title}", "convention", "ties", "average precision of a query")
+    table = new_table("convention", "ties", "average precision of a query")
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
         convention, rule = find_convention(row["convention"]), find_ties(row["ties"])
         table.add_row(convention.name, rule, convention.formula, *(_number(row[name]) for name in columns))
-    show(table)
+    show(f"mAP, {cut}: {title}", table)
     if any(row[name] is None for row in rows for name in columns):
         print("-: not defined, since which queries count would depend on the order of ties")
     if arguments.out is not None:
@@ -208,10 +205,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _evaluate_run(arguments: "cli.Evaluate", settings: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def _evaluate_run(
+    model: "Method", dataset: "PairedDataset", settings: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
     from cmr_fast.report import evaluate_many
 
-    model, dataset = open_run(arguments.trained, arguments.data, arguments.features)
     with busy("evaluating"):
         found = evaluate_many(model, dataset, settings)
     rows, refused = [], None
@@ -239,11 +237,11 @@ def _evaluate_files(
     rows = []
     for setting in settings:
         with busy("evaluating"):
-            labels = query_labels, database_labels
+            both = query_labels, database_labels
             if queries.dtype.kind == "f":
-                result = evaluate_embeddings(queries, database, *labels, metric=arguments.metric, **setting)
+                result = evaluate_embeddings(queries, database, *both, metric=arguments.metric, **setting)
             else:
-                result = evaluate_codes(queries, database, *labels, bits=arguments.bits, **setting)
+                result = evaluate_codes(queries, database, *both, bits=arguments.bits, **setting)
         rows.append(setting | {"mAP": result.map})
     return f"{len(queries)} queries, {len(database)} in the database", rows
 
@@ -345,41 +343,3 @@ def read_array(path: Path) -> "np.ndarray":
 def check_codes(codes: "np.ndarray", path: Path) -> None:
     if codes.dtype.name != "uint8" or codes.ndim != 2:
         raise InputError(f"{path}: expected packed codes, uint8 (N, bytes), got {codes.dtype} {codes.shape}")
-
-
-def new_table(title: str, *columns: str) -> "Table":
-    from rich.table import Table
-
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-
-
-def show(table: "Table") -> None:
-    """Print a table; its natural width where the output is not a terminal."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=200)
-    console.print(table)
-
-
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """A spinner on stderr while something without a length goes on; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-def track(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """A progress bar on stderr; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track as rich_track
-
-    return rich_track(items, description=what, console=Console(stderr=True), transient=True)

@@ -154,21 +154,11 @@ def _data() -> dict[str, Any]:
 
 def print_report(found: dict[str, Any]) -> None:
     """`examine()` for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(
-            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=bool(columns)
-        )
-        for column in columns:
-            made.add_column(column)
-        return made
+    from cmr_fast._terminal import new_table, show
 
     python, cpu, isa, gpu, data = (found[name] for name in ("python", "cpu", "instruction_set", "gpu", "data"))
-    head = table("cmr-fast " + found["cmr_fast"]["version"])
+    head = new_table("", "")
+    head.show_header = False
     head.add_row("installed in", found["cmr_fast"]["path"])
     head.add_row("python", f"{python['version']}  {python['executable']}")
     head.add_row("system", python["system"])
@@ -180,26 +170,21 @@ def print_report(found: dict[str, Any]) -> None:
     head.add_row("data", f"{data['root'] or 'none'}: {', '.join(data['sets']) or data['why']}")
     for name, value in found["environment"].items():
         head.add_row(f"  {name}", value)
-    console.print(head, "")
+    libraries = ", ".join(f"{name} {seen or '[red]missing[/red]'}" for name, seen in found["libraries"].items())
+    head.add_row("libraries", libraries or "not known: cmr-fast is not installed as a package (pip install .)")
+    show("cmr-fast " + found["cmr_fast"]["version"], head)
 
-    ops = table("Backends", "op", "device", "runs", "candidates, in order of preference")
+    ops = new_table("op", "device", "runs", "candidates, in order of preference")
     for op, devices in found["ops"].items():
         for device, backend in devices.items():
             reasons = "; ".join(f"{name}: {why}" for name, why in backend["candidates"].items())
             ops.add_row(op, device, f"[bold]{backend['runs'] or 'none'}[/bold]", backend.get("error") or reasons)
-    console.print(ops, "")
+    show("\nBackends", ops)
 
-    libraries = table("Libraries")
-    libraries.add_row("  ".join(f"{name} {seen or '[red]missing[/red]'}" for name, seen in found["libraries"].items()))
-    console.print(libraries, "")
-
-    extras = table("Optional extras", "extra", "state", "packages")
+    extras = new_table("extra", "state", "packages")
     for name, packages in found["extras"].items():
         missing = [package for package, seen in packages.items() if seen is None]
-        state = (
-            f'[yellow]missing {", ".join(missing)}[/yellow]: pip install "cmr-fast\\[{name}]"'
-            if missing
-            else "[green]installed[/green]"
-        )
+        state = f'missing {", ".join(missing)}: pip install "cmr-fast\\[{name}]"' if missing else "installed"
         extras.add_row(name, state, ", ".join(f"{p} {v}" for p, v in packages.items() if v))
-    console.print(extras)
+    if found["extras"]:
+        show("\nOptional extras", extras)

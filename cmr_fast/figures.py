@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, told apart by people with colour-blindness; every l
 so the figures survive a grey printer.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ MARKERS = "osD^vP*"
 CLASS_COLOURS = (*COLOURS, "#882255", "#999933", "#BBBBBB")
 IMAGE_COLOUR, TEXT_COLOUR = "#D55E00", "#0072B2"  # the paper's red and blue
 DIRECTIONS = {"i2t": "image query, texts ranked", "t2i": "text query, images ranked"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 120,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -84,10 +83,9 @@ def plot_losses(
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     with _panels(path, title, rows, columns, (3.9 * columns, 3.1 * rows)) as (_, axes):
-        for axis, (panel, lines) in itertools.zip_longest(axes, panels.items(), fillvalue=("", {})):
-            if not lines:
-                axis.set_axis_off()
-                continue
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
             for number, (name, values) in enumerate(lines.items()):
                 there = np.isfinite(values)
                 look = _look(number) | {"marker": "o" if there.sum() <= 12 else ""}

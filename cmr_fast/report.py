@@ -26,7 +26,7 @@ _CHEAP_CCA = 2048  # CCA takes an eigendecomposition of each feature covariance
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one data set, {"i2t", "t2i"} each: mAP(all), mAP@50 over the hits found, and tie-aware for the curves."""
+    """One model on one data set, {"i2t", "t2i"} each: mAP(all), mAP@50 over the hits found, tie-aware curves."""
 
     name: str
     data: str
@@ -53,22 +53,22 @@ def evaluate_many(
 
     A setting that the metrics refuse gives its InputError in that place.
     """
-    from cmr_fast.methods.loop import encode_all
+    from cmr_fast.methods.evaluation import Modality, encode_all
     from cmr_fast.ops import pack_codes
     from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
 
-    modalities = ("image", "text")
+    modalities: tuple[Modality, ...] = ("image", "text")
     query = {m: encode_all(model, m, getattr(dataset.query, m)) for m in modalities}
     database = query
     if dataset.database is not dataset.query:
         database = {m: encode_all(model, m, getattr(dataset.database, m)) for m in modalities}
     labels = dataset.query.labels, dataset.database.labels
 
-    def compare(asked: str, answered: str, setting: Mapping[str, Any]) -> "RetrievalResult":
+    def compare(asked: Modality, answered: Modality, setting: Mapping[str, Any]) -> "RetrievalResult":
         if model.output == "embedding":
             return evaluate_embeddings(query[asked], database[answered], *labels, metric=model.metric, **setting)
-        codes = [pack_codes(side, threshold=0.0) for side in (query[asked], database[answered])]
-        return evaluate_codes(*codes, *labels, bits=query[asked].shape[1], **setting)
+        codes, base = (pack_codes(side, threshold=0.0) for side in (query[asked], database[answered]))
+        return evaluate_codes(codes, base, *labels, bits=query[asked].shape[1], **setting)
 
     found: list[dict[str, RetrievalResult] | InputError] = []
     for setting in settings:
@@ -81,7 +81,11 @@ def evaluate_many(
 
 def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
     """Both directions under both conventions of the results table. Raises InputError where the metrics refuse."""
-    settings = [{"convention": "all"}, {"convention": "topk_hits", "k": CUT}, {"ties": "tie_aware"}]
+    settings: list[dict[str, Any]] = [
+        {"convention": "all"},
+        {"convention": "topk_hits", "k": CUT},
+        {"ties": "tie_aware"},
+    ]
     found = evaluate_many(model, dataset, settings)
     for result in found:
         if isinstance(result, InputError):
@@ -107,12 +111,10 @@ def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple
 
 def print_results(scores: Sequence[Score], title: str) -> None:
     """The results table on standard output; the best of each column in bold."""
-    from rich.console import Console
-    from rich.table import Table
+    from cmr_fast._terminal import new_table, show
 
     several = len({s.data for s in scores}) > 1
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("")
+    table = new_table("")
     if several:
         table.add_column("data")
     for convention in ("mAP(all)", f"mAP@{CUT} hits"):
@@ -123,8 +125,7 @@ def print_results(scores: Sequence[Score], title: str) -> None:
         numbers = zip(s.numbers(), best, strict=True)
         cells = [f"[bold]{n:.3f}[/bold]" if n == top else f"{n:.3f}" for n, top in numbers]
         table.add_row(s.name, *([s.data] if several else []), *cells)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    show(title, table)
 
 
 Loaded = tuple[Path, Any, "PairedDataset"]
@@ -223,7 +224,7 @@ def draw_run(
         figures.plot_losses(out / file, f"Training of {name}, {dataset.name}", history["epoch"].tolist(), panels)
         drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
     if min(tsne_points, len(dataset.query)) >= 5:
-        from cmr_fast.methods.loop import encode_all
+        from cmr_fast.methods.evaluation import encode_all
 
         rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
         points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
