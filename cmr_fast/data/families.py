@@ -39,7 +39,7 @@ FAMILIES = (
         {
             "image": ("XAll", "FAll", "image", "images", "imgs", "IAll"),
             "text": ("YAll", "TAll", "text", "tags"),
-            "labels": ("LAll", "labels"),
+            "labels": ("LAll", "labels", "label"),
         },
     ),
     Family(
