@@ -9,11 +9,19 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 
+_MOST = 10**10
+"""Numbers in a list; a pickle of a few bytes can hold a list of lists that would fill any memory."""
+
 
 def as_array(value: Any, name: str) -> np.ndarray:
     """An array of numbers or text, out of an array, or a list of rows of one length."""
     if isinstance(value, Mapping):
         raise InputError(f"{name} is a dict, expected an array or a list of rows")
+    size, part = 1, value
+    while isinstance(part, list | tuple) and part:
+        size, part = size * len(part), part[0]
+    if size > _MOST:
+        raise InputError(f"{name} is a list of about {size:.0e} numbers, expected at most {_MOST:.0e}")
     try:
         array = np.asarray(value)
     except ValueError as error:
