@@ -65,10 +65,17 @@ class ACMRConfig:
     """Share of the label's mass spread over all classes."""
     learning_rate: float = 1e-4
     """Adam's learning rate (3.5 names Adam, no rate)."""
-    weight_decay: float = 0.0
-    """Adam's L2 penalty on the projectors and the label classifier, beside L_reg."""
+    text_rate: float = 1.0
+    """The text side's learning rate over the image side's: its few inputs learn slower and overfit later."""
+    image_weight_decay: float = 0.0
+    """Adam's L2 penalty on the image projector and its label classifier, beside L_reg."""
+    text_weight_decay: float = 0.0
+    """Adam's L2 penalty on the text projector and its label classifier, beside L_reg."""
     dropout: float = 0.0
     """Dropout on the projectors' hidden layers (4.2 mentions dropout, no rate)."""
+    similarity: Literal["cosine", "ip", "labels"] = "cosine"
+    """How pairs are ranked: cosine or inner product in the common subspace, or labels: the probability that two items
+    have the same label, which is the inner product of their predicted label distributions."""
     image_input: Scaling = "standard"
     """Scaling of image features: raw, standard, hellinger or chi2."""
     text_input: Scaling = "standard"
@@ -79,10 +86,20 @@ class ACMRConfig:
         for name, least in [(name, 1) for name in whole] + [("batch_size", 2)]:
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("alpha", "beta", "adversary", "triplet_weight", "margin", "reg", "weight_decay"):
+        weights = (
+            "alpha",
+            "beta",
+            "adversary",
+            "triplet_weight",
+            "margin",
+            "reg",
+            "image_weight_decay",
+            "text_weight_decay",
+        )
+        for name in weights:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        for name in ("learning_rate", "classifier_rate"):
+        for name in ("learning_rate", "text_rate", "classifier_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         for name in ("dropout", "label_smoothing"):
@@ -93,6 +110,7 @@ class ACMRConfig:
             "adversary_schedule": ("constant", "ganin"),
             "triplet_reduction": ("sum", "mean"),
             "label_head": ("each", "shared"),
+            "similarity": ("cosine", "ip", "labels"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -104,11 +122,11 @@ class ACMR(Method):
 
     name = "acmr"
     output = "embedding"
-    metric = "cosine"
     Config: ClassVar[type] = ACMRConfig
 
     def __init__(self, config: ACMRConfig, image_dim: int, text_dim: int, num_classes: int) -> None:
         super().__init__(config, image_dim, text_dim, num_classes)
+        self.metric = "cosine" if config.similarity == "cosine" else "ip"
         self.image_scaling = InputScaling(config.image_input, image_dim)
         self.text_scaling = InputScaling(config.text_input, text_dim)
         self.image_projector = _projector(self.image_scaling.out_dim, config.image_hidden, config)
@@ -125,24 +143,32 @@ class ACMR(Method):
 
     def project(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """f_V(image), f_T(text): features of both modalities -> (N, 200) each."""
-        return self.encode("image", pairs.image), self.encode("text", cast(Tensor, pairs.text))
+        image = self.image_projector(self.image_scaling(pairs.image))
+        return image, self.text_projector(self.text_scaling(pairs.text))
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
-        if modality == "image":
-            return self.image_projector(self.image_scaling(features))
-        return self.text_projector(self.text_scaling(features))
-
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        """theta_V, theta_T and theta_imd: all but the modality classifier."""
-        adversarial = {id(p) for p in self.modality_classifier.parameters()}
-        return [p for p in self.parameters() if id(p) not in adversarial]
+        """(N, dim) features -> (N, 200) in the common subspace, or (N, C) label distributions if those are compared."""
+        scaling, projector, head = (
+            (self.image_scaling, self.image_projector, self.image_labels)
+            if modality == "image"
+            else (self.text_scaling, self.text_projector, self.text_labels)
+        )
+        projected = projector(scaling(features))
+        return head(projected).softmax(dim=1) if self.config.similarity == "labels" else projected
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """embedding: theta_V, theta_T and theta_imd of Algorithm 1; modality: theta_D."""
         c = self.config
+        image = [*self.image_projector.parameters(), *self.image_labels.parameters()]
+        text = [*self.text_projector.parameters()]
+        if self.text_labels is not self.image_labels:
+            text += self.text_labels.parameters()
+        groups = [
+            {"params": image, "lr": c.learning_rate, "weight_decay": c.image_weight_decay},
+            {"params": text, "lr": c.learning_rate * c.text_rate, "weight_decay": c.text_weight_decay},
+        ]
         return {
-            "embedding": torch.optim.Adam(
-                self.embedding_parameters(), c.learning_rate, weight_decay=c.weight_decay, fused=True
-            ),
+            "embedding": torch.optim.Adam(groups, fused=True),
             "modality": torch.optim.Adam(
                 self.modality_classifier.parameters(), c.learning_rate * c.classifier_rate, fused=True
             ),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cmr_fast.data.pairs import PairedDataset, Pairs
 
 if TYPE_CHECKING:
-    from cmr_fast.retrieval.metrics import RetrievalResult
+    from cmr_fast.retrieval import RetrievalResult
 
 Modality = Literal["image", "text"]
 _ENCODE_ROWS = 4096

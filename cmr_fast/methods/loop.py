@@ -51,7 +51,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     output: ClassVar[Literal["embedding", "code"]]
     """embedding: compared by `metric`; code: compared by Hamming distance of the bits `encode(...) >= 0`."""
-    metric: ClassVar[str] = "cosine"
+    metric: str = "cosine"
     Config: ClassVar[type]
     """A frozen dataclass with at least `epochs` and `batch_size`; the paper's values are the defaults."""
 

@@ -69,11 +69,15 @@ def test_the_modality_classifiers_own_gradient_is_not_reversed():
         torch.testing.assert_close(got, want)
 
 
+def embedding_parameters(model):
+    return [value for name, value in model.named_parameters() if not name.startswith("modality_classifier")]
+
+
 def record_step(model, batch):
     """One Algorithm 1 step with plain SGD; returns what each optimizer was asked to do, in order, with gradients."""
     calls = []
     optimizers = {
-        "embedding": torch.optim.SGD(model.embedding_parameters(), 0.01),
+        "embedding": torch.optim.SGD(embedding_parameters(model), 0.01),
         "modality": torch.optim.SGD(model.modality_classifier.parameters(), 0.01),
     }
     for name, optimizer in optimizers.items():
@@ -109,7 +113,7 @@ def test_the_projectors_descend_emb_minus_adv():
     image, text = model.project(batch)
     loss = model.embedding_loss(image, text, batch.labels)[0] - plain_adversarial(model, image, text)
     names = [name for name, _ in model.named_parameters() if not name.startswith("modality_classifier")]
-    want = gradients(loss, model.embedding_parameters())
+    want = gradients(loss, embedding_parameters(model))
     calls, _ = record_step(model, batch)
     for name, gradient in zip(names, want, strict=True):
         torch.testing.assert_close(calls[0][2][name], gradient)
@@ -133,7 +137,7 @@ def test_the_modality_classifier_descends_its_own_loss_on_the_updated_projection
 def test_with_the_adversary_off_nothing_of_it_moves():
     model, batch = acmr(adversary=0.0, inner_steps=2)
     image, text = model.project(batch)
-    want = gradients(model.embedding_loss(image, text, batch.labels)[0], model.embedding_parameters())
+    want = gradients(model.embedding_loss(image, text, batch.labels)[0], embedding_parameters(model))
     calls, logged = record_step(model, batch)
     assert [name for name, *_ in calls] == ["embedding"] * 2
     names = [name for name, _ in model.named_parameters() if not name.startswith("modality_classifier")]
@@ -265,3 +269,21 @@ def test_scalings_refuse():
         InputScaling("log", 3)
     with pytest.raises(InputError, match="at least 0"):
         InputScaling("chi2", 2).fit(torch.tensor([[0.1, -0.5]]))
+
+
+@pytest.mark.parametrize("head", ["each", "shared"])
+def test_every_parameter_has_one_optimizer(head):
+    model, _ = acmr(label_head=head, text_rate=3.0, image_weight_decay=0.5)
+    optimizers = model.optimizers()
+    owned = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
+    assert len(owned) == len(set(map(id, owned))) == len(list(model.parameters()))
+    image, text = optimizers["embedding"].param_groups
+    assert text["lr"] == pytest.approx(3 * image["lr"]) and (image["weight_decay"], text["weight_decay"]) == (0.5, 0.0)
+
+
+def test_ranking_by_labels_compares_label_distributions():
+    model, batch = acmr(similarity="labels")
+    assert model.metric == "ip"
+    image, text = model.project(batch)
+    torch.testing.assert_close(model.encode("image", batch.image), F.softmax(model.image_labels(image), dim=1))
+    torch.testing.assert_close(model.encode("text", batch.text), F.softmax(model.text_labels(text), dim=1))
