@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, new_table, show, track
@@ -22,11 +22,20 @@ SOURCE = "data.json"
 _CHUNK = 4096
 
 
+class DataFlags(Protocol):
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def features(self) -> str | None: ...
+    @property
+    def options(self) -> tuple[str, ...]: ...
+
+
 def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunConfig") -> None:
     from cmr_fast.methods.loop import train as train_method
     from cmr_fast.report import baselines_for, print_results, score
 
-    options = chosen(source.features)
+    options = chosen(source)
     dataset = load_data(source.data, options)
     out = str(settings.out).replace("<data>", dataset.name).replace("<seed>", str(settings.seed))
     run = train_method(method, config, dataset, replace(settings, out=Path(out)))
@@ -66,7 +75,7 @@ def encode(arguments: "cli.Encode") -> None:
     if arguments.real and arguments.bits:
         raise InputError("--real and --bits exclude each other: expected one of them or none")
     free(arguments.out, arguments.force)
-    model, dataset = open_run(arguments.trained, arguments.data, arguments.features)
+    model, dataset = open_run(arguments.trained, arguments)
     pairs = split_of(dataset, arguments.split, arguments.trained)
     with busy(f"encoding {len(pairs)} {arguments.modality} rows"):
         values = encode_all(model, arguments.modality, getattr(pairs, arguments.modality))
@@ -174,7 +183,7 @@ def evaluate(arguments: "cli.Evaluate") -> None:
     if arguments.trained is not None:
         if any(files):
             raise InputError("expected a run folder or the four files, got both")
-        title, rows = _evaluate_run(*open_run(arguments.trained, arguments.data, arguments.features), settings)
+        title, rows = _evaluate_run(*open_run(arguments.trained, arguments), settings)
     else:
         missing = [name for name, file in zip(_FILES, files, strict=True) if file is None]
         if missing:
@@ -249,7 +258,7 @@ def _evaluate_files(
 def report(arguments: "cli.Report") -> None:
     from cmr_fast.report import print_results, write_report
 
-    loaded = [(path, *open_run(path, arguments.data, arguments.features)) for path in arguments.runs]
+    loaded = [(path, *open_run(path, arguments)) for path in arguments.runs]
     with busy("drawing"):
         rows = write_report(
             loaded,
@@ -269,9 +278,15 @@ def load_data(data: str, options: Mapping[str, Any]) -> "PairedDataset":
         return load(data, **options)
 
 
-def chosen(features: str | None) -> dict[str, str]:
-    """The options of `load_data` that flags give."""
-    return {} if features is None else {"features": features}
+def chosen(flags: "DataFlags") -> dict[str, Any]:
+    """The options of `load_data` that --features and --options give."""
+    options: dict[str, Any] = {} if flags.features is None else {"features": flags.features}
+    for text in flags.options:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals):
+            raise InputError(f"--options expects name=value, got {text!r}")
+        options[name] = int(value) if value.isdecimal() else value
+    return options
 
 
 def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
@@ -281,18 +296,18 @@ def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
         aside.write_text(json.dumps({"data": where, "options": dict(options)}) + "\n")
 
 
-def open_run(trained: Path, data: str | None, features: str | None) -> "tuple[Method, PairedDataset]":
-    """The model of a run, and the data asked for (None: its own). Raises InputError where they do not fit."""
+def open_run(trained: Path, flags: DataFlags) -> "tuple[Method, PairedDataset]":
+    """The model of a run, and the data that `flags` ask for (None: its own). InputError where they do not fit."""
     from cmr_fast.methods.loop import load_model
 
     present(trained)
     model = load_model(trained)
     recorded = (trained if trained.is_dir() else trained.parent) / SOURCE
     source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {"data": None, "options": {}}
-    if data is None and source["data"] is None:
+    if flags.data is None and source["data"] is None:
         raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
-    options = source["options"] if data is None else {}
-    dataset = load_data(data or source["data"], options | chosen(features))
+    options = source["options"] if flags.data is None else {}
+    dataset = load_data(flags.data or source["data"], options | chosen(flags))
     for name in ("image", "text"):
         needed, seen = getattr(model, f"{name}_dim"), getattr(dataset, f"{name}_dim")
         if needed != seen:

@@ -63,6 +63,8 @@ class Encode:
     """Data set: `shapes`, a folder or file, or a name under $CMR_FAST_DATA. None: the run's own."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
     real: bool = False
     """Write the real values (N, bits) of a method that makes codes, before their signs are taken."""
     bits: bool = False
@@ -137,6 +139,8 @@ class Evaluate:
     """Data set: `shapes`, a folder or file, or a name under $CMR_FAST_DATA. None: the run's own."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
     query_codes: Path | None = None
     """.npy of the queries: packed codes uint8 (Q, bytes), or embeddings float (Q, d)."""
     database_codes: Path | None = None
@@ -179,6 +183,8 @@ class Report:
     """Data set of all runs. None: each run's own."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
     baselines: bool = True
     """Draw CCA, CCA-ITQ and random beside the runs."""
     tsne_points: int = 1000
@@ -310,6 +316,8 @@ class TrainingData:
     """`shapes` (built in), a folder or file of a known layout, or a name under $CMR_FAST_DATA."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
+    options: tuple[str, ...] = ()
+    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
 
 
 def _cli(what: Any, program: str, arguments: list[str]) -> Any:

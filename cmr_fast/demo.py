@@ -62,7 +62,7 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
 
 
 def search_in_words(model: Any, dataset: "PairedDataset", raw: "PairedDataset", folder: Path, shown: int = 3) -> None:
-    """Index the database images' codes and print what a few captions find; row i of `raw` captions row i of `dataset`."""
+    """Index the database images' codes and print what a few captions find; `raw`: the same rows as captions."""
     import torch
 
     from cmr_fast.methods.evaluation import encode_all

@@ -1,0 +1,148 @@
+import csv
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from cmr_fast import figures
+from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods.baselines import CCA, CCAITQ
+from cmr_fast.report import Score, baselines_for, evaluate_many, loss_panels, read_history, score, write_report
+
+
+def dataset(name: str = "tiny", multi_label: bool = False, count: int = 40) -> PairedDataset:
+    def pairs(seed: int) -> Pairs:
+        labels = torch.arange(count) % 4
+        generator = torch.Generator().manual_seed(seed)
+        image, text = (2 * torch.eye(4, d)[labels] + torch.randn(count, d, generator=generator) for d in (6, 5))
+        hot = torch.nn.functional.one_hot(labels, 4).to(torch.uint8)
+        return Pairs(image, text, hot if multi_label else labels)
+
+    return PairedDataset(name, pairs(0), pairs(1), pairs(2), class_names=("a", "b", "c", "d"))
+
+
+class Tagged(CCAITQ):
+    """A code model with what a trained one has beside encode."""
+
+    class config:
+        bits = 16
+
+
+def run_folder(path, text="epoch,embedding_loss,adversarial_loss,valid_map\n1,3,0.7,0.2\n2,2,0.69,\n"):
+    path.mkdir()
+    (path / "metrics.csv").write_text(text)
+    return path
+
+
+def test_scores_are_those_of_the_library():
+    data = dataset()
+    model = CCA(4).fit(data.train)
+    found = score("cca", model, data)
+    from cmr_fast.methods.evaluation import evaluate_model
+
+    i2t_all = evaluate_model(model, data)["i2t"].map
+    t2i_top = evaluate_model(model, data, k=50, convention="topk_hits")["t2i"].map
+    numbers = found.numbers()
+    assert numbers[0] == i2t_all and numbers[4] == t2i_top
+    assert numbers[2] == (numbers[0] + numbers[1]) / 2 and numbers[5] == (numbers[3] + numbers[4]) / 2
+
+
+def test_a_setting_that_the_metrics_refuse_does_not_stop_the_others():
+    data = dataset()
+    found = evaluate_many(CCA(4).fit(data.train), data, [{"k": 0}, {"k": 5}])
+    assert isinstance(found[0], InputError) and 0 < found[1]["i2t"].map <= 1
+
+
+def test_baselines_match_the_models_they_stand_beside():
+    data = dataset()
+    names = [name for name, _ in baselines_for([Tagged(16).fit(data.train), CCA(4).fit(data.train)], data)]
+    assert names == ["CCA, 5 dims", "CCA-ITQ, 16 bits", "random, 16 bits"]
+    assert [name for name, _ in baselines_for([CCA(4)], data)] == ["CCA, 5 dims", "random, 64 bits"]
+
+
+def test_report_writes_the_figures_of_the_papers_and_an_index_of_them(tmp_path):
+    data = dataset()
+    runs = [
+        (run_folder(tmp_path / "one"), CCA(4).fit(data.train), data),
+        (run_folder(tmp_path / "two"), Tagged(16).fit(data.train), data),
+    ]
+    out = tmp_path / "report"
+    scores = write_report(runs, out, tsne_points=20)
+    images = {path.name for path in out.glob("*.png")}
+    assert images == {
+        "precision-scope.png",
+        "precision-at-k.png",
+        "precision-recall.png",
+        "precision-recall-radius.png",
+        *(f"{kind}-{name}.png" for kind in ("losses", "tsne") for name in ("cca", "cca-itq-16-bits")),
+    }
+    for image in images:
+        pixels = matplotlib.image.imread(out / image)
+        assert min(pixels.shape[:2]) > 300 and np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0).shape[0] > 50
+    assert set(re.findall(r"\]\(([^)]+\.png)\)", (out / "README.md").read_text())) == images
+    assert set(re.findall(r'src="([^"]+)"', (out / "index.html").read_text())) == images
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == [s.name for s in scores]
+    assert float(rows[0]["I2T mAP(all)"]) == pytest.approx(scores[0].numbers()[0], abs=5e-5)
+
+
+def test_an_earlier_report_is_kept_unless_forced_and_other_files_always(tmp_path):
+    data = dataset()
+    runs = [(run_folder(tmp_path / "run"), CCA(4).fit(data.train), data)]
+    write_report(runs, tmp_path / "out", tsne_points=0, with_baselines=False)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="--force"):
+        write_report(runs, tmp_path / "out", tsne_points=0)
+    write_report(runs, tmp_path / "out", tsne_points=0, force=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_data_sets_get_figures_of_their_own(tmp_path):
+    runs = []
+    for name, hot in (("first set", False), ("second", True)):
+        data = dataset(name, hot)
+        runs.append((run_folder(tmp_path / name), CCA(4).fit(data.train), data))
+    scores = write_report(runs, tmp_path / "out", tsne_points=10, with_baselines=False)
+    assert [(s.name, s.data) for s in scores] == [("CCA (first set)", "first set"), ("CCA (second)", "second")]
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {"precision-scope-first-set.png", "precision-scope-second.png", "tsne-cca-second.png"} <= names
+
+
+def test_history_keeps_gaps_and_refuses_what_is_no_number(tmp_path):
+    history = read_history(run_folder(tmp_path / "run"))
+    assert history["embedding_loss"].tolist() == [3, 2] and np.isnan(history["valid_map"][1])
+    assert list(loss_panels(history))[:3] == ["embedding loss", "adversarial loss", "validation mAP(all)"]
+    with pytest.raises(InputError, match=r"metrics\.csv"):
+        read_history(run_folder(tmp_path / "bad", "epoch,loss\n1,much\n"))
+    assert np.isnan(read_history(run_folder(tmp_path / "cut", "epoch,loss\n1,2\n2"))["loss"]).tolist() == [False, True]
+    assert read_history(tmp_path) == {}
+
+
+def test_terms_of_both_modalities_share_a_panel():
+    values = np.zeros(2)
+    panels = loss_panels({"epoch": values, "loss": values, "rec_image": values, "rec_text": values, "seconds": values})
+    assert {title: list(lines) for title, lines in panels.items()} == {"loss": ["loss"], "rec": ["image", "text"]}
+
+
+def test_a_name_looks_the_same_whichever_others_are_drawn(tmp_path, monkeypatch):
+    drawn = {}
+    real = figures._look
+    monkeypatch.setattr(figures, "_look", lambda number: drawn.setdefault(number, real(number)))
+    x = np.arange(1, 4)
+    curves = {"b": {"i2t": (x, x / 4), "t2i": (x, x / 4)}}
+    figures.plot_directions(tmp_path / "x.png", "t", curves, "x", "y", looks=["a", "b"])
+    assert list(drawn) == [1]
+
+
+def test_score_table_in_print(capsys):
+    from cmr_fast.report import print_results
+
+    data = dataset()
+    scores: list[Score] = [score(name, model, data) for name, model in baselines_for([CCA(4)], data)]
+    print_results(scores, title="Results")
+    out = capsys.readouterr().out
+    assert out.startswith("Results\n") and f"{scores[0].numbers()[0]:.3f}" in out and "random, 64 bits" in out
