@@ -22,7 +22,7 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
     .mat    v5 by scipy, v7.3 by h5py with the axes turned back, so both give MATLAB's shapes; sparse made dense
     .h5     the data sets; those of groups as group_name
     .npz    its arrays; .npy: one, under the file's stem. No pickles inside
-    .pkl    the entries of a dict of at most 32 string keys, else one value under the file's stem; by `pickles.load`
+    .pkl    the entries of a dict with string keys, else one value under the file's stem; by `pickles.load`
 
     Raises InputError for a file that is missing, of no known format, or damaged (some only when a value is read).
     """
@@ -108,7 +108,8 @@ def _pickle(file: Path) -> Arrays:
     from cmr_fast.data import pickles
 
     value = pickles.load(file)
-    # larger dicts are rows by id, one value
-    if isinstance(value, dict) and 0 < len(value) <= 32 and all(isinstance(key, str) for key in value):
+    # as in train_id_bow.pkl: rows by item id, one value
+    by_id = "_id_" in file.stem
+    if isinstance(value, dict) and value and not by_id and all(isinstance(key, str) for key in value):
         return {key: lambda item=item: item for key, item in value.items()}  # type: ignore[misc]
     return {file.stem: lambda: value}

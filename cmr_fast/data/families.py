@@ -22,8 +22,13 @@ class Family:
     roles: Mapping[str, Names]
     database: str = "query"
 
-    def names(self, split: str, role: str) -> Names:
-        return tuple(pattern.format(self.words[split]) for pattern in self.roles[role])
+    def names(self, split: str, role: str, first: str | None = None) -> Names:
+        """Those that a split may use for a role; where `first` is one of any split's, its pattern comes first."""
+
+        def behind(pattern: str) -> bool:
+            return first not in [pattern.format(word) for word in self.words.values()]
+
+        return tuple(pattern.format(self.words[split]) for pattern in sorted(self.roles[role], key=behind))
 
 
 NATIVE = Family(
@@ -129,10 +134,10 @@ def _fit(
     for split in family.words:
         chosen = {}
         for role in family.roles:
-            there = [folded[name.casefold()] for name in family.names(split, role) if name.casefold() in folded]
+            names = family.names(split, role, wanted.get(role))
+            there = [folded[name.casefold()] for name in names if name.casefold() in folded]
             if there:
-                asked = wanted.get(role)
-                chosen[role] = asked if asked in there else there[0]
+                chosen[role] = there[0]
         if chosen:
             found[split] = chosen
         if chosen or split not in ("valid", "database"):

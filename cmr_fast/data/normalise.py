@@ -71,7 +71,8 @@ def image(array: np.ndarray, name: str) -> Tensor:
     if not channels:
         raise InputError(f"{name} must hold images of 3 channels, got shape {array.shape}")
     if array.dtype != np.uint8:
-        small = array.astype(np.uint8)
+        with np.errstate(invalid="ignore"):
+            small = array.astype(np.uint8)
         if not np.array_equal(small, array):
             raise InputError(f"{name} must hold images of whole numbers from 0 to 255, got {array.dtype} beyond them")
         array = small

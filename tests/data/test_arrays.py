@@ -3,27 +3,13 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.sparse
+from saving import save_h5, save_matlab73
 
 from cmr_fast.data.arrays import read_arrays
 from cmr_fast.errors import InputError
 
 MATRIX = np.arange(12.0).reshape(3, 4)
 IMAGES = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
-
-
-def save_matlab73(file, arrays):
-    """As MATLAB does: a block of 512 bytes before the HDF5 part, and all axes in the other order."""
-    with h5py.File(file, "w", userblock_size=512) as opened:
-        for key, value in arrays.items():
-            opened[key] = np.asarray(value).T
-    with open(file, "r+b") as stream:
-        stream.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created on: Mon Jan  1 00:00:00 2018 HDF5 schema 1.00 .")
-
-
-def save_h5(file, arrays):
-    with h5py.File(file, "w") as opened:
-        for key, value in arrays.items():
-            opened[key] = value
 
 
 SAVE = {

@@ -86,7 +86,9 @@ def test_no_split_may_be_empty(split):
 def test_one_class_only_is_refused(labels, split):
     two = torch.tensor([0, 7, 7, 0]) if labels.ndim == 1 else torch.ones(4, labels.shape[1], dtype=torch.uint8)
     splits = dict.fromkeys(("train", "query", "database"), pairs(two)) | {split: pairs(labels)}
-    with pytest.raises(InputError, match=f"{split} labels hold one class only" if labels.ndim == 1 else "one class only"):
+    with pytest.raises(
+        InputError, match=f"{split} labels hold one class only" if labels.ndim == 1 else "one class only"
+    ):
         PairedDataset("made", **splits)
 
 

@@ -98,7 +98,8 @@ def test_bag_of_words_is_scikit_learns_tf_idf():
 
 def test_a_seed_gives_the_same_data_in_another_process():
     script = (
-        "import hashlib; from cmr_fast.data import load; d = load('shapes', form='raw', train=9, query=9, database=9, seed=5)\n"
+        "import hashlib; from cmr_fast.data import load\n"
+        "d = load('shapes', form='raw', train=9, query=9, database=9, seed=5)\n"
         "print(hashlib.sha256(d.query.image.numpy().tobytes() + repr(d.query.text).encode()).hexdigest())"
     )
     seen = {subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout for _ in range(2)}
