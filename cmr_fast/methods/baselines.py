@@ -116,8 +116,8 @@ class CCAITQ(Baseline):
     """CCA, then one iterative quantisation (ITQ) rotation shared by both modalities (Gong et al. 2013).
 
     The space that is rotated has dim = min(bits, variates) canonical variates unless `dim` says otherwise. With more
-    bits than dimensions the rotation becomes a (dim, bits) matrix with orthonormal rows, from the same Procrustes step: a
-    tight frame, so each further bit is one more hyperplane through the canonical space, placed to quantise it well.
+    bits than dimensions the rotation becomes a (dim, bits) matrix with orthonormal rows, from the same Procrustes step:
+    a tight frame, so each further bit is one more hyperplane through the canonical space, placed to quantise it well.
     Learnt on both modalities' training pairs together.
     """
 

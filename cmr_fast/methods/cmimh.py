@@ -1,0 +1,323 @@
+"""Cross-Modal Info-Max Hashing: Hoang, Do, Nguyen, Cheung, "Multi-Modal Mutual Information Maximization", 2021.
+
+Each modality x is encoded as L independent Bernoulli bits with logits a and means m = sigmoid(a). Minimised, batch by
+batch (Eq. 14 with its sign turned, and its order):
+
+    |x_i - decode(h_i)|^2 + |x_t - decode(h_t)|^2      h ~ Bern(m), Gaussian decoders (Eq. 2-4)
+      - lambda_mi  I_JS(m_i; m_t)                      Jensen-Shannon bound with a separable critic T (Eq. 5)
+      + lambda_skl SKL(m_i, m_t)                       modality gap (Eq. 6-7)
+      + lambda_ind L_ind                               total correlation by discriminators D (Eq. 11-12)
+      + lambda_bal L_bal                               each bit on half of the time (Eq. 13)
+
+and, in a step of their own, the discriminators' cross entropy between m and m with its bit columns shuffled. Codes are
+h = 1[a >= 0].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmr_fast.data.pairs import Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods.inputs import SCALINGS, InputScaling, Scaling
+from cmr_fast.methods.loop import Method
+
+Modality = Literal["image", "text"]
+
+
+@dataclass(frozen=True)
+class CMIMHConfig:
+    """The paper's values (IV-A, for MIR-Flickr25K and NUS-WIDE) wherever it gives one."""
+
+    bits: int = 32
+    """L, the code length (the paper's tables: 16, 32, 48, 64)."""
+    lambda_mi: float = 1.5
+    """Weight of I_JS (Eq. 14, lambda_1; 4 for MS-COCO)."""
+    lambda_skl: float = 1.0
+    """Weight of the symmetrised KL divergence (Eq. 14, lambda_2; 1.5 for MS-COCO)."""
+    lambda_ind: float = 0.25
+    """Weight of the total correlation (Eq. 14, lambda_3); 0 trains no discriminator."""
+    lambda_bal: float = 0.01
+    """Weight of the balance term (Eq. 14, lambda_4)."""
+    reconstruction: Literal["sum", "mean"] = "sum"
+    """Squared error summed or averaged over features (Eq. 14 writes a norm, so a sum; it sets the lambdas' meaning)."""
+    reconstruction_weight: float = 1.0
+    """Weight of both reconstruction terms (Eq. 14: 1)."""
+    marginals: Literal["all", "permutation"] = "all"
+    """Pairs from the product of marginals in Eq. 5: all B(B-1) of the batch, or B of them by one derangement."""
+    straight_through: Literal["logits", "means"] = "logits"
+    """Where the decoders' gradient lands (Eq. 4: logits, dh/da = 1; "means" passes the sigmoid, dh/da = m(1 - m))."""
+    critic_input: Literal["means", "samples"] = "means"
+    """What the critic T sees: Bernoulli means (III-B3, the paper's choice) or one sample of each (Table I)."""
+    inputs: Scaling = "standard"
+    """Input scaling by name, from training statistics (not given in the paper)."""
+    input_noise: float = 0.0
+    """Deviation of Gaussian noise added to the encoders' scaled inputs while training; decoders aim at the clean input
+    (not in the paper: on standardised inputs a deviation of 1 does what a ridge of 1 does for CCA)."""
+    pca_dim: int = 1024
+    """Inputs wider than this are reduced to it by PCA (IV-A: 1024 for AlexNet's fc7); 0 never reduces."""
+    hidden: int = 1024
+    """Width of the two hidden ReLU layers of encoders and decoders (IV-A)."""
+    critic_hidden: int = 512
+    """Width of the two hidden LeakyReLU layers of critics and discriminators (IV-A)."""
+    critic_dim: int = 512
+    """Width of the critics' outputs, whose inner product is T (IV-A gives no width)."""
+    negative_slope: float = 0.2
+    """LeakyReLU's slope (IV-A gives none; 0.2 as in the paper's source for D, Kim and Mnih 2018)."""
+    init: Literal["xavier", "torch"] = "xavier"
+    """Initial weights: Xavier's normal with no bias, or torch's default for Linear (not given in the paper)."""
+    lr: float = 0.01
+    """SGD's rate for encoders, critics and discriminators (IV-A)."""
+    decoder_lr: float = 0.001
+    """SGD's rate for decoders (IV-A)."""
+    momentum: float = 0.9
+    """SGD's momentum (IV-A)."""
+    weight_decay: float = 1e-4
+    """SGD's weight decay (IV-A)."""
+    clip_norm: float = 1.0
+    """Largest gradient norm of the encoders, of the decoders, of the critics and of the discriminators in one update;
+    0 never clips (not in the paper, where nothing bounds T and D)."""
+    batch_size: int = 128
+    """Pairs per step (IV-A)."""
+    epochs: int = 100
+    """Passes over the training split (not given in the paper)."""
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "hidden", "critic_hidden", "critic_dim", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2 (Eq. 5 needs unpaired pairs), got {self.batch_size}")
+        for name in ("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal", "pca_dim", "momentum", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        choices = {
+            "reconstruction": ("sum", "mean"),
+            "marginals": ("all", "permutation"),
+            "critic_input": ("means", "samples"),
+            "straight_through": ("logits", "means"),
+            "init": ("xavier", "torch"),
+            "inputs": SCALINGS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+def sample_bernoulli(logits: Tensor, straight_through: str = "logits") -> Tensor:
+    """h = 1[a + log u - log(1 - u) >= 0], u ~ U(0, 1): samples in {0, 1} of the shape of `logits` (Eq. 4).
+
+    Straight-through: the gradient with respect to h lands on `logits` unchanged, or, with straight_through="means", as
+    if h were the mean sigmoid(a).
+    """
+    tiny = torch.finfo(logits.dtype).eps
+    u = torch.rand_like(logits).clamp(tiny, 1 - tiny)
+    z = logits + torch.log(u) - torch.log1p(-u)
+    passed = logits if straight_through == "logits" else logits.sigmoid()
+    return (z >= 0).to(z.dtype) + (passed - passed.detach())
+
+
+def js_mutual_information(scores: Tensor, marginals: str = "all") -> Tensor:
+    """Eq. 5 from the critic's scores (B, B), T of image row and text column; at most 2 log 2.
+
+    The diagonal is the joint distribution. The product of marginals is every other entry ("all"), or B of them, picked
+    by a random permutation without fixed points ("permutation"). With Tbar = log 2 - softplus(-T), log(2 - exp(Tbar))
+    is log 2 - softplus(T), which is what is computed.
+    """
+    if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 2:
+        raise InputError(f"scores must be (B, B) with B >= 2, got {tuple(scores.shape)}")
+    count = len(scores)
+    if marginals == "all":
+        off_diagonal = ~torch.eye(count, dtype=torch.bool, device=scores.device)
+        unpaired = scores[off_diagonal]
+    elif marginals == "permutation":
+        cycle = torch.randperm(count, device=scores.device)
+        unpaired = scores[cycle, cycle.roll(1)]
+    else:
+        raise InputError(f"marginals must be 'all' or 'permutation', got {marginals!r}")
+    return 2 * math.log(2) - F.softplus(-scores.diagonal()).mean() - F.softplus(unpaired).mean()
+
+
+def symmetrised_kl(image_logits: Tensor, text_logits: Tensor) -> Tensor:
+    """Eq. 6-7 between Bernoulli distributions with logits (B, L): summed over bits, averaged over the batch.
+
+    KL(m_i || m_t) + KL(m_t || m_i) = sum over bits of (m_i - m_t)(a_i - a_t): no logarithm, no clamp.
+    """
+    gap = (image_logits.sigmoid() - text_logits.sigmoid()) * (image_logits - text_logits)
+    return gap.sum(dim=1).mean()
+
+
+def balance(means: Tensor) -> Tensor:
+    """One modality's half of Eq. 13 on a batch of means (B, L): sum over bits of |mean over the batch - 1/2|."""
+    return (means.mean(dim=0) - 0.5).abs().sum()
+
+
+def permute_columns(means: Tensor) -> Tensor:
+    """Samples of the product of the bits' marginals: each column of (B, L) shuffled on its own (III-D, footnote 4)."""
+    return means.gather(0, torch.rand_like(means).argsort(dim=0))
+
+
+def discriminator_loss(discriminator: nn.Module, means: Tensor) -> Tensor:
+    """Cross entropy of D between `means` (B, L), label 1, and the same with shuffled columns, label 0 (Eq. 11)."""
+    real, fake = discriminator(means), discriminator(permute_columns(means))
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+class Inputs(nn.Module):
+    """Features -> what the encoders see and the decoders aim at: scaling, then PCA where the features are too many."""
+
+    centre: Tensor
+    components: Tensor
+
+    def __init__(self, kind: Scaling, dim: int, pca_dim: int) -> None:
+        super().__init__()
+        self.scaling = InputScaling(kind, dim)
+        self.reduces = 0 < pca_dim < self.scaling.out_dim
+        self.out_dim = pca_dim if self.reduces else self.scaling.out_dim
+        self.register_buffer("centre", torch.zeros(self.scaling.out_dim if self.reduces else 0))
+        self.register_buffer("components", torch.zeros(self.scaling.out_dim if self.reduces else 0, self.out_dim))
+
+    def fit(self, features: Tensor) -> None:
+        self.scaling.fit(features)
+        if self.reduces:
+            scaled = self.scaling(features).double()
+            self.centre.copy_(scaled.mean(dim=0))
+            scaled = scaled - scaled.mean(dim=0)
+            self.components.copy_(torch.linalg.eigh(scaled.T @ scaled)[1].flip(1)[:, : self.out_dim])
+
+    def forward(self, features: Tensor) -> Tensor:
+        scaled = self.scaling(features)
+        return (scaled - self.centre) @ self.components if self.reduces else scaled
+
+
+class CMIMH(Method):
+    """The encoders, decoders, critics and discriminators of both modalities, and one batch's two updates."""
+
+    name: ClassVar[str] = "cmimh"
+    output: ClassVar[Literal["embedding", "code"]] = "code"
+    Config: ClassVar[type] = CMIMHConfig
+
+    def __init__(self, config: CMIMHConfig, image_dim: int, text_dim: int, num_classes: int = 0) -> None:
+        super().__init__(config, image_dim, text_dim, num_classes)
+        self.config: CMIMHConfig = config
+        dims = {"image": image_dim, "text": text_dim}
+        self.inputs = nn.ModuleDict({m: Inputs(config.inputs, d, config.pca_dim) for m, d in dims.items()})
+        widths = {m: cast(Inputs, inputs).out_dim for m, inputs in self.inputs.items()}
+        relu, leaky = nn.ReLU, lambda: nn.LeakyReLU(config.negative_slope)
+        bits, hidden, narrow = config.bits, config.hidden, config.critic_hidden
+        self.encoder = nn.ModuleDict({m: mlp(w, hidden, bits, relu) for m, w in widths.items()})
+        self.decoder = nn.ModuleDict({m: mlp(bits, hidden, w, relu) for m, w in widths.items()})
+        self.critic = nn.ModuleDict({m: mlp(bits, narrow, config.critic_dim, leaky) for m in dims})
+        self.discriminator = nn.ModuleDict({m: mlp(bits, narrow, 1, leaky) for m in dims})
+        if config.init == "xavier":
+            self.apply(_xavier)
+
+    def fit_inputs(self, train: Pairs) -> None:
+        """Fit centring, PCA and scaling on the training split; labels are not looked at."""
+        for modality, inputs in self.inputs.items():
+            cast(Inputs, inputs).fit(getattr(train, modality))
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        c = self.config
+        model: list[dict[str, Any]] = [
+            {"params": [*self.encoder.parameters(), *self.critic.parameters()]},
+            {"params": list(self.decoder.parameters()), "lr": c.decoder_lr},
+        ]
+
+        def sgd(parameters: Any) -> torch.optim.SGD:
+            return torch.optim.SGD(parameters, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+
+        return {"model": sgd(model), "discriminator": sgd(self.discriminator.parameters())}
+
+    def terms(self, image: Tensor, text: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Raw features (B, Di), (B, Dt) -> the six terms of Eq. 14 unweighted, and the means (B, L) by modality."""
+        c = self.config
+        inputs = {"image": self.inputs["image"](image), "text": self.inputs["text"](text)}
+        noise = c.input_noise
+        logits = {
+            m: self.encoder[m](x + noise * torch.randn_like(x) if noise > 0 else x).float() for m, x in inputs.items()
+        }
+        means = {m: a.sigmoid() for m, a in logits.items()}
+        samples = {m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()}
+        terms = {f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m]), x) for m, x in inputs.items()}
+        seen = means if c.critic_input == "means" else samples
+        embedded = {m: self.critic[m](v).float() for m, v in seen.items()}
+        with torch.autocast(image.device.type, enabled=False):
+            scores = embedded["image"] @ embedded["text"].T
+        terms["mi"] = js_mutual_information(scores, c.marginals)
+        terms["skl"] = symmetrised_kl(logits["image"], logits["text"])
+        # D gives logits: log D / (1 - D) is its output
+        terms["ind"] = sum((self.discriminator[m](v).mean() for m, v in means.items()), start=scores.new_zeros(()))
+        terms["bal"] = balance(means["image"]) + balance(means["text"])
+        return terms, means
+
+    def objective(self, terms: dict[str, Tensor]) -> Tensor:
+        """Eq. 14 with its sign turned: what the encoder step minimises."""
+        c = self.config
+        reconstruction = terms["reconstruction_image"] + terms["reconstruction_text"]
+        alignment = c.lambda_skl * terms["skl"] - c.lambda_mi * terms["mi"]
+        return (
+            c.reconstruction_weight * reconstruction
+            + alignment
+            + c.lambda_ind * terms["ind"]
+            + c.lambda_bal * terms["bal"]
+        )
+
+    def step(
+        self,
+        batch: Pairs,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Encoders, decoders and critics with D frozen, then D on the means of the same pass."""
+        assert isinstance(batch.text, Tensor)
+        self.discriminator.requires_grad_(False)
+        terms, means = self.terms(batch.image, batch.text)
+        loss = self.objective(terms)
+        optimizers["model"].zero_grad()
+        backward(loss)
+        self._clip(self.encoder, self.decoder, self.critic)
+        optimizers["model"].step()
+        self.discriminator.requires_grad_(True)
+
+        log = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        if self.config.lambda_ind > 0:
+            fooled = [discriminator_loss(self.discriminator[m], v.detach()) for m, v in means.items()]
+            optimizers["discriminator"].zero_grad()
+            backward(fooled[0] + fooled[1])
+            self._clip(self.discriminator)
+            optimizers["discriminator"].step()
+            log["discriminator"] = (fooled[0] + fooled[1]).detach()
+        return log
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, D) raw features -> logits (N, bits); the code's bit is logit >= 0."""
+        return self.encoder[modality](self.inputs[modality](features))
+
+    def _clip(self, *networks: nn.Module) -> None:
+        if self.config.clip_norm > 0:
+            for network in networks:
+                nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_norm)
+
+    def _squared_error(self, decoded: Tensor, target: Tensor) -> Tensor:
+        error = (decoded - target).square()
+        return error.sum(dim=1).mean() if self.config.reconstruction == "sum" else error.mean()
+
+
+def mlp(inputs: int, hidden: int, outputs: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Two hidden layers of one width."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)
+    )
+
+
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        nn.init.zeros_(module.bias)
