@@ -82,17 +82,39 @@ def _hdf5(file: Path, matlab: bool) -> Arrays:
     import h5py
 
     keys: list[str] = []
+
+    def note(name: str, item: Any) -> None:
+        # MATLAB keeps the contents of cell arrays in #refs#, and a sparse matrix as a group of three parts
+        inside = any(name.startswith(key + "/") for key in keys)
+        if not name.startswith("#") and not inside and (isinstance(item, h5py.Dataset) or _SPARSE in item.attrs):
+            keys.append(name)
+
+    # follows no link that leads out of the file
     with h5py.File(file, "r") as opened:
-        opened.visititems(lambda name, item: keys.append(name) if isinstance(item, h5py.Dataset) else None)
+        opened.visititems(note)
 
     def read(key: str) -> np.ndarray:
         with h5py.File(file, "r") as opened:
             data = opened[key]
+            if isinstance(data, h5py.Group):
+                return _sparse(data)
             value = data.asstr()[()] if h5py.check_string_dtype(data.dtype) else data[()]
         return np.asarray(value).T if matlab else np.asarray(value)
 
-    # MATLAB keeps the contents of cell arrays in #refs#
-    return {key.replace("/", "_"): lambda key=key: read(key) for key in keys if not key.startswith("#")}  # type: ignore[misc]
+    return {key.replace("/", "_"): lambda key=key: read(key) for key in keys}  # type: ignore[misc]
+
+
+_SPARSE = "MATLAB_sparse"
+
+
+def _sparse(group: Any) -> np.ndarray:
+    """A sparse matrix of MATLAB v7.3, stored by columns; one of zeros only has no data and no ir."""
+    import scipy.sparse
+
+    ends, rows = group["jc"][()].astype(np.int64), int(group.attrs[_SPARSE])
+    values = [group[part][()] if part in group else np.zeros(0) for part in ("data", "ir")]
+    matrix = scipy.sparse.csc_matrix((values[0], values[1].astype(np.int64), ends), shape=(rows, len(ends) - 1))
+    return matrix.toarray()
 
 
 def _npz(file: Path) -> Arrays:

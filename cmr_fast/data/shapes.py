@@ -75,7 +75,7 @@ def load(
     seed: int = 0,
     count: int | None = None,
 ) -> PairedDataset:
-    """Draw the three splits, which share no scene; the same arguments always give the same data.
+    """Draw the three splits, which share no scene; the same arguments and numpy give the same data.
 
     form   "raw": image uint8 (N, 3, 32, 32), text N tuples of five captions; "features": `image_features` and
            `bag_of_words` of each scene's first caption. Row i is the same scene in both forms.

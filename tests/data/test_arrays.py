@@ -106,6 +106,21 @@ def test_sparse_matrices_are_made_dense(tmp_path):
     assert np.array_equal(read_all(tmp_path / "a.mat")["YAll"], MATRIX)
 
 
+def test_sparse_matrices_of_matlab_73(tmp_path):
+    sparse = scipy.sparse.csc_matrix(MATRIX)
+    save_matlab73(tmp_path / "a.mat", {"LAll": MATRIX})
+    with h5py.File(tmp_path / "a.mat", "r+") as opened:
+        for key, parts in (("YAll", ("data", "ir", "jc")), ("ZAll", ("jc",))):
+            opened.create_group(key).attrs["MATLAB_sparse"] = np.uint64(3)
+            for part, value in zip(("data", "ir", "jc"), (sparse.data, sparse.indices, sparse.indptr), strict=True):
+                if part in parts:
+                    opened[key][part] = value if key == "YAll" else value * 0
+    found = read_all(tmp_path / "a.mat")
+    assert set(found) == {"LAll", "YAll", "ZAll"}
+    assert np.array_equal(found["YAll"], MATRIX)
+    assert np.array_equal(found["ZAll"], np.zeros((3, 4)))
+
+
 @pytest.mark.parametrize("content", [b"I_tr,T_tr\n1,2\n", b"\x89PNG\r\n\x1a\n" + b"0" * 200, b"MATLAB 4"])
 def test_other_files_are_refused_with_what_they_begin_with(tmp_path, content):
     (tmp_path / "a.mat").write_bytes(content)

@@ -163,7 +163,7 @@ def test_array_state_is_a_true_array_when_honest(tmp_path):
 
 def test_damaged(tmp_path):
     whole = pickle.dumps({"a": np.arange(100.0)}, protocol=2)
-    for cut in range(len(whole)):
+    for cut in range(0, len(whole), 7):
         with pytest.raises(InputError, match=r"value\.pkl: "):
             loaded(tmp_path, whole[:cut])
     for content in (b"not a pickle", b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02(" * 9, b"\x80\x02cnumpy\nndarray\n."):
