@@ -23,12 +23,12 @@ MODEL = "model.safetensors"
 
 def claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
     """Create the run folder and its config.json, or check that a resumed run is the one that was begun there."""
+    if not resume:
+        refuse_used(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a run folder is needed here, this is a file")
     config = folder / "config.json"
-    if folder.exists() and any(folder.iterdir()):
-        if not resume:
-            raise InputError(f"{folder}: not empty and would be overwritten; resume this run, or name another folder")
+    if folder.exists():
         for aside in folder.glob(".*.*"):  # what write_aside had not yet renamed when the run was killed
             aside.unlink()
         if config.exists():
@@ -38,6 +38,14 @@ def claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
             raise InputError(f"{folder}: config.json is missing, so this run cannot be resumed")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(config, described)
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a file, and a folder that holds anything."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a run folder is needed here, this is a file")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: not empty and would be overwritten; resume this run, or name another folder")
 
 
 def same(where: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

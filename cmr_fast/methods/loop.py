@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
-from cmr_fast.methods._runfolder import CHECKPOINT, MODEL, claim, describe, same, write_json
+from cmr_fast.methods._runfolder import CHECKPOINT, MODEL, claim, describe, refuse_used, same, write_json
 from cmr_fast.methods._runlog import RunLog
 from cmr_fast.methods.evaluation import (
     Modality,
@@ -105,6 +105,9 @@ class RunConfig:
     """Stop after this many epochs without a better validation mAP; 0 never stops early."""
     eval_every: int = 1
     """Epochs between validations."""
+    refit: bool = False
+    """Once the best epoch is known, train anew that long on train and validation together, and keep that model. The first
+    training is then in the run folder's `selection`."""
     checkpoint_seconds: float = 5.0
     """Write the checkpoint at the first epoch end this long after the last one; 0 writes it every epoch."""
     threads: int = 0
@@ -160,6 +163,8 @@ def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: 
     config = kind.Config() if config is None else config
     if not isinstance(config, kind.Config):
         raise InputError(f"{kind.name} needs a {kind.Config.__name__} config, got {type(config).__name__}")
+    if run.refit:
+        return _refit(kind, config, dataset, run)
     if dataset.valid is None and run.valid_fraction > 0:
         dataset = dataset.hold_out(run.valid_fraction, run.seed)
     if len(dataset.train) < 2:
@@ -228,6 +233,27 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
     save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described})
     write_json(folder / "results.json", results)
     return Run(folder, model, history, results)
+
+
+def _refit(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> Run:
+    """Find the number of epochs by validation, then train that long on everything but test."""
+    if dataset.valid is None and run.valid_fraction == 0:
+        raise InputError("refit needs a validation split to find the number of epochs: valid_fraction above 0, got 0")
+    folder = Path(run.out)
+    if not run.resume:
+        refuse_used(folder)
+    selection = train(kind, config, dataset, replace(run, out=folder / "selection", refit=False))
+    if dataset.valid is not None:
+        dataset = replace(dataset, train=_joined(dataset.train, dataset.valid), valid=None)
+    config = replace(config, epochs=selection.results["best_epoch"])
+    return train(kind, config, dataset, replace(run, valid_fraction=0.0, refit=False, resume=True))
+
+
+def _joined(a: Pairs, b: Pairs) -> Pairs:
+    image, labels = torch.cat([a.image, b.image]), torch.cat([a.labels, b.labels])
+    if isinstance(a.text, Tensor) and isinstance(b.text, Tensor):
+        return Pairs(image, torch.cat([a.text, b.text]), labels)
+    return Pairs(image, (*a.text, *b.text), labels)
 
 
 def _epoch(

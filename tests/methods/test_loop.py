@@ -122,6 +122,26 @@ def test_without_validation_the_last_weights_are_kept(tmp_path):
     assert all(torch.equal(value, last[f"model.{name}"]) for name, value in kept.items())
 
 
+def test_refit_trains_on_everything_for_the_epochs_that_validation_chose(tmp_path):
+    data = small_dataset()
+    run = train("acmr", ACMR_SMALL, data, quick(tmp_path / "run", refit=True))
+    selection = json.loads((tmp_path / "run" / "selection" / "results.json").read_text())
+    assert run.results["epochs"] == selection["best_epoch"] < ACMR_SMALL.epochs
+    plain = train(
+        "acmr", replace(ACMR_SMALL, epochs=selection["best_epoch"]), data, quick(tmp_path / "plain", valid_fraction=0)
+    )
+    assert same(run.model.state_dict(), plain.model.state_dict())
+    again = train("acmr", ACMR_SMALL, data, quick(tmp_path / "run", refit=True, resume=True))
+    assert same(run.model.state_dict(), again.model.state_dict())
+    with pytest.raises(InputError, match="overwritten"):
+        train("acmr", ACMR_SMALL, data, quick(tmp_path / "run", refit=True))
+    held = data.hold_out(0.3, 0)
+    run = train("acmr", ACMR_SMALL, held, quick(tmp_path / "held", refit=True))
+    assert json.loads((run.path / "config.json").read_text())["data"]["train"] == 45
+    with pytest.raises(InputError, match="refit needs a validation split"):
+        train("acmr", ACMR_SMALL, data, quick(tmp_path / "none", refit=True, valid_fraction=0))
+
+
 def test_same_seed_same_weights_other_seed_other_weights(finished, tmp_path):
     again = train("acmr", ACMR_SMALL, small_dataset(), quick(tmp_path / "again"))
     other = train("acmr", ACMR_SMALL, small_dataset(), quick(tmp_path / "other", seed=1))
