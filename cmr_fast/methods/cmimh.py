@@ -30,6 +30,12 @@ from cmr_fast.methods.loop import Method
 Modality = Literal["image", "text"]
 
 
+_NOT_NEGATIVE = (
+    *("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal", "reconstruction_weight"),
+    *("lr", "decoder_lr", "momentum", "weight_decay", "clip_norm", "pca_dim"),
+)
+
+
 @dataclass(frozen=True)
 class CMIMHConfig:
     """The paper's values (IV-A, for MIR-Flickr25K and NUS-WIDE) wherever it gives one."""
@@ -44,7 +50,7 @@ class CMIMHConfig:
     """Weight of the total correlation (Eq. 14, lambda_3); 0 trains no discriminator."""
     lambda_bal: float = 0.01
     """Weight of the balance term (Eq. 14, lambda_4)."""
-    reconstruction: Literal["sum", "mean"] = "sum"
+    reconstruction: Literal["sum", "mean"] = "mean"
     """Squared error summed or averaged over features (Eq. 14 writes a norm, so a sum; it sets the lambdas' meaning)."""
     reconstruction_weight: float = 1.0
     """Weight of both reconstruction terms (Eq. 14: 1)."""
@@ -56,9 +62,6 @@ class CMIMHConfig:
     """What the critic T sees: Bernoulli means (III-B3, the paper's choice) or one sample of each (Table I)."""
     inputs: Scaling = "standard"
     """Input scaling by name, from training statistics (not given in the paper)."""
-    input_noise: float = 0.0
-    """Deviation of Gaussian noise added to the encoders' scaled inputs while training; decoders aim at the clean input
-    (not in the paper: on standardised inputs a deviation of 1 does what a ridge of 1 does for CCA)."""
     pca_dim: int = 1024
     """Inputs wider than this are reduced to it by PCA (IV-A: 1024 for AlexNet's fc7); 0 never reduces."""
     hidden: int = 1024
@@ -69,8 +72,6 @@ class CMIMHConfig:
     """Width of the critics' outputs, whose inner product is T (IV-A gives no width)."""
     negative_slope: float = 0.2
     """LeakyReLU's slope (IV-A gives none; 0.2 as in the paper's source for D, Kim and Mnih 2018)."""
-    init: Literal["xavier", "torch"] = "xavier"
-    """Initial weights: Xavier's normal with no bias, or torch's default for Linear (not given in the paper)."""
     lr: float = 0.01
     """SGD's rate for encoders, critics and discriminators (IV-A)."""
     decoder_lr: float = 0.001
@@ -93,15 +94,14 @@ class CMIMHConfig:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2 (Eq. 5 needs unpaired pairs), got {self.batch_size}")
-        for name in ("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal", "pca_dim", "momentum", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in _NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         choices = {
             "reconstruction": ("sum", "mean"),
             "marginals": ("all", "permutation"),
             "critic_input": ("means", "samples"),
             "straight_through": ("logits", "means"),
-            "init": ("xavier", "torch"),
             "inputs": SCALINGS,
         }
         for name, allowed in choices.items():
@@ -214,8 +214,6 @@ class CMIMH(Method):
         self.decoder = nn.ModuleDict({m: mlp(bits, hidden, w, relu) for m, w in widths.items()})
         self.critic = nn.ModuleDict({m: mlp(bits, narrow, config.critic_dim, leaky) for m in dims})
         self.discriminator = nn.ModuleDict({m: mlp(bits, narrow, 1, leaky) for m in dims})
-        if config.init == "xavier":
-            self.apply(_xavier)
 
     def fit_inputs(self, train: Pairs) -> None:
         """Fit centring, PCA and scaling on the training split; labels are not looked at."""
@@ -238,15 +236,12 @@ class CMIMH(Method):
         """Raw features (B, Di), (B, Dt) -> the six terms of Eq. 14 unweighted, and the means (B, L) by modality."""
         c = self.config
         inputs = {"image": self.inputs["image"](image), "text": self.inputs["text"](text)}
-        noise = c.input_noise
-        logits = {
-            m: self.encoder[m](x + noise * torch.randn_like(x) if noise > 0 else x).float() for m, x in inputs.items()
-        }
+        logits = {m: _full(self.encoder[m](x)) for m, x in inputs.items()}
         means = {m: a.sigmoid() for m, a in logits.items()}
         samples = {m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()}
         terms = {f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m]), x) for m, x in inputs.items()}
         seen = means if c.critic_input == "means" else samples
-        embedded = {m: self.critic[m](v).float() for m, v in seen.items()}
+        embedded = {m: _full(self.critic[m](v)) for m, v in seen.items()}
         with torch.autocast(image.device.type, enabled=False):
             scores = embedded["image"] @ embedded["text"].T
         terms["mi"] = js_mutual_information(scores, c.marginals)
@@ -261,12 +256,8 @@ class CMIMH(Method):
         c = self.config
         reconstruction = terms["reconstruction_image"] + terms["reconstruction_text"]
         alignment = c.lambda_skl * terms["skl"] - c.lambda_mi * terms["mi"]
-        return (
-            c.reconstruction_weight * reconstruction
-            + alignment
-            + c.lambda_ind * terms["ind"]
-            + c.lambda_bal * terms["bal"]
-        )
+        properties = c.lambda_ind * terms["ind"] + c.lambda_bal * terms["bal"]
+        return c.reconstruction_weight * reconstruction + alignment + properties
 
     def step(
         self,
@@ -306,7 +297,7 @@ class CMIMH(Method):
                 nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_norm)
 
     def _squared_error(self, decoded: Tensor, target: Tensor) -> Tensor:
-        error = (decoded - target).square()
+        error = (_full(decoded) - target).square()
         return error.sum(dim=1).mean() if self.config.reconstruction == "sum" else error.mean()
 
 
@@ -317,7 +308,6 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: Callable[[], nn.Modu
     )
 
 
-def _xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_normal_(module.weight)
-        nn.init.zeros_(module.bias)
+def _full(x: Tensor) -> Tensor:
+    """Losses are computed in float32 at least, whatever the networks run in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
