@@ -106,8 +106,8 @@ class RunConfig:
     eval_every: int = 1
     """Epochs between validations."""
     refit: bool = False
-    """Once the best epoch is known, train anew that long on train and validation together, and keep that model. The first
-    training is then in the run folder's `selection`."""
+    """Once the best epoch is known, train anew that long on train and validation together, and keep that model. The
+    first training is then in the run folder's `selection`."""
     checkpoint_seconds: float = 5.0
     """Write the checkpoint at the first epoch end this long after the last one; 0 writes it every epoch."""
     threads: int = 0

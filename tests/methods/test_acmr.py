@@ -182,7 +182,9 @@ def test_embedding_loss_weighs_its_terms():
         float((0.3 * terms["imi_loss"] + 2.0 * terms["imd_loss"] + 0.05 * terms["reg_loss"]).detach())
     )
     layers = [model.image_projector[0], model.image_projector[3], model.text_projector[0], model.text_projector[3]]
-    assert float(terms["reg_loss"]) == pytest.approx(sum(float(x.weight.detach().square().sum().sqrt()) for x in layers))
+    assert float(terms["reg_loss"]) == pytest.approx(
+        sum(x.weight.detach().square().sum().sqrt().item() for x in layers)
+    )
 
 
 @pytest.mark.parametrize(("terms", "kept"), [("imi", "imi_loss"), ("imd", "imd_loss")])
