@@ -1,17 +1,29 @@
-import struct
-import zlib
+import shutil
+import tempfile
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _reference, pack_codes
+from cmr_fast.retrieval import _indexfile
 from cmr_fast.retrieval import index as module
+from cmr_fast.retrieval._ids import IdSet
 from cmr_fast.retrieval.index import HammingIndex
 
 BITS = 20
-REFUSED = "truncated|damaged|version|not a HammingIndex"
+
+
+def small_blocks(monkeypatch):
+    """Files of several blocks whose parts are all mapped, from a few codes."""
+    monkeypatch.setattr(_indexfile, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(module, "_SMALL_BYTES", 0)
 
 
 def codes(count, seed=0, bits=BITS):
@@ -118,7 +130,7 @@ def test_torch_in_torch_out():
 @pytest.mark.parametrize("count", [0, 1, 50])
 @pytest.mark.parametrize("own_ids", [True, False])
 def test_saved_and_loaded(tmp_path, monkeypatch, mmap, count, own_ids):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
+    small_blocks(monkeypatch)
     path = tmp_path / "codes.idx"
     index = filled(count, np.arange(count)[::-1] * 3 if own_ids else None)
     index.save(path)
@@ -144,74 +156,6 @@ def test_a_mapped_index_can_be_saved_over_itself(tmp_path):
     mapped.save(path)
     assert_same(mapped, filled())
     assert_same(HammingIndex.load(path, mmap=False), filled())
-
-
-@pytest.mark.parametrize("mmap", [True, False])
-def test_truncated_and_long_files_are_refused(tmp_path, monkeypatch, mmap):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
-    path = tmp_path / "codes.idx"
-    filled(50, np.arange(50) * 2).save(path)
-    whole = path.read_bytes()
-    for size in [0, 5, 8, 100, 127, 128, 140, 300, len(whole) - 1]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=REFUSED):
-            HammingIndex.load(path, mmap=mmap)
-    path.write_bytes(whole + b"\0")
-    with pytest.raises(InputError, match="too long"):
-        HammingIndex.load(path, mmap=mmap)
-
-
-def test_every_flipped_bit_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
-    path = tmp_path / "codes.idx"
-    filled(30, np.arange(30) * 2).save(path)
-    whole = path.read_bytes()
-    codes_at = len(whole) - 30 * 3
-    for byte in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[byte] ^= 1 << byte % 8
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match=REFUSED):
-            HammingIndex.load(path, mmap=False)
-        if byte >= codes_at:
-            mapped = HammingIndex.load(path, mmap=True)
-            with pytest.raises(InputError, match="1 of 2 blocks fail"):
-                mapped.verify()
-        else:
-            with pytest.raises(InputError, match=REFUSED):
-                HammingIndex.load(path, mmap=True)
-
-
-def test_files_of_others_and_of_the_future_are_refused(tmp_path):
-    path = tmp_path / "codes.idx"
-    path.write_bytes(b"IBxF" + bytes(500))
-    with pytest.raises(InputError, match="not a HammingIndex file"):
-        HammingIndex.load(path)
-    with pytest.raises(InputError, match="no index file"):
-        HammingIndex.load(tmp_path / "missing")
-    filled().save(path)
-    whole = bytearray(path.read_bytes())
-    struct.pack_into("<I", whole, 8, 2)
-    struct.pack_into("<I", whole, 124, zlib.crc32(whole[:124]))
-    path.write_bytes(whole)
-    with pytest.raises(InputError, match="version 2"):
-        HammingIndex.load(path)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "codes.idx"
-    filled().save(path)
-    broken = filled(60)
-
-    def full(*_):
-        raise OSError("disk")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="disk"):
-        broken.save(path)
-    monkeypatch.undo()
-    assert_same(HammingIndex.load(path, mmap=False), filled())
-    assert [p.name for p in tmp_path.iterdir()] == ["codes.idx"]
 
 
 BAD_CALLS = {
@@ -248,3 +192,218 @@ def test_the_last_id_leaves_none_to_count_on_from():
     index.add(codes(1), [2**63 - 2])
     with pytest.raises(InputError, match="no ids left"):
         index.add(codes(1))
+
+
+def test_codes_ids_and_memory(tmp_path, monkeypatch):
+    small_blocks(monkeypatch)
+    index = filled(50)
+    index.add(codes(5, seed=1), [90, 70, 80, 60, 50])
+    np.testing.assert_array_equal(index.codes, np.concatenate([codes(50), codes(5, seed=1)]))
+    np.testing.assert_array_equal(index.ids, [*range(50), 90, 70, 80, 60, 50])
+    assert index.codes.flags.writeable is False and index.nbytes == 55 * (3 + 8)
+    used = index.memory_usage()
+    assert used["mapped"] == 0 and used["memory"] >= index.nbytes
+    index.save(tmp_path / "a")
+    mapped = HammingIndex.load(tmp_path / "a")
+    assert mapped.memory_usage() == {"memory": 0, "mapped": 55 * (3 + 8)}
+    mapped.add(codes(2, seed=3))
+    assert mapped.memory_usage()["mapped"] == 55 * (3 + 8), "adding must not copy what is mapped"
+    np.testing.assert_array_equal(mapped.ids[-3:], [50, 91, 92])
+    np.testing.assert_array_equal(mapped.codes, np.concatenate([index.codes, codes(2, seed=3)]))
+    empty = HammingIndex(BITS)
+    assert empty.codes.shape == (0, 3) and empty.ids.shape == (0,) and empty.nbytes == 0
+
+
+def test_what_was_taken_out_stays_as_it_was():
+    index = filled(50)
+    before, ids = index.codes, index.ids
+    index.add(codes(1000, seed=1))
+    index.remove_ids(range(40))
+    np.testing.assert_array_equal(before, codes(50))
+    np.testing.assert_array_equal(ids, np.arange(50))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 40), max_size=12)), max_size=25), st.integers(0, 30))
+def test_id_set_is_a_set(steps, first):
+    mine, model = IdSet([range(first, first + 5)]), set(range(first, first + 5))
+    for adding, ids in steps:
+        ids = np.array(sorted(ids - model if adding else ids, key=lambda i: i * 7 % 41), dtype=np.int64)
+        (mine.add if adding else mine.discard)(np.sort(ids) if not adding else ids)
+        model = model | set(ids.tolist()) if adding else model - set(ids.tolist())
+        np.testing.assert_array_equal(mine.contains(np.arange(-2, 50)), [i in model for i in range(-2, 50)])
+
+
+def test_ids_in_any_order_cost_little_each():
+    known = IdSet()
+    order = np.random.default_rng(0).permutation(3000) * 2
+    most = 0
+    for i in order:
+        known.add(np.array([i]))
+        most = max(most, len(known._runs))
+    assert most <= 13, "runs must merge as they grow"
+    assert known.contains(np.arange(6000)).tolist() == [True, False] * 3000
+    known.add(np.arange(3000) * 2 + 1)
+    assert known.nbytes == 16, "neighbours make one interval"
+
+
+def test_adding_out_of_order_looks_at_the_index_once(monkeypatch):
+    index = filled(10, np.arange(10) * 10 + 1000)
+    looks = []
+    monkeypatch.setattr(module, "IdSet", lambda ids: looks.append(1) or IdSet(ids))
+    for i in range(20):
+        index.add(codes(1, seed=i), [500 - i])
+    with pytest.raises(InputError, match="first is 490"):
+        index.add(codes(1), [490])
+    index.remove_ids([490])
+    index.add(codes(1), [490])
+    assert looks == [1]
+
+
+def test_searches_see_one_moment_while_others_add_and_remove():
+    """Groups of ids come and go as a whole, each code is a function of its id: no search may see anything else."""
+    size, groups = 16, 40
+    table = codes(size * groups, seed=5, bits=64)
+    index = HammingIndex(64)
+    query = codes(3, seed=6, bits=64)
+    truth = np.bitwise_count(query[:, None] ^ table).sum(-1) if hasattr(np, "bitwise_count") else None
+    if truth is None:
+        truth = np.unpackbits(query[:, None] ^ table, axis=-1).sum(-1)
+    done, wrong, seen = threading.Event(), [], [0]
+
+    def member(group):
+        return np.arange(group * size, (group + 1) * size)
+
+    def write(first):
+        rng = np.random.default_rng(first)
+        inside = []
+        for _ in range(150):
+            if inside and rng.random() < 0.45:
+                index.remove_ids(member(inside.pop(rng.integers(len(inside)))))
+            else:
+                free = [g for g in range(first, groups, 2) if g not in inside]
+                if free:
+                    group = free[rng.integers(len(free))]
+                    index.add(table[member(group)], member(group))
+                    inside.append(group)
+
+    def look():
+        while not done.is_set():
+            lims, distances, ids = index.range_search(query, 64)
+            near, names = index.search(query, size * groups, threads=2)
+            for i in range(len(query)):
+                mine = ids[lims[i] : lims[i + 1]]
+                whole = len(mine) % size == 0 and (mine.reshape(-1, size) % size == np.arange(size)).all()
+                if not whole or (distances[lims[i] : lims[i + 1]] != truth[i, mine]).any():
+                    wrong.append(mine)
+                found = names[i][names[i] >= 0]
+                if (
+                    len(found) % size
+                    or (near[i, : len(found)] != truth[i, found]).any()
+                    or (np.diff(near[i]) < 0).any()
+                ):
+                    wrong.append(found)
+            seen[0] += 1
+
+    readers = [threading.Thread(target=look) for _ in range(6)]
+    writers = [threading.Thread(target=write, args=(first,)) for first in (0, 1)]
+    for thread in readers + writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    for thread in readers:
+        thread.join()
+    assert not wrong and seen[0] > 0
+    assert sorted(index.ids.tolist()) == sorted(index.range_search(query[:1], 64)[2].tolist())
+
+
+small_ids = st.integers(0, 60)
+
+
+class IndexModel(RuleBasedStateMachine):
+    """An index, in memory, mapped or in a file that grows, against a list of ids and codes."""
+
+    @initialize(bits=st.sampled_from([5, 8, 20, 64]))
+    def start(self, bits):
+        self.folder = Path(tempfile.mkdtemp())
+        self.bits, self.index, self.model, self.next_id = bits, HammingIndex(bits), [], 0
+
+    def teardown(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @rule(count=st.integers(0, 6), seed=st.integers(0, 9), on_disk=st.booleans())
+    def add(self, count, seed, on_disk):
+        self.put(codes(count, seed, self.bits), None, on_disk)
+        self.grow(codes(count, seed, self.bits), range(self.next_id, self.next_id + count))
+
+    @rule(ids=st.lists(small_ids, max_size=6, unique=True), seed=st.integers(0, 9), on_disk=st.booleans())
+    def add_with_ids(self, ids, seed, on_disk):
+        rows = codes(len(ids), seed, self.bits)
+        if {i for i, _ in self.model} & set(ids):
+            with pytest.raises(InputError, match="must be new"):
+                self.put(rows, ids, on_disk)
+        else:
+            self.put(rows, ids, on_disk)
+            self.grow(rows, ids)
+
+    def put(self, rows, ids, on_disk):
+        if not on_disk:
+            self.index.add(rows, ids)
+            return
+        path = self.folder / "index"
+        self.index.save(path)
+        try:
+            HammingIndex.append(path, rows, ids)
+        finally:
+            self.index = HammingIndex.load(path)
+
+    def grow(self, rows, ids):
+        self.model += list(zip(ids, rows, strict=True))
+        self.next_id = max([self.next_id, *(i + 1 for i in ids)])
+
+    @rule(ids=st.lists(small_ids, max_size=4, unique=True))
+    def remove(self, ids):
+        if set(ids) <= {i for i, _ in self.model}:
+            assert self.index.remove_ids(ids) == len(ids)
+            self.model = [(i, row) for i, row in self.model if i not in ids]
+        else:
+            with pytest.raises(InputError, match="must be in the index"):
+                self.index.remove_ids(ids)
+
+    @rule(mmap=st.booleans())
+    def reload(self, mmap):
+        self.index.save(self.folder / "index")
+        self.index = HammingIndex.load(self.folder / "index", mmap=mmap)
+
+    @rule()
+    def build(self):
+        HammingIndex.build(self.folder / "index", [self.index])
+        self.index = HammingIndex.load(self.folder / "index")
+        self.next_id = self.index._next_id  # an id that was removed may come again
+
+    @invariant()
+    def same(self):
+        db = np.array([row for _, row in self.model], dtype=np.uint8).reshape(-1, -(-self.bits // 8))
+        ids = np.array([i for i, _ in self.model], dtype=np.int64)
+        q = codes(3, 77, self.bits)
+        assert len(self.index) == len(ids)
+        np.testing.assert_array_equal(self.index.ids, ids)
+        for k in (1, 4, len(ids) + 2):
+            want = _reference.hamming_topk(q, db, k, self.bits)
+            distances, found = self.index.search(q, k, threads=1)
+            np.testing.assert_array_equal(distances, want[0])
+            np.testing.assert_array_equal(found, np.where(want[1] < 0, -1, np.append(ids, -1)[want[1]]))
+        want = _reference.hamming_range(q, db, self.bits // 2)
+        for got, expected in zip(
+            self.index.range_search(q, self.bits // 2, threads=1), (want[0], want[1], ids[want[2]]), strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("small", [0, 12, module._SMALL_BYTES])
+def test_index_is_a_list_of_ids_and_codes(monkeypatch, small):
+    monkeypatch.setattr(module, "_SMALL_BYTES", small)
+    monkeypatch.setattr(_indexfile, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(_indexfile, "_SPARE_BYTES", 0)
+    limits = settings(max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(IndexModel, settings=limits)
