@@ -167,6 +167,8 @@ def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: 
         return _refit(kind, config, dataset, run)
     if dataset.valid is None and run.valid_fraction > 0:
         dataset = dataset.hold_out(run.valid_fraction, run.seed)
+    if config.epochs < 1 or config.batch_size < 2:
+        raise InputError(f"at least 1 epoch and 2 pairs a batch, got {config.epochs} and {config.batch_size}")
     if len(dataset.train) < 2:
         raise InputError(f"{dataset.name}: training needs at least two pairs, got {len(dataset.train)}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -217,6 +219,7 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
                 _save(folder / CHECKPOINT, model, optimizers, state, history, best, described)
                 saved_at = time.monotonic()
 
+    model.eval()
     if best is not None:
         model.load_state_dict(best)
     else:
@@ -278,8 +281,8 @@ def _epoch(
     ]
     if wrong:
         raise InputError(
-            f"{model.name}: {wrong[0]} is no longer finite in epoch {epoch}; the checkpoint holds an earlier epoch. "
-            "Expected finite losses: lower the learning rate or the weight of that term"
+            f"{model.name}: {wrong[0]} is no longer finite in epoch {epoch}; a checkpoint, if there is one, holds an "
+            "earlier epoch. Expected finite losses: lower the learning rate or the weight of that term"
         )
     return means
 

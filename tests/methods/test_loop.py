@@ -324,7 +324,7 @@ def test_a_saved_model_encodes_raw_features_as_before(finished, tmp_path):
     again = load_model(tmp_path / "m.safetensors")
     data = small_dataset().query
     for modality, features in (("image", data.image), ("text", data.text)):
-        assert torch.equal(encode_all(again, modality, features), encode_all(finished.model.eval(), modality, features))
+        assert torch.equal(encode_all(again, modality, features), encode_all(finished.model, modality, features))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -461,5 +461,9 @@ def test_a_minimal_method_runs(tmp_path):
         def encode(self, modality, features):
             return getattr(self, modality)(features)
 
+    for wrong in (MinimalConfig(epochs=0), MinimalConfig(batch_size=1)):
+        with pytest.raises(InputError, match="at least 1 epoch and 2 pairs a batch"):
+            train(Minimal, wrong, small_dataset(), quick(tmp_path / "run"))
     run = train(Minimal, None, small_dataset(), quick(tmp_path / "run"))
+    assert not run.model.training
     assert run.history[1]["loss"] < run.history[0]["loss"]
