@@ -1,6 +1,5 @@
 """What the commands of cli.py do. Heavy imports stay inside the functions, so that --help is quick."""
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import busy, new_table, show, track
+from cmr_fast._terminal import busy, new_table, show
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from cmr_fast.methods.loop import Method, RunConfig
 
 SOURCE = "data.json"
-_CHUNK = 4096
 
 
 class DataFlags(Protocol):
@@ -85,90 +83,6 @@ def encode(arguments: "cli.Encode") -> None:
         np.save(file, array)
     what = f"packed codes of {values.shape[1]} bits" if packed else f"values of {values.shape[1]} dimensions"
     print(f"{arguments.out}: {len(array)} {what}, {array.dtype} {array.shape}")
-
-
-def index(arguments: "cli.Index") -> None:
-    from cmr_fast.retrieval.index import HammingIndex
-
-    free(arguments.out, arguments.force)
-    parts = [read_array(path) for path in arguments.codes]
-    for path, part in zip(arguments.codes, parts, strict=True):
-        check_codes(part, path)
-        if part.shape[1] != parts[0].shape[1]:
-            raise InputError(
-                f"{path}: codes have {part.shape[1]} bytes, those of {arguments.codes[0]} have {parts[0].shape[1]}; "
-                "one index holds one code length"
-            )
-    ids = None if arguments.ids is None else read_array(arguments.ids)
-    total = sum(len(part) for part in parts)
-    if ids is not None and (ids.ndim != 1 or len(ids) != total or ids.dtype.kind not in "iu"):
-        raise InputError(f"{arguments.ids}: expected {total} integer ids, one per code, got {ids.dtype} {ids.shape}")
-    built = HammingIndex(arguments.bits or 8 * parts[0].shape[1])
-    start = 0
-    for part in track(parts, "adding files"):
-        if ids is None:
-            built.add(part)
-        else:
-            built.add(part, ids=ids[start : start + len(part)].astype("int64"))
-        start += len(part)
-    built.save(arguments.out)
-    print(f"{arguments.out}: {built.ntotal} codes of {built.bits} bits")
-
-
-def search(arguments: "cli.Search") -> None:
-    import numpy as np
-
-    from cmr_fast.retrieval.index import HammingIndex
-
-    if arguments.out is not None:
-        if arguments.out.suffix not in (".npz", ".csv"):
-            raise InputError(f"{arguments.out}: expected a name in .npz or .csv, got {arguments.out.suffix!r}")
-        free(arguments.out, arguments.force)
-    if arguments.k < 1:
-        raise InputError(f"k must be 1 or more, got {arguments.k}")
-    present(arguments.index)
-    loaded = HammingIndex.load(arguments.index)
-    queries = read_array(arguments.queries)
-    check_codes(queries, arguments.queries)
-    if len(queries) == 0:
-        raise InputError(f"{arguments.queries}: holds no query, expected at least one")
-    found = [
-        loaded.search(queries[start : start + _CHUNK], arguments.k, threads=arguments.threads)
-        for start in track(range(0, len(queries), _CHUNK), "searching")
-    ]
-    distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    if arguments.out is not None:
-        write_hits(arguments.out, distances, ids)
-    table = new_table("query")
-    shown = min(5, arguments.k)
-    for rank in range(shown):
-        table.add_column(str(rank + 1), justify="right")
-    for query in range(min(arguments.show, len(queries))):
-        hits = zip(ids[query, :shown], distances[query, :shown], strict=True)
-        table.add_row(str(query), *(f"{i} ({d})" if i >= 0 else "-" for i, d in hits))
-    show(f"The nearest of {loaded.ntotal} codes of {loaded.bits} bits: id (distance)", table)
-    more = len(queries) - arguments.show
-    if more > 0:
-        print(f"… and {more} more queries")
-    if arguments.out is not None:
-        print(f"{arguments.out}: {len(queries)} queries, {arguments.k} hits each")
-
-
-def write_hits(path: Path, distances: "np.ndarray", ids: "np.ndarray") -> None:
-    """distances int32 (Q, k) and ids int64 (Q, k) to .npz, or to .csv without the padding."""
-    import numpy as np
-
-    with write_aside(path) as aside:
-        if path.suffix == ".npz":
-            with open(aside, "wb") as file:
-                np.savez(file, distances=distances, ids=ids)
-            return
-        with open(aside, "w", newline="") as text:
-            writer = csv.writer(text)
-            writer.writerow(["query", "rank", "id", "distance"])
-            for query, (row_ids, row_distances) in enumerate(zip(ids.tolist(), distances.tolist(), strict=True)):
-                hits = zip(row_ids, row_distances, strict=True)
-                writer.writerows([query, rank, i, d] for rank, (i, d) in enumerate(hits, start=1) if i >= 0)
 
 
 def evaluate(arguments: "cli.Evaluate") -> None:

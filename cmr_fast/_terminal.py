@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -49,3 +49,17 @@ def track(items: Iterable[T], what: str) -> Iterable[T]:
     from rich.progress import track as rich_track
 
     return rich_track(items, description=what, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def counting(total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar on stderr, told how much more is done; nothing where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda more: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda more: bar.advance(task, more)

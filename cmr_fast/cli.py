@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName
 
-from cmr_fast import _commands
+from cmr_fast import _commands, _index_commands
 from cmr_fast.errors import InputError
 
 PROGRAM = "cmr-fast"
@@ -78,24 +78,29 @@ class Encode:
 
 @dataclass(frozen=True)
 class Index:
-    """Build a Hamming index from packed codes (uint8 .npy files, as `encode` writes them).
+    """Build a Hamming index from packed codes (uint8 .npy files, as `encode` writes them), or append to one.
 
     Example:  cmr-fast index images.npy more.npy --out db.cmrx
+
+    Example:  cmr-fast index today.npy --out db.cmrx --append
     """
 
     codes: Positional[tuple[Path, ...]]
-    """One or more .npy files, uint8 (N, bytes); their rows are numbered on through the files."""
+    """.npy files, uint8 (N, bytes), whose rows are numbered on; index files and faiss's IndexBinaryFlat or IDMap files,
+    which bring their ids."""
     out: Path
     """The index file to write."""
+    append: bool = False
+    """Add to the index file there. It stays whole whatever happens."""
     ids: Path | None = None
     """int64 (N,) .npy of your own ids, one per row of all files together. None: 0, 1, 2, …"""
     bits: int | None = None
-    """Code length. None: 8 x bytes."""
+    """Code length. None: that of the first file, 8 x bytes for .npy."""
     force: bool = False
     """Overwrite the output file."""
 
     def __call__(self) -> None:
-        _commands.index(self)
+        _index_commands.index(self)
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,13 @@ class Search:
     """
 
     index: Positional[Path]
-    """Index file, from `cmr-fast index`."""
+    """Index file, from `cmr-fast index`, or a faiss IndexBinaryFlat or IDMap file."""
     queries: Positional[Path]
-    """Packed query codes, uint8 (Q, bytes) .npy."""
+    """Packed query codes: uint8 (Q, bytes) .npy, or an index file."""
     k: int = 10
     """Hits per query."""
     out: Path | None = None
-    """results.npz (arrays distances and ids, (Q, k)) or results.csv (query, rank, id, distance)."""
+    """results.npz (arrays distances and ids, (Q, k)) or results.csv (query, rank, id, distance). None: only print."""
     threads: int | None = None
     """CPU threads. None: all that this process may use."""
     show: int = 5
@@ -121,7 +126,7 @@ class Search:
     """Overwrite the output file."""
 
     def __call__(self) -> None:
-        _commands.search(self)
+        _index_commands.search(self)
 
 
 @dataclass(frozen=True)
@@ -242,11 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parse(arguments)()
     except InputError as error:
         return _fail(str(error))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         if arguments[:1] == ["train"]:
