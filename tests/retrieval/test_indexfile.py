@@ -475,6 +475,26 @@ def test_any_power_cut_leaves_the_state_before_or_after(scratch, monkeypatch):
                 assert of_file(crashed) == answers(filled(start + 5))
 
 
+def test_a_file_can_be_opened_while_it_grows(scratch, monkeypatch):
+    monkeypatch.setattr(_indexfile, "_SPARE_BYTES", 3000)
+    path = scratch / "index"
+    filled(10).save(path)
+    child = os.fork()
+    if child == 0:
+        try:
+            for i in range(10, 700, 3):
+                HammingIndex.append(path, TABLE[i : i + 3])
+        finally:
+            os._exit(0)
+    sizes = [10]
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        index = HammingIndex.load(path, mmap=len(sizes) % 2 == 0)
+        np.testing.assert_array_equal(index.codes, TABLE[: len(index)])
+        assert len(index) >= sizes[-1]
+        sizes.append(len(index))
+    assert len(HammingIndex.load(path)) == 700 and len(set(sizes)) > 5
+
+
 def killed(work, delay):
     """Run `work(report)` in a child that is killed after `delay` seconds; returns what it had reported as done."""
     reader, writer = os.pipe()
