@@ -19,7 +19,7 @@ setup(
             include_dirs=["csrc/cpu"],
             depends=[*sorted(glob("csrc/cpu/*.h")), "setup.py"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
+            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", "-ffp-contract=off"],
             extra_link_args=["-pthread"],
         )
     ],

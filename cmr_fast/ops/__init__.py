@@ -2,5 +2,15 @@
 
 from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
+from cmr_fast.ops.ranking import Ranking, ranking
 
-__all__ = ["explain", "hamming_distances", "hamming_range", "hamming_topk", "pack_codes", "unpack_codes"]
+__all__ = [
+    "Ranking",
+    "explain",
+    "hamming_distances",
+    "hamming_range",
+    "hamming_topk",
+    "pack_codes",
+    "ranking",
+    "unpack_codes",
+]

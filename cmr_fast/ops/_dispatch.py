@@ -17,6 +17,7 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "ranking": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
 
 

@@ -37,3 +37,39 @@ def pack_codes(bits: np.ndarray) -> np.ndarray:
     for j in range(bits.shape[1]):
         out[:, j // 8] |= bits[:, j].astype(np.uint8) << (j % 8)
     return out
+
+
+def ranking(
+    q: np.ndarray,
+    db: np.ndarray,
+    q_labels: np.ndarray,
+    db_labels: np.ndarray,
+    *,
+    k: int | None = None,
+    cut: str = "rank",
+    partners: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Query by query: a stable sort by distance, then counting hits from the first rank to the last."""
+    levels, size = 8 * db.shape[1] + 1, len(db)
+    k = size if k is None else k
+    out = {name: np.zeros((len(q), levels), np.int64) for name in ("items", "relevant")}
+    out |= {"sums": np.zeros(len(q))} | {name: np.zeros(len(q), np.int64) for name in ("hits", "first", "tied_before")}
+    out |= {"hit_steps": np.zeros(size, np.int64), "recall_steps": np.zeros(size)}
+    for i, distances in enumerate(hamming_distances(q, db)):
+        relevant = db_labels == q_labels[i] if db_labels.ndim == 1 else (db_labels & q_labels[i]).any(axis=1)
+        np.add.at(out["items"][i], distances, 1)
+        np.add.at(out["relevant"][i], distances, relevant)
+        found, total = 0, int(relevant.sum())
+        for rank, item in enumerate(np.argsort(distances, kind="stable"), start=1):
+            if not relevant[item]:
+                continue
+            found += 1
+            inside = {"rank": rank <= k, "relevant": rank <= min(k, total), "hits": found <= min(k, total)}[cut]
+            out["sums"][i] += inside * found / rank
+            out["hits"][i] += inside
+            out["first"][i] = out["first"][i] or rank
+            out["hit_steps"][rank - 1] += 1
+            out["recall_steps"][rank - 1] += 1 / total
+        if partners is not None:
+            out["tied_before"][i] = (distances[: partners[i]] == distances[partners[i]]).sum()
+    return out

@@ -37,13 +37,23 @@ class Labels:
             out |= (q[rows, None] & db) != 0
         return out
 
+    def packed(self) -> tuple[np.ndarray, np.ndarray]:
+        """As ops.ranking takes them: uint8 (N, L) of bits, or int32 (N,) class ids."""
+        if self._multi:
+            return self._q.view(np.uint8), self._db.view(np.uint8)
+        q, db = self._q, self._db
+        if min(q.min(), db.min()) < -(2**31) or max(q.max(), db.max()) >= 2**31:
+            both = np.unique(np.concatenate([q, db]), return_inverse=True)[1]
+            q, db = both[: len(q)], both[len(q) :]
+        return q.astype(np.int32), db.astype(np.int32)
+
 
 def _label_array(labels: object, name: str) -> np.ndarray:
     x = to_numpy(labels)
     if x.ndim == 1 and x.dtype.kind in "iu":
         return x.astype(np.int64)
     if x.ndim == 2 and x.dtype.kind in "biuf" and x.shape[1]:
-        if not np.isin(x, (0, 1)).all():
+        if x.dtype != bool and not ((x == 0) | (x == 1)).all():
             raise InputError(f"{name} {x.shape} must be multi-hot, 0 and 1 only; class ids go in as (N,) integers")
         return x.astype(bool)
     raise InputError(f"{name} must be (N,) integer class ids or (N, C) multi-hot of 0 and 1, got {x.dtype} {x.shape}")

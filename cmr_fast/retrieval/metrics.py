@@ -1,18 +1,19 @@
 """Retrieval metrics from packed codes or embeddings, by named convention and tie rule, in blocks of queries.
 
-Distances become small integers; a block of queries is reduced to groups of equally distant items (see _ties), and
-every number is a sum over groups. From codes the tie-aware, optimistic and pessimistic values need only histograms of
-distances; the index order is a counting sort of them. Nothing of the size of queries x database is ever held.
+A block of queries is reduced to groups of equally distant items (see _ties), and every number is a sum over groups.
+From codes the tie-aware, optimistic and pessimistic values need only histograms of distances; these and the sums under
+the index order come from ops.ranking. Nothing of the size of queries x database is ever held.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import hamming_distances
+from cmr_fast.ops import ranking
 from cmr_fast.retrieval._inputs import (
     Array,
     Labels,
@@ -36,7 +37,7 @@ from cmr_fast.retrieval.result import Curves, RetrievalResult
 __all__ = ["CONVENTIONS", "METRICS", "TIES", "RetrievalResult", "evaluate_codes", "evaluate_embeddings"]
 
 METRICS = ("cosine", "l2", "ip")
-_BLOCK = 1 << 21  # query x database cells held at once
+_BLOCK = 1 << 21  # query x database cells held at once, 8 bytes each or less
 _GRID = 1 << 38  # embedding scores are compared as integers on this grid
 
 
@@ -51,6 +52,7 @@ def evaluate_codes(
     ties: str = "index",
     bits: int | None = None,
     pairs: Array | None = None,
+    threads: int | None = None,
 ) -> RetrievalResult:
     """Rank a database of packed codes by Hamming distance to each query and measure it.
 
@@ -63,16 +65,48 @@ def evaluate_codes(
                            For the denominators R and min(k, R), optimistic >= tie_aware >= pessimistic
     bits                   code length where it is not 8 * nbytes (radius curves end there)
     pairs                  int (Q,), the database row of each query's own partner, for recall_one_at(relevance="pair")
+    threads                default all processors of this process; the result does not depend on it
     """
+    queries: Any
+    database: Any
     queries, database = check_code_arrays(q, db)
-    width = check_bits(bits, queries, database)
-    small = np.uint8 if width <= 255 else np.uint16
-
-    def distances(rows: slice) -> np.ndarray:
-        return to_numpy(hamming_distances(queries[rows], database)).astype(small)  # type: ignore[type-var]
-
+    levels = check_bits(bits, queries, database) + 1
     labels = Labels(q_labels, db_labels, len(queries), len(database))
-    return _evaluate(distances, labels, width + 1, "hamming", k, convention, ties, pairs)
+    asked = _ask(labels, k, convention, ties, pairs)
+    q_packed, db_packed = (_like(x, queries) for x in labels.packed())
+    by_index = asked.ties == "index"
+    cut = cast(Literal["rank", "relevant", "hits"], {"k": "rank", "R": "relevant", "hits": "hits"}[asked.rule.cut])
+
+    def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+        partners = asked.partners[rows] if asked.partners is not None else None
+        found = ranking(
+            queries[rows], database, q_packed[rows], db_packed, k=asked.cut, cut=cut, order=by_index, curves=by_index,
+            partners=_like(partners, queries) if by_index and partners is not None else None, threads=threads,
+        )  # fmt: skip
+        items, hits = to_numpy(found.items)[:, :levels], to_numpy(found.relevant)[:, :levels]
+        counts = hits.sum(axis=1)
+        curves.add_radius(items, hits, counts)
+        if by_index:
+            sums, inside, first = to_numpy(found.sums), to_numpy(found.hits), to_numpy(found.first)
+            ap = _divide(sums, inside, counts, asked)
+            curves.add_steps(to_numpy(found.hit_steps), to_numpy(found.recall_steps), first)
+        else:
+            groups = Groups.from_histograms(items, hits).ordered(asked.ties)
+            ap = _average_precisions(groups, counts, asked)
+            curves.add(groups, counts)
+        if partners is not None:
+            own = to_numpy(queries[rows]) ^ to_numpy(database)[partners]
+            level = np.unpackbits(own, axis=1).sum(axis=1, dtype=np.int64)
+            each = np.arange(len(level))
+            size, before = items[each, level], np.cumsum(items, axis=1)[each, level] - items[each, level]
+            if by_index:
+                before, size = before + to_numpy(found.tied_before), np.ones_like(size)
+            curves.add_pairs(_partner_alone(size, before).ordered(asked.ties))
+        return ap, counts
+
+    # a bit per item and a few histograms are what a query holds
+    block = max(1, 8 * _BLOCK // (len(database) // 8 + 32 * levels))
+    return _evaluate(measure, block, asked, labels, levels, "hamming")
 
 
 def evaluate_embeddings(
@@ -118,22 +152,38 @@ def evaluate_embeddings(
         return (far * unit).round_().long().cpu().numpy()
 
     labels = Labels(q_labels, db_labels, len(x), len(y))
-    return _evaluate(scores, labels, None, metric, k, convention, ties, pairs)
+    asked = _ask(labels, k, convention, ties, pairs)
+
+    def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+        keys, relevant = scores(rows), labels.relevant(rows)
+        counts = np.count_nonzero(relevant, axis=1)
+        if asked.ties == "index":
+            groups = Groups.from_ranking(_ranked_relevance(keys, relevant))
+        else:
+            groups = Groups.from_sorted_keys(*_sorted_by_key(keys, relevant)).ordered(asked.ties)
+        curves.add(groups, counts)
+        if asked.partners is not None:
+            curves.add_pairs(_pair_groups(keys, asked.partners[rows], asked.ties))
+        return _average_precisions(groups, counts, asked), counts
+
+    return _evaluate(measure, max(1, _BLOCK // len(y)), asked, labels, None, metric)
 
 
-def _evaluate(
-    keys_of: Callable[[slice], np.ndarray],
-    labels: Labels,
-    levels: int | None,
-    metric: str,
-    k: int | None,
-    convention: str,
-    ties: str,
-    pairs: Array | None,
-) -> RetrievalResult:
-    """keys_of(rows) -> (B, N) integers, smaller is nearer; levels: keys are 0 .. levels - 1, or any (None)."""
+@dataclass(frozen=True)
+class _Asked:
+    """What an evaluation was asked for, checked."""
+
+    rule: Convention
+    ties: str
+    k: int | None
+    cut: int  # k, or the database size
+    partners: np.ndarray | None
+    harmonic: np.ndarray
+
+
+def _ask(labels: Labels, k: int | None, convention: str, ties: str, pairs: Array | None) -> _Asked:
     rule, tie_rule = find_convention(convention), find_ties(ties)
-    num_queries, size = labels.num_queries, labels.num_database
+    size = labels.num_database
     if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
         raise InputError(f"k must be an integer of 1 or more, or None for the whole ranking, got {k!r}")
     cut = size if k is None else min(int(k), size)
@@ -142,36 +192,35 @@ def _evaluate(
             f"{rule.name} at k={k} has no tie-aware value: which queries count depends on the order of ties; "
             "use k=None, another tie rule, or topk_hits"
         )
-    partners = check_pairs(pairs, num_queries, size)
+    harmonic = harmonic_numbers(0 if tie_rule == "index" else size)
+    partners = check_pairs(pairs, labels.num_queries, size)
+    return _Asked(rule, tie_rule, None if k is None else int(k), cut, partners, harmonic)
+
+
+def _evaluate(
+    measure: Callable[[slice, Curves], tuple[np.ndarray, np.ndarray]],
+    block: int,
+    asked: _Asked,
+    labels: Labels,
+    levels: int | None,
+    metric: str,
+) -> RetrievalResult:
+    """measure(rows, curves) -> (B,) average precision and (B,) relevant items; it adds the block to the curves."""
+    num_queries, size = labels.num_queries, labels.num_database
     ap, relevant_counts = np.empty(num_queries), np.empty(num_queries, dtype=np.int64)
-    curves = Curves(size, levels, partners is not None)
-    harmonic = harmonic_numbers(size)
-    for rows in _blocks(num_queries, max(size, 2 * (levels or 0))):
-        keys, relevant = keys_of(rows), labels.relevant(rows)
-        counts = np.count_nonzero(relevant, axis=1)
-        if levels:
-            items, hits = _histograms(keys, relevant, levels)
-            curves.add_radius(items, hits, counts)
-        if tie_rule == "index":
-            groups = Groups.from_ranking(_ranked_relevance(keys, relevant))
-        elif levels:
-            groups = Groups.from_histograms(items, hits).ordered(tie_rule)
-        else:
-            groups = Groups.from_sorted_keys(*_sorted_by_key(keys, relevant)).ordered(tie_rule)
-        ap[rows] = _average_precisions(groups, counts, rule, cut, harmonic)
-        relevant_counts[rows] = counts
-        curves.add(groups, counts)
-        if partners is not None:
-            curves.add_pairs(_pair_groups(keys, partners[rows], tie_rule))
+    curves = Curves(size, levels, asked.partners is not None)
+    for start in range(0, num_queries, block):
+        rows = slice(start, min(start + block, num_queries))
+        ap[rows], relevant_counts[rows] = measure(rows, curves)
     curves.accumulate()
     counted = ~np.isnan(ap)
     return RetrievalResult(
         map=float(ap[counted].mean()) if counted.any() else float("nan"),
         ap=ap,
         relevant=relevant_counts,
-        convention=rule.name,
-        ties=tie_rule,
-        k=None if k is None else int(k),
+        convention=asked.rule.name,
+        ties=asked.ties,
+        k=asked.k,
         metric=metric,
         num_queries=num_queries,
         num_database=size,
@@ -180,11 +229,19 @@ def _evaluate(
     )
 
 
-def _average_precisions(
-    groups: Groups, counts: np.ndarray, rule: Convention, cut: int, harmonic: np.ndarray
-) -> np.ndarray:
+def _divide(sums: np.ndarray, inside: np.ndarray, counts: np.ndarray, asked: _Asked) -> np.ndarray:
+    """(B,) average precision from sums over hits that are certain; nan where the convention leaves the query out."""
+    rule = asked.rule
+    below = {"R": counts, "hits": inside, "min": np.minimum(asked.cut, counts)}[rule.denominator]
+    ap = sums / np.maximum(below, 1)
+    if rule.zero != "counts 0":
+        ap[below == 0] = np.nan
+    return ap
+
+
+def _average_precisions(groups: Groups, counts: np.ndarray, asked: _Asked) -> np.ndarray:
     """(B,) expected average precision; nan where the convention leaves the query out."""
-    size = len(counts)
+    rule, cut, harmonic, size = asked.rule, asked.cut, asked.harmonic, len(counts)
     capped = np.minimum(cut, counts)  # min(k, R)
     if rule.cut == "hits":
         wanted = capped[groups.query] - groups.hits_before
@@ -217,20 +274,14 @@ def _pair_groups(keys: np.ndarray, partners: np.ndarray, ties: str) -> Groups:
     rows = np.arange(len(keys))
     own = keys[rows, partners][:, None]
     before, size = np.count_nonzero(keys < own, axis=1), np.count_nonzero(keys == own, axis=1)
-    one = np.ones_like(size)
     if ties == "index":
         before += [np.count_nonzero(row[:p] == row[p]) for row, p in zip(keys, partners, strict=True)]
-        size = one
-    return Groups(rows, size, one, before, np.zeros_like(size)).ordered(ties)
+        size = np.ones_like(size)
+    return _partner_alone(size, before).ordered(ties)
 
 
-def _histograms(keys: np.ndarray, relevant: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, N) distances and relevance -> int64 (B, levels) items and relevant items at each distance."""
-    table = np.empty((len(keys), levels, 2), dtype=np.int64)
-    cells = 2 * keys.astype(np.uint16) + relevant
-    for i, row in enumerate(cells):
-        table[i] = np.bincount(row, minlength=2 * levels).reshape(levels, 2)
-    return table.sum(axis=2), table[:, :, 1]
+def _partner_alone(size: np.ndarray, before: np.ndarray) -> Groups:
+    return Groups(np.arange(len(size)), size, np.ones_like(size), before, np.zeros_like(size))
 
 
 def _ranked_relevance(keys: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -254,7 +305,5 @@ def _sorted_by_key(keys: np.ndarray, relevant: np.ndarray) -> tuple[np.ndarray, 
     return packed >> 1, (packed & 1).astype(bool)
 
 
-def _blocks(count: int, width: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // width)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+def _like(x: np.ndarray, codes: Array) -> Any:
+    return torch.from_numpy(x).to(codes.device) if isinstance(codes, torch.Tensor) else x

@@ -30,6 +30,7 @@ class Curves:
     def __init__(self, size: int, levels: int | None, with_pairs: bool) -> None:
         self.hits, self.recall, self.any_hit = np.zeros(size + 1), np.zeros(size + 1), np.zeros(size + 1)
         self.pair = np.zeros(size + 1) if with_pairs else None
+        self.hit_steps, self.recall_steps = np.zeros(size), np.zeros(size)
         self.radius = Radius(*(np.zeros(levels) for _ in range(5))) if levels else None
 
     def add(self, groups: Groups, counts: np.ndarray) -> None:
@@ -42,6 +43,12 @@ class Curves:
             self.any_hit[before + 1 : before + n + 1] += np.diff(chance_of_a_hit(n, r))
         alike = first[groups.relevant[first] == groups.size[first]]
         self.any_hit += np.bincount(groups.before[alike] + 1, minlength=len(self.any_hit))
+
+    def add_steps(self, hits: np.ndarray, recall: np.ndarray, first: np.ndarray) -> None:
+        """Certain ranks: (N,) hits and recall that each rank adds, (B,) ranks of the first hits, 0 for none."""
+        self.hit_steps += hits
+        self.recall_steps += recall
+        self.any_hit += np.bincount(first[first > 0], minlength=len(self.any_hit))
 
     def add_pairs(self, groups: Groups) -> None:
         assert self.pair is not None
@@ -56,9 +63,9 @@ class Curves:
 
     def accumulate(self) -> None:
         """From steps to values: `hits`, `recall` and `pair` hold second differences, `any_hit` first ones."""
-        for curve in (self.hits, self.recall, self.pair):
+        for curve, steps in ((self.hits, self.hit_steps), (self.recall, self.recall_steps), (self.pair, 0.0)):
             if curve is not None:
-                curve[1:] = np.cumsum(np.cumsum(curve[:-1]))
+                curve[1:] = np.cumsum(np.cumsum(curve[:-1]) + steps)
                 curve[0] = 0
         np.cumsum(self.any_hit, out=self.any_hit)
 

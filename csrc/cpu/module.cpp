@@ -5,6 +5,7 @@
 
 #include "hamming.h"
 #include "isa.h"
+#include "ranking.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -14,6 +15,11 @@ namespace {
 template <class T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+cmr::RankingShape ranking_shape(int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes, bool ordered,
+                                bool curves, int64_t k, int cut, int threads) {
+    return {nq, n, nbytes, label_bytes, classes, ordered, curves, k, static_cast<cmr::Cut>(cut), threads};
 }
 
 }  // namespace
@@ -66,5 +72,23 @@ PYBIND11_MODULE(_cpu, m) {
                                   int threads, Address out) {
         py::gil_scoped_release released;
         cmr::hamming_distances(isa, at<uint8_t>(q), at<uint8_t>(db), nq, n, nbytes, threads, at<int32_t>(out));
+    });
+    m.def("ranking_workspace", [](int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes, bool ordered,
+                                  bool curves, int64_t k, int cut, int threads) {
+        return cmr::ranking_workspace(
+            ranking_shape(nq, n, nbytes, label_bytes, classes, ordered, curves, k, cut, threads));
+    });
+    m.def("ranking", [](const std::string& isa, int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes,
+                        bool ordered, bool curves, int64_t k, int cut, int threads, Address q, Address db,
+                        Address q_labels, Address db_labels, Address partners, Address items, Address relevant,
+                        Address sums, Address hits, Address first, Address tied_before, Address hit_steps,
+                        Address recall_steps, Address workspace) {
+        py::gil_scoped_release released;
+        cmr::ranking(isa, ranking_shape(nq, n, nbytes, label_bytes, classes, ordered, curves, k, cut, threads),
+                     {at<uint8_t>(q), at<uint8_t>(db), at<uint8_t>(q_labels), at<uint8_t>(db_labels),
+                      at<int64_t>(partners), at<int64_t>(items), at<int64_t>(relevant), at<double>(sums),
+                      at<int64_t>(hits), at<int64_t>(first), at<int64_t>(tied_before), at<int64_t>(hit_steps),
+                      at<double>(recall_steps)},
+                     at<uint8_t>(workspace));
     });
 }
