@@ -143,8 +143,8 @@ def append(
 
 
 def _read(file: BinaryIO, path: Path) -> Stored:
-    size = os.fstat(file.fileno()).st_size
     head = os.pread(file.fileno(), _DATA_AT, 0)
+    size = os.fstat(file.fileno()).st_size  # after the head: an append may be going on
     if head[: len(MAGIC)] != MAGIC and head[_ROOT_PLACES[1] :][: len(MAGIC)] != MAGIC:
         raise InputError(f"{path} is not a HammingIndex file: it begins with {head[: len(MAGIC)]!r}")
     roots = [_whole_root(head[place : place + _ROOT_BYTES]) for place in _ROOT_PLACES]
