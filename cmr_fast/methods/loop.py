@@ -52,7 +52,7 @@ class Method(nn.Module):
     output: ClassVar[Literal["embedding", "code"]]
     """embedding: compared by `metric`; code: compared by Hamming distance of the bits `encode(...) >= 0`."""
     metric: str = "cosine"
-    Config: ClassVar[type]
+    Config: ClassVar[type[Any]]
     """A frozen dataclass with at least `epochs` and `batch_size`; the paper's values are the defaults."""
 
     def __init__(self, config: Any, image_dim: int, text_dim: int, num_classes: int) -> None:
@@ -101,7 +101,7 @@ class RunConfig:
     """Go on from the run folder's checkpoint; starts afresh where there is none yet."""
     valid_fraction: float = 0.1
     """Share of the training split held out for early stopping, if the data set has no validation split; 0 for none."""
-    patience: int = 30
+    patience: int = 20
     """Stop after this many epochs without a better validation mAP; 0 never stops early."""
     eval_every: int = 1
     """Epochs between validations."""

@@ -182,7 +182,7 @@ def test_embedding_loss_weighs_its_terms():
         float((0.3 * terms["imi_loss"] + 2.0 * terms["imd_loss"] + 0.05 * terms["reg_loss"]).detach())
     )
     layers = [model.image_projector[0], model.image_projector[3], model.text_projector[0], model.text_projector[3]]
-    assert float(terms["reg_loss"]) == pytest.approx(
+    assert terms["reg_loss"].item() == pytest.approx(
         sum(x.weight.detach().square().sum().sqrt().item() for x in layers)
     )
 
