@@ -286,30 +286,44 @@ def _parse_train(arguments: list[str]) -> Any:
 
     if arguments and arguments[0] in METHODS:
         name = arguments[0]
-        return _cli(_train_arguments(name), f"{PROGRAM} train {name}", arguments[1:])
+        return _cli(_train_arguments(name, _preset(arguments)), f"{PROGRAM} train {name}", arguments[1:])
     choices = {name: _train_arguments(name) for name in METHODS}
     return _choose(choices, f"{PROGRAM} train", inspect.getdoc(train) or "", arguments or ["--help"])
 
 
-def _train_arguments(name: str) -> type:
+def _preset(arguments: list[str]) -> str:
+    """The value of --preset: it sets the defaults of the flags that tyro is about to read."""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag == "--preset":
+            return value
+        if flag.startswith("--preset="):
+            return flag.partition("=")[2]
+    return TrainingData.preset
+
+
+def _train_arguments(name: str, preset: str = "paper") -> type:
     """A dataclass of one method's flags: the data, the method's config and the run's."""
     from cmr_fast.methods import METHODS
     from cmr_fast.methods.loop import RunConfig
 
     kind = METHODS[name]
+    presets = {"paper": kind.Config(), **kind.presets}
+    if preset not in presets:
+        raise InputError(f"--preset of {name} must be one of {', '.join(presets)}, got {preset!r}")
     paper = (sys.modules[kind.__module__].__doc__ or "").partition("\n\n")[0].replace("\n", " ")
     settings = RunConfig(out=Path(f"runs/{name}-<data>-seed<seed>"))
     made = make_dataclass(
         f"Train{kind.__name__}",
         [
             ("data", TrainingData, TrainingData()),
-            (name, kind.Config, field(default_factory=kind.Config)),
+            (name, kind.Config, field(default_factory=lambda: presets[preset])),
             ("run", RunConfig, settings),
         ],
         namespace={"__call__": lambda self: _commands.train(name, self.data, getattr(self, name), self.run)},
         frozen=True,
     )
-    made.__doc__ = f"{paper}\n\nExample:  {PROGRAM} train {name} --data PATH --epochs 50 --seed 1 --out runs/first"
+    example = f"{PROGRAM} train {name} --data PATH --epochs 50 --seed 1 --out runs/first"
+    made.__doc__ = f"{paper}\n\nExample:  {example}\n\nPresets:  {', '.join(presets)}"
     return made
 
 
@@ -321,6 +335,9 @@ class TrainingData:
     """`shapes` (built in), a folder or file of a known layout, or a name under $CMR_FAST_DATA."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
+    preset: str = "paper"
+    """Settings to start from, which the flags below then change: `paper`, or what was chosen by validation on a data
+    set (see Presets above), with which the tables in bench/results repeat."""
     options: tuple[str, ...] = ()
     """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
 
