@@ -20,12 +20,12 @@ def random_codes(bits: int, queries: int = QUERIES, codes: int = CODES) -> tuple
 
 
 def limit(bits: int) -> float:
-    """G comparisons a second of xor, popcount and add alone, on cached codes."""
+    """G comparisons a second of xor, popcount and add alone on cached codes: the rate of words over words a code."""
     native, isa = _dispatch.native(), _dispatch.choose_isa()
     rounds = 3000
     start = time.perf_counter()
-    pairs = native.hamming_arithmetic(isa, bits // 8, rounds)
-    return pairs / (time.perf_counter() - start) / 1e9
+    pairs = native.hamming_arithmetic(isa, 4 if bits <= 32 else 8, rounds)
+    return pairs / (time.perf_counter() - start) / 1e9 / max(1, -(-bits // 64))
 
 
 def topk(bits: int, k: int, queries: int = QUERIES, codes: int = CODES) -> Comparison:

@@ -66,7 +66,7 @@ struct Avx512x64 : Avx512 {
         }
     }
 
-    static constexpr int queries(int words) { return words == 1 ? 8 : words == 0 ? 4 : words <= 2 ? 4 : 2; }
+    static constexpr int queries(int words) { return words == 1 ? 8 : words == 0 || words == 2 ? 4 : 2; }
 
     static reg load(const word* p) { return _mm512_loadu_si512(p); }
     static reg splat(word x) { return _mm512_set1_epi64(static_cast<long long>(x)); }

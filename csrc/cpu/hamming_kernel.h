@@ -224,19 +224,22 @@ struct Scan {
             for (int w = 0; w < kWords; ++w) q[j][w] = V::splat(query_words[j % job.num_queries * words + w]);
         }
         for (int64_t round = 0; round < rounds; ++round)
-            for (int64_t at = 0; at < count; at += V::lanes)
-                for (int64_t begin = 0; begin < words; begin += kWords) {
-                    reg x[kWords];
+            for (int64_t at = 0; at < count; at += kStep)
+                for (int64_t begin = 0; begin < words; begin += kWords)
 #pragma GCC unroll 8
-                    for (int w = 0; w < kWords; ++w) x[w] = V::load(codes + at * words + (begin + w) * V::lanes);
+                    for (int u = 0; u < kBlocks; ++u) {
+                        reg x[kWords];
 #pragma GCC unroll 8
-                    for (int j = 0; j < kQueries; ++j) {
-                        typename V::sum bits = V::zero();
+                        for (int w = 0; w < kWords; ++w)
+                            x[w] = V::load(codes + (at + u * V::lanes) * words + (begin + w) * V::lanes);
 #pragma GCC unroll 8
-                        for (int w = 0; w < kWords; ++w) bits = V::add_popcount(bits, V::bit_xor(q[j][w], x[w]));
-                        total[j] = V::add(total[j], V::finish(bits));
+                        for (int j = 0; j < kQueries; ++j) {
+                            typename V::sum bits = V::zero();
+#pragma GCC unroll 8
+                            for (int w = 0; w < kWords; ++w) bits = V::add_popcount(bits, V::bit_xor(q[j][w], x[w]));
+                            total[j] = V::add(total[j], V::finish(bits));
+                        }
                     }
-                }
         uint64_t checksum = 0;
         alignas(64) int32_t row[V::lanes];
         for (int j = 0; j < kQueries; ++j) {
