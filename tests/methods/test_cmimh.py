@@ -191,6 +191,7 @@ def test_balance_by_loops():
 
 
 @pytest.mark.parametrize("reconstruction", ["sum", "mean"])
+@torch.no_grad()
 def test_objective_is_equation_14(reconstruction):
     weights = {"lambda_mi": 0.7, "lambda_skl": 0.3, "lambda_ind": 0.2, "lambda_bal": 0.1}
     model, batch = made(reconstruction=reconstruction, reconstruction_weight=2.0, **weights)
@@ -284,7 +285,7 @@ def test_clipping_bounds_each_group():
     before = [copies(network) for network in networks]
     stepped(model, batch)
     for network, b in zip(networks, before, strict=True):
-        moved = torch.stack([(p - q).norm() for p, q in zip(network.parameters(), b, strict=True)]).norm()
+        moved = torch.stack([(p.detach() - q).norm() for p, q in zip(network.parameters(), b, strict=True)]).norm()
         assert 0 < float(moved) <= 1.01e-3
 
 
@@ -299,6 +300,7 @@ def test_ablation_switches():
     assert not changed(model.critic, before)
 
 
+@torch.no_grad()
 def test_critic_input_samples_differ_from_means():
     model, batch = made(critic_input="samples")
     model.zero_grad()
