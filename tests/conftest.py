@@ -3,6 +3,9 @@ from pathlib import Path
 
 import pytest
 
+# programs that tests start import the installed package, as the tests do, not the source tree they are started in
+os.environ["PYTHONSAFEPATH"] = "1"
+
 REPO = Path(__file__).resolve().parent.parent
 
 
