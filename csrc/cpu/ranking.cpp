@@ -21,7 +21,9 @@ int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 const RankingKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
 #if defined(__x86_64__)
-    if (isa == "avx512_vpopcntdq") return ranking_avx512;
+    // all processors with the first but one, long gone, have the second
+    if (isa == "avx512_vpopcntdq" && __builtin_cpu_supports("avx512vbmi2")) return ranking_avx512;
+    if (isa == "avx512_vpopcntdq") return ranking_avx2;
     if (isa == "avx2") return ranking_avx2;
 #elif defined(__aarch64__)
     if (isa == "neon") return ranking_neon;

@@ -53,10 +53,10 @@ struct RankingGroup {
     int64_t chunks;
     uint8_t* scan;         // scan_scratch_bytes(kSubgroup, nbytes)
     int32_t* distances;    // (kSubgroup, tile)
-    uint16_t* values;      // (kSubgroup, chunk + kPad): 2 distance + relevant, in index order
+    uint16_t* values;      // (kSubgroup, chunk + kPad): 2 distance + relevant in index order, in bytes where they fit
     uint32_t* labels;      // (label_words, chunk) planes of the chunk's labels
     uint32_t* q_labels;    // (num_queries, label_words)
-    uint8_t* sorting;      // 6 (chunk + kPad)
+    uint8_t* sorting;      // 4 (chunk + kPad) + 2 kPad
     uint32_t* counts;      // (num_queries, 4, 2 levels) where not ordered, else (2, levels)
     uint64_t* bits;        // (num_queries, chunks * chunk / 64 + 1) relevance of each chunk, sorted by distance
     uint16_t* starts;      // (num_queries, chunks, levels + 1) where each distance begins in it

@@ -1,4 +1,4 @@
-"""The NEON kernel, cross-compiled and run on an emulated Arm processor. `make -C tests/native check` adds sanitizers."""
+"""The NEON kernels, cross-compiled and run on an emulated Arm processor; `make check` here adds sanitizers."""
 
 import shutil
 import subprocess
