@@ -130,7 +130,8 @@ def _instruction_set(dispatch: Any) -> dict[str, Any]:
 def _backends(dispatch: Any, torch: Any, op: str, device: str, names: tuple[str, ...]) -> dict[str, Any]:
     """Which backend would run `op`, and for each candidate 'available' or the reason why not."""
     if device == "cuda" and not torch.cuda.is_available():
-        return {"runs": None, "candidates": dict.fromkeys(names, "no CUDA device here")}
+        why = {name: dispatch.unavailable(name, device) or "no CUDA device here" for name in names}
+        return {"runs": None, "candidates": why}
     candidates = {name: dispatch.unavailable(name, device) or "available" for name in names}
     try:
         return {"runs": dispatch.choose_backend(op, device), "candidates": candidates}

@@ -14,10 +14,10 @@ from typing import Any
 from cmr_fast.errors import InputError
 
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
-    "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
-    "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
-    "ranking": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
 
 
@@ -30,10 +30,40 @@ def native() -> Any:
         return reason
 
 
+@functools.cache
+def native_cuda() -> Any:
+    """The compiled module cmr_fast._cuda, or the ImportError that says why there is none."""
+    try:
+        return importlib.import_module("cmr_fast._cuda")
+    except ImportError as reason:
+        return reason
+
+
+@functools.cache
+def _cuda_unavailable() -> str | None:
+    """Why the CUDA kernels cannot run here. The module is imported, and the driver asked, on the first call only."""
+    import torch
+
+    module = native_cuda()
+    if not isinstance(module, ModuleType):
+        return f"cmr_fast._cuda was not built ({module}); pip install . builds it where nvcc is found"
+    if not torch.cuda.is_available():
+        return "torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device or driver"
+    if problem := module.device_problem():
+        return f"the CUDA runtime of cmr_fast._cuda finds no device ({problem}): the driver may be too old for it"
+    if old := sorted(
+        c for i in range(torch.cuda.device_count()) if (c := torch.cuda.get_device_capability(i)) < (8, 0)
+    ):
+        return f"it needs compute capability 8.0 or more, a device here has {old[0][0]}.{old[0][1]}"
+    return None
+
+
 def unavailable(backend: str, device: str) -> str | None:
     """Why `backend` cannot run on `device` here, or None where it can."""
     if backend == "torch":
         return None
+    if backend == "cuda":
+        return _cuda_unavailable() if device == "cuda" else f"cuda runs on cuda tensors, these are on {device}"
     if backend == "cpp":
         if device != "cpu":
             return f"cpp runs on cpu tensors, these are on {device}"
@@ -46,18 +76,22 @@ def unavailable(backend: str, device: str) -> str | None:
     return f"there is no backend called {backend!r}"
 
 
-def choose_backend(op: str, device: str, forced: str | None = None) -> str:
-    """The backend that runs `op` on tensors of `device`. A forced one that cannot run raises, with the reason."""
+def choose_backend(op: str, device: str, forced: str | None = None, unfit: dict[str, str] | None = None) -> str:
+    """The backend that runs `op` on tensors of `device`. A forced one that cannot run raises, with the reason.
+
+    unfit    backends that cannot do this very call, and why
+    """
+    unfit = unfit or {}
     candidates = BACKENDS[op].get(device, ("torch",))
     forced = forced or os.environ.get("CMR_FAST_BACKEND") or None
     if forced:
         if forced not in candidates:
             raise InputError(f"{op} on {device} has the backends {', '.join(candidates)}, got backend={forced!r}")
-        reason = unavailable(forced, device)
+        reason = unavailable(forced, device) or unfit.get(forced)
         if reason:
             raise InputError(f"backend {forced!r} of {op} cannot run: {reason}")
         return forced
-    return next(name for name in candidates if unavailable(name, device) is None)
+    return next(name for name in candidates if name not in unfit and unavailable(name, device) is None)
 
 
 def choose_isa() -> str:
@@ -120,4 +154,6 @@ def explain(op: str, *tensors: object) -> Explanation:
     if backend == "cpp":
         isa = choose_isa()
         reasons.append(f"instruction sets here: {', '.join(native().available_isas())}")
+    elif backend == "cuda":
+        reasons.append(f"form of top-k: {os.environ.get('CMR_FAST_CUDA_FORM') or 'popc'} (CMR_FAST_CUDA_FORM)")
     return Explanation(op, device, backend, isa, tuple(reasons + [f"forced by {f}" for f in forced]))

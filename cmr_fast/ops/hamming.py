@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch
+from cmr_fast.ops import _dispatch, _hamming_cuda
 from cmr_fast.ops._library import register
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -69,7 +69,7 @@ def hamming_topk(
     db         uint8 (N, nbytes) packed database, on the same device
     k          1 or more; k > N pads with index -1 and distance bits + 1
     bits       code length where it is not 8 * nbytes (it only sets the padding distance)
-    backend    "cpp" or "torch" forces one; threads: default all processors of this process
+    backend    "cpp", "cuda" or "torch" forces one; threads: default all processors of this process
     returns    distances int32 (Q, k), indices int64 (Q, k), sorted by (distance, index)
     """
     queries, database, was_numpy = _as_codes(q, db)
@@ -174,7 +174,11 @@ def _pack_bits(bits: Tensor) -> Tensor:
 def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads: int | None) -> tuple[Tensor, Tensor]:
     distances = torch.full((len(q), k), bits + 1, dtype=torch.int32, device=q.device)
     indices = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
-    if _dispatch.choose_backend("hamming_topk", q.device.type, backend) == "cpp":
+    chosen = _dispatch.choose_backend("hamming_topk", q.device.type, backend)
+    if chosen == "cuda":
+        _hamming_cuda.topk(q, db, k, distances, indices)
+        return distances, indices
+    if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
         native, isa = _dispatch.native(), _dispatch.choose_isa()
         shape = (len(q), len(db), db.shape[1], k, _dispatch.choose_threads(threads))
@@ -196,8 +200,10 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
 def _range(
     q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
-    if _dispatch.choose_backend("hamming_range", q.device.type, backend) == "cpp":
+    chosen = _dispatch.choose_backend("hamming_range", q.device.type, backend)
+    if chosen == "cuda":
+        return _hamming_cuda.range_search(q, db, radius)
+    if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
         native, isa = _dispatch.native(), _dispatch.choose_isa()
         shape = (len(q), len(db), db.shape[1], radius, _dispatch.choose_threads(threads))
@@ -213,6 +219,7 @@ def _range(
             workspace.data_ptr(),
         )  # fmt: skip
         return offsets[::splits].clone(), distances, indices
+    lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
     parts = []
     for start, table in _torch_blocks(q, db):
         near = table <= radius
@@ -225,7 +232,11 @@ def _range(
 
 def _distances(q: Tensor, db: Tensor, backend: str | None, threads: int | None) -> Tensor:
     out = torch.empty((len(q), len(db)), dtype=torch.int32, device=q.device)
-    if _dispatch.choose_backend("hamming_distances", q.device.type, backend) == "cpp":
+    chosen = _dispatch.choose_backend("hamming_distances", q.device.type, backend)
+    if chosen == "cuda":
+        _hamming_cuda.table(q, db, out)
+        return out
+    if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
         shape = (len(q), len(db), db.shape[1], _dispatch.choose_threads(threads))
         _dispatch.native().hamming_distances(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch
+from cmr_fast.ops import _dispatch, _hamming_cuda
 from cmr_fast.ops._library import register
 from cmr_fast.ops.hamming import Array, _as_codes, _as_tensor, _like_input, _torch_blocks
 
@@ -132,7 +132,12 @@ def _ranking(
     threads: int | None,
 ) -> list[Tensor]:
     out = _outputs(q, db, partners, order, curves)
-    if _dispatch.choose_backend("ranking", q.device.type, backend) == "cpp":
+    unfit = {"cuda": "it counts histograms only, which order=False asks for"} if order else {}
+    chosen = _dispatch.choose_backend("ranking", q.device.type, backend, unfit)
+    if chosen == "cuda":
+        _hamming_cuda.histograms(q, db, q_labels, db_labels, out[0], out[1])
+        return out
+    if chosen == "cpp":
         q, db, q_labels, db_labels = (x.contiguous() for x in (q, db, q_labels, db_labels))
         partners = None if partners is None else partners.contiguous()
         native, isa = _dispatch.native(), _dispatch.choose_isa()

@@ -1,0 +1,82 @@
+// The host side of the CUDA kernels, for module.cpp: no CUDA header, no libtorch.
+//
+// Every function queues work on `queue` and returns at once: nullptr, or what the launch failed with. Nothing is
+// allocated and nothing is waited for, so any sequence of calls can be captured in a CUDA graph. All addresses are
+// device memory that the caller owns.
+#pragma once
+
+#include <cstdint>
+
+namespace cmr::cuda {
+
+struct Queue {
+    int device;
+    uintptr_t stream;
+};
+
+// Queries (num_queries, nbytes) against a database (n, nbytes), in `ranges` runs of `range_steps` steps of kStep codes.
+struct HammingScan {
+    const uint8_t* queries;
+    const uint8_t* database;
+    int64_t num_queries, n;
+    int nbytes;
+    int unit;  // bytes of one load, 8, 4 or 1: divides nbytes and both addresses
+    int64_t ranges, range_steps;
+    int64_t stride;  // looks at every stride-th step of the database: 1 is all of it, more is a sample
+};
+
+constexpr int kStep = 256;
+constexpr int kGroup = 16;        // queries that a warp compares with the codes it has loaded, popc kernels
+constexpr int kTensorGroup = 32;  // the same, tensor-core kernels
+
+enum class Form { popc, b1, int8 };
+
+// Top-k, first half: for every (query, range) the codes that can be among the k nearest, in index order, at most
+// `capacity` keys (distance << 48 | index) each: keys (num_queries, ranges, capacity), counts (num_queries, ranges).
+// A code is looked at where its distance is below limits[query]; limits hold 8 * nbytes + 1 or less.
+// capacity is at least k + kStep, or at least the codes of a range.
+const char* hamming_lists(const Queue& queue, const HammingScan& scan, Form form, int64_t k, int64_t capacity,
+                          const int* limits, uint64_t* keys, int* counts);
+
+// Top-k, second half: a stable counting sort of a query's lists. Writes the first k to distances and indices, rows of
+// row_stride; or, where `limits` is given, one more than the k-th distance there (unchanged where there are fewer).
+const char* hamming_merge(const Queue& queue, int64_t num_queries, int64_t ranges, int nbytes, int64_t k,
+                          int64_t capacity, const uint64_t* keys, const int* counts, int* limits, int* distances,
+                          int64_t* indices, int64_t row_stride);
+
+// Histograms per (query, range): items (num_queries, ranges, 8 * nbytes + 1), and, where labels are given, of the
+// relevant ones: relevant, of the same shape. Relevant is what shares a label bit with the query, or has its class.
+struct Labels {
+    const uint8_t* queries;  // rows of `bytes`; none where bytes is 0
+    const uint8_t* database;
+    int bytes;
+    bool classes;  // rows are one int32
+};
+const char* hamming_histogram(const Queue& queue, const HammingScan& scan, const Labels& labels, int* items,
+                              int* relevant);
+
+// Top-k for any k, after a histogram: first_places (num_queries, ranges, 8 * nbytes + 1) says where the first code of
+// a range at a distance goes in its query's row. Distances of limits[query] or more are left out.
+const char* hamming_place(const Queue& queue, const HammingScan& scan, int64_t k, const int* limits,
+                          const int64_t* first_places, int* distances, int64_t* indices, int64_t row_stride);
+
+// Range search: counts (num_queries, ranges), then, after a running sum over them, the hits in index order.
+const char* hamming_range_count(const Queue& queue, const HammingScan& scan, int radius, int64_t* counts);
+const char* hamming_range_fill(const Queue& queue, const HammingScan& scan, int radius, const int64_t* offsets,
+                               int* distances, int64_t* indices);
+
+// distances (num_queries, n)
+const char* hamming_table(const Queue& queue, const HammingScan& scan, int* distances);
+
+// xor, popcount and addition of 32-bit words alone, 8 * rounds for each of 256 * blocks threads: what a benchmark calls
+// the limit. out (256 * blocks,).
+const char* hamming_arithmetic(const Queue& queue, int64_t blocks, int rounds, int* out);
+
+// Why no device can be used (an error's name), or nullptr.
+const char* device_problem();
+
+// The kernel that was queued last: "popc", "b1", "int8", "histogram", "place", "range" or "table".
+const char* last_kernel();
+void set_last_kernel(const char* name);
+
+}  // namespace cmr::cuda
