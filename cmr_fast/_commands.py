@@ -44,8 +44,9 @@ def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunCo
         rows = [score(method, run.model, dataset)]
         rows += [score(name, model, dataset) for name, model in baselines_for([run.model], dataset)]
     print_results(rows, title=f"{dataset.name}: {len(dataset.query)} queries, {len(dataset.database)} in the database")
-    best = run.results.get("best_epoch")
-    print(f"\nRun folder: {run.path}" + (f" (weights of epoch {best}, the best by validation)" if best else ""))
+    best, ended = run.results.get("best_epoch"), run.results["epochs"]
+    early = f", training stopped early after epoch {ended} of {config.epochs}" if ended < config.epochs else ""
+    print(f"\nRun folder: {run.path}" + (f" (weights of epoch {best}, the best by validation{early})" if best else ""))
     print("Next:")
     for line in next_commands(run.path, codes=run.model.output == "code"):
         print(f"  {line}")

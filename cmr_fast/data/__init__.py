@@ -27,6 +27,8 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
     """
     from cmr_fast.data import shapes, wikipedia
 
+    if not os.fspath(path_or_name):
+        raise InputError("no data set named: expected a path, a name under $CMR_FAST_DATA or 'shapes', got ''")
     if path_or_name == "shapes":
         return shapes.load(**_checked(shapes.load, "the built-in shapes", options))
     path = _find(Path(path_or_name).expanduser())

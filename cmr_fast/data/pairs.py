@@ -8,6 +8,8 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 
+MAX_CLASSES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -121,6 +123,8 @@ class PairedDataset:
 def _check_features(values: Tensor, name: str) -> None:
     if values.ndim != 2 or not values.is_floating_point():
         raise InputError(f"{name} features must be floats (N, dim), got {values.dtype} {tuple(values.shape)}")
+    if values.shape[1] == 0:
+        raise InputError(f"{name} features must have at least one column, got shape {tuple(values.shape)}")
     bad = (~torch.isfinite(values)).any(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -131,6 +135,8 @@ def _check_labels(labels: Tensor) -> None:
     if labels.ndim == 1 and labels.dtype == torch.int64:
         if len(labels) and int(labels.min()) < 0:
             raise InputError(f"class ids must be 0 or more, got {int(labels.min())}")
+        if len(labels) and int(labels.max()) >= MAX_CLASSES:
+            raise InputError(f"class ids must count from 0 and stay below {MAX_CLASSES}, got {int(labels.max())}")
     elif labels.ndim == 2 and labels.dtype == torch.uint8:
         if labels.numel() and int(labels.max()) > 1:
             raise InputError(f"multi-hot labels must be 0 or 1, got {int(labels.max())}")

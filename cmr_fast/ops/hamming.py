@@ -73,8 +73,8 @@ def hamming_topk(
     returns    distances int32 (Q, k), indices int64 (Q, k), sorted by (distance, index)
     """
     queries, database, was_numpy = _as_codes(q, db)
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise InputError(f"k must be an integer of 1 or more, got {k!r}")
+    if not isinstance(k, (int, np.integer)) or not 1 <= k < 2**31:
+        raise InputError(f"k must be an integer of 1 or more, and below 2^31, got {k!r}")
     bits = _check_bits(bits, database.shape[1])
     result = torch.ops.cmr_fast.hamming_topk(queries, database, int(k), bits, backend, threads)
     return _like_input(result[0], was_numpy), _like_input(result[1], was_numpy)
@@ -104,6 +104,8 @@ def hamming_distances(q: Array, db: Array, *, backend: str | None = None, thread
 
 def _as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
     if isinstance(x, Tensor):
+        if x.layout != torch.strided:
+            raise InputError(f"{name} must be a dense tensor, got {x.layout}")
         return x, False
     if not isinstance(x, np.ndarray):
         raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}")
@@ -112,7 +114,7 @@ def _as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
         x = np.asarray(_SharedMemory(x))
     try:
         return torch.from_numpy(x), True
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a byte order that is not this machine's
         raise InputError(f"{name} must be bool, integer or float, got dtype {x.dtype}") from error
 
 

@@ -125,3 +125,8 @@ def test_importing_costs_no_file_library():
     script = "import sys, cmr_fast.data; print([m for m in ('scipy', 'h5py', 'pandas', 'sklearn') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
     assert found.strip() == "[]"
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(InputError, match="got ''"):
+        load("")

@@ -121,3 +121,11 @@ def test_hold_out_takes_from_every_class_and_loses_nothing():
     assert not torch.equal(held.valid.image, data.hold_out(0.2, seed=4).valid.image)
     with pytest.raises(InputError, match="between 0 and 1"):
         data.hold_out(1.0, seed=0)
+
+
+def test_features_without_columns_and_ids_that_do_not_count_from_0_are_refused():
+    image, text, labels = torch.randn(4, 3), torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(InputError, match=r"image features must have at least one column, got shape \(4, 0\)"):
+        Pairs(image[:, :0], text, labels)
+    with pytest.raises(InputError, match="below 1000000, got 1000000000000"):
+        Pairs(image, text, labels * 10**12)

@@ -288,6 +288,9 @@ def test_pack_rules_for_zero_and_threshold():
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, threads=0), "1 or more"),
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, backend="cuda"), "cuda"),
         (lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), -1), "radius .* got -1"),
+        (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 2**63), "below 2"),
+        (lambda: cf.pack_codes(np.ones((2, 8), ">f4")), ">f4"),
+        (lambda: cf.pack_codes(torch.eye(4).to_sparse()), "dense"),
         (lambda: cf.explain("nothing"), "hamming_topk"),
     ],
 )
