@@ -60,28 +60,43 @@ struct Avx512 : Portable {
         return _mm_extract_epi8(_mm_minpos_epu16(_mm_min_epu8(b, _mm_srli_epi16(b, 8))), 0);
     }
 
-    static bool reads_codes(const RankingShape& s) { return s.nbytes == 8; }
+    static bool reads_codes(const RankingShape& s) { return s.nbytes <= 8; }
 
-    // 64 codes of 8 bytes: counts of 8 x 8 lanes are shifted together to 64 bytes and put in order by one permutation
-    static void values(const uint8_t* q, const uint8_t* codes, const uint32_t* labels, int64_t plane, int64_t words,
-                       bool classes, const uint32_t* wanted, int64_t count, uint8_t* v, int& lo, int& hi) {
-        alignas(64) uint8_t transposed[64];
-        for (int i = 0; i < 64; ++i) transposed[i] = static_cast<uint8_t>(i % 8 * 8 + i / 8);
-        const __m512i order = _mm512_load_si512(transposed), one = _mm512_set1_epi8(1);
-        long long word;
-        std::memcpy(&word, q, 8);
-        const __m512i query = _mm512_set1_epi64(word);
+    // 64 codes at a time, each in a lane of kLane bytes (kFull: it fills the lane): kLane registers of counts are shifted
+    // together to 64 bytes, and one permutation puts them in order.
+    template <int kLane, bool kFull>
+    static void values_in_lanes(const uint8_t* q, const uint8_t* codes, int64_t nbytes, const uint32_t* labels, int64_t plane,
+                                int64_t words, bool classes, const uint32_t* wanted, int64_t count, uint8_t* v, int& lo,
+                                int& hi) {
+        constexpr int kLanes = 64 / kLane;
+        alignas(64) uint8_t ordered[64], spread[64], asked[64] = {};
+        uint64_t held = 0;
+        for (int i = 0; i < 64; ++i) {
+            ordered[i] = static_cast<uint8_t>(i % kLanes * kLane + i / kLanes);
+            spread[i] = static_cast<uint8_t>(i / kLane * nbytes + i % kLane);
+            if (i % kLane < nbytes) held |= uint64_t{1} << i, asked[i] = q[i % kLane];
+        }
+        const __m512i order = _mm512_load_si512(ordered), lanes = _mm512_load_si512(spread), one = _mm512_set1_epi8(1);
+        const __m512i query = _mm512_load_si512(asked);
+        const __mmask64 row = first(kLanes * nbytes);
         __m512i least = _mm512_set1_epi8(-1), most = _mm512_setzero_si512();
         with_labels(wanted, words, plane, classes, [&](const auto& relevant) {
             const auto block = [&](int64_t i, const uint8_t* from, __mmask64 valid) {
                 const auto twice = [&](int k) {  // 2 distance in byte k of each lane
-                    const __m512i x = _mm512_xor_si512(query, _mm512_loadu_si512(from + 64 * k));
-                    return _mm512_slli_epi64(_mm512_popcnt_epi64(x), static_cast<unsigned>(8 * k + 1));
+                    const uint8_t* const at = from + k * kLanes * (kFull ? kLane : nbytes);
+                    const __m512i code = kFull ? _mm512_loadu_si512(at)
+                                               : _mm512_maskz_permutexvar_epi8(held, lanes, _mm512_maskz_loadu_epi8(row, at));
+                    const __m512i x = _mm512_xor_si512(query, code);
+                    const __m512i d = kLane == 8 ? _mm512_popcnt_epi64(x) : _mm512_popcnt_epi32(x);
+                    return _mm512_slli_epi64(d, static_cast<unsigned>(8 * k + 1));
                 };
                 constexpr int kOr = 0xfe;
-                const __m512i a = _mm512_ternarylogic_epi64(twice(0), twice(1), twice(2), kOr);
-                const __m512i b = _mm512_ternarylogic_epi64(twice(3), twice(4), twice(5), kOr);
-                const __m512i all = _mm512_or_si512(_mm512_ternarylogic_epi64(a, b, twice(6), kOr), twice(7));
+                __m512i all = _mm512_ternarylogic_epi64(twice(0), twice(1), twice(2), kOr);
+                if constexpr (kLane == 8) {
+                    all = _mm512_ternarylogic_epi64(all, twice(3), twice(4), kOr);
+                    all = _mm512_ternarylogic_epi64(all, twice(5), twice(6), kOr);
+                }
+                all = _mm512_or_si512(all, twice(kLane - 1));
                 const uint32_t* const at = labels + i;
                 const __mmask64 found = _mm512_kunpackd(_mm512_kunpackw(relevant(at + 48), relevant(at + 32)),
                                                         _mm512_kunpackw(relevant(at + 16), relevant(at)));
@@ -91,10 +106,10 @@ struct Avx512 : Portable {
                 _mm512_storeu_si512(v + i, value);
             };
             int64_t i = 0;
-            for (; i + 64 <= count; i += 64) block(i, codes + 8 * i, ~uint64_t{0});
+            for (; i + 64 <= count; i += 64) block(i, codes + nbytes * i, ~uint64_t{0});
             if (i < count) {
                 alignas(64) uint8_t rest[512] = {};
-                std::memcpy(rest, codes + 8 * i, 8 * (count - i));
+                std::memcpy(rest, codes + nbytes * i, nbytes * (count - i));
                 block(i, rest, first(count - i));
             }
         });
@@ -102,9 +117,17 @@ struct Avx512 : Portable {
         hi = std::max(hi, 255 - least_byte(_mm512_xor_si512(most, _mm512_set1_epi8(-1))));
     }
 
-    template <class Value>
-    static void values(const uint8_t*, const uint8_t*, const uint32_t*, int64_t, int64_t, bool, const uint32_t*, int64_t,
-                       Value*, int&, int&) {}
+    static void values(const uint8_t* q, const uint8_t* codes, int64_t nbytes, const uint32_t* labels, int64_t plane,
+                       int64_t words, bool classes, const uint32_t* wanted, int64_t count, uint8_t* v, int& lo, int& hi) {
+        const auto run = [&](auto in_lanes) {
+            in_lanes(q, codes, nbytes, labels, plane, words, classes, wanted, count, v, lo, hi);
+        };
+        if (nbytes == 8) run(values_in_lanes<8, true>);
+        else if (nbytes == 4) run(values_in_lanes<4, true>);
+        else if (nbytes > 4) run(values_in_lanes<8, false>);
+        else run(values_in_lanes<4, false>);
+    }
+    using Portable::values;
 
     template <class Value>
     static void combine(const int32_t* distances, const uint32_t* labels, int64_t plane, int64_t words, bool classes,

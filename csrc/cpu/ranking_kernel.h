@@ -7,8 +7,9 @@
 // Layout     The database is cut into chunks. Of a chunk and a query, v = 2 distance + relevant, a byte where it fits,
 //            is made in index order and sorted stably by distance; kept are one bit an item and where each distance
 //            begins. When the database is through, distance after distance the runs of all chunks are joined to rel.
-// Values     From a table of distances of 4 queries and a tile (hamming_kernel.h); 64 bits on AVX-512 from the codes,
-//            64 at a time: 8 x 8 counts shifted together to bytes and put in order by one permutation (2 times faster).
+// Values     From a table of distances of 4 queries and a tile (hamming_kernel.h); up to 64 bits on AVX-512 from the
+//            codes, 64 at a time: 8 x 8 (or 4 x 16) counts shifted together to bytes and put in order by one permutation
+//            (2 times faster).
 // Sort       AVX-512 VBMI2: least significant bit first, 64 values at a time: those with the bit 0 and those with
 //            the bit 1 are compressed apart. 64 bits give about 6 passes, 10 cycles for 64 values each. Elsewhere a
 //            counting sort; its two stores an item, to a counter and to a place, make about 2 cycles.
@@ -36,13 +37,13 @@ struct Portable {
     static bool reads_codes(const RankingShape&) { return false; }
 
     template <class Value>
-    static void values(const uint8_t*, const uint8_t*, const uint32_t*, int64_t, int64_t, bool, const uint32_t*, int64_t,
-                       Value*, int&, int&) {}
+    static void values(const uint8_t*, const uint8_t*, int64_t, const uint32_t*, int64_t, int64_t, bool, const uint32_t*,
+                       int64_t, Value*, int&, int&) {}
 
-    // v = 2 distance + relevant of `count` codes; extends [lo, hi], the range of v
+    // v = 2 distance + relevant of `count` codes; [lo, hi], the range of v, is extended where sort() looks at it
     template <class Value>
     static void combine(const int32_t* distances, const uint32_t* labels, int64_t plane, int64_t words, bool classes,
-                        const uint32_t* wanted, int64_t count, Value* v, int& lo, int& hi) {
+                        const uint32_t* wanted, int64_t count, Value* v, int&, int&) {
         uint32_t shared[256];
         for (int64_t at = 0; at < count; at += 256) {
             const int64_t size = std::min<int64_t>(256, count - at);
@@ -52,12 +53,9 @@ struct Portable {
                 for (int64_t i = 0; i < size; ++i) shared[i] = labels[at + i] & wanted[0];
             for (int64_t w = 1; w < words; ++w)
                 for (int64_t i = 0; i < size; ++i) shared[i] |= labels[w * plane + at + i] & wanted[w];
-            for (int64_t i = 0; i < size; ++i) {
-                const int value = 2 * distances[at + i] + (shared[i] != 0);
-                lo = std::min(lo, value);
-                hi = std::max(hi, value);
-                v[at + i] = static_cast<Value>(value);
-            }
+            const int32_t* const d = distances + at;
+            Value* const out = v + at;
+            for (int64_t i = 0; i < size; ++i) out[i] = static_cast<Value>(2 * d[i] + (shared[i] != 0));
         }
     }
 
@@ -246,9 +244,11 @@ struct Ranker {
                 Value* const to = v + j * value_stride + at;
                 const uint32_t* const wanted = g.q_labels + (begin + j) * words;
                 if (direct)
-                    Ops::values(q + j * s.nbytes, codes, g.labels + at, g.chunk, words, s.classes, wanted, tile, to, lo[j], hi[j]);
+                    Ops::values(q + j * s.nbytes, codes, s.nbytes, g.labels + at, g.chunk, words, s.classes, wanted, tile, to,
+                                lo[j], hi[j]);
                 else
-                    Ops::combine(g.distances + j * kTile, g.labels + at, g.chunk, words, s.classes, wanted, tile, to, lo[j], hi[j]);
+                    Ops::combine(g.distances + j * kTile, g.labels + at, g.chunk, words, s.classes, wanted, tile, to,
+                                 lo[j], hi[j]);
             }
         }
         for (int64_t j = 0; j < size; ++j) {

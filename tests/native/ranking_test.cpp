@@ -127,7 +127,7 @@ void check(const Case& c) {
 }  // namespace
 
 int main() {
-    for (int64_t nbytes : {1, 3, 4, 8, 9, 16, 20, 32, 40, 512})
+    for (int64_t nbytes : {1, 3, 4, 6, 8, 9, 16, 20, 32, 40, 512})
         for (int64_t n : {0, 1, 33, 64, 700})
             for (int kind = 0; kind < 3; ++kind)
                 for (int64_t label_bytes : {1, 3, 4, 10}) check(Case(kind == 0 ? 11 : 3, n, nbytes, label_bytes, false, kind));
