@@ -117,8 +117,9 @@ def faiss_gpu_index(bits: int):
 
 
 class Report:
-    def __init__(self, rounds: int) -> None:
-        self.rounds, self.rows, self.red = rounds, [], 0
+    def __init__(self, rounds: int, machine: dict, path: Path | None) -> None:
+        self.rounds, self.machine, self.path = rounds, machine, path
+        self.rows, self.red = [], 0
 
     def row(self, name: str, case: Callable[[], dict]) -> None:
         try:
@@ -130,6 +131,9 @@ class Report:
         self.rows.append({"case": name, **values})
         print(name, *(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in
                       values.items()), sep="  ", flush=True)  # fmt: skip
+        if self.path:  # after every row: a run that is cut short leaves what it measured
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
 
     def against_popcounts(self, bits: int, queries: int, n: int, k: int, limit: float) -> dict:
         q, db = random_codes(queries, bits), random_codes(n, bits)
@@ -194,6 +198,19 @@ class Report:
         return {"seconds": took, "T_pairs_s": queries * n / took / 1e12}
 
 
+def machine(popcounts: float, bandwidth: float) -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
+        "torch": torch.__version__,
+        "popcounts_s": popcounts,
+        "bytes_s": bandwidth,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -205,9 +222,9 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     million = 10_000 if arguments.quick else 1_000_000
-    report = Report(arguments.rounds)
     popcounts, bandwidth = popcounts_per_second(), bytes_per_second()
     print(f"limits  popcounts={popcounts:.4g}/s  bandwidth={bandwidth:.4g} B/s")
+    report = Report(arguments.rounds, machine(popcounts, bandwidth), arguments.json)
     for bits, k in ((64, 10), (64, 100), (64, 1000), (32, 100), (128, 100), (256, 100)):
         n = 100 * million * 64 // max(bits, 64)
         case = (bits, 1024, n, k, popcounts)
@@ -234,14 +251,6 @@ def main() -> int:
         f"64 bits, 256 x {million:,}, k=10,000", lambda: report.against_popcounts(64, 256, million, 10_000, popcounts)
     )
     report.row(f"64 bits, 2,000 x {million // 5:,}, histograms", lambda: report.histograms(64, 2000, million // 5))
-    if arguments.json:
-        properties = torch.cuda.get_device_properties(0)
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True).stdout.strip()  # fmt: skip
-        machine = {"gpu": properties.name, "multiprocessors": properties.multi_processor_count, "driver": driver,
-                   "torch": torch.__version__, "popcounts_s": popcounts, "bytes_s": bandwidth}  # fmt: skip
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": report.rows}, indent=1) + "\n")
     return 1 if report.red else 0
 
 
