@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmarks.common import compare, one_thread
 
-OPS = ("hamming", "ranking")
+OPS = ("hamming", "ranking", "multi_index")
 
 
 def main() -> int:

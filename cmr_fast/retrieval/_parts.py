@@ -11,6 +11,7 @@ import numpy as np
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
+from cmr_fast.retrieval._plan import SearchPlan
 
 _ROWS = 1 << 17  # rows of ids made at once
 _WORTH_THREADS = 1 << 23  # bytes to check
@@ -26,6 +27,7 @@ class Part:
     codes: np.ndarray
     ids: Ids
     check: "Check | None" = None  # of a part that lies in a file
+    plan: SearchPlan = field(default_factory=SearchPlan)
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -33,10 +33,14 @@ class HammingIndex:
 
     Any number of threads may search while others add and remove: a search sees the index as it was at one moment and
     waits for nobody; adding and removing wait for each other.
+
+    Many searches over many codes in memory that do not change build tables (see cmr_fast.ops.multi_index) where those
+    are expected to pay; they take a few times the memory of the codes, and `tables = False` keeps to the scan.
     """
 
     def __init__(self, bits: int) -> None:
         self.bits = _check_bits(bits)
+        self.tables = True
         self._parts: tuple[Part, ...] = ()  # replaced as a whole, never changed: what a search sees
         self._next_id = 0
         self._tail: Tail | None = None  # of the last part, if that can grow
@@ -74,10 +78,11 @@ class HammingIndex:
         return sum(part.nbytes for part in self._parts)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes by where they are: `memory` (spare room and the lookup of ids included) and `mapped` from a file."""
+        """Bytes by where they are: `memory` (spare room, the lookup of ids, search tables) and `mapped` from a file."""
         with self._writing:
             parts, tail, known = self._parts, self._tail, self._known
         usage = {"memory": (tail.nbytes if tail else 0) + (known.nbytes if known else 0), "mapped": 0}
+        usage["memory"] += sum(part.plan.nbytes for part in parts)
         for part in parts if tail is None else parts[:-1]:
             usage["mapped" if _is_mapped(part.codes) else "memory"] += part.nbytes
         return usage
@@ -136,7 +141,7 @@ class HammingIndex:
         distances = [np.empty((len(rows), 0), dtype=np.int32)]
         ids = [np.empty((len(rows), 0), dtype=np.int64)]
         for part in self._parts:
-            near, places = _nearest(part.sound(), rows, min(int(k), len(part)), self.bits, threads)
+            near, places = _nearest(part.sound(), rows, min(int(k), len(part)), self.bits, threads, self.tables)
             distances.append(near)
             ids.append(part.ids_of(places))
         if len(ids) == 2 and ids[1].shape[1] == k:
@@ -282,8 +287,12 @@ class HammingIndex:
         return self._known
 
 
-def _nearest(part: Part, q: np.ndarray, k: int, bits: int, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(
+    part: Part, q: np.ndarray, k: int, bits: int, threads: int | None, tables: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Distances and rows of the k nearest codes of a part: the one place that chooses how a part is searched."""
+    if tables and not _is_mapped(part.codes):
+        return part.plan.topk(q, part.codes, k, bits, threads)
     return hamming_topk(q, part.codes, k, bits=bits, threads=threads)
 
 

@@ -3,8 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <vector>
+
 #include "hamming.h"
 #include "isa.h"
+#include "multi_index.h"
 #include "ranking.h"
 
 namespace py = pybind11;
@@ -90,5 +94,43 @@ PYBIND11_MODULE(_cpu, m) {
                       at<int64_t>(hits), at<int64_t>(first), at<int64_t>(tied_before), at<int64_t>(hit_steps),
                       at<double>(recall_steps)},
                      at<uint8_t>(workspace));
+    });
+
+    m.attr("multi_index_entry_bytes") = cmr::kEntryBytes;
+    m.def("multi_index_order", [](Address codes, int64_t n, int64_t nbytes, int bits, int key_bits, int threads,
+                                  Address offsets, Address entries, Address order, Address sorted) {
+        py::gil_scoped_release released;
+        cmr::multi_index_order(at<uint8_t>(codes), n, nbytes, bits, key_bits, threads, at<uint32_t>(offsets),
+                               at<uint8_t>(entries), at<uint32_t>(order), at<uint8_t>(sorted));
+    });
+    m.def("multi_index_groups", [](int64_t n, int64_t nbytes, Address sorted, Address starts) {
+        py::gil_scoped_release released;
+        return cmr::multi_index_groups(n, nbytes, at<uint8_t>(sorted), at<uint32_t>(starts));
+    });
+    m.def("multi_index_table", [](Address sorted, int64_t num_groups, int64_t nbytes, int bits, int first, int key_bits,
+                                  int threads, Address offsets, Address entries, Address groups, Address words) {
+        py::gil_scoped_release released;
+        cmr::multi_index_table(at<uint8_t>(sorted), num_groups, nbytes, bits, first, key_bits, threads,
+                               at<uint32_t>(offsets), at<uint8_t>(entries), at<uint32_t>(groups), at<uint64_t>(words));
+    });
+    m.def("multi_index_scan_cost", &cmr::multi_index_scan_cost);
+    m.def("multi_index_costs", &cmr::multi_index_costs, "Of a query, a look-up, a bucket, a word of it and a word let through.");
+
+    m.def("multi_index_workspace", &cmr::multi_index_workspace);
+    // tables: (first bit, bits, offsets, groups or 0, words or 0) each
+    m.def("multi_index_search", [](const std::string& isa, int64_t n, int64_t nbytes, int bits, Address order, Address starts,
+                                   Address different, const std::vector<std::array<Address, 5>>& tables, Address q,
+                                   int64_t nq, int64_t k, int threads, double effort, Address distances,
+                                   Address indices, Address done, Address cost, Address workspace) {
+        py::gil_scoped_release released;
+        std::vector<cmr::SubstringTable> each;
+        for (const auto& t : tables)
+            each.push_back({static_cast<int>(t[0]), static_cast<int>(t[1]), at<uint32_t>(t[2]), at<uint32_t>(t[3]),
+                            at<uint64_t>(t[4])});
+        cmr::multi_index_search(isa,
+                                {n, nbytes, bits, at<uint32_t>(order), at<uint32_t>(starts), at<uint8_t>(different),
+                                 each.data(), static_cast<int>(each.size())},
+                                {at<uint8_t>(q), nq, k, threads, effort}, at<int32_t>(distances), at<int64_t>(indices),
+                                at<uint8_t>(done), at<double>(cost), at<uint8_t>(workspace));
     });
 }

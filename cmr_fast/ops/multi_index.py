@@ -1,0 +1,303 @@
+"""Exact top-k over substring tables: the same answer as hamming_topk, without looking at every code.
+
+Multi-index hashing (Norouzi, Punjani, Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", CVPR 2012).
+Codes of few bits get one table whose buckets are the codes themselves. Queries for which the tables would cost more
+than the scan are given up early and scanned.
+"""
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmr_fast.errors import InputError
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops.hamming import (
+    Array,
+    _as_codes,
+    _as_tensor,
+    _check_bits,
+    _check_codes,
+    _like_input,
+    hamming_distances,
+    hamming_topk,
+    pack_codes,
+    unpack_codes,
+)
+
+EFFORT = 0.05  # see SearchTables.search
+WORTH = 0.5  # share of the cost of scanning that tables must be expected to stay below
+MAX_CODES = (1 << 31) - 1
+_MAX_KEY_BITS = 26
+_BUCKET_BITS = 4  # a bucket holds up to about 2^4 different codes: reading them costs as much as finding them
+_HUGE_PAGES = 1 << 22  # bytes, from which tables are read at random all over memory
+MIN_CODES = 1 << 16  # below, a scan takes about as long as looking tables up
+_SAMPLE = 32
+_COUNTED = 1 << 15
+
+Part = tuple[int, int]  # first bit, bits
+Table = tuple[int, int, Tensor, Tensor | None, Tensor | None]  # of a substring: offsets, groups, words
+
+
+class SearchTables:
+    """Tables over a fixed set of packed codes; `SearchTables.build` makes them.
+
+    They refer to the codes and do not copy them: the codes must not change. Beyond the codes they take `nbytes`
+    bytes of memory. Searching is safe from many threads at once.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        bits: int,
+        order: Tensor,
+        starts: Tensor | None,
+        different: Tensor | None,
+        tables: Sequence[Table],
+    ) -> None:
+        self.bits = bits
+        self._codes, self._order, self._starts, self._different = codes, order, starts, different
+        self._tables = tuple(tables)
+        self._expected: dict[int, float] = {}
+
+    @classmethod
+    def build(
+        cls, codes: Array, bits: int | None = None, *, substrings: int | None = None, threads: int | None = None
+    ) -> "SearchTables":
+        """Build the tables.
+
+        codes        uint8 (N, nbytes) packed codes on the CPU, N < 2^31
+        bits         code length where it is not 8 * nbytes
+        substrings   how many tables; default: by N and bits
+        threads      default: all processors of this process
+        """
+        database, bits = _database(codes, bits)
+        native, threads = _native(), _dispatch.choose_threads(threads)
+        n, nbytes = database.shape
+        parts = _substrings(bits, n, substrings)
+        order, entries = _empty(n, torch.int32), _empty(n * native.multi_index_entry_bytes, torch.uint8)
+        different = None if len(parts) == 1 else _empty(n * nbytes, torch.uint8)
+        offsets = _empty((1 << parts[0][1]) + 2, torch.int32)
+        native.multi_index_order(
+            database.data_ptr(), n, nbytes, bits, parts[0][1], threads, offsets.data_ptr(), entries.data_ptr(),
+            order.data_ptr(), _address(different),
+        )  # fmt: skip
+        if different is None:
+            return cls(database, bits, order, None, None, [(0, bits, offsets, None, None)])
+        starts = _empty(n + 1, torch.int32)
+        count = native.multi_index_groups(n, nbytes, different.data_ptr(), starts.data_ptr())
+        tables: list[Table] = []
+        for number, (first, length) in enumerate(parts):
+            offsets = _empty((1 << length) + 2, torch.int32)
+            groups = _empty(count, torch.int32) if number else None
+            words = _empty(count, torch.int64)
+            native.multi_index_table(
+                different.data_ptr(), count, nbytes, bits, first, length, threads, offsets.data_ptr(),
+                entries.data_ptr(), _address(groups), words.data_ptr(),
+            )  # fmt: skip
+            tables.append((first, length, offsets, groups, words))
+        kept = None if count == n else _empty(count + 1, torch.int32).copy_(starts[: count + 1])
+        if bits <= 64:
+            different = None
+        elif count < n:
+            different = _empty(count * nbytes, torch.uint8).copy_(different[: count * nbytes])
+        return cls(database, bits, order, kept, different, tables)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __repr__(self) -> str:
+        return f"SearchTables(bits={self.bits}, ntotal={len(self)}, tables={len(self._tables)}, nbytes={self.nbytes})"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory beyond the codes, in bytes."""
+        parts = [self._order, self._starts, self._different, *(part for table in self._tables for part in table[2:])]
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    def search(self, q: Array, k: int, *, threads: int | None = None, effort: float = EFFORT) -> tuple[Array, Array]:
+        """The k nearest codes of every query: what hamming_topk(q, codes, k, bits=bits) returns, ties included.
+
+        effort   what queries may spend on the tables in vain, as a share of what scanning them costs: 0 only scans,
+                 infinity never gives up. The result does not depend on it.
+        """
+        queries, _, was_numpy = _as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
+        _check_k(k)
+        if not effort >= 0:
+            raise InputError(f"effort must be 0 or more, got {effort}")
+        _check_stray(queries, self.bits, "q")
+        distances, indices, done, _ = self._search(queries, int(k), threads, effort)
+        left = (~done).nonzero()[:, 0]
+        if len(left) == len(queries):
+            distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
+        elif len(left):
+            found = hamming_topk(queries[left], self._codes, int(k), bits=self.bits, threads=threads)
+            distances[left], indices[left] = found
+        return _like_input(distances, was_numpy), _like_input(indices, was_numpy)
+
+    def expected_cost(self, k: int) -> float:
+        """What searching a batch costs, as a share of scanning it, by the cost model on a sample of the codes.
+
+        It assumes queries that are distributed as the codes are; where they are not, `search` gives up in time.
+        """
+        k = min(int(k), max(1, len(self)))
+        if k not in self._expected:
+            rows = _spread(len(self), _SAMPLE)
+            _, _, done, cost = self._search(self._codes[rows], min(k + 1, max(1, len(self))), 1, EFFORT)
+            scan = _scan_cost(len(self), self._codes.shape[1], len(rows), k)
+            self._expected[k] = float((cost.sum() / scan + (~done).sum()) / len(rows)) if len(rows) else 1.0
+        return self._expected[k]
+
+    def worth_it(self, k: int) -> bool:
+        """Whether searching for k neighbours by these tables is expected to cost less than half of scanning."""
+        return self.expected_cost(k) < WORTH
+
+    def _search(self, q: Tensor, k: int, threads: int | None, effort: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        native, isa, threads = _native(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
+        q = q.contiguous()
+        distances = torch.full((len(q), k), self.bits + 1, dtype=torch.int32)
+        indices = torch.full((len(q), k), -1, dtype=torch.int64)
+        done, cost = torch.zeros(len(q), dtype=torch.bool), torch.zeros(len(q), dtype=torch.float64)
+        workspace = torch.empty(native.multi_index_workspace(len(self), k, threads), dtype=torch.uint8)
+        tables = [(first, length, *map(_address, arrays)) for first, length, *arrays in self._tables]
+        native.multi_index_search(
+            isa, len(self), self._codes.shape[1], self.bits, self._order.data_ptr(), _address(self._starts),
+            _address(self._different), tables, q.data_ptr(), len(q), k, threads, effort, distances.data_ptr(),
+            indices.data_ptr(), done.data_ptr(), cost.data_ptr(), workspace.data_ptr(),
+        )  # fmt: skip
+        return distances, indices, done, cost
+
+
+def available(codes: Array) -> bool:
+    """Whether tables over these codes may pay: there are enough, and searches run on the native kernels."""
+    on_cpu = not isinstance(codes, Tensor) or codes.device.type == "cpu"
+    return on_cpu and MIN_CODES <= len(codes) <= MAX_CODES and _dispatch.choose_backend("hamming_topk", "cpu") == "cpp"
+
+
+def scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
+    """What hamming_topk costs for a batch, in the nanoseconds of the cost model: only ratios mean something."""
+    return num_queries * _scan_cost(n, nbytes, num_queries, k)
+
+
+def num_tables(bits: int, n: int) -> int:
+    """How many tables are built by default; one means that codes are looked up as a whole."""
+    return len(_substrings(bits, n, None))
+
+
+def build_cost(n: int, bits: int) -> float:
+    """What building tables over n codes costs, as scan_cost counts."""
+    tables = num_tables(bits, n)
+    return n * (5.0 if tables == 1 else 100.0 + 60.0 * tables)
+
+
+def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) -> float:
+    """`SearchTables.expected_cost` before there are tables, at the price of scanning for a sample of the codes.
+
+    The scan gives the distance that each search has to reach; how many codes the buckets on the way there hold, and
+    how many of those the filter lets through, is counted among some of the codes. Equal codes are counted each, which
+    tables would not: where codes repeat much the estimate is too high.
+    """
+    database, bits = _database(codes, bits)
+    n = len(database)
+    if n == 0:
+        return 1.0
+    k = min(int(k), n)
+    rows = _spread(n, _SAMPLE)
+    nearest, _ = hamming_topk(database[rows], database, min(k + 1, n), bits=bits, threads=threads)
+    reach = nearest[:, -1:].long()
+    some = torch.randint(n, (min(n, _COUNTED),), generator=torch.Generator().manual_seed(0)).unique()
+    queries, counted = unpack_codes(database[rows], bits), unpack_codes(database[some], bits)
+    parts, scale = _substrings(bits, n, None), n / len(some)
+    per_query, per_lookup, per_bucket, per_word, per_survivor = _native().multi_index_costs()
+    cost = torch.full((len(rows), 1), per_query, dtype=torch.float64)
+    for number, (first, length) in enumerate(parts):
+        here = torch.arange(first, first + length)
+        window = torch.arange(first - min(64, bits - length), first) % bits if bits > 64 else torch.arange(bits)
+        apart = hamming_distances(pack_codes(queries[:, here]), pack_codes(counted[:, here]), threads=1)
+        left = hamming_distances(pack_codes(queries[:, window]), pack_codes(counted[:, window]), threads=1)
+        for radius in range(length + 1):
+            reached = number + radius * len(parts) <= reach  # before the step that ends the search, or in it
+            if not reached.any():
+                break
+            met = apart == radius
+            words = met.sum(dim=1, keepdim=True) * scale
+            buckets = math.comb(length, radius)
+            full = torch.minimum(words, torch.tensor(buckets, dtype=torch.float64))
+            price = buckets * per_lookup + full * per_bucket
+            if len(parts) > 1:
+                near = left <= reach - (radius if bits > 64 else 0)
+                price = price + words * per_word + (met & near).sum(dim=1, keepdim=True) * scale * per_survivor
+            cost += torch.where(reached, price, 0.0)
+    scan = _scan_cost(n, database.shape[1], len(rows), k)
+    return float((cost / scan).clamp(max=1 + EFFORT).mean())
+
+
+def _database(codes: Array, bits: int | None) -> tuple[Tensor, int]:
+    database, _ = _as_tensor(codes, "codes")
+    _check_codes(database, "codes")
+    if database.device.type != "cpu" or len(database) > MAX_CODES:
+        raise InputError(f"codes must be on the CPU and fewer than 2^31, got {len(database)} on {database.device.type}")
+    bits = _check_bits(bits, database.shape[1])
+    _check_stray(database, bits, "codes")
+    return database.contiguous(), bits
+
+
+def _check_stray(codes: Tensor, bits: int, name: str) -> None:
+    if bits % 8 and bool((codes[:, -1] >> bits % 8).any()):
+        raise InputError(f"{name} must have no bits set beyond bit {bits}: packed with another number of bits?")
+
+
+def _check_k(k: object) -> None:
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"k must be an integer of 1 or more, got {k!r}")
+
+
+def _native() -> Any:
+    module = _dispatch.native()
+    if not isinstance(module, ModuleType):
+        raise InputError(f"search tables need the native kernels: {_dispatch.unavailable('cpp', 'cpu')}")
+    return module
+
+
+def _scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
+    return _native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k)
+
+
+def _spread(n: int, count: int) -> Tensor:
+    return torch.linspace(0, max(n - 1, 0), min(count, n), dtype=torch.float64).long()
+
+
+def _substrings(bits: int, n: int, count: int | None) -> list[Part]:
+    """One substring where codes are few, else as many as make buckets of up to about 2^_BUCKET_BITS codes."""
+    key_bits = math.log2(max(n, 2))
+    if count is None:
+        few = bits <= max(16, min(key_bits + 1, _MAX_KEY_BITS))
+        wanted = math.ceil(bits / max(8.0, min(key_bits - _BUCKET_BITS, _MAX_KEY_BITS - 2)))
+        count = 1 if few else max(2, wanted)
+    least = -(-bits // _MAX_KEY_BITS)
+    if not least <= count <= bits:
+        raise InputError(f"codes of {bits} bits must be cut into {least} to {bits} substrings, got {count}")
+    short, longer = divmod(bits, count)
+    lengths = [short + 1] * longer + [short] * (count - longer)
+    return [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
+
+
+def _empty(count: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, on huge pages where the system grants them: small ones cost a third of the time of a search."""
+    size = count * dtype.itemsize
+    if size < _HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=count)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,209 @@
+// Exact search by substring tables: who searches how much, and building the tables. See multi_index_kernel.h for the
+// search itself.
+#include "multi_index.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "hamming.h"
+#include "isa.h"
+#include "multi_index_kernel.h"
+#include "parallel.h"
+
+namespace cmr {
+namespace {
+
+constexpr int64_t kQueryGroup = 64;  // queries that share an account, at most
+constexpr int kPartitionBits = 8;    // ranges of keys that a table is built by
+
+// The scan's cost in the nanoseconds of multi_index_kernel.h: per code and query, per 64-bit word of it, and per byte
+// of the database once for all queries of a batch, from cache or from memory. On the low side: what is given up early
+// is the worst that can happen then.
+struct ScanCost {
+    double code, word;
+};
+constexpr double kCostCachedByte = 0.02, kCostMemoryByte = 0.08;
+constexpr double kCostSelect = 60;  // per result
+constexpr int64_t kCacheBytes = 16 << 20;
+
+ScanCost scan_cost(const std::string& isa) {
+    if (isa == "avx512_vpopcntdq") return {0.013, 0.028};
+    if (isa == "scalar") return {0.1, 0.95};
+    return {0.04, 0.145};
+}
+
+const MultiIndexKernel& kernel_for(const std::string& isa) {
+    if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+#if defined(__x86_64__)
+    if (isa == "avx512_vpopcntdq") return multi_index_avx512;
+    if (isa == "avx2") return multi_index_avx2;
+#elif defined(__aarch64__)
+    if (isa == "neon") return multi_index_neon;
+#endif
+    return multi_index_scalar;
+}
+
+}  // namespace
+
+void Nearest::shrink() {
+    if (count < k) return;
+    std::nth_element(keys, keys + k - 1, keys + count);
+    count = k;
+    limit = keys[k - 1];
+}
+
+double multi_index_scan_cost(const std::string& isa, int64_t n, int64_t nbytes, int64_t num_queries, int64_t k) {
+    const ScanCost scan = scan_cost(isa);
+    const double words = nbytes <= 4 ? 0.5 : static_cast<double>((nbytes + 7) / 8);
+    const double byte = (n * nbytes <= kCacheBytes ? kCostCachedByte : kCostMemoryByte) * static_cast<double>(nbytes);
+    const double queries = static_cast<double>(std::max<int64_t>(1, std::min<int64_t>(num_queries, 256)));
+    return static_cast<double>(n) * std::max(scan.code + words * scan.word, byte / queries) +
+           static_cast<double>(std::min(k, n / 64)) * kCostSelect;
+}
+
+std::array<double, 5> multi_index_costs() {
+    return {kCostQuery, kCostLookup, kCostBucket, kCostWord, kCostSurvivor};
+}
+
+size_t multi_index_workspace(int64_t n, int64_t k, int threads) {
+    return static_cast<size_t>(std::max(1, threads)) * Nearest::room(std::min(k, n)) * sizeof(uint64_t);
+}
+
+void multi_index_search(const std::string& isa, const MultiIndex& index, const MultiIndexSearch& s, int32_t* distances,
+                        int64_t* indices, uint8_t* done, double* cost, uint8_t* workspace) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    hamming_set_last_isa(kernel.isa);
+    const int64_t kept = std::min(s.k, index.n), room = Nearest::room(kept);
+    const double scan = multi_index_scan_cost(isa, index.n, index.nbytes, s.num_queries, s.k);
+    const int64_t share = s.threads > 1 ? s.num_queries / (4 * s.threads) : s.num_queries;
+    const int64_t group = std::max<int64_t>(1, std::min(share, kQueryGroup));
+    parallel_for((s.num_queries + group - 1) / group, s.threads, [&](int64_t task, int slot) {
+        const int64_t first = task * group, last = std::min(first + group, s.num_queries);
+        double account = s.effort * scan * static_cast<double>(last - first);
+        for (int64_t i = first; i < last; ++i) {
+            Nearest nearest{reinterpret_cast<uint64_t*>(workspace) + slot * room, kept, room};
+            const double allowed = std::isinf(s.effort) ? s.effort : std::min(account, scan);
+            cost[i] = 0;
+            done[i] = kept == 0 || kernel.search(index, s.queries + i * index.nbytes, nearest, allowed, &cost[i]);
+            account += (done[i] ? scan : 0) - cost[i];
+            if (!done[i]) continue;
+            std::sort(nearest.keys, nearest.keys + nearest.count);
+            for (int64_t at = 0; at < nearest.count; ++at) {
+                distances[i * s.k + at] = static_cast<int32_t>(nearest.keys[at] >> 32);
+                indices[i * s.k + at] = static_cast<int64_t>(nearest.keys[at] & 0xffffffffu);
+            }
+        }
+    });
+}
+
+namespace {
+
+struct Entry {
+    uint64_t word;
+    uint32_t number, key;
+};
+static_assert(sizeof(Entry) == kEntryBytes);
+
+// offsets[key + 1]: where the first of this key belongs. Placing all, one after the other at offsets[key + 1]++, turns
+// them into the buckets' begins (offsets[key]) and ends.
+template <class KeyOf>
+void count_keys(int64_t n, int key_bits, uint32_t* offsets, const KeyOf& key_of) {
+    const int64_t buckets = int64_t{1} << key_bits;
+    std::fill(offsets, offsets + buckets + 2, 0u);
+    for (int64_t i = 0; i < n; ++i) ++offsets[key_of(i) + 2];
+    for (int64_t b = 2; b < buckets + 2; ++b) offsets[b] += offsets[b - 1];
+}
+
+// Entries 0 .. n-1 bucketed by key, stably, in two rounds so that both stay in cache: first into up to 2^kPartitionBits
+// ranges of keys, then inside each. `entry_of(i)` is called once for each i, in order; finish(entries, begin, end) gets
+// the entries of a range, in bucket order, that belong at [begin, end) of the result.
+template <class KeyOf, class EntryOf, class Finish>
+void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, Entry* entries, const KeyOf& key_of,
+            const EntryOf& entry_of, const Finish& finish) {
+    count_keys(n, key_bits, offsets, key_of);
+    const int64_t buckets = int64_t{1} << key_bits;
+    const int shift = std::max(0, key_bits - kPartitionBits);
+    const int64_t partitions = buckets >> shift;
+    std::vector<uint32_t> cursor(partitions + 1);
+    for (int64_t p = 0; p <= partitions; ++p) cursor[p] = offsets[(p << shift) + 1];
+    const std::vector<uint32_t> begin = cursor;
+    for (int64_t i = 0; i < n; ++i) {
+        const Entry entry = entry_of(i);
+        entries[cursor[entry.key >> shift]++] = entry;
+    }
+    parallel_for(partitions, threads, [&](int64_t p, int) {
+        const uint32_t first = begin[p], last = p + 1 < partitions ? begin[p + 1] : static_cast<uint32_t>(n);
+        std::vector<Entry> sorted(last - first);
+        for (uint32_t i = first; i < last; ++i) sorted[offsets[entries[i].key + 1]++ - first] = entries[i];
+        finish(sorted.data(), first, last);
+    });
+}
+
+}  // namespace
+
+void multi_index_order(const uint8_t* codes, int64_t n, int64_t nbytes, int bits, int key_bits, int threads,
+                       uint32_t* offsets, uint8_t* entries, uint32_t* order, uint8_t* sorted) {
+    const auto code_at = [&](int64_t i) { return codes + i * nbytes; };
+    const auto key_of = [&](int64_t i) { return bits_of(code_at(i), nbytes, 0, key_bits); };
+    if (key_bits == bits) {  // equal keys are equal codes
+        count_keys(n, key_bits, offsets, key_of);
+        for (int64_t i = 0; i < n; ++i) order[offsets[key_of(i) + 1]++] = static_cast<uint32_t>(i);
+        return;
+    }
+    const Window window(bits, 0, key_bits);
+    const auto entry_of = [&](int64_t i) {
+        return Entry{window.of(code_at(i), nbytes, bits), static_cast<uint32_t>(i),
+                     static_cast<uint32_t>(key_of(i))};
+    };
+    const bool whole = bits - key_bits <= 64;  // key and word are all of the code
+    const auto less = [&](const Entry& a, const Entry& b) {
+        if (a.word != b.word) return a.word < b.word;
+        if (whole) return a.number < b.number;
+        const int difference = std::memcmp(code_at(a.number), code_at(b.number), nbytes);
+        return difference ? difference < 0 : a.number < b.number;
+    };
+    bucket(n, key_bits, threads, offsets, reinterpret_cast<Entry*>(entries), key_of, entry_of,
+           [&](Entry* found, uint32_t begin, uint32_t end) {
+               const uint32_t count = end - begin;
+               for (uint32_t first = 0, last; first < count; first = last) {
+                   for (last = first + 1; last < count && found[last].key == found[first].key;) ++last;
+                   std::sort(found + first, found + last, less);
+               }
+               for (uint32_t i = 0; i < count; ++i) {
+                   order[begin + i] = found[i].number;
+                   if (sorted) std::memcpy(sorted + int64_t{begin + i} * nbytes, code_at(found[i].number), nbytes);
+               }
+           });
+}
+
+int64_t multi_index_groups(int64_t n, int64_t nbytes, uint8_t* sorted, uint32_t* starts) {
+    int64_t groups = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint8_t* code = sorted + i * nbytes;
+        if (groups && std::memcmp(sorted + (groups - 1) * nbytes, code, nbytes) == 0) continue;
+        std::memmove(sorted + groups * nbytes, code, nbytes);
+        starts[groups++] = static_cast<uint32_t>(i);
+    }
+    starts[groups] = static_cast<uint32_t>(n);
+    return groups;
+}
+
+void multi_index_table(const uint8_t* sorted, int64_t num_groups, int64_t nbytes, int bits, int first, int key_bits,
+                       int threads, uint32_t* offsets, uint8_t* entries, uint32_t* groups, uint64_t* words) {
+    const auto key_of = [&](int64_t g) { return bits_of(sorted + g * nbytes, nbytes, first, key_bits); };
+    const Window window(bits, first, key_bits);
+    const auto entry_of = [&](int64_t g) {
+        return Entry{window.of(sorted + g * nbytes, nbytes, bits), static_cast<uint32_t>(g),
+                     static_cast<uint32_t>(key_of(g))};
+    };
+    bucket(num_groups, key_bits, threads, offsets, reinterpret_cast<Entry*>(entries), key_of, entry_of,
+           [&](const Entry* found, uint32_t begin, uint32_t end) {
+               for (uint32_t i = 0; i < end - begin; ++i) {
+                   if (groups) groups[begin + i] = found[i].number;
+                   words[begin + i] = found[i].word;
+               }
+           });
+}
+
+}  // namespace cmr

@@ -1,0 +1,102 @@
+// Search tables against a naive loop, without Python: for sanitizers and for processors that are only emulated.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "hamming.h"
+#include "isa.h"
+#include "multi_index.h"
+
+namespace {
+
+struct Tables {
+    std::vector<uint32_t> order, starts;
+    std::vector<uint8_t> different;
+    std::vector<std::vector<uint32_t>> offsets, groups;
+    std::vector<std::vector<uint64_t>> words;
+    std::vector<cmr::SubstringTable> tables;
+    cmr::MultiIndex index{};
+
+    Tables(const std::vector<uint8_t>& codes, int64_t n, int bits, int count, int threads)
+        : order(n), starts(n + 1), different(codes.size()), offsets(count), groups(count), words(count) {
+        const int64_t nbytes = (bits + 7) / 8;
+        std::vector<uint8_t> entries(n * cmr::kEntryBytes);
+        const auto length = [&](int j) { return bits / count + (j < bits % count); };
+        offsets[0].resize((int64_t{1} << length(0)) + 2);
+        cmr::multi_index_order(codes.data(), n, nbytes, bits, length(0), threads, offsets[0].data(), entries.data(),
+                               order.data(), count == 1 ? nullptr : different.data());
+        int64_t num_groups = 0;
+        if (count > 1) num_groups = cmr::multi_index_groups(n, nbytes, different.data(), starts.data());
+        for (int j = 0, first = 0; j < count; first += length(j++)) {
+            if (count > 1) {
+                offsets[j].resize((int64_t{1} << length(j)) + 2);
+                groups[j].resize(num_groups), words[j].resize(num_groups);
+                cmr::multi_index_table(different.data(), num_groups, nbytes, bits, first, length(j), threads,
+                                       offsets[j].data(), entries.data(), j ? groups[j].data() : nullptr, words[j].data());
+            }
+            tables.push_back({first, length(j), offsets[j].data(), count > 1 && j ? groups[j].data() : nullptr,
+                              count > 1 ? words[j].data() : nullptr});
+        }
+        index = {n, nbytes, bits, order.data(), count > 1 ? starts.data() : nullptr,
+                 bits > 64 ? different.data() : nullptr, tables.data(), count};
+    }
+};
+
+void check(const std::string& isa, int bits, int count, int64_t n, int64_t k, int values, int threads) {
+    const int64_t nbytes = (bits + 7) / 8, nq = 20;
+    std::vector<uint8_t> codes(n * nbytes), q(nq * nbytes);
+    uint32_t random = static_cast<uint32_t>(bits * 7 + n);
+    for (auto* x : {&codes, &q})
+        for (size_t i = 0; i < x->size(); ++i) {
+            const uint32_t byte = (random = random * 1664525u + 1013904223u) >> 24;
+            const bool last = i % nbytes + 1 == static_cast<size_t>(nbytes);
+            (*x)[i] = static_cast<uint8_t>(byte % values & (last && bits % 8 ? (1 << bits % 8) - 1 : 255));
+        }
+    const Tables tables(codes, n, bits, count, threads);
+    std::vector<int32_t> distances(nq * k, -1);
+    std::vector<int64_t> indices(nq * k, -1);
+    std::vector<uint8_t> done(nq), workspace(cmr::multi_index_workspace(n, k, threads));
+    std::vector<double> cost(nq);
+    cmr::multi_index_search(isa, tables.index, {q.data(), nq, k, threads, INFINITY}, distances.data(), indices.data(),
+                            done.data(), cost.data(), workspace.data());
+    for (int64_t i = 0; i < nq; ++i) {
+        std::vector<std::pair<int, int64_t>> order;
+        for (int64_t j = 0; j < n; ++j) {
+            int d = 0;
+            for (int64_t b = 0; b < nbytes; ++b) d += __builtin_popcount(q[i * nbytes + b] ^ codes[j * nbytes + b]);
+            order.emplace_back(d, j);
+        }
+        std::sort(order.begin(), order.end());
+        for (int64_t at = 0; at < k; ++at) {
+            const auto expected = at < n ? order[at] : std::pair<int, int64_t>{-1, -1};
+            if (done[i] && distances[i * k + at] == expected.first && indices[i * k + at] == expected.second) continue;
+            std::printf("multi-index differs: %s, %d bits, %d tables, n = %lld, k = %lld\n", isa.c_str(), bits, count,
+                        (long long)n, (long long)k);
+            std::exit(1);
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (const std::string& isa : cmr::available_isas()) {
+        for (int values : {256, 3})
+            for (int64_t n : {0, 1, 40, 500})
+                for (int64_t k : {int64_t{1}, int64_t{10}, std::min<int64_t>(n + 2, 50)}) {
+                    for (int bits : {1, 7, 8, 13, 16}) check(isa, bits, 1, n, k, values, 1);
+                    for (auto [bits, count] : {std::pair{17, 2}, {20, 2}, {33, 4}, {63, 7}, {64, 8}, {65, 8}, {72, 9},
+                                               {100, 12}, {128, 16}, {130, 13}})
+                        check(isa, bits, count, n, k, values, 2);
+                }
+        if (cmr::hamming_last_isa() != isa) {
+            std::printf("%s was asked for, %s ran\n", isa.c_str(), cmr::hamming_last_isa());
+            return 1;
+        }
+        std::printf("%s ok\n", isa.c_str());
+    }
+}
