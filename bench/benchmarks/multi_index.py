@@ -103,6 +103,8 @@ def comparisons(quick: bool = False) -> Iterator[Comparison]:
         yield beside_scan(f"learned-like, {flips} flips", q, db, tables)
         yield beside_scan(f"learned-like, {flips} flips", q, db, tables, k=100)
         yield beside_scan(f"learned-like, {flips} flips", q, db, tables, queries=1)
+        others, _ = hamming.random_codes(64, QUERIES, 1)
+        yield beside_scan(f"random queries, codes with {flips} flips", others, db, tables)
         del q, db, tables
     for bits, codes in ((64, CODES), (64, 1_000_000), (128, 1_000_000)):
         q, db = hamming.random_codes(bits, QUERIES, codes)

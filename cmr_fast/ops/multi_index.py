@@ -32,6 +32,7 @@ from cmr_fast.ops.hamming import (
 )
 
 EFFORT = 0.05  # see SearchTables.search
+_VAIN = 0.9  # expected share of the cost of scanning, above which tables are not tried
 WORTH = 0.5  # share of the cost of scanning that tables must be expected to stay below
 MAX_CODES = (1 << 31) - 1
 _MAX_KEY_BITS = 26
@@ -121,17 +122,25 @@ class SearchTables:
         parts = [self._order, self._starts, self._different, *(part for table in self._tables for part in table[2:])]
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
-    def search(self, q: Array, k: int, *, threads: int | None = None, effort: float = EFFORT) -> tuple[Array, Array]:
+    def search(
+        self, q: Array, k: int, *, threads: int | None = None, effort: float | None = None
+    ) -> tuple[Array, Array]:
         """The k nearest codes of every query: what hamming_topk(q, codes, k, bits=bits) returns, ties included.
 
         effort   what queries may spend on the tables in vain, as a share of what scanning them costs: 0 only scans,
-                 infinity never gives up. The result does not depend on it.
+                 infinity never gives up; default 0.05, or 0 where nothing is expected to be saved. The result does not
+                 depend on it.
         """
         queries, _, was_numpy = _as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
         _check_k(k)
+        _check_stray(queries, self.bits, "q")
+        if effort is None:
+            effort = EFFORT if self.expected_cost(k) < _VAIN else 0.0
         if not effort >= 0:
             raise InputError(f"effort must be 0 or more, got {effort}")
-        _check_stray(queries, self.bits, "q")
+        if effort == 0:
+            distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
+            return _like_input(distances, was_numpy), _like_input(indices, was_numpy)
         distances, indices, done, _ = self._search(queries, int(k), threads, effort)
         left = (~done).nonzero()[:, 0]
         if len(left) == len(queries):
@@ -144,9 +153,10 @@ class SearchTables:
     def expected_cost(self, k: int) -> float:
         """What searching a batch costs, as a share of scanning it, by the cost model on a sample of the codes.
 
+        k is rounded up to a power of two, and the answer for each of them kept.
         It assumes queries that are distributed as the codes are; where they are not, `search` gives up in time.
         """
-        k = min(int(k), max(1, len(self)))
+        k = min(1 << (int(k) - 1).bit_length(), max(1, len(self)))
         if k not in self._expected:
             rows = _spread(len(self), _SAMPLE)
             _, _, done, cost = self._search(self._codes[rows], min(k + 1, max(1, len(self))), 1, EFFORT)

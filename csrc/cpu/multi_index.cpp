@@ -23,7 +23,7 @@ constexpr int kPartitionBits = 8;    // ranges of keys that a table is built by
 struct ScanCost {
     double code, word;
 };
-constexpr double kCostCachedByte = 0.02, kCostMemoryByte = 0.08;
+constexpr double kCostCachedByte = 0.012, kCostMemoryByte = 0.03;
 constexpr double kCostSelect = 60;  // per result
 constexpr int64_t kCacheBytes = 16 << 20;
 
