@@ -27,6 +27,7 @@ const HammingKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
 #if defined(__x86_64__)
     if (isa == "avx512_vpopcntdq") return hamming_avx512;
+    if (isa == "avx512bw") return hamming_avx512bw;
     if (isa == "avx2") return hamming_avx2;
 #elif defined(__aarch64__)
     if (isa == "neon") return hamming_neon;

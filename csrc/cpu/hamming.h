@@ -40,6 +40,7 @@ struct HammingKernel {
 extern const HammingKernel hamming_scalar;
 #if defined(__x86_64__)
 extern const HammingKernel hamming_avx2;
+extern const HammingKernel hamming_avx512bw;
 extern const HammingKernel hamming_avx512;
 #elif defined(__aarch64__)
 extern const HammingKernel hamming_neon;
