@@ -5,10 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import cmr_fast as cf
 from cmr_fast.ops import _dispatch, _reference, acmr_triplet, triplet, triplet_margin
 
 NATIVE = _dispatch.native()
