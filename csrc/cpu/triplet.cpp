@@ -29,7 +29,7 @@ const TripletKernel& kernel_for(const std::string& isa) {
 }
 
 struct Layout {
-    int64_t d, kind, weights, ranks, keys, other, sorted, counts, slot = 0;
+    int64_t d, kind, weights, ranks, keys, other, tree, counts, slot = 0;
 
     explicit Layout(int64_t candidates) {
         const int64_t n = ceil_div(candidates, kLanes) * kLanes;
@@ -39,14 +39,14 @@ struct Layout {
             return at;
         };
         d = place(4 * n), kind = place(4 * n), weights = place(4 * n), ranks = place(4 * n);
-        keys = place(8 * n), other = place(8 * n), sorted = place(8 * n + 8), counts = place(16 * (n + 1));
+        keys = place(8 * n), other = place(8 * n), tree = place(8 * n + 64), counts = place(16 * (n + 1));
     }
 
     TripletScratch at(uint8_t* base) const {
         return {reinterpret_cast<float*>(base + d),         reinterpret_cast<int32_t*>(base + kind),
                 reinterpret_cast<float*>(base + weights),   reinterpret_cast<int32_t*>(base + ranks),
                 reinterpret_cast<uint64_t*>(base + keys),   reinterpret_cast<uint64_t*>(base + other),
-                reinterpret_cast<float*>(base + sorted),    reinterpret_cast<uint32_t*>(base + counts)};
+                reinterpret_cast<float*>(base + tree),    reinterpret_cast<uint32_t*>(base + counts)};
     }
 };
 

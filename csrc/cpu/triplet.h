@@ -56,7 +56,7 @@ struct TripletScratch {
     float* weights;
     int32_t* ranks;
     uint64_t *keys, *other;
-    float* sorted;     // twice: padded to one less than a power of two
+    float* tree;       // twice: as many as the next power of two
     uint32_t* counts;  // four tables, one more each
 };
 

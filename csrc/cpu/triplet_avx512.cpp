@@ -27,35 +27,61 @@ namespace {
 struct Avx512 : Portable {
     static __mmask16 first(int64_t count) { return static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xffff); }
 
-    template <bool equal>
-    static __mmask16 passed(__m512 key, __m512 d) {
-        return _mm512_cmp_ps_mask(key, d, equal ? _CMP_LE_OQ : _CMP_LT_OQ);
+    // table[at], table a multiple of 16 registers' lanes; only the bits of `at` inside the table count
+    template <int registers>
+    static __m512 look_up(const float* table, __m512i at) {
+        if constexpr (registers == 1) return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table));
+        else if constexpr (registers == 2)
+            return _mm512_permutex2var_ps(_mm512_loadu_ps(table), at, _mm512_loadu_ps(table + 16));
+        else {
+            constexpr int half = 8 * registers;
+            const __mmask16 upper = _mm512_test_epi32_mask(at, _mm512_set1_epi32(half));
+            return _mm512_mask_blend_ps(upper, look_up<registers / 2>(table, at), look_up<registers / 2>(table + half, at));
+        }
     }
 
     template <bool equal>
-    static void rank(const float* sorted, int levels, const float* d, int64_t n, int32_t* ranks) {
-        const int inside = std::min(levels, 5), outside = levels - inside;
-        // every 2^outside-th limit: 2^inside - 1 of them
-        alignas(64) float table[32];
-        std::fill(table, table + 32, std::numeric_limits<float>::infinity());
-        for (int i = 0; i < (1 << inside) - 1; ++i) table[i] = sorted[((i + 1) << outside) - 1];
-        const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
+    static __m512i descend(__m512i node, __m512 key, __m512 d) {
+        const __mmask16 passed = _mm512_cmp_ps_mask(key, d, equal ? _CMP_LE_OQ : _CMP_LT_OQ);
+        const __m512i child = _mm512_add_epi32(node, node);
+        return _mm512_mask_add_epi32(child, passed, child, _mm512_set1_epi32(1));
+    }
+
+    template <bool equal, int levels>
+    static void rank_in(const float* tree, int all_levels, const float* d, int64_t n, int32_t* ranks) {
         for (int64_t j = 0; j < n; j += 16) {
             const __mmask16 lanes = first(n - j);
             const __m512 value = _mm512_maskz_loadu_ps(lanes, d + j);
-            __m512i at = _mm512_setzero_si512();
-            for (int step = 1 << inside >> 1; step; step >>= 1) {
-                const __m512i ahead = _mm512_add_epi32(at, _mm512_set1_epi32(step));
-                const __m512 key = _mm512_permutex2var_ps(low, _mm512_sub_epi32(ahead, _mm512_set1_epi32(1)), high);
-                at = _mm512_mask_mov_epi32(at, passed<equal>(key, value), ahead);
-            }
-            at = _mm512_sllv_epi32(at, _mm512_set1_epi32(outside));
-            for (int step = 1 << outside >> 1; step; step >>= 1) {
-                const __m512i ahead = _mm512_add_epi32(at, _mm512_set1_epi32(step));
-                const __m512 key = _mm512_i32gather_ps(ahead, sorted - 1, 4);
-                at = _mm512_mask_mov_epi32(at, passed<equal>(key, value), ahead);
-            }
-            _mm512_mask_storeu_epi32(ranks + j, lanes, at);
+            __m512i node = _mm512_set1_epi32(1);
+            const auto step = [&](__m512 key) { node = descend<equal>(node, key, value); };
+            if constexpr (levels > 0) step(look_up<1>(tree, node));
+            if constexpr (levels > 1) step(look_up<1>(tree, node));
+            if constexpr (levels > 2) step(look_up<1>(tree, node));
+            if constexpr (levels > 3) step(look_up<1>(tree, node));
+            if constexpr (levels > 4) step(look_up<1>(tree + 16, node));
+            if constexpr (levels > 5) step(look_up<2>(tree + 32, node));
+            if constexpr (levels > 6) step(look_up<4>(tree + 64, node));
+            if constexpr (levels > 7) step(look_up<8>(tree + 128, node));
+            if constexpr (levels > 8) step(look_up<16>(tree + 256, node));
+            for (int level = levels; level < all_levels; ++level) step(_mm512_i32gather_ps(node, tree, 4));
+            node = _mm512_sub_epi32(node, _mm512_set1_epi32(1 << all_levels));
+            _mm512_mask_storeu_epi32(ranks + j, lanes, node);
+        }
+    }
+
+    template <bool equal>
+    static void rank(const float* tree, int levels, const float* d, int64_t n, int32_t* ranks) {
+        switch (levels) {
+            case 0: return rank_in<equal, 0>(tree, levels, d, n, ranks);
+            case 1: return rank_in<equal, 1>(tree, levels, d, n, ranks);
+            case 2: return rank_in<equal, 2>(tree, levels, d, n, ranks);
+            case 3: return rank_in<equal, 3>(tree, levels, d, n, ranks);
+            case 4: return rank_in<equal, 4>(tree, levels, d, n, ranks);
+            case 5: return rank_in<equal, 5>(tree, levels, d, n, ranks);
+            case 6: return rank_in<equal, 6>(tree, levels, d, n, ranks);
+            case 7: return rank_in<equal, 7>(tree, levels, d, n, ranks);
+            case 8: return rank_in<equal, 8>(tree, levels, d, n, ranks);
+            default: return rank_in<equal, 9>(tree, levels, d, n, ranks);
         }
     }
 

@@ -12,8 +12,9 @@
 //            and e^T X, which torch does. A row and its scratch take about 60 bytes a candidate and stay in the cache.
 // Sort       64-bit keys (limit in order-preserving bits, index), least significant byte first, bytes that are the same
 //            in all keys skipped; up to 32 keys by insertion.
-// Rank       Branch-free binary search in the limits, padded with infinity to 2^L - 1. AVX-512: the first five steps
-//            among 31 limits in two registers, the others gather.
+// Rank       Branch-free binary search in the limits, padded with infinity to 2^L - 1 and stored as a tree, level after
+//            level: node k has the children 2 k and 2 k + 1. AVX-512: a level of up to 256 nodes is looked up in
+//            registers by permutation, below that one gathers.
 // Sums       float64 in 16 lanes by column: every instruction set and number of threads gives the same bits. Hinges are
 //            taken with the limit as rounded, so no term is negative. The module is compiled without contraction to
 //            fused multiply-add.
@@ -32,6 +33,8 @@
 namespace cmr {
 namespace {
 
+#define CMR_INLINE __attribute__((always_inline))
+
 inline uint32_t ordered_bits(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -46,16 +49,13 @@ inline float from_ordered(uint32_t bits) {
 }
 
 struct Portable {
-    // ranks[j] = #{sorted < d[j]}, or <= where `equal`; sorted holds 2^levels - 1 values
+    // ranks[j] = #{limits < d[j]}, or <= where `equal`, of the limits in `tree` (grow_tree)
     template <bool equal>
-    static void rank(const float* sorted, int levels, const float* d, int64_t n, int32_t* ranks) {
+    static void rank(const float* tree, int levels, const float* d, int64_t n, int32_t* ranks) {
         for (int64_t j = 0; j < n; ++j) {
-            int32_t at = 0;
-            for (int level = levels - 1; level >= 0; --level) {
-                const float key = sorted[at + (1 << level) - 1];
-                at += static_cast<int32_t>(equal ? key <= d[j] : key < d[j]) << level;
-            }
-            ranks[j] = at;
+            int32_t node = 1;
+            for (int level = 0; level < levels; ++level) node = 2 * node + (equal ? tree[node] <= d[j] : tree[node] < d[j]);
+            ranks[j] = node - (1 << levels);
         }
     }
 
@@ -154,7 +154,7 @@ struct Triplet {
         float* const e = b.block + row * b.candidates;
         const float mine = b.x_squares[row];
         double lanes[kLanes] = {};
-        by_lanes(b.candidates, [&](int64_t first, int64_t count) {
+        by_lanes(b.candidates, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) {
                 const int64_t j = first + l;
                 float value = w[j];
@@ -186,26 +186,31 @@ struct Triplet {
         }
         m.triplets[row] = triplets;
         m.open[row] = open;
+        const float *const d = s.d, *const weights = s.weights;
+        const int32_t* const kind = s.kind;
         double lanes[kLanes] = {};
-        by_lanes(n, [&](int64_t first, int64_t count) {
+        by_lanes(n, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) {
                 const int64_t j = first + l;
-                const float value = s.kind[j] == 1 ? s.d[j] + m.margin : s.d[j];
-                lanes[l] += static_cast<double>(s.weights[j]) * static_cast<double>(value);
+                const float own = d[j], limit = own + m.margin;
+                lanes[l] += static_cast<double>(weights[j]) * static_cast<double>(kind[j] == 1 ? limit : own);
             }
         });
         b.losses[row] = total(lanes);
         if (b.wants_e) b.row_sums[row] = finish(b, row, s.weights, s.d);
     }
 
-    // Sorted limits of the relevant, padded with infinity to 2^levels - 1; returns the keys.
-    static const uint64_t* sort_limits(float margin, int64_t n, const TripletScratch& s, int64_t& count, int& levels) {
+    // Sorts the limits of the relevant into a tree; returns their keys in order.
+    static const uint64_t* grow_tree(float margin, int64_t n, const TripletScratch& s, int64_t& count, int& levels) {
         count = Ops::relevant_keys(s.d, s.kind, n, margin, s.keys);
         const uint64_t* const keys = sort_keys(s.keys, s.other, count);
-        levels = 0;
-        while ((int64_t{1} << levels) <= count) ++levels;
-        for (int64_t i = 0; i < count; ++i) s.sorted[i] = from_ordered(static_cast<uint32_t>(keys[i] >> 32));
-        std::fill(s.sorted + count, s.sorted + (int64_t{1} << levels) - 1, std::numeric_limits<float>::infinity());
+        for (levels = 0; (int64_t{1} << levels) <= count;) ++levels;
+        for (int level = 0; level < levels; ++level) {
+            const int64_t nodes = int64_t{1} << level, step = int64_t{1} << (levels - level);
+            for (int64_t i = 0, at = step / 2 - 1; i < nodes; ++i, at += step)
+                s.tree[nodes + i] = at < count ? from_ordered(static_cast<uint32_t>(keys[at] >> 32))
+                                               : std::numeric_limits<float>::infinity();
+        }
         return keys;
     }
 
@@ -218,31 +223,35 @@ struct Triplet {
     static void all(float margin, int64_t n, const TripletScratch& s, int64_t& triplets, int64_t& open) {
         int64_t positives;
         int levels;
-        const uint64_t* const keys = sort_limits(margin, n, s, positives, levels);
+        const uint64_t* const keys = grow_tree(margin, n, s, positives, levels);
         triplets = positives * count_negatives(s.kind, n);
         if (triplets == 0) return;
-        Ops::template rank<true>(s.sorted, levels, s.d, n, s.ranks);
+        Ops::template rank<true>(s.tree, levels, s.d, n, s.ranks);
         const int32_t most = static_cast<int32_t>(positives);
+        const int32_t* __restrict const kind = s.kind;
+        int32_t* __restrict const ranks = s.ranks;
+        float* __restrict const weights = s.weights;
         for (int64_t j = 0; j < n; ++j) {
-            const int32_t rank = s.kind[j] == 0 && s.ranks[j] < most ? s.ranks[j] : most;  // NaN among the limits
-            s.ranks[j] = rank;
-            s.weights[j] = static_cast<float>(rank - most);
+            int32_t above = (ranks[j] - most) & -static_cast<int32_t>(kind[j] == 0);
+            above &= above >> 31;  // an infinite distance passes the padding, too
+            ranks[j] = most + above;
+            weights[j] = static_cast<float>(above);
         }
         const int64_t table = positives + 1;
         uint32_t* const counts = s.counts;  // four tables: equal neighbours do not wait for each other
         std::fill(counts, counts + 4 * table, 0u);
         int64_t j = 0;
         for (; j + 4 <= n; j += 4) {
-            ++counts[s.ranks[j]];
-            ++counts[table + s.ranks[j + 1]];
-            ++counts[2 * table + s.ranks[j + 2]];
-            ++counts[3 * table + s.ranks[j + 3]];
+            ++counts[ranks[j]];
+            ++counts[table + ranks[j + 1]];
+            ++counts[2 * table + ranks[j + 2]];
+            ++counts[3 * table + ranks[j + 3]];
         }
-        for (; j < n; ++j) ++counts[s.ranks[j]];
+        for (; j < n; ++j) ++counts[ranks[j]];
         uint32_t below = 0;
         for (int64_t i = 0; i < positives; ++i) {
             below += counts[i] + counts[table + i] + counts[2 * table + i] + counts[3 * table + i];
-            s.weights[static_cast<uint32_t>(keys[i])] = static_cast<float>(below);
+            weights[static_cast<uint32_t>(keys[i])] = static_cast<float>(below);
             open += below;
         }
     }
@@ -254,7 +263,7 @@ struct Triplet {
         int32_t at[kLanes];
         std::fill(best, best + kLanes, std::numeric_limits<float>::infinity());
         std::fill(at, at + kLanes, -1);
-        by_lanes(n, [&](int64_t first, int64_t count) {
+        by_lanes(n, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) {
                 const float value = greatest ? -d[first + l] : d[first + l];
                 const bool better = kind[first + l] == wanted && (value < best[l] || at[l] < 0);
@@ -296,9 +305,9 @@ struct Triplet {
     static void semihard(float margin, int64_t n, const TripletScratch& s, int64_t& triplets, int64_t& open) {
         int64_t positives;
         int levels;
-        const uint64_t* const keys = sort_limits(0, n, s, positives, levels);
+        const uint64_t* const keys = grow_tree(0, n, s, positives, levels);
         if (positives == 0) return;
-        Ops::template rank<false>(s.sorted, levels, s.d, n, s.ranks);
+        Ops::template rank<false>(s.tree, levels, s.d, n, s.ranks);
         int32_t* const nearest = reinterpret_cast<int32_t*>(s.counts);  // the least negative of each rank
         std::fill(nearest, nearest + positives + 1, -1);
         for (int64_t j = 0; j < n; ++j) {
@@ -326,7 +335,7 @@ struct Triplet {
         distances(b, row, s.d);
         const float near = t.near[t.first + row], far = t.far[t.first + row];
         double lanes[kLanes] = {};
-        by_lanes(n, [&](int64_t first, int64_t count) {
+        by_lanes(n, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) {
                 const int64_t j = first + l;
                 const float hinge = t.margin - s.d[j], pull = near + t.near[j], push = far + t.far[j];
@@ -359,23 +368,29 @@ struct Triplet {
         return count;
     }
 
+    // Rows that are a power of two apart share few cache lines, so tiles are transposed in a copy.
     static void symmetrise(float* e, int64_t n, int64_t tile_row) {
         const int64_t top = tile_row * kTripletTile, height = std::min(kTripletTile, n - top);
+        float copy[kTripletTile][kTripletTile + 1];
         for (int64_t left = top; left < n; left += kTripletTile) {
             const int64_t width = std::min(kTripletTile, n - left);
+            float* const above = e + top * n + left;
+            float* const below = e + left * n + top;
+            for (int64_t j = 0; j < width; ++j)
+                for (int64_t i = 0; i < height; ++i) copy[j][i] = below[j * n + i];
             for (int64_t i = 0; i < height; ++i)
-                for (int64_t j = left == top ? i : 0; j < width; ++j) {
-                    float &a = e[(top + i) * n + left + j], &b = e[(left + j) * n + top + i];
-                    const float both = a + b;
-                    a = both;
-                    b = both;
-                }
+                for (int64_t j = 0; j < width; ++j) copy[j][i] += above[i * n + j];
+            for (int64_t i = 0; i < height; ++i)
+                for (int64_t j = 0; j < width; ++j) above[i * n + j] = copy[j][i];
+            if (left == top) continue;
+            for (int64_t j = 0; j < width; ++j)
+                for (int64_t i = 0; i < height; ++i) below[j * n + i] = copy[j][i];
         }
     }
 
     static float sum(const float* row, int64_t n) {
         double lanes[kLanes] = {};
-        by_lanes(n, [&](int64_t first, int64_t count) {
+        by_lanes(n, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) lanes[l] += row[first + l];
         });
         return static_cast<float>(total(lanes));
