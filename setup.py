@@ -79,7 +79,15 @@ extensions: list[Extension] = [
         include_dirs=["csrc/cpu"],
         depends=[*sorted(glob("csrc/cpu/*.h")), "setup.py"],
         cxx_std=17,
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", "-ffp-contract=off"],
+        extra_compile_args=[
+            "-O3",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-pthread",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+        ],
         extra_link_args=["-pthread"],
     )
 ]

@@ -1,78 +1,15 @@
 """Losses of cross-modal methods, as pure functions of tensors."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops.triplet import Distance, Mining, Reduction, acmr_triplet, triplet_margin
 
-
-def acmr_triplet(
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    margin: float,
-    weight: float,
-    reduction: Literal["sum", "mean"] = "mean",
-) -> Tensor:
-    """ACMR's inter-modal invariance loss (Eq. 4-6) over every triplet of a batch, in O(B^2 d) and without a triplet.
-
-    image, text   float (B, d), row i of both from pair i
-    labels        int64 (B,) class ids, or (B, C) multi-hot: relevant = at least one label shared
-    margin        the paper's mu, in units of distance
-    weight        the paper's lambda, of the hinge on negatives
-
-    With D_ij = ||image_i - text_j||, P_i relevant and N_i irrelevant texts of image i, the terms of Eq. 4 separate:
-
-        sum_{j,k} [D_ij + weight * max(0, margin - D_ik)]
-            = N_i * sum_{j relevant} D_ij + weight * P_i * sum_{k irrelevant} max(0, margin - D_ik)
-
-    Eq. 5 is the same on D transposed. Returns a scalar:
-    sum    both directions, all anchors, as in Eq. 4-6
-    mean   per anchor, mean relevant D + weight * mean irrelevant hinge (what a triplet contributes on average), then
-           the mean over anchors that have a triplet, summed over both directions; 0 if there is no triplet
-    """
-    if image.ndim != 2 or image.shape != text.shape:
-        raise InputError(f"image and text must both be (B, d), got {tuple(image.shape)} and {tuple(text.shape)}")
-    if reduction not in ("sum", "mean"):
-        raise InputError(f"reduction must be sum or mean, got {reduction!r}")
-    relevant = share_label(labels, labels).to(image.dtype)
-    if len(relevant) != len(image):
-        raise InputError(f"labels must have one row per pair, got {len(relevant)} labels for {len(image)} pairs")
-    distance = paired_distances(image, text)
-    near = distance * relevant
-    far = (margin - distance).clamp(min=0) * (1 - relevant)
-    total = image.new_zeros(())
-    for axis in (1, 0):
-        positives, negatives = relevant.sum(axis), (1 - relevant).sum(axis)
-        pull, push = near.sum(axis), far.sum(axis)
-        if reduction == "sum":
-            total = total + (negatives * pull + weight * positives * push).sum()
-        else:
-            usable = (positives * negatives > 0).to(image.dtype)
-            anchors = pull / positives.clamp(min=1) + weight * push / negatives.clamp(min=1)
-            total = total + (anchors * usable).sum() / usable.sum().clamp(min=1)
-    return total
-
-
-def paired_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (N, d), (M, d) -> (N, M), at least sqrt(eps) so that the gradient is finite at zero."""
-    # distances do not change with the origin; one amid the points keeps digits in the expansion of the square
-    origin = torch.cat([a, b]).mean(0).detach()
-    a, b = a - origin, b - origin
-    squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
-    return squared.clamp(min=torch.finfo(squared.dtype).eps).sqrt()
-
-
-def share_label(a: Tensor, b: Tensor) -> Tensor:
-    """Which items share at least one label: labels (N,) and (M,), or multi-hot (N, C) and (M, C) -> bool (N, M)."""
-    if a.ndim == 1 and b.ndim == 1:
-        return a[:, None] == b
-    if a.ndim == 2 and b.ndim == 2 and a.shape[1] == b.shape[1]:
-        return a.float() @ b.float().T > 0
-    raise InputError(f"labels must both be (N,) or both (N, C), got {tuple(a.shape)} and {tuple(b.shape)}")
+__all__ = ["TripletMarginLoss", "acmr_triplet", "frobenius", "gradient_reversal", "triplet_margin", "vse_plus_plus"]
 
 
 class _GradientReversal(torch.autograd.Function):
@@ -91,9 +28,162 @@ def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
     return _GradientReversal.apply(x, scale)
 
 
+class _Norms(torch.autograd.Function):
+    """Frobenius norms of weights, summed. The gradient is one pass over a weight; 0 where its norm is."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> Tensor:
+        norms = torch.stack(torch._foreach_norm(weights))
+        ctx.save_for_backward(norms, *weights)
+        return norms.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        norms, *weights = ctx.saved_tensors
+        scales = (gradient / norms).masked_fill(norms == 0, 0).unbind()
+        needed = ctx.needs_input_grad
+        return tuple(w * s if need else None for w, s, need in zip(weights, scales, needed, strict=True))
+
+
 def frobenius(weights: Iterable[Tensor], *, squared: bool = False) -> Tensor:
     """ACMR's L_reg (Eq. 7): the sum of the weights' Frobenius norms, not squared unless asked (weight decay's form)."""
-    norms = [weight.square().sum() if squared else weight.norm() for weight in weights]
-    if not norms:
+    matrices = list(weights)
+    if not matrices:
         raise InputError("frobenius needs at least one weight, got none")
-    return torch.stack(norms).sum()
+    if squared:
+        return torch.stack([weight.square().sum() for weight in matrices]).sum()
+    return _Norms.apply(*matrices)
+
+
+def vse_plus_plus(
+    image: Tensor,
+    text: Tensor,
+    margin: float = 0.2,
+    labels: Tensor | None = None,
+    *,
+    distance: Distance = "cosine",
+    reduction: Reduction = "sum",
+) -> Tensor:
+    """VSE++'s max of hinges (Faghri et al. 2018, Eq. 6): each image with its hardest text, each text with its image.
+
+    image, text   float (B, d), row i of both from pair i
+    labels        (B,) or (B, C) where more than one's own partner is relevant; default: the pairs alone
+    """
+    if labels is None:
+        labels = torch.arange(len(image), device=image.device)
+    total = torch.zeros((), dtype=image.dtype, device=image.device)
+    for anchors, others in ((image, text), (text, image)):
+        total = total + triplet_margin(
+            anchors, labels, margin, mining="hard_negative", other=others, distance=distance, reduction=reduction
+        )
+    return total
+
+
+_REDUCERS: dict[str, Reduction] = {
+    "AvgNonZeroReducer": "mean_nonzero",
+    "MeanReducer": "mean",
+    "SumReducer": "sum",
+    "mean_nonzero": "mean_nonzero",
+    "mean": "mean",
+    "sum": "sum",
+}
+
+
+class TripletMarginLoss(nn.Module):
+    """pytorch-metric-learning's TripletMarginLoss, without the triplets: change the import.
+
+    margin                in units of the distance
+    triplets_per_anchor   "all": sampling is for those who cannot have all
+    distance              None is that library's default, LpDistance(): embeddings of unit length, Euclidean distance.
+                          Its LpDistance (p=2, power 1 or 2), CosineSimilarity and DotProductSimilarity are taken, or
+                          the names of cmr_fast.triplet_margin (which leave the embeddings as they are)
+    reducer               None is AvgNonZeroReducer(): the mean over triplets whose loss is above 0. MeanReducer and
+                          SumReducer are taken as well, or "mean_nonzero", "mean", "sum"
+    mining                as in cmr_fast.triplet_margin, in place of a miner's indices_tuple
+
+    swap and smooth_loss need every triplet by itself and are refused, as is whatever else has no counterpart here.
+    Labels may be (N, C) multi-hot as well.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.05,
+        swap: bool = False,
+        smooth_loss: bool = False,
+        triplets_per_anchor: Literal["all"] = "all",
+        *,
+        distance: Any = None,
+        reducer: Any = None,
+        mining: Mining = "all",
+        **unsupported: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("swap", swap), ("smooth_loss", smooth_loss)):
+            if value:
+                raise InputError(f"{name}=True needs every triplet by itself: expected False, got {value!r}")
+        if triplets_per_anchor != "all":
+            raise InputError(f"triplets_per_anchor must be 'all', got {triplets_per_anchor!r}")
+        given = {name: value for name, value in unsupported.items() if value is not None}
+        if given:
+            raise InputError(f"TripletMarginLoss takes distance, reducer and mining, got {', '.join(sorted(given))}")
+        self.margin, self.mining = margin, mining
+        self.normalize, self.distance = _distance_of(distance)
+        name = "mean_nonzero" if reducer is None else reducer if isinstance(reducer, str) else type(reducer).__name__
+        if name not in _REDUCERS:
+            raise InputError(f"reducer must be AvgNonZeroReducer, MeanReducer or SumReducer, got {name}")
+        self.reduction = _REDUCERS[name]
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """embeddings (N, d) with labels; positives and negatives from ref_emb (M, d) with ref_labels where given."""
+        if indices_tuple is not None:
+            raise InputError("indices_tuple must be None: expected TripletMarginLoss(mining=...) in place of a miner")
+        if labels is None:
+            raise InputError("labels must be given, got None")
+        if (ref_emb is None) != (ref_labels is None):
+            raise InputError("ref_emb and ref_labels must be given together, got one of them")
+        if self.normalize:
+            embeddings = nn.functional.normalize(embeddings)
+            ref_emb = None if ref_emb is None else nn.functional.normalize(ref_emb)
+        return cast(
+            Tensor,
+            triplet_margin(
+                embeddings,
+                labels.to(embeddings.device),
+                self.margin,
+                mining=self.mining,
+                other=ref_emb,
+                other_labels=None if ref_labels is None or ref_emb is None else ref_labels.to(ref_emb.device),
+                distance=self.distance,
+                reduction=self.reduction,
+            ),
+        )
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, mining={self.mining}, distance={self.distance}, reduction={self.reduction}"
+
+
+def _distance_of(distance: Any) -> tuple[bool, Distance]:
+    """Whether embeddings are made unit length first, and the distance by triplet_margin's name."""
+    if distance is None:
+        return True, "euclidean"
+    if isinstance(distance, str):
+        if distance not in ("euclidean", "squared", "cosine", "dot"):
+            raise InputError(f"distance must be euclidean, squared, cosine or dot, got {distance!r}")
+        return False, cast(Distance, distance)
+    kind, power = type(distance).__name__, getattr(distance, "power", None)
+    names: dict[Any, str] = {("LpDistance", 1): "euclidean", ("LpDistance", 2): "squared"}
+    names |= {("CosineSimilarity", 1): "dot", ("DotProductSimilarity", 1): "dot"}
+    if (kind, power) not in names or getattr(distance, "p", None) != 2:
+        raise InputError(
+            "distance must be LpDistance(p=2, power=1 or 2), CosineSimilarity or DotProductSimilarity, got "
+            f"{kind} with p={getattr(distance, 'p', None)}, power={power}"
+        )
+    return bool(distance.normalize_embeddings), cast(Distance, names[kind, power])

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import nn
 from torch.autograd import gradcheck
 
 from cmr_fast.errors import InputError
-from cmr_fast.losses import acmr_triplet, frobenius, gradient_reversal, paired_distances, share_label
+from cmr_fast.losses import TripletMarginLoss, acmr_triplet, frobenius, gradient_reversal, vse_plus_plus
 
 
 def related(a, b):
@@ -89,7 +90,7 @@ def test_triplet_gradient_is_finite_where_image_and_text_coincide():
     ("change", "message"),
     [
         ({"text": torch.zeros(4, 2)}, r"\(4, 3\) and \(4, 2\)"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, "3 labels for 4 pairs"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "a row for each of the 4 rows of image"),
         ({"reduction": "none"}, "'none'"),
     ],
 )
@@ -97,16 +98,6 @@ def test_triplet_refuses(change, message):
     good = {"image": torch.zeros(4, 3), "text": torch.zeros(4, 3), "labels": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(InputError, match=message):
         acmr_triplet(**(good | {"margin": 1.0, "weight": 1.0} | change))
-
-
-def test_labels_of_two_kinds_are_refused():
-    with pytest.raises(InputError, match="both be"):
-        share_label(torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2))
-
-
-def test_distances_match_norms():
-    a, b = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    torch.testing.assert_close(paired_distances(a, b), (a[:, None] - b[None]).norm(dim=2))
 
 
 def test_gradient_reversal_turns_the_gradient_and_nothing_else():
@@ -123,3 +114,102 @@ def test_frobenius_is_the_sum_of_norms_not_squared():
     assert float(frobenius(weights, squared=True)) == pytest.approx(25.0 + 169.0)
     with pytest.raises(InputError, match="at least one"):
         frobenius([])
+
+
+def test_frobenius_gradient():
+    a, b = torch.randn(3, 4, dtype=torch.float64).requires_grad_(), torch.randn(2, 1, dtype=torch.float64)
+    for squared in (False, True):
+        assert gradcheck(lambda a, s=squared: 0.3 * frobenius([a, b], squared=s), (a,))
+    nothing = torch.zeros(2, 2, requires_grad=True)
+    frobenius([nothing, b]).backward()
+    assert torch.equal(nothing.grad, torch.zeros(2, 2))
+
+
+def embeddings(count=40, width=8, seed=0, classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), torch.randint(0, classes, (count,), generator=generator)
+
+
+def loss_and_gradients(loss, x, labels, ref=None, ref_labels=None):
+    for value in (x, ref):
+        if value is not None:
+            value.grad = None
+    extra = {} if ref is None else {"ref_emb": ref, "ref_labels": ref_labels}
+    value = loss(x, labels, **extra)
+    value.backward()
+    return value.detach(), x.grad.clone(), None if ref is None else ref.grad.clone()
+
+
+@pytest.mark.parametrize("reducer", [None, "AvgNonZeroReducer", "MeanReducer", "SumReducer"])
+@pytest.mark.parametrize("distance", [None, "LpDistance", "raw", "squared", "CosineSimilarity", "DotProductSimilarity"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_triplet_margin_loss_is_that_of_pytorch_metric_learning(reducer, distance, cross):
+    pml = pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning import distances, losses, reducers
+
+    del pml
+    lp = {"raw": {"normalize_embeddings": False}, "squared": {"power": 2}}
+    theirs = None
+    if distance is not None:
+        theirs = getattr(distances, "LpDistance" if distance in lp else distance)(**lp.get(distance, {}))
+    options = {
+        "margin": 0.1,
+        "distance": theirs,
+        "reducer": None if reducer is None else getattr(reducers, reducer)(),
+    }
+    x, labels = embeddings()
+    ref = embeddings(25, seed=1) if cross else ()
+    want = loss_and_gradients(losses.TripletMarginLoss(**options), x, labels, *ref)
+    got = loss_and_gradients(TripletMarginLoss(**options), x, labels, *ref)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_triplet_margin_loss_of_a_batch_without_triplets_is_zero():
+    x, _ = embeddings(6)
+    for labels in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):
+        value, gradient, _ = loss_and_gradients(TripletMarginLoss(), x, labels)
+        assert float(value) == 0 and torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"swap": True}, "swap=True needs every triplet"),
+        ({"smooth_loss": True}, "smooth_loss=True"),
+        ({"triplets_per_anchor": 100}, "must be 'all', got 100"),
+        ({"embedding_regularizer": object()}, "got embedding_regularizer"),
+        ({"distance": "manhattan"}, "got 'manhattan'"),
+        ({"distance": nn.Identity()}, "got Identity"),
+        ({"reducer": nn.Identity()}, "got Identity"),
+    ],
+)
+def test_triplet_margin_loss_refuses(options, message):
+    with pytest.raises(InputError, match=message):
+        TripletMarginLoss(**options)
+
+
+def test_triplet_margin_loss_refuses_calls():
+    x, labels = embeddings(6)
+    for arguments, message in (
+        ({"labels": labels, "indices_tuple": (labels,) * 3}, "mining="),
+        ({}, "labels must be given"),
+        ({"labels": labels, "ref_emb": x}, "together"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TripletMarginLoss()(x, **arguments)
+
+
+def test_vse_plus_plus_is_the_max_of_hinges():
+    image, _ = embeddings(9, seed=2)
+    text, _ = embeddings(9, seed=3)
+    scores = nn.functional.normalize(image) @ nn.functional.normalize(text).T
+    own = scores.diagonal()
+    hinges = [
+        (0.2 + s - own[:, None]).clamp(min=0).masked_fill(torch.eye(9).bool(), 0).amax(1) for s in (scores, scores.T)
+    ]
+    want = torch.autograd.grad(sum(h.sum() for h in hinges), (image, text))
+    got = vse_plus_plus(image, text)
+    torch.testing.assert_close(got, sum(h.sum() for h in hinges))
+    torch.testing.assert_close(torch.autograd.grad(got, (image, text)), want)

@@ -18,6 +18,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "triplet_margin": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "acmr_triplet": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
 
 
@@ -122,6 +124,17 @@ def choose_threads(threads: int | None = None) -> int:
     if threads < 1:
         raise InputError(f"{source} must be 1 or more, got {threads}")
     return threads
+
+
+def check_finite(name: str, tensor: Any) -> None:
+    """Refuse a tensor that holds NaN or infinity, naming the first bad row; only where CMR_FAST_CHECK_FINITE=1."""
+    if os.environ.get("CMR_FAST_CHECK_FINITE") != "1":
+        return
+    bad = ~tensor.isfinite()
+    if bool(bad.any()):
+        place = tuple(int(i) for i in bad.nonzero()[0])
+        where = f"row {place[0]}" if place else "its value"
+        raise InputError(f"{name} must be finite, {where} holds {float(tensor[place])}")
 
 
 @dataclass(frozen=True)

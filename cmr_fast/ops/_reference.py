@@ -73,3 +73,77 @@ def ranking(
         if partners is not None:
             out["tied_before"][i] = (distances[: partners[i]] == distances[partners[i]]).sum()
     return out
+
+
+def triplet_distances(x: np.ndarray, y: np.ndarray, distance: str) -> np.ndarray:
+    """float64 (A, d), (N, d) -> (A, N)."""
+    out = np.empty((len(x), len(y)))
+    for i, row in enumerate(x):
+        difference = row - y
+        out[i] = {
+            "euclidean": lambda t=difference: np.sqrt((t * t).sum(1)),
+            "squared": lambda t=difference: (t * t).sum(1),
+            "dot": lambda r=row: -(y @ r),
+            "cosine": lambda r=row: 1 - (y @ r) / (np.linalg.norm(r) * np.linalg.norm(y, axis=1)),
+        }[distance]()
+    return out
+
+
+def share_label(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a > 0) @ (b > 0)) if a.ndim else bool(a == b)
+
+
+def triplets(
+    d: np.ndarray, labels: np.ndarray, other_labels: np.ndarray | None, margin: float, mining: str
+) -> list[tuple[int, int, int]]:
+    """(anchor, positive, negative) of the mining, by loops; other_labels None: candidates are the anchors."""
+    found = []
+    theirs = labels if other_labels is None else other_labels
+    for a in range(len(labels)):
+        alike = [share_label(labels[a], theirs[j]) for j in range(len(theirs))]
+        positives = [j for j in range(len(theirs)) if alike[j] and not (other_labels is None and j == a)]
+        negatives = [j for j in range(len(theirs)) if not alike[j]]
+        if not positives or not negatives:
+            continue
+        nearest = min(negatives, key=lambda j: (d[a, j], j))
+        if mining == "all":
+            found += [(a, p, n) for p in positives for n in negatives]
+        elif mining == "hard":
+            found.append((a, min(positives, key=lambda j: (-d[a, j], j)), nearest))
+        elif mining == "hard_negative":
+            found += [(a, p, nearest) for p in positives]
+        else:
+            for p in positives:
+                farther = [n for n in negatives if d[a, n] > d[a, p]]
+                if farther:
+                    found.append((a, p, min(farther, key=lambda j: (d[a, j], j))))
+    return found
+
+
+def triplet_margin(
+    x: np.ndarray,
+    labels: np.ndarray,
+    margin: float,
+    *,
+    mining: str = "all",
+    other: np.ndarray | None = None,
+    other_labels: np.ndarray | None = None,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+) -> tuple[float, np.ndarray]:
+    """Every triplet by itself, in float64: the loss, and its derivative by the distances (A, N)."""
+    x = x.astype(np.float64)
+    y = x if other is None else other.astype(np.float64)
+    if other is not None and other_labels is None:
+        other_labels = labels
+    d = triplet_distances(x, y, distance)
+    total, number, weights = 0.0, 0, np.zeros_like(d)
+    for a, p, n in triplets(d, labels, other_labels if other is not None else None, margin, mining):
+        hinge = max(0.0, d[a, p] + margin - d[a, n])
+        total += hinge
+        number += reduction == "mean" or (reduction == "mean_nonzero" and hinge > 0)
+        if hinge > 0:
+            weights[a, p] += 1
+            weights[a, n] -= 1
+    scale = 1.0 if reduction == "sum" else 1 / max(1, number)
+    return total * scale, weights * scale

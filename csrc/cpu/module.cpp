@@ -10,6 +10,7 @@
 #include "isa.h"
 #include "multi_index.h"
 #include "ranking.h"
+#include "triplet.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -132,5 +133,41 @@ PYBIND11_MODULE(_cpu, m) {
                                  each.data(), static_cast<int>(each.size())},
                                 {at<uint8_t>(q), nq, k, threads, effort}, at<int32_t>(distances), at<int64_t>(indices),
                                 at<uint8_t>(done), at<double>(cost), at<uint8_t>(workspace));
+    });
+
+    m.def("triplet_workspace", &cmr::triplet_workspace);
+    m.def("triplet_weigh", [](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
+                              bool classes, float margin, int mining, int distance, bool wants_e, int64_t self,
+                              Address block, Address x_squares, Address y_squares, Address x_labels, Address y_labels,
+                              Address losses, Address triplets, Address open, Address row_sums, Address workspace) {
+        py::gil_scoped_release released;
+        cmr::triplet_margin(isa,
+                            {rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, self,
+                             static_cast<cmr::Distance>(distance), wants_e, at<float>(block), at<float>(x_squares),
+                             at<float>(y_squares), at<double>(losses), at<float>(row_sums), threads},
+                            {margin, static_cast<cmr::Mining>(mining), at<int64_t>(triplets), at<int64_t>(open)},
+                            at<uint8_t>(workspace));
+    });
+    m.def("triplet_acmr", [](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
+                             bool classes, float margin, Address near, Address far, int64_t first, bool wants_e,
+                             Address block, Address x_squares, Address y_squares, Address x_labels, Address y_labels,
+                             Address losses, Address row_sums, Address workspace) {
+        py::gil_scoped_release released;
+        cmr::triplet_acmr(isa,
+                          {rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, -1,
+                           cmr::Distance::euclidean, wants_e, at<float>(block), at<float>(x_squares),
+                           at<float>(y_squares), at<double>(losses), at<float>(row_sums), threads},
+                          {margin, at<float>(near), at<float>(far), first}, at<uint8_t>(workspace));
+    });
+    m.def("triplet_acmr_factors", [](const std::string& isa, int threads, int64_t n, int64_t words, bool classes,
+                                     Address labels, Address planes, double weight, bool mean, Address counts,
+                                     Address near, Address far) {
+        py::gil_scoped_release released;
+        cmr::triplet_acmr_factors(isa, {words, classes, at<int64_t>(labels), at<int64_t>(planes)}, n, weight, mean,
+                                  threads, at<int64_t>(counts), at<float>(near), at<float>(far));
+    });
+    m.def("triplet_symmetrise", [](const std::string& isa, int threads, int64_t n, Address e, Address row_sums) {
+        py::gil_scoped_release released;
+        cmr::triplet_symmetrise(isa, n, threads, at<float>(e), at<float>(row_sums));
     });
 }

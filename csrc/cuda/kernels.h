@@ -72,6 +72,24 @@ const char* hamming_table(const Queue& queue, const HammingScan& scan, int* dist
 // the limit. out (256 * blocks,).
 const char* hamming_arithmetic(const Queue& queue, int64_t blocks, int rounds, int* out);
 
+// A block of anchors of a triplet loss: inner products with all candidates in, the weight of each distance in the loss
+// over that distance out, in place (csrc/cpu/triplet_kernel.h). At most 4096 candidates.
+struct TripletRows {
+    int64_t rows, candidates, words;  // words of a row of packed labels; 1 for class ids
+    bool classes;
+    float margin;
+    int mining, distance;  // all, hard, hard_negative, semihard; euclidean, squared, dot
+    bool wants_e;
+    int64_t self;  // the candidate that is row 0's own item; -1: anchors are no candidates
+    float* block;  // (rows, candidates)
+    const float *x_squares, *y_squares;
+    const int64_t *x_labels, *y_labels;  // (rows, words), (words, candidates)
+    double* losses;                      // (rows,)
+    int64_t *triplets, *open;            // (rows,)
+    float* row_sums;                     // (rows,) of the block, where wants_e
+};
+const char* triplet_weigh(const Queue& queue, const TripletRows& rows);
+
 // Why no device can be used (an error's name), or nullptr.
 const char* device_problem();
 

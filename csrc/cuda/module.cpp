@@ -87,4 +87,15 @@ PYBIND11_MODULE(CMR_CUDA_MODULE, m) {
     m.def("hamming_table", [](const Queue& queue, const HammingScan& scan, Address distances) {
         check("hamming_table", hamming_table(queue, scan, at<int>(distances)));
     });
+
+    m.def("triplet_weigh", [](const Queue& queue, int64_t rows, int64_t candidates, int64_t words, bool classes,
+                              float margin, int mining, int distance, bool wants_e, int64_t self, Address block,
+                              Address x_squares, Address y_squares, Address x_labels, Address y_labels, Address losses,
+                              Address triplets, Address open, Address row_sums) {
+        check("triplet_weigh",
+              triplet_weigh(queue, {rows, candidates, words, classes, margin, mining, distance, wants_e, self,
+                                    at<float>(block), at<float>(x_squares), at<float>(y_squares), at<int64_t>(x_labels),
+                                    at<int64_t>(y_labels), at<double>(losses), at<int64_t>(triplets), at<int64_t>(open),
+                                    at<float>(row_sums)}));
+    });
 }

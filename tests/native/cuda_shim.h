@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -159,6 +160,22 @@ T __ldg(const T* address) {
     return *address;
 }
 inline int atomicAdd(int* address, int value) { return (*address += value) - value; }
+
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
 inline void __syncthreads() { emulated::wait_for(emulated::Wait::block); }
 inline void __syncwarp() { emulated::meet(emulated::Wait::syncwarp, ~0u, 0); }
