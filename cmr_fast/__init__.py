@@ -16,6 +16,8 @@ _WHERE = {
     "hamming_range": "cmr_fast.ops",
     "hamming_distances": "cmr_fast.ops",
     "explain": "cmr_fast.ops",
+    "pairwise_nll": "cmr_fast.ops",
+    "pairwise_squared": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",

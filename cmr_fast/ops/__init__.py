@@ -3,16 +3,21 @@
 from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
 from cmr_fast.ops.multi_index import SearchTables
+from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
 from cmr_fast.ops.ranking import Ranking, ranking
 
 __all__ = [
+    "CodeBuffer",
     "Ranking",
     "SearchTables",
+    "dcmh_loss",
     "explain",
     "hamming_distances",
     "hamming_range",
     "hamming_topk",
     "pack_codes",
+    "pairwise_nll",
+    "pairwise_squared",
     "ranking",
     "unpack_codes",
 ]

@@ -18,6 +18,7 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
 
 

@@ -73,3 +73,17 @@ def ranking(
         if partners is not None:
             out["tied_before"][i] = (distances[: partners[i]] == distances[partners[i]]).sum()
     return out
+
+
+def pairwise(
+    f: np.ndarray, g: np.ndarray, s: np.ndarray, *, scale: float = 0.5, squared: bool = False
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The sum over all pairs in float64, and its gradients with respect to f and g."""
+    f, g, s = (np.asarray(x, dtype=np.float64) for x in (f, g, s))
+    theta = scale * f @ g.T
+    softplus, sigmoid = np.logaddexp(0, theta), np.exp(-np.logaddexp(0, -theta))
+    if squared:
+        total, slope = 0.5 * ((s * theta - softplus) ** 2).sum(), (s * theta - softplus) * (s - sigmoid)
+    else:
+        total, slope = (softplus - s * theta).sum(), sigmoid - s
+    return float(total), scale * slope @ g, scale * slope.T @ f

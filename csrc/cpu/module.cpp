@@ -9,6 +9,7 @@
 #include "hamming.h"
 #include "isa.h"
 #include "multi_index.h"
+#include "pairwise.h"
 #include "ranking.h"
 
 namespace py = pybind11;
@@ -132,5 +133,16 @@ PYBIND11_MODULE(_cpu, m) {
                                  each.data(), static_cast<int>(each.size())},
                                 {at<uint8_t>(q), nq, k, threads, effort}, at<int32_t>(distances), at<int64_t>(indices),
                                 at<uint8_t>(done), at<double>(cost), at<uint8_t>(workspace));
+    });
+
+    m.def("pairwise", [](const std::string& isa, Address theta, int64_t rows, int64_t columns, int kind, Address row_labels,
+                         Address labels, int64_t words, int64_t label_stride, Address s, int64_t s_stride,
+                         double positive, bool squared, bool gradient, Address row_sums, Address total, int threads) {
+        py::gil_scoped_release released;
+        cmr::pairwise(isa,
+                      {at<float>(theta), rows, columns, static_cast<cmr::Similarity>(kind), at<int32_t>(row_labels),
+                       at<int32_t>(labels), words, label_stride, at<void>(s), s_stride, static_cast<float>(positive),
+                       squared, gradient, at<double>(row_sums), at<double>(total)},
+                      threads);
     });
 }
