@@ -17,6 +17,8 @@ _WHERE = {
     "hamming_distances": "cmr_fast.ops",
     "explain": "cmr_fast.ops",
     "triplet_margin": "cmr_fast.ops",
+    "pairwise_nll": "cmr_fast.ops",
+    "pairwise_squared": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",

@@ -3,18 +3,23 @@
 from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
 from cmr_fast.ops.multi_index import SearchTables
+from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
 from cmr_fast.ops.ranking import Ranking, ranking
 from cmr_fast.ops.triplet import acmr_triplet, triplet_margin
 
 __all__ = [
+    "CodeBuffer",
     "Ranking",
     "SearchTables",
     "acmr_triplet",
+    "dcmh_loss",
     "explain",
     "hamming_distances",
     "hamming_range",
     "hamming_topk",
     "pack_codes",
+    "pairwise_nll",
+    "pairwise_squared",
     "ranking",
     "triplet_margin",
     "unpack_codes",

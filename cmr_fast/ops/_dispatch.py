@@ -20,6 +20,7 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "triplet_margin": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "acmr_triplet": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
 
 

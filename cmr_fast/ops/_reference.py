@@ -147,3 +147,17 @@ def triplet_margin(
             weights[a, n] -= 1
     scale = 1.0 if reduction == "sum" else 1 / max(1, number)
     return total * scale, weights * scale
+
+
+def pairwise(
+    f: np.ndarray, g: np.ndarray, s: np.ndarray, *, scale: float = 0.5, squared: bool = False
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The sum over all pairs in float64, and its gradients with respect to f and g."""
+    f, g, s = (np.asarray(x, dtype=np.float64) for x in (f, g, s))
+    theta = scale * f @ g.T
+    softplus, sigmoid = np.logaddexp(0, theta), np.exp(-np.logaddexp(0, -theta))
+    if squared:
+        total, slope = 0.5 * ((s * theta - softplus) ** 2).sum(), (s * theta - softplus) * (s - sigmoid)
+    else:
+        total, slope = (softplus - s * theta).sum(), sigmoid - s
+    return float(total), scale * slope @ g, scale * slope.T @ f

@@ -9,6 +9,7 @@
 #include "hamming.h"
 #include "isa.h"
 #include "multi_index.h"
+#include "pairwise.h"
 #include "ranking.h"
 #include "triplet.h"
 
@@ -169,5 +170,15 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("triplet_symmetrise", [](const std::string& isa, int threads, int64_t n, Address e, Address row_sums) {
         py::gil_scoped_release released;
         cmr::triplet_symmetrise(isa, n, threads, at<float>(e), at<float>(row_sums));
+    });
+    m.def("pairwise", [](const std::string& isa, Address theta, int64_t rows, int64_t columns, int kind, Address row_labels,
+                         Address labels, int64_t words, int64_t label_stride, Address s, int64_t s_stride,
+                         double positive, bool squared, bool gradient, Address row_sums, Address total, int threads) {
+        py::gil_scoped_release released;
+        cmr::pairwise(isa,
+                      {at<float>(theta), rows, columns, static_cast<cmr::Similarity>(kind), at<int32_t>(row_labels),
+                       at<int32_t>(labels), words, label_stride, at<void>(s), s_stride, static_cast<float>(positive),
+                       squared, gradient, at<double>(row_sums), at<double>(total)},
+                      threads);
     });
 }
