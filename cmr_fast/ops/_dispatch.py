@@ -18,6 +18,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "pgd_step_": {"cpu": ("cpp", "triton", "torch"), "cuda": ("cuda", "triton", "torch")},
+    "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
 
 

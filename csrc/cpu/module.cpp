@@ -9,6 +9,7 @@
 #include "hamming.h"
 #include "isa.h"
 #include "multi_index.h"
+#include "pgd.h"
 #include "ranking.h"
 
 namespace py = pybind11;
@@ -132,5 +133,22 @@ PYBIND11_MODULE(_cpu, m) {
                                  each.data(), static_cast<int>(each.size())},
                                 {at<uint8_t>(q), nq, k, threads, effort}, at<int32_t>(distances), at<int64_t>(indices),
                                 at<uint8_t>(done), at<double>(cost), at<uint8_t>(workspace));
+    });
+
+    // values: (address, per_sample, per_channel) of alpha, eps, low and high
+    m.def("pgd_step", [](const std::string& isa, int64_t samples, int64_t channels, int64_t inner, Address x,
+                         Address gradient, Address origin, const std::array<std::array<int64_t, 3>, 4>& values,
+                         Address broken, int32_t step, bool l2, int threads) {
+        py::gil_scoped_release released;
+        const auto value = [&](int i) {
+            return cmr::PgdValue{at<const float>(static_cast<Address>(values[i][0])), values[i][1], values[i][2]};
+        };
+        cmr::pgd_step(isa, {samples, channels, inner, at<float>(x), at<const float>(gradient), at<const float>(origin),
+                            value(0), value(1), value(2), value(3), at<int32_t>(broken), step, l2, threads});
+    });
+    m.def("pgd_noise", [](const std::string& isa, uint64_t seed, Address index, int64_t samples, int64_t count,
+                          Address out, int threads) {
+        py::gil_scoped_release released;
+        cmr::pgd_noise(isa, {seed, at<const int64_t>(index), samples, count, at<float>(out), threads});
     });
 }
