@@ -108,14 +108,23 @@ class Victim:
         }
         return lambda x: torch.func.functional_call(model, weights, (x,))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Outputs for x (B, ...) in its own units, in the type that the model gives."""
+    @property
+    def approximate(self) -> bool:
+        """Whether gradients come from something that rounds otherwise than the model itself."""
+        return self.dtype is not None or self.fold
+
+    def _input(self, x: Tensor) -> Tensor:
         self.queries += len(x)
         x = x.to(self._input_dtype)
-        if self.normalize is not None:
-            mean, std = (as_values(v, x, name) for v, name in zip(self._per_channel(), ("mean", "std"), strict=True))
-            shape = (1, -1, *[1] * (x.ndim - 2))
-            x = (x - mean.reshape(shape)) / std.reshape(shape)
+        if self.normalize is None:
+            return x
+        mean, std = (as_values(v, x, name) for v, name in zip(self._per_channel(), ("mean", "std"), strict=True))
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (x - mean.reshape(shape)) / std.reshape(shape)
+
+    def _fast(self, x: Tensor) -> Tensor:
+        """Outputs by way of what was asked for: 16 bits, channels_last, folded."""
+        x = self._input(x)
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.dtype is None:
@@ -130,7 +139,7 @@ class Victim:
     def gradient(self, x: Tensor, loss: losses.Loss, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs, losses (B,) in float32 or more, and the gradient of their sum: each sample's own."""
         x = x.detach().requires_grad_()
-        outputs = widened(self(x))
+        outputs = widened(self._fast(x))
         values = loss(outputs, labels)
         if values.shape != x.shape[:1]:
             raise InputError(f"loss must return one value a sample, ({len(x)},), got {tuple(values.shape)}")
@@ -140,8 +149,9 @@ class Victim:
         return outputs.detach(), values.detach(), gradient
 
     def scores(self, x: Tensor) -> Tensor:
+        """Outputs of the model as it is, whatever the gradients are computed with: success is decided by these."""
         with torch.no_grad():
-            return widened(self(x))
+            return widened(self.model(self._input(x)))
 
     def probe(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Refuse a model that is random, or whose output for a sample depends on the rest of its batch.
@@ -154,7 +164,7 @@ class Victim:
         first, again, beside = (self.scores(batch) for batch in (batches[0], *batches))
         if len(first) != 2:
             raise InputError(f"the model must return one row a sample, got {tuple(first.shape)} for 2 samples")
-        rounding = 1e-4 if self.dtype is None and self._input_dtype in (torch.float32, torch.float64) else 1e-2
+        rounding = 1e-4 if self._input_dtype in (torch.float32, torch.float64) else 1e-2
         scale = float(first.abs().max()) + 1e-30
         apart = float((first - again).abs().max()) / scale
         if apart > rounding:

@@ -40,7 +40,8 @@ class PGD(Attack):
     bounds            of x, a number or a value a channel; normalize=(mean, std) is applied inside the gradient
     strict            |adv - x| <= eps holds in exact arithmetic. False leaves float32 L-inf results at the rounded edge
                       fl(x +- eps), bit for bit torchattacks'; other norms and types are always exact
-    dtype             torch.bfloat16 runs the model under autocast; x, losses and steps stay float32
+    dtype             torch.bfloat16 runs the model under autocast; x, losses and steps stay float32, and whether a
+                      sample fools the model is decided without autocast
     channels_last     runs a copy of the convolutions' weights in that layout
     fold              merges batch normalisation into the convolutions of a copy (torch.fx); rounds differently
     graph             on CUDA, captures the whole loop in one graph and replays it for inputs of the same shape
@@ -155,6 +156,9 @@ class PGD(Attack):
                     history[step:, rows] = values.to(history.dtype)
                     assert self.success is not None
                     fooled = self.success(outputs, problem.labels) & ~values.isnan()
+                    if self.victim.approximate and bool(fooled.any()):
+                        # what fools a rounded model need not fool the model
+                        fooled[fooled.clone()] = self.success(self.victim.scores(x[fooled]), problem.labels[fooled])
                     if bool(fooled.any()):
                         found[rows] = x
                         broken[rows] = flags

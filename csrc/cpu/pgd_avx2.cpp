@@ -1,5 +1,6 @@
 // The portable loops, compiled for AVX2.
 #if defined(__x86_64__)
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -10,6 +11,7 @@
 #pragma GCC target("avx2")
 #endif
 
+#define CMR_PGD_FLOATS 8
 #include "pgd_kernel.h"
 
 namespace cmr {

@@ -1,5 +1,6 @@
 // The portable loops, compiled for AVX-512.
 #if defined(__x86_64__)
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -10,6 +11,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,prefer-vector-width=512")
 #endif
 
+#define CMR_PGD_FLOATS 16
 #include "pgd_kernel.h"
 
 namespace cmr {
