@@ -24,7 +24,7 @@ _WHERE = {
     "evaluate_codes": "cmr_fast.retrieval.metrics",
     "evaluate_embeddings": "cmr_fast.retrieval.metrics",
 }
-_MODULES = ("ops", "losses", "retrieval", "data", "methods", "report")
+_MODULES = ("ops", "losses", "retrieval", "data", "attacks", "methods", "report")
 
 __all__ = [*_WHERE, *_MODULES, "__version__"]
 

@@ -4,6 +4,7 @@ from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
 from cmr_fast.ops.multi_index import SearchTables
 from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
+from cmr_fast.ops.pgd import pgd_noise, pgd_step_
 from cmr_fast.ops.ranking import Ranking, ranking
 from cmr_fast.ops.triplet import acmr_triplet, triplet_margin
 
@@ -20,6 +21,8 @@ __all__ = [
     "pack_codes",
     "pairwise_nll",
     "pairwise_squared",
+    "pgd_noise",
+    "pgd_step_",
     "ranking",
     "triplet_margin",
     "unpack_codes",

@@ -21,6 +21,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "triplet_margin": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "acmr_triplet": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pgd_step_": {"cpu": ("cpp", "triton", "torch"), "cuda": ("cuda", "triton", "torch")},
+    "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
 
 

@@ -161,3 +161,46 @@ def pairwise(
     else:
         total, slope = (softplus - s * theta).sum(), sigmoid - s
     return float(total), scale * slope @ g, scale * slope.T @ f
+
+
+def pgd_step(
+    x: np.ndarray, gradient: np.ndarray, origin: np.ndarray, alpha: np.ndarray, eps: np.ndarray, low: np.ndarray,
+    high: np.ndarray, norm: str,
+) -> np.ndarray:  # fmt: skip
+    """(B, ...) in float64, element by element; alpha, eps, low and high (1 or B, 1 or C), C the size of dimension 1."""
+    out = x.astype(np.float64)
+    channels = x.shape[1] if x.ndim > 1 else 1
+    alpha, eps, low, high = (np.broadcast_to(v, (len(x), channels)).astype(np.float64) for v in (alpha, eps, low, high))
+    places = list(np.ndindex(x.shape[1:]))
+    for b in range(len(x)):
+        length = np.sqrt((gradient[b].astype(np.float64) ** 2).sum())
+        for place in places:
+            at, c = (b, *place), place[0] if place else 0
+            g = float(gradient[at])
+            if norm == "linf":
+                delta = out[at] + alpha[b, c] * np.sign(g) - origin[at]
+                out[at] = origin[at] + min(max(delta, -eps[b, c]), eps[b, c])
+            elif length > 0:
+                out[at] += alpha[b, c] * g / length
+        if norm == "l2":
+            delta = out[b] - origin[b]
+            distance = np.sqrt((delta**2).sum())
+            out[b] = origin[b] + delta * (min(1.0, eps[b, 0] / distance) if distance > 0 else 1.0)
+        for place in places:
+            at, c = (b, *place), place[0] if place else 0
+            out[at] = min(max(out[at], low[b, c]), high[b, c])
+    return out
+
+
+def pgd_noise(seed: int, index: int, count: int) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al. 2011, section 4) with the key `seed` and the counter (block, index), as (-1, 1)."""
+    out = []
+    for block in range(-(-count // 4)):
+        c = [block & 0xFFFFFFFF, block >> 32, index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF]
+        key = [seed & 0xFFFFFFFF, seed >> 32]
+        for _ in range(10):
+            a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [(b >> 32) ^ c[1] ^ key[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ key[1], a & 0xFFFFFFFF]
+            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        out += [(2 * (word >> 9) + 1 - 2**23) / 2**23 for word in c]
+    return np.array(out[:count], dtype=np.float32)

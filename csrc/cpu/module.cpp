@@ -10,6 +10,7 @@
 #include "isa.h"
 #include "multi_index.h"
 #include "pairwise.h"
+#include "pgd.h"
 #include "ranking.h"
 #include "triplet.h"
 
@@ -180,5 +181,21 @@ PYBIND11_MODULE(_cpu, m) {
                        at<int32_t>(labels), words, label_stride, at<void>(s), s_stride, static_cast<float>(positive),
                        squared, gradient, at<double>(row_sums), at<double>(total)},
                       threads);
+    });
+    // values: (address, per_sample, per_channel) of alpha, eps, low and high
+    m.def("pgd_step", [](const std::string& isa, int64_t samples, int64_t channels, int64_t inner, Address x,
+                         Address gradient, Address origin, const std::array<std::array<int64_t, 3>, 4>& values,
+                         Address broken, int32_t step, bool l2, int threads) {
+        py::gil_scoped_release released;
+        const auto value = [&](int i) {
+            return cmr::PgdValue{at<const float>(static_cast<Address>(values[i][0])), values[i][1], values[i][2]};
+        };
+        cmr::pgd_step(isa, {samples, channels, inner, at<float>(x), at<const float>(gradient), at<const float>(origin),
+                            value(0), value(1), value(2), value(3), at<int32_t>(broken), step, l2, threads});
+    });
+    m.def("pgd_noise", [](const std::string& isa, uint64_t seed, Address index, int64_t samples, int64_t count,
+                          Address out, int threads) {
+        py::gil_scoped_release released;
+        cmr::pgd_noise(isa, {seed, at<const int64_t>(index), samples, count, at<float>(out), threads});
     });
 }
