@@ -16,6 +16,7 @@ _WHERE = {
     "hamming_range": "cmr_fast.ops",
     "hamming_distances": "cmr_fast.ops",
     "explain": "cmr_fast.ops",
+    "info_nce": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",

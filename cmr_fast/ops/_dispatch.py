@@ -18,6 +18,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "infonce": {"cpu": ("cpp", "torch")},
+    "sigmoid_pairs": {"cpu": ("cpp", "torch")},
 }
 
 
@@ -122,6 +124,16 @@ def choose_threads(threads: int | None = None) -> int:
     if threads < 1:
         raise InputError(f"{source} must be 1 or more, got {threads}")
     return threads
+
+
+def check_finite(**tensors: Any) -> None:
+    """Where CMR_FAST_CHECK_FINITE=1 is set, refuse the first tensor that holds an infinity or NaN, by its name."""
+    if os.environ.get("CMR_FAST_CHECK_FINITE") != "1":
+        return
+    for name, x in tensors.items():
+        if x is not None and x.is_floating_point() and not (finite := x.isfinite()).all():
+            where = (~finite).nonzero()
+            raise InputError(f"{name} must be finite, got {len(where)} that are not, the first at {where[0].tolist()}")
 
 
 @dataclass(frozen=True)
