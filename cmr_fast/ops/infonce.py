@@ -660,7 +660,8 @@ def _torch_sigmoid(
 
     def gradient(rows: slice, z: Tensor) -> Tensor:
         positive = pairs.dense(rows, columns, z) != 0
-        x, weight = torch.where(positive, -z - bias, z + bias), torch.where(positive, *each)
+        x = torch.where(positive, -z - bias, z + bias)
+        weight = torch.where(positive, *z.new_tensor(each))
         loss.add_((weight * F.softplus(x)).sum(dtype=torch.float64))
         g = torch.where(positive, -weight, weight) * x.sigmoid()
         slope.add_(g.sum(dtype=torch.float64))
@@ -693,7 +694,8 @@ def _sigmoid_outputs(
 
 register(
     "infonce(Tensor image, Tensor text, Tensor scale, Tensor? image_ids, Tensor? text_ids, Tensor? weights, "
-    "int offset, bool rows, bool columns, int keep, str? backend, int? threads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int offset, bool rows, bool columns, int keep, str? backend, int? threads) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _infonce,
     lambda image, text, scale, image_ids, text_ids, weights, offset, rows, columns, keep, backend, threads: (
         _infonce_outputs(image, text, scale, rows, columns, keep)

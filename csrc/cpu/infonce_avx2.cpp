@@ -12,6 +12,7 @@
 #pragma GCC target("avx2")
 #endif
 
+#define CMR_VECTOR_BYTES 32
 #include "infonce_kernel.h"
 
 namespace cmr {

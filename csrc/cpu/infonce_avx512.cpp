@@ -12,6 +12,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2")
 #endif
 
+#define CMR_VECTOR_BYTES 64
 #include "infonce_kernel.h"
 
 namespace cmr {

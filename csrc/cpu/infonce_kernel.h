@@ -7,8 +7,8 @@
 // with log(1 + t) = 2 atanh(t / (2 + t)), t = exp(-|z|), so that many small terms keep theirs.
 //
 // Layout. A tile is contiguous, so that the matrix product writes it and the next ones read it without a copy; it and
-// the columns' arrays stay in the second-level cache. Sixteen floats at a time in the compiler's own vectors, so one
-// source serves every instruction set, and since products and sums are never fused, with the same bits.
+// the columns' arrays stay in the second-level cache. The compiler's own vectors, as wide as the registers
+// (CMR_VECTOR_BYTES), so one source serves every instruction set.
 //
 // Bound. Two exp a pair in either pass, some 60 vector operations for 16 pairs, against 4 * d * 16 multiply-adds of the
 // products: under 5 % of the time at d = 512.
@@ -25,18 +25,18 @@
 
 #include "infonce.h"
 
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a function that is not inlined
+#ifndef CMR_VECTOR_BYTES
+#define CMR_VECTOR_BYTES 16
 #endif
 
 namespace cmr {
 namespace {
 
-constexpr int64_t kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+constexpr int64_t kLanes = CMR_VECTOR_BYTES / 4;
+typedef float Floats __attribute__((vector_size(CMR_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(CMR_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(CMR_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(CMR_VECTOR_BYTES / 2)));
 
 template <class To, class From>
 inline To bits(const From& x) {
@@ -56,7 +56,7 @@ inline float largest(Floats x) {
     return y;
 }
 
-inline float sum(Floats x) {  // by halves: few roundings, and one order on every machine
+inline float sum(Floats x) {
     float y[kLanes];
     std::memcpy(y, &x, sizeof(y));
     for (int half = kLanes / 2; half; half /= 2)
@@ -64,7 +64,7 @@ inline float sum(Floats x) {  // by halves: few roundings, and one order on ever
     return y[0];
 }
 
-// Float32 or bfloat16 in memory; counts under 16 leave `fill` in the other lanes.
+// Float32 or bfloat16 in memory; counts under kLanes leave `fill` in the other lanes.
 inline Floats load(const float* p) {
     Floats x;
     std::memcpy(&x, p, sizeof(x));
@@ -132,15 +132,15 @@ inline Floats log1p(Floats t) {
 
 enum class Positives { none, diagonal, weights };
 
-// How much of a positive the 16 pairs from column c on are; `at` is the row's column on the diagonal.
+// How much of a positive the pairs from column c on are; `at` is the row's column on the diagonal.
 template <Positives kind>
 inline Floats weights_of(const float* row, int64_t c, int64_t count, int64_t at) {
     if constexpr (kind == Positives::weights) return load(row + c, count, 0.0f);
     if constexpr (kind == Positives::none) return Floats{};
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const int64_t there = at - c;
-    const int32_t lane_of = there >= 0 && there < kLanes ? static_cast<int32_t>(there) : -1;
-    return choose(lane == lane_of, all(1.0f), Floats{});
+    const int64_t lane = at - c;
+    float weights[kLanes] = {};
+    if (lane >= 0 && lane < kLanes) weights[lane] = 1.0f;
+    return load(weights);
 }
 
 template <class Body>
@@ -157,7 +157,7 @@ inline void with_directions(bool rows, bool cols, const Body& body) {
     else body(std::false_type(), std::true_type());
 }
 
-// 16 logits from `p` on; the lanes beyond count are minus infinity, which no sum and no maximum sees
+// Logits from `p` on; the lanes beyond count are minus infinity, which no sum and no maximum sees
 template <class T>
 inline Floats logits(const SimilarityTile& t, const T* p, int64_t count) {
     Floats z = load(p, count, 0.0f) * t.scale + t.bias;
