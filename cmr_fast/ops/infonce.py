@@ -32,6 +32,7 @@ Direction = Literal["both", "image", "text"]
 ROWS, COLUMNS = 512, 1024  # of a tile
 KEEP_BYTES = 64 << 20  # of similarities that wait for the backward pass
 TORCH_PAIRS = 1 << 22  # of a block of the portable path
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def info_nce(
@@ -224,7 +225,7 @@ def _positives(
 
 def _rows_to_keep(image: Tensor, text: Tensor) -> int:
     """How many rows of similarities the forward pass of the cpp backend leaves to the backward pass."""
-    if image.device.type != "cpu" or len(text) == 0:
+    if image.device.type != "cpu" or image.dtype not in _CPP_DTYPES or len(text) == 0:
         return 0
     rows = KEEP_BYTES // (len(text) * image.element_size())
     return len(image) if rows >= len(image) else rows // ROWS * ROWS
@@ -298,7 +299,8 @@ def _infonce(
     if len(image) and len(text):
         chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image))
         forward = _cpp_forward if chosen == "cpp" else _torch_forward
-        forward(image.detach(), text.detach(), scale, pairs, row_stats, column_stats, kept, threads)
+        with torch.autocast(image.device.type, enabled=False):
+            forward(image.detach(), text.detach(), scale, pairs, row_stats, column_stats, kept, threads)
     for stats in (row_stats, column_stats):
         stats[1].log_()
     return _losses(row_stats), _losses(column_stats), row_stats, column_stats, kept
@@ -327,7 +329,8 @@ def _infonce_backward(
     pairs = _Pairs(image_ids, text_ids, weights, offset)
     chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image))
     backward = _cpp_backward if chosen == "cpp" else _torch_backward
-    return backward(image.detach(), text.detach(), scale, pairs, *directions, kept, threads)
+    with torch.autocast(image.device.type, enabled=False):
+        return backward(image.detach(), text.detach(), scale, pairs, *directions, kept, threads)
 
 
 def _sigmoid_pairs(
@@ -356,11 +359,12 @@ def _sigmoid_pairs(
         return tuple(x.zero_() for x in outputs)
     chosen = _dispatch.choose_backend("sigmoid_pairs", image.device.type, backend, _unfit(image))
     run = _cpp_sigmoid if chosen == "cpp" else _torch_sigmoid
-    return run(image.detach(), text.detach(), scale, bias, pairs, (positive, negative), gradients, threads)
+    with torch.autocast(image.device.type, enabled=False):
+        return run(image.detach(), text.detach(), scale, bias, pairs, (positive, negative), gradients, threads)
 
 
 def _unfit(image: Tensor) -> dict[str, str]:
-    if image.dtype in (torch.float32, torch.bfloat16):
+    if image.dtype in _CPP_DTYPES:
         return {}
     return {"cpp": f"it computes on float32 and bfloat16, the features are {image.dtype}"}
 
@@ -603,6 +607,7 @@ def _torch_forward(
     image: Tensor, text: Tensor, scale: Tensor, pairs: _Pairs, row_stats: Tensor, column_stats: Tensor, kept: Tensor,
     threads: int | None,
 ) -> None:  # fmt: skip
+    kept.zero_()  # this path computes everything again
     columns = slice(0, len(text))
     for rows, _, _, z in _torch_blocks(image, text, scale):
         weights = pairs.dense(rows, columns, z)

@@ -10,12 +10,11 @@
 // the columns' arrays stay in the second-level cache. The compiler's own vectors, as wide as the registers
 // (CMR_VECTOR_BYTES), so one source serves every instruction set.
 //
-// Bound. Two exp a pair in either pass, some 60 vector operations for 16 pairs, against 4 * d * 16 multiply-adds of the
-// products: under 5 % of the time at d = 512.
+// Bound. Two exp a pair in either pass, some 60 vector operations for a vector of pairs, against 4 d multiply-adds a pair
+// of the products: at d = 512 on AVX-512 2 ns against 40 ns in float32, against 19 ns in bfloat16.
 //
-// Versions tried. Reading the products' own bf16 output and writing the gradient over it beats a float32 copy, whose
-// traffic cost more than the exp. One exp for both directions (a tile's common maximum) saves under 1 % and underflows
-// when rows differ by more than 87.
+// Versions tried. Vectors of 64 bytes on every instruction set: the compiler takes them apart through memory, 6 times
+// slower on AVX2. Registers' own width: this one.
 #pragma once
 
 #include <algorithm>
@@ -139,7 +138,7 @@ inline Floats weights_of(const float* row, int64_t c, int64_t count, int64_t at)
     if constexpr (kind == Positives::none) return Floats{};
     const int64_t lane = at - c;
     float weights[kLanes] = {};
-    if (lane >= 0 && lane < kLanes) weights[lane] = 1.0f;
+    if (lane >= 0 && lane < std::min(count, kLanes)) weights[lane] = 1.0f;
     return load(weights);
 }
 

@@ -1,4 +1,4 @@
-"""The losses over 2 and 4 processes against the same batch in one process, and against open_clip over the same ranks."""
+"""The losses over 2 and 4 processes against the same batch in one process, and against open_clip on those ranks."""
 
 import importlib.util
 import os
@@ -102,7 +102,7 @@ def refuses(rank, world):
     with pytest.raises(InputError, match="same shape"):
         ClipLoss(rank=rank, world_size=world)(x, x, 1.0)
     y = torch.randn(PAIRS, WIDTH)
-    with pytest.raises(InputError, match="rank 1: .* ring"):
+    with pytest.raises(InputError, match=r"rank 1: .* ring"):
         distributed_info_nce(y, y, 1.0, form=("gather", "ring")[rank])
     with pytest.raises(InputError, match=f"which is rank {rank} of 2"):
         ClipLoss(rank=rank, world_size=5)(y, y, 1.0)
