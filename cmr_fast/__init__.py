@@ -19,6 +19,7 @@ _WHERE = {
     "triplet_margin": "cmr_fast.ops",
     "pairwise_nll": "cmr_fast.ops",
     "pairwise_squared": "cmr_fast.ops",
+    "info_nce": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",

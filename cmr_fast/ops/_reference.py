@@ -204,3 +204,41 @@ def pgd_noise(seed: int, index: int, count: int) -> np.ndarray:
             key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
         out += [(2 * (word >> 9) + 1 - 2**23) / 2**23 for word in c]
     return np.array(out[:count], dtype=np.float32)
+
+
+def info_nce(image: np.ndarray, text: np.ndarray, scale: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Both directions of InfoNCE from the whole array of logits, and the gradient of the sum of all losses.
+
+    weights (n, m), 0 or more: rows and columns are divided by their sums; without a positive they have the loss 0.
+    """
+    products = image @ text.T
+    logits, of_logits, out = scale * products, np.zeros_like(products), {}
+    for axis, name in ((1, "rows"), (0, "columns")):
+        total = weights.sum(axis=axis, keepdims=True)
+        target = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        most = logits.max(axis=axis, keepdims=True)
+        log_softmax = logits - most - np.log(np.exp(logits - most).sum(axis=axis, keepdims=True))
+        out[name] = -(target * log_softmax).sum(axis=axis)
+        of_logits += np.where(total > 0, np.exp(log_softmax) - target, 0)
+    return out | _gradients(image, text, scale, products, of_logits)
+
+
+def sigmoid_pairs(
+    image: np.ndarray, text: np.ndarray, scale: float, bias: float, positive: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Sum over all pairs of log(1 + exp(-z)) where positive (n, m), else log(1 + exp(z)), and its gradient."""
+    products = image @ text.T
+    signed = np.where(positive, -1.0, 1.0) * (scale * products + bias)
+    of_logits = np.where(positive, -1.0, 1.0) / (1 + np.exp(-signed))
+    out = {"loss": np.logaddexp(0, signed).sum(), "of_bias": of_logits.sum()}
+    return out | _gradients(image, text, scale, products, of_logits)
+
+
+def _gradients(
+    image: np.ndarray, text: np.ndarray, scale: float, products: np.ndarray, of_logits: np.ndarray
+) -> dict[str, np.ndarray]:
+    return {
+        "of_image": scale * of_logits @ text,
+        "of_text": scale * of_logits.T @ image,
+        "of_scale": (of_logits * products).sum(),
+    }

@@ -171,7 +171,7 @@ def _check_embeddings(x: Tensor, other: Tensor | None, name: str, other_name: st
             raise InputError(f"{called} must be float (N, d), got {value.dtype} {tuple(value.shape)}")
         if len(value) > MAX_ITEMS:
             raise InputError(f"{called} must have at most {MAX_ITEMS} rows, got {len(value)}")
-        check_finite(called, value)
+        check_finite(**{called: value})
     if other is not None and (other.shape[1], other.dtype, other.device) != (x.shape[1], x.dtype, x.device):
         raise InputError(
             f"{name} and {other_name} must agree in width, dtype and device, got {tuple(x.shape)} {x.dtype} on "

@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 #include <vector>
 
 #include "hamming.h"
+#include "infonce.h"
 #include "isa.h"
 #include "multi_index.h"
 #include "pairwise.h"
@@ -197,5 +199,33 @@ PYBIND11_MODULE(_cpu, m) {
                           Address out, int threads) {
         py::gil_scoped_release released;
         cmr::pgd_noise(isa, {seed, at<const int64_t>(index), samples, count, at<float>(out), threads});
+    });
+    // tile: (similarities, bf16, rows, columns, weights or 0, diagonal); a direction: 4 arrays, the first 0 without it
+    using Direction = std::array<Address, 4>;
+    using Tile = std::tuple<Address, bool, int64_t, int64_t, Address, int64_t>;
+    const auto infonce_tile = [](const Tile& t, float scale, float bias) {
+        const auto& [s, bf16, rows, cols, weights, diagonal] = t;
+        return cmr::SimilarityTile{at<void>(s), bf16, rows, cols, scale, bias, at<float>(weights), diagonal};
+    };
+    m.def("infonce_forward", [infonce_tile](const std::string& isa, const Tile& t, float scale, const Direction& rows,
+                                            const Direction& cols, Address scratch) {
+        py::gil_scoped_release released;
+        const auto state = [](const Direction& d) {
+            return cmr::SoftmaxState{at<float>(d[0]), at<float>(d[1]), at<float>(d[2]), at<float>(d[3])};
+        };
+        cmr::infonce_kernel(isa).forward(infonce_tile(t, scale, 0), state(rows), state(cols), at<float>(scratch));
+    });
+    m.def("infonce_gradient", [infonce_tile](const std::string& isa, const Tile& t, float scale, const Direction& rows,
+                                             const Direction& cols, Address out) {
+        py::gil_scoped_release released;
+        const auto state = [](const Direction& d) {
+            return cmr::SoftmaxGradient{at<float>(d[0]), at<float>(d[1]), at<float>(d[2]), at<float>(d[3])};
+        };
+        cmr::infonce_kernel(isa).gradient(infonce_tile(t, scale, 0), state(rows), state(cols), at<void>(out));
+    });
+    m.def("infonce_sigmoid", [infonce_tile](const std::string& isa, const Tile& t, float scale, float bias, float positive,
+                                            float negative, Address sums, Address out) {
+        py::gil_scoped_release released;
+        cmr::infonce_kernel(isa).sigmoid(infonce_tile(t, scale, bias), positive, negative, at<double>(sums), at<void>(out));
     });
 }
