@@ -171,7 +171,7 @@ def _check_embeddings(x: Tensor, other: Tensor | None, name: str, other_name: st
             raise InputError(f"{called} must be float (N, d), got {value.dtype} {tuple(value.shape)}")
         if len(value) > MAX_ITEMS:
             raise InputError(f"{called} must have at most {MAX_ITEMS} rows, got {len(value)}")
-        check_finite(**{called: value})
+    check_finite(**{name: x, other_name: other})
     if other is not None and (other.shape[1], other.dtype, other.device) != (x.shape[1], x.dtype, x.device):
         raise InputError(
             f"{name} and {other_name} must agree in width, dtype and device, got {tuple(x.shape)} {x.dtype} on "
@@ -199,7 +199,9 @@ def _as_relevance(labels: object, items: Tensor, name: str, of: str) -> Tensor:
     if given.ndim == 1:
         return given.long()
     packed = torch.ops.cmr_fast.pack_bits(given if given.dtype == torch.bool else given > 0)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 8)).contiguous().view(torch.int64)
+    words = packed.new_zeros((len(packed), -(-packed.shape[1] // 8) * 8))
+    words[:, : packed.shape[1]] = packed
+    return words.view(torch.int64)
 
 
 def _planes(labels: Tensor) -> Tensor:
