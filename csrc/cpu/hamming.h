@@ -54,7 +54,7 @@ int64_t topk_capacity(int64_t n, int64_t k);
 void topk_compact(TopK& state, int64_t k);
 
 const char* hamming_last_isa();
-void hamming_set_last_isa(const char* isa);
+void hamming_set_last_isa(const std::string& isa);
 
 struct HammingShape {
     int64_t num_queries, n, nbytes;

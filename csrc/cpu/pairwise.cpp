@@ -16,11 +16,8 @@ constexpr int64_t kTaskElements = 1 << 14;  // about 10 microseconds
 const PairwiseKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
 #if defined(__x86_64__)
-    // all processors with AVX2 but one, long gone, have the second
-    const bool fma = __builtin_cpu_supports("fma");
-    if (isa == "avx512_vpopcntdq" && fma && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return pairwise_avx512;
-    if (isa != "scalar" && fma) return pairwise_avx2;
+    if (is_avx512(isa)) return pairwise_avx512;
+    if (isa == "avx2") return pairwise_avx2;
 #endif
     return pairwise_portable;  // NEON's instructions, on Arm
 }
@@ -29,7 +26,7 @@ const PairwiseKernel& kernel_for(const std::string& isa) {
 
 void pairwise(const std::string& isa, const PairwiseTile& tile, int threads) {
     const PairwiseKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(kernel.isa);
+    hamming_set_last_isa(isa);
     const int64_t rows = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, tile.columns));
     parallel_for((tile.rows + rows - 1) / rows, threads,
                  [&](int64_t task, int) { kernel.rows(tile, task * rows, std::min(tile.rows, (task + 1) * rows)); });

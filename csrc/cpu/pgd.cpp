@@ -16,7 +16,7 @@ constexpr int64_t kTask = 32768;  // elements: long enough to be worth a thread'
 const PgdKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
 #if defined(__x86_64__)
-    if (isa == "avx512_vpopcntdq") return pgd_avx512;
+    if (is_avx512(isa)) return pgd_avx512;
     if (isa == "avx2") return pgd_avx2;
 #elif defined(__aarch64__)
     if (isa == "neon") return pgd_neon;
@@ -35,14 +35,14 @@ void over_samples(int64_t samples, int64_t elements, int threads, const Body& bo
 
 void pgd_step(const std::string& isa, const PgdStep& step) {
     const PgdKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(kernel.isa);
+    hamming_set_last_isa(isa);
     over_samples(step.samples, step.channels * step.inner, step.threads,
                  [&](int64_t first, int64_t last) { kernel.step(step, first, last); });
 }
 
 void pgd_noise(const std::string& isa, const PgdNoise& noise) {
     const PgdKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(kernel.isa);
+    hamming_set_last_isa(isa);
     over_samples(noise.samples, noise.count, noise.threads,
                  [&](int64_t first, int64_t last) { kernel.noise(noise, first, last); });
 }

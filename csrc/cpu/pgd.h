@@ -34,7 +34,6 @@ struct PgdNoise {
 
 // What one instruction set runs: samples [first, last) of a step, or of the noise.
 struct PgdKernel {
-    const char* isa;
     void (*step)(const PgdStep&, int64_t first, int64_t last);
     void (*noise)(const PgdNoise&, int64_t first, int64_t last);
 };

@@ -15,7 +15,7 @@
 #include "pgd_kernel.h"
 
 namespace cmr {
-const PgdKernel pgd_avx2{"avx2", PgdLoops::step, PgdLoops::noise};
+const PgdKernel pgd_avx2{PgdLoops::step, PgdLoops::noise};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

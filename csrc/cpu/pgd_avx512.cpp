@@ -15,7 +15,7 @@
 #include "pgd_kernel.h"
 
 namespace cmr {
-const PgdKernel pgd_avx512{"avx512_vpopcntdq", PgdLoops::step, PgdLoops::noise};
+const PgdKernel pgd_avx512{PgdLoops::step, PgdLoops::noise};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

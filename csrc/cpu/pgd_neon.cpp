@@ -2,6 +2,6 @@
 #include "pgd_kernel.h"
 
 namespace cmr {
-const PgdKernel pgd_neon{"neon", PgdLoops::step, PgdLoops::noise};
+const PgdKernel pgd_neon{PgdLoops::step, PgdLoops::noise};
 }
 #endif
