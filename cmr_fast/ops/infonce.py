@@ -666,7 +666,8 @@ def _torch_sigmoid(
     def gradient(rows: slice, z: Tensor) -> Tensor:
         positive = pairs.dense(rows, columns, z) != 0
         x = torch.where(positive, -z - bias, z + bias)
-        weight = torch.where(positive, *z.new_tensor(each))
+        of_positive, of_negative = z.new_tensor(each)
+        weight = torch.where(positive, of_positive, of_negative)
         loss.add_((weight * F.softplus(x)).sum(dtype=torch.float64))
         g = torch.where(positive, -weight, weight) * x.sigmoid()
         slope.add_(g.sum(dtype=torch.float64))
