@@ -1,5 +1,5 @@
 import pytest
-from small import samples, trained
+from networks import samples, trained
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import network, samples
+from networks import network, samples
 from torch import nn
 
 import cmr_fast as cf
