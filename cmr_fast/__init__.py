@@ -18,6 +18,8 @@ _WHERE = {
     "explain": "cmr_fast.ops",
     "pairwise_nll": "cmr_fast.ops",
     "pairwise_squared": "cmr_fast.ops",
+    "sinkhorn": "cmr_fast.ops",
+    "ipot": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",

@@ -5,19 +5,23 @@ from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk,
 from cmr_fast.ops.multi_index import SearchTables
 from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
 from cmr_fast.ops.ranking import Ranking, ranking
+from cmr_fast.ops.sinkhorn import Transport, ipot, sinkhorn
 
 __all__ = [
     "CodeBuffer",
     "Ranking",
     "SearchTables",
+    "Transport",
     "dcmh_loss",
     "explain",
     "hamming_distances",
     "hamming_range",
     "hamming_topk",
+    "ipot",
     "pack_codes",
     "pairwise_nll",
     "pairwise_squared",
     "ranking",
+    "sinkhorn",
     "unpack_codes",
 ]

@@ -19,6 +19,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_distances": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "ipot": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
 
 

@@ -11,6 +11,7 @@
 #include "multi_index.h"
 #include "pairwise.h"
 #include "ranking.h"
+#include "sinkhorn.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -144,5 +145,20 @@ PYBIND11_MODULE(_cpu, m) {
                        at<int32_t>(labels), words, label_stride, at<void>(s), s_stride, static_cast<float>(positive),
                        squared, gradient, at<double>(row_sums), at<double>(total)},
                       threads);
+    });
+
+    m.def("sinkhorn_workspace", [](int64_t problems, int64_t m, int64_t n, bool proximal, int threads) {
+        return cmr::sinkhorn_workspace({problems, m, n, 1, 1, 0, cmr::Stop::marginals, proximal, 1, threads});
+    });
+    m.def("sinkhorn", [](const std::string& isa, int64_t problems, int64_t m, int64_t n, double inverse, int64_t max_iter,
+                         double tol, int stop, bool proximal, int64_t inner, int threads, Address cost, Address mu,
+                         int64_t mu_stride, Address nu, int64_t nu_stride, Address plan, Address iterations,
+                         Address errors, Address workspace) {
+        py::gil_scoped_release released;
+        cmr::sinkhorn(isa,
+                      {problems, m, n, inverse, max_iter, tol, static_cast<cmr::Stop>(stop), proximal, inner, threads},
+                      {at<float>(cost), at<float>(mu), at<float>(nu), mu_stride, nu_stride, at<float>(plan),
+                       at<int32_t>(iterations), at<float>(errors)},
+                      at<uint8_t>(workspace));
     });
 }

@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include "pairwise.h"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

@@ -10,6 +10,8 @@
 #endif
 #include <immintrin.h>
 
+#include "pairwise.h"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
