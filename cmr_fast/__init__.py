@@ -20,6 +20,8 @@ _WHERE = {
     "pairwise_nll": "cmr_fast.ops",
     "pairwise_squared": "cmr_fast.ops",
     "info_nce": "cmr_fast.ops",
+    "sinkhorn": "cmr_fast.ops",
+    "ipot": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",

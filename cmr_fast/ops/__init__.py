@@ -7,12 +7,14 @@ from cmr_fast.ops.multi_index import SearchTables
 from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
 from cmr_fast.ops.pgd import pgd_noise, pgd_step_
 from cmr_fast.ops.ranking import Ranking, ranking
+from cmr_fast.ops.sinkhorn import Transport, ipot, sinkhorn
 from cmr_fast.ops.triplet import acmr_triplet, triplet_margin
 
 __all__ = [
     "CodeBuffer",
     "Ranking",
     "SearchTables",
+    "Transport",
     "acmr_triplet",
     "dcmh_loss",
     "explain",
@@ -20,6 +22,7 @@ __all__ = [
     "hamming_range",
     "hamming_topk",
     "info_nce",
+    "ipot",
     "js_critic",
     "pack_codes",
     "pairwise_nll",
@@ -28,6 +31,7 @@ __all__ = [
     "pgd_step_",
     "ranking",
     "sigmoid_loss",
+    "sinkhorn",
     "triplet_margin",
     "unpack_codes",
 ]

@@ -25,6 +25,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "infonce": {"cpu": ("cpp", "torch")},
     "sigmoid_pairs": {"cpu": ("cpp", "torch")},
+    "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "ipot": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
 
 

@@ -242,3 +242,45 @@ def _gradients(
         "of_text": scale * of_logits.T @ image,
         "of_scale": (of_logits * products).sum(),
     }
+
+
+def sinkhorn(
+    cost: np.ndarray,
+    reg: float,
+    mu: np.ndarray,
+    nu: np.ndarray,
+    max_iter: int,
+    tol: float = 0.0,
+    stop: str = "marginals",
+) -> tuple[np.ndarray, int]:
+    """One problem (m, n) in float64 by log-sum-exps: the plan and how many iterations were made."""
+    cost, mu, nu = (np.asarray(x, dtype=np.float64) for x in (cost, mu, nu))
+    f, g = np.zeros(len(mu)), np.where(nu > 0, 0.0, -np.inf)
+    with np.errstate(divide="ignore"):
+        log_mu, log_nu = np.log(mu), np.log(nu)
+    done, change = 0, np.inf
+    while done < max_iter and not change < tol:
+        done += 1
+        lse = np.logaddexp.reduce((g - cost) / reg, axis=1)
+        rows, f_before = np.exp(np.minimum(f / reg + lse, 700)), f
+        f = reg * (log_mu - lse)
+        g = reg * (log_nu - np.logaddexp.reduce((f[:, None] - cost) / reg, axis=0))
+        has = mu > 0
+        change = (
+            np.abs(rows - mu)[has].sum() if stop == "marginals" else np.abs(f - f_before, where=has, out=0 * f).sum()
+        )
+    return np.exp((f[:, None] + g - cost) / reg), done
+
+
+def ipot(cost: np.ndarray, beta: float, mu: np.ndarray, nu: np.ndarray, max_iter: int, inner: int = 1) -> np.ndarray:
+    """Algorithm 1 of Xie et al. 2018 for one problem, in float64 as it is written there."""
+    cost, mu, nu = (np.asarray(x, dtype=np.float64) for x in (cost, mu, nu))
+    g = np.exp(-cost / beta)
+    plan, sigma = np.ones_like(cost), np.where(nu > 0, 1 / len(nu), 0.0)
+    for _ in range(max_iter):
+        q = g * plan
+        for _ in range(inner):
+            delta = mu / (q @ sigma)
+            sigma = nu / (q.T @ delta)
+        plan = delta[:, None] * q * sigma
+    return plan

@@ -15,6 +15,7 @@
 #include "pgd.h"
 #include "ranking.h"
 #include "triplet.h"
+#include "sinkhorn.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -227,5 +228,20 @@ PYBIND11_MODULE(_cpu, m) {
                                             float negative, Address sums, Address out) {
         py::gil_scoped_release released;
         cmr::infonce_kernel(isa).sigmoid(infonce_tile(t, scale, bias), positive, negative, at<double>(sums), at<void>(out));
+    });
+
+    m.def("sinkhorn_workspace", [](int64_t problems, int64_t m, int64_t n, bool proximal, int threads) {
+        return cmr::sinkhorn_workspace({problems, m, n, 1, 1, 0, cmr::Stop::marginals, proximal, 1, threads});
+    });
+    m.def("sinkhorn", [](const std::string& isa, int64_t problems, int64_t m, int64_t n, double inverse, int64_t max_iter,
+                         double tol, int stop, bool proximal, int64_t inner, int threads, Address cost, Address mu,
+                         int64_t mu_stride, Address nu, int64_t nu_stride, Address plan, Address iterations,
+                         Address errors, Address workspace) {
+        py::gil_scoped_release released;
+        cmr::sinkhorn(isa,
+                      {problems, m, n, inverse, max_iter, tol, static_cast<cmr::Stop>(stop), proximal, inner, threads},
+                      {at<float>(cost), at<float>(mu), at<float>(nu), mu_stride, nu_stride, at<float>(plan),
+                       at<int32_t>(iterations), at<float>(errors)},
+                      at<uint8_t>(workspace));
     });
 }

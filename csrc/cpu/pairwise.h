@@ -27,7 +27,6 @@ struct PairwiseTile {
 };
 
 struct PairwiseKernel {
-    const char* isa;
     void (*rows)(const PairwiseTile&, int64_t first, int64_t last);
 };
 

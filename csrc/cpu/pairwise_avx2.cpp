@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include "pairwise.h"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -15,7 +17,7 @@
 #include "pairwise_kernel.h"
 
 namespace cmr {
-const PairwiseKernel pairwise_avx2{"avx2", pairwise_rows};
+const PairwiseKernel pairwise_avx2{pairwise_rows};
 }
 
 #if defined(__clang__)

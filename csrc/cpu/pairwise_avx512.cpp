@@ -10,6 +10,8 @@
 #endif
 #include <immintrin.h>
 
+#include "pairwise.h"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
@@ -20,7 +22,7 @@
 #include "pairwise_kernel.h"
 
 namespace cmr {
-const PairwiseKernel pairwise_avx512{"avx512_vpopcntdq", pairwise_rows};
+const PairwiseKernel pairwise_avx512{pairwise_rows};
 }
 
 #if defined(__clang__)

@@ -59,6 +59,17 @@ struct Vec {
         mantissa.v = _mm512_getmant_ps(v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
     }
     float sum() const { return _mm512_reduce_add_ps(v); }
+    static __m128 quarter(Vec a) {
+        const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    }
+    // sums[i] = the sum of x[i], ratios[i] = mass[i] / sums[i], 0 where there is no mass: four at a time
+    static void ratios4(const Vec (&x)[4], const float* mass, float* sums, float* ratios) {
+        const __m128 s = _mm_hadd_ps(_mm_hadd_ps(quarter(x[0]), quarter(x[1])), _mm_hadd_ps(quarter(x[2]), quarter(x[3])));
+        const __m128 of = _mm_loadu_ps(mass);
+        _mm_storeu_ps(sums, s);
+        _mm_storeu_ps(ratios, _mm_and_ps(_mm_div_ps(of, s), _mm_cmplt_ps(_mm_setzero_ps(), of)));
+    }
     float largest() const { return _mm512_reduce_max_ps(v); }
 };
 
@@ -133,10 +144,18 @@ struct Vec {
         mantissa.v = _mm256_castsi256_ps(
             _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff)), _mm256_set1_epi32(0x3f800000)));
     }
+    static __m128 quarter(Vec a) { return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1)); }
     float sum() const {
         const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
         return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+    }
+    // sums[i] = the sum of x[i], ratios[i] = mass[i] / sums[i], 0 where there is no mass: four at a time
+    static void ratios4(const Vec (&x)[4], const float* mass, float* sums, float* ratios) {
+        const __m128 s = _mm_hadd_ps(_mm_hadd_ps(quarter(x[0]), quarter(x[1])), _mm_hadd_ps(quarter(x[2]), quarter(x[3])));
+        const __m128 of = _mm_loadu_ps(mass);
+        _mm_storeu_ps(sums, s);
+        _mm_storeu_ps(ratios, _mm_and_ps(_mm_div_ps(of, s), _mm_cmplt_ps(_mm_setzero_ps(), of)));
     }
     float largest() const {
         const __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -219,6 +238,12 @@ struct Vec {
         mantissa.v = (reg)((bits & 0x7fffff) | 0x3f800000);
     }
     float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+    static void ratios4(const Vec (&x)[4], const float* mass, float* sums, float* ratios) {
+        for (int i = 0; i < 4; ++i) {
+            sums[i] = x[i].sum();
+            ratios[i] = mass[i] > 0 ? mass[i] / sums[i] : 0.0f;
+        }
+    }
     float largest() const {
         const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
         return a > b ? a : b;
@@ -273,7 +298,8 @@ inline Vec log(Vec x) {
     Vec y = Vec::fma(polynomial(m, c) * m, square, n * Vec::of(-2.12194440e-4f));
     y = m + Vec::fma(square, Vec::of(-0.5f), y);
     y = Vec::fma(n, Vec::of(0.693359375f), y);
-    return Vec::select(x < Vec::of(1.4e-45f), Vec::of(-__builtin_inff()), y + (x - x));  // x - x keeps a NaN
+    // x - x keeps a NaN; 0 < x holds for a subnormal only where the processor was not told to take it for 0
+    return Vec::select(Vec::of(0) < x, y, Vec::of(-__builtin_inff())) + (x - x);
 }
 
 }  // namespace

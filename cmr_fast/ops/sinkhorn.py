@@ -1,0 +1,331 @@
+"""Optimal transport of many small problems in one call: Sinkhorn's iterations and IPOT, each stopped by itself.
+
+The native kernel scales a kernel that is exponentiated once and goes through logarithms where that would not hold; the
+torch path works in logarithms throughout. Results do not change from run to run or with `threads`.
+"""
+
+import math
+import sys
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmr_fast.errors import InputError
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops._library import LIBRARY, register
+from cmr_fast.ops.hamming import Array, _as_tensor, _like_input
+
+STOPS = ("marginals", "potentials")
+
+
+class Transport(NamedTuple):
+    """What details=True returns.
+
+    plan          as without it
+    iterations    int32 (P,): how many were made
+    error         float (P,): sum_i |sum_j plan_ij - mu_i|; the column sums are right up to rounding
+    """
+
+    plan: Array  # type: ignore[valid-type]
+    iterations: Array  # type: ignore[valid-type]
+    error: Array  # type: ignore[valid-type]
+
+
+def sinkhorn(
+    cost: Array,
+    reg: float,
+    *,
+    max_iter: int = 1000,
+    tol: float = 1e-5,
+    mu: Array | None = None,
+    nu: Array | None = None,
+    stop: Literal["marginals", "potentials"] = "marginals",
+    grad: Literal["envelope", "implicit", "unrolled"] = "envelope",
+    details: bool = False,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> Array | Transport:
+    """Entropic transport plans (Cuturi 2013): min over T of <T, C> + reg * sum T (log T - 1), T 1 = mu, T^T 1 = nu.
+
+    cost        float (P, m, n), or (m, n); finite. float16 and bfloat16 are computed in float32
+    reg         of the entropy, in units of cost. Small ones are safe (1e-3 with costs up to 2), they take longer
+    max_iter    of one problem. An iteration makes the row sums right, then the column sums; the first starts from zero
+                potentials
+    tol, stop   a problem is done after the iteration that found, or made, less than tol: of "marginals",
+                sum_i |sum_j T_ij - mu_i| before it; of "potentials", sum_i |f_i - f_i before|, f in units of cost (what
+                Feature Scattering stops by, at 0.1). 0 makes max_iter iterations
+    mu, nu      float (m,) or (P, m), and (n,) or (P, n): 1 / m and 1 / n unless given. Not negative, of equal sums;
+                zeros are rows and columns without mass
+    grad        "envelope": T is a constant, so autograd's d<T, C> / dC = T, which at the optimum is the gradient of the
+                whole objective. "implicit": of T itself with respect to cost, mu and nu at the fixed point, by a linear
+                system; right where the problem has converged. "unrolled": through the iterations, by torch's own
+                operators, which keep each of them in memory
+    details     also how many iterations were made and what is left of the error
+
+    Returns plans of the shape, kind and dtype of cost. Bad values (not finite, negative masses) are looked for where
+    that costs no wait, on the CPU; on a GPU a problem with one has a plan that is not finite.
+    """
+    if stop not in STOPS:
+        raise InputError(f"stop must be one of {', '.join(STOPS)}, got {stop!r}")
+    _check_number("tol", tol, least=0.0)
+    return _transport(
+        "sinkhorn", cost, reg, max_iter, float(tol), mu, nu, STOPS.index(stop), 1, grad, details, backend, threads
+    )
+
+
+def ipot(
+    cost: Array,
+    beta: float,
+    *,
+    max_iter: int = 50,
+    inner: int = 1,
+    mu: Array | None = None,
+    nu: Array | None = None,
+    grad: Literal["envelope", "unrolled"] = "envelope",
+    details: bool = False,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> Array | Transport:
+    """Transport plans without regularisation in the limit, by the inexact proximal point method (Xie et al. 2018).
+
+    max_iter    outer iterations, all of them made: T <- diag(delta) (exp(-cost / beta) * T) diag(sigma), Algorithm 1
+    inner       scalings in each of them
+
+    The rest as in `sinkhorn`; beta is in units of cost.
+    """
+    if not isinstance(inner, int) or inner < 1:
+        raise InputError(f"inner must be an integer of 1 or more, got {inner!r}")
+    if grad == "implicit":
+        raise InputError("ipot's grad must be envelope or unrolled, got 'implicit': its plan is no fixed point")
+    return _transport("ipot", cost, beta, max_iter, 0.0, mu, nu, 0, inner, grad, details, backend, threads)
+
+
+def _check_number(name: str, value: object, least: float, above: bool = False) -> None:
+    if not isinstance(value, (int, float)) or not (least < value < math.inf or (value == least and not above)):
+        expected = f"above {least:g}" if above else f"of {least:g} or more"
+        raise InputError(f"{name} must be a finite number {expected}, got {value!r}")
+
+
+def _transport(
+    op: str,
+    cost: Array,
+    reg: float,
+    max_iter: int,
+    tol: float,
+    mu: Array | None,
+    nu: Array | None,
+    stop: int,
+    inner: int,
+    grad: str,
+    details: bool,
+    backend: str | None,
+    threads: int | None,
+) -> Any:
+    values, was_numpy = _as_tensor(cost, "cost")
+    if values.ndim not in (2, 3) or 0 in values.shape[-2:] or not values.is_floating_point():
+        raise InputError(
+            f"cost must be float (P, m, n) or (m, n) with m and n of 1 or more, got {values.dtype} "
+            f"{tuple(values.shape)}"
+        )
+    _check_number("reg" if op == "sinkhorn" else "beta", reg, least=0.0, above=True)
+    if not isinstance(max_iter, int) or max_iter < 1:
+        raise InputError(f"max_iter must be an integer of 1 or more, got {max_iter!r}")
+    if grad not in ("envelope", "implicit", "unrolled"):
+        raise InputError(f"grad must be envelope, implicit or unrolled, got {grad!r}")
+    problems = values if values.ndim == 3 else values[None]
+    masses = [_masses(x, problems, axis, name) for x, axis, name in ((mu, 1, "mu"), (nu, 2, "nu"))]
+    if grad == "envelope":
+        problems, masses = problems.detach(), [x.detach() for x in masses]
+    options = float(reg), max_iter, tol, stop, op == "ipot", inner
+    if grad == "unrolled":
+        _dispatch.choose_backend(op, values.device.type, backend, dict.fromkeys(("cpp", "cuda"), "it is not unrolled"))
+        if not torch.compiler.is_compiling():
+            _check_values(problems, *masses)
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        rows, columns = (x.to(dtype) for x in masses)
+        plan, iterations, error = _iterate(problems.to(dtype), rows, columns, *options)
+        plan = plan.to(values.dtype)
+    else:
+        plan, iterations, error = torch.ops.cmr_fast.sinkhorn(problems, *masses, *options, backend, threads)
+    if values.ndim == 2:
+        plan = plan[0]
+    if details:
+        return Transport(*(_like_input(x, was_numpy) for x in (plan, iterations, error)))
+    return _like_input(plan, was_numpy)
+
+
+def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
+    count, size = len(problems), problems.shape[axis]
+    if x is None:
+        return problems.new_full((size,), 1 / size)
+    masses = _as_tensor(x, name)[0]
+    if (
+        masses.shape not in ((size,), (count, size))
+        or masses.dtype != problems.dtype
+        or masses.device != problems.device
+    ):
+        raise InputError(
+            f"{name} must be {problems.dtype} ({size},) or ({count}, {size}) on {problems.device}, as cost is, got "
+            f"{masses.dtype} {tuple(masses.shape)} on {masses.device}"
+        )
+    return masses
+
+
+def _check_values(cost: Tensor, mu: Tensor, nu: Tensor) -> None:
+    if cost.device.type != "cpu":
+        return
+    for x, name in ((cost, "cost"), (mu, "mu"), (nu, "nu")):
+        least = -math.inf if name == "cost" else 0.0
+        if x.numel() == 0:
+            continue
+        low, high = (bound.item() for bound in x.aminmax())  # NaN where there is one
+        if max(least, -sys.float_info.max) <= low and high < math.inf:
+            continue
+        where = tuple((~(x.isfinite() & (x >= least))).nonzero()[0].tolist())
+        raise InputError(
+            f"{name} must be finite{'' if name == 'cost' else ' and not negative'}, got "
+            f"{name}[{', '.join(map(str, where))}] = {x[where].item()}"
+        )
+    apart = (mu.double().sum(-1) - nu.double().sum(-1)).abs() / mu.double().sum(-1).clamp(min=1e-30)
+    if apart.numel() and apart.max() > 1e-3:
+        raise InputError(
+            f"mu and nu must have equal sums, got some that are apart by {apart.max().item():.2g} of the sum"
+        )
+
+
+def _fake(
+    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int,
+    backend: str | None, threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    errors = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    problems = cost.shape[0]
+    return (
+        cost.new_empty(cost.shape),
+        cost.new_empty(problems, dtype=torch.int32),
+        cost.new_empty(problems, dtype=errors),
+    )
+
+
+def _sinkhorn(
+    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int,
+    backend: str | None, threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(cost, mu, nu)
+    unfit = dict.fromkeys(("cpp",), "it computes in float32, these are float64") if cost.dtype == torch.float64 else {}
+    chosen = _dispatch.choose_backend("ipot" if proximal else "sinkhorn", cost.device.type, backend, unfit)
+    if chosen == "torch":
+        dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+        plan, iterations, errors = _iterate(
+            cost.to(dtype), mu.to(dtype), nu.to(dtype), reg, max_iter, tol, stop, proximal, inner
+        )
+        return plan.to(cost.dtype), iterations, errors
+    costs, mu, nu = (x.to(torch.float32).contiguous() for x in (cost, mu, nu))
+    plan = torch.empty_like(costs)
+    iterations, errors = torch.empty(len(cost), dtype=torch.int32), torch.empty(len(cost))
+    native, threads = _dispatch.native(), _dispatch.choose_threads(threads)
+    workspace = torch.empty(native.sinkhorn_workspace(*cost.shape, proximal, threads), dtype=torch.uint8)
+    native.sinkhorn(
+        _dispatch.choose_isa(), *cost.shape, 1 / reg, max_iter, tol, stop, proximal, inner, threads, costs.data_ptr(),
+        mu.data_ptr(), mu.shape[1] if mu.ndim == 2 else 0, nu.data_ptr(), nu.shape[1] if nu.ndim == 2 else 0,
+        plan.data_ptr(), iterations.data_ptr(), errors.data_ptr(), workspace.data_ptr(),
+    )  # fmt: skip
+    return plan.to(cost.dtype), iterations, errors
+
+
+def _iterate(
+    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In logarithms, by torch's own operators: plan = exp(a_i + b_j - C_ij / reg), for IPOT in step t with t / reg.
+
+    A problem that is done keeps what it has; only where asking costs no wait does the loop end with the last of them.
+    """
+    problems, m, n = cost.shape
+    mu, nu = mu.expand(problems, m), nu.expand(problems, n)
+    has_row, has_column = mu > 0, nu > 0
+    log_mu, log_nu = mu.log(), nu.log()
+    nothing = cost.new_full((), -math.inf)
+    a, b = cost.new_zeros(problems, m), torch.where(has_column, 0.0, nothing)
+    before = b
+    active = torch.ones(problems, dtype=torch.bool, device=cost.device)
+    iterations = torch.zeros(problems, dtype=torch.int32, device=cost.device)
+    ends_early = tol > 0 and cost.device.type == "cpu" and not torch.compiler.is_compiling()
+    exponent = cost / -reg
+    log_kernel = exponent
+    for t in range(1, max_iter + 1):
+        source = b
+        if proximal:
+            log_kernel = exponent * t
+            source, before = torch.where(has_column, 2 * b - before, nothing), b
+        for _ in range(inner):
+            lse = torch.logsumexp(log_kernel + source[:, None, :], dim=2)
+            a_next = torch.where(has_row, log_mu - lse, nothing)
+            b_next = torch.where(has_column, log_nu - torch.logsumexp(log_kernel + a_next[:, :, None], dim=1), nothing)
+            source = b_next
+        iterations = iterations + active.int()
+        if tol > 0:
+            with torch.no_grad():
+                apart = (a_next - a) * reg if stop == STOPS.index("potentials") else (a + lse).exp() - mu
+                change = torch.where(has_row, apart, 0.0).abs().sum(dim=1)
+            a = torch.where(active[:, None], a_next, a)
+            b = torch.where(active[:, None], b_next, b)
+            active = active & ~(change < tol)
+            if ends_early and not active.any():
+                break
+        else:
+            a, b = a_next, b_next
+    plan = (log_kernel + a[:, :, None] + b[:, None, :]).exp()
+    return plan, iterations, (plan.detach().sum(dim=2) - mu.detach()).abs().sum(dim=1)
+
+
+def _backward_op(upstream: Tensor, plan: Tensor, mu: Tensor, nu: Tensor, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(upstream * T) with respect to cost, mu and nu at the fixed point T.
+
+    With T_ij = exp(a_i + b_j - C_ij / reg), W = upstream * T and (r, c) the marginals of T, the adjoint (x, y) solves
+
+        r_i x_i + sum_j T_ij y_j = sum_j W_ij,    c_j y_j + sum_i T_ij x_i = sum_i W_ij
+
+    up to a constant from x to y; then dC = (T * (x_i + y_j) - W) / reg, dmu = x, dnu = y. Solved in double by the Schur
+    complement of c, with the constant's direction filled up.
+    """
+    t, w = plan.double(), upstream.double() * plan.double()
+    r, c = t.sum(dim=2), t.sum(dim=1)
+    share = torch.where(c > 0, 1 / c, 0.0)
+    schur = torch.diag_embed(torch.where(r > 0, r, 1.0)) - (t * share[:, None, :]) @ t.mT
+    flat = (r > 0).double()
+    schur = schur + flat[:, :, None] * flat[:, None, :] * (r.sum(dim=1) / flat.sum(dim=1).clamp(min=1))[:, None, None]
+    w_rows, w_columns = w.sum(dim=2), w.sum(dim=1)
+    right = w_rows - (t @ (share * w_columns)[:, :, None])[:, :, 0]
+    x = torch.linalg.solve(schur, right)
+    y = share * (w_columns - (t.mT @ x[:, :, None])[:, :, 0])
+    grad = (t * (x[:, :, None] + y[:, None, :]) - w) / reg
+    x, y = (given.sum(dim=0) if mass.ndim == 1 else given for given, mass in ((x, mu), (y, nu)))
+    return grad.to(plan.dtype), x.to(mu.dtype).contiguous(), y.to(nu.dtype).contiguous()
+
+
+def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[0], inputs[1], inputs[2])
+    ctx.reg = inputs[3]
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 8
+
+
+def _refuse_twice(ctx: Any, *_: Tensor) -> None:
+    raise InputError("grad='implicit' can be differentiated once, got a second derivative; use grad='unrolled'")
+
+
+register(
+    "sinkhorn(Tensor cost, Tensor mu, Tensor nu, float reg, int max_iter, float tol, int stop, bool proximal, "
+    "int inner, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    _sinkhorn,
+    _fake,
+)
+register(
+    "sinkhorn_backward(Tensor upstream, Tensor plan, Tensor mu, Tensor nu, float reg) -> (Tensor, Tensor, Tensor)",
+    _backward_op,
+    lambda upstream, plan, mu, nu, reg: tuple(x.new_empty(x.shape) for x in (plan, mu, nu)),
+)
+torch.library.register_autograd("cmr_fast::sinkhorn", _backward, setup_context=_remember, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::sinkhorn_backward", _refuse_twice, lib=LIBRARY)
