@@ -76,7 +76,8 @@ def assert_within_budget(f, g, given, s, squared=False):
     ):
         assert got.shape == other.shape
         error, budget = ((x.detach().double() - exact).abs().max() for x in (got, other))
-        assert error <= 2 * budget + torch.finfo(got.dtype).eps * (scale.max() + 1e-3)
+        # exp, log1p and the square are good to 2 units each; of a single term eager may be right by chance
+        assert error <= 2 * budget + 4 * torch.finfo(got.dtype).eps * (scale.max() + 1e-3)
 
 
 @pytest.mark.parametrize("squared", [False, True])
