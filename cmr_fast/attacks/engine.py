@@ -223,6 +223,8 @@ class Problem:
 class Attack:
     """Calling habits, checks and bookkeeping; a subclass says how x moves in `_perturb`."""
 
+    steps: int
+
     def __init__(
         self,
         model: Model,
@@ -305,6 +307,25 @@ class Attack:
     def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Perturbed samples (B, ...), and the losses before each step (steps, B)."""
         raise NotImplementedError
+
+    def _fooled(self, outputs: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        """Who fools the model, bool (B,). Outputs that round otherwise than the model's own are not trusted."""
+        if self.success is None:
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        fooled = self.success(outputs, labels)
+        if self.victim.approximate and bool(fooled.any()):
+            fooled[fooled.clone()] = self.success(self.victim.scores(x[fooled]), labels[fooled])
+        return fooled
+
+    def _refuse_broken(self, broken: Tensor, count: int) -> None:
+        """Row r is restart r // count of sample r % count."""
+        if bool((broken >= 0).any()):
+            row = int((broken >= 0).nonzero()[0])
+            raise InputError(
+                f"the gradient of sample {row % count} is not finite at step {int(broken[row])} of {self.steps}"
+                f"{f' (restart {row // count})' if len(broken) > count else ''}: look for a log, a division or a "
+                "square root at zero, or an overflow in 16 bits, in the model or the loss"
+            )
 
     def _describe(self, out: Tensor, problem: Problem, history: Tensor) -> AttackInfo:
         labels = problem.labels

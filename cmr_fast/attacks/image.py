@@ -154,11 +154,7 @@ class PGD(Attack):
                 outputs, values, gradient = self.victim.gradient(x, self._objective, targets)
                 if self.early_stop:
                     history[step:, rows] = values.to(history.dtype)
-                    assert self.success is not None
-                    fooled = self.success(outputs, problem.labels) & ~values.isnan()
-                    if self.victim.approximate and bool(fooled.any()):
-                        # what fools a rounded model need not fool the model
-                        fooled[fooled.clone()] = self.success(self.victim.scores(x[fooled]), problem.labels[fooled])
+                    fooled = self._fooled(outputs, x, problem.labels) & ~values.isnan()
                     if bool(fooled.any()):
                         found[rows] = x
                         broken[rows] = flags
@@ -195,15 +191,6 @@ class PGD(Attack):
         noise = pgd_noise(problem.index, self.restarts, seed=(self.seed + TARGET_STREAM) % 2**64)
         u = (noise.double().gather(1, restart[:, None])[:, 0] + 1) / 2
         return (problem.labels + 1 + (u * (classes - 1)).long()) % classes
-
-    def _refuse_broken(self, broken: Tensor, count: int) -> None:
-        if bool((broken >= 0).any()):
-            row = int((broken >= 0).nonzero()[0])
-            raise InputError(
-                f"the gradient of sample {row % count} is not finite at step {int(broken[row])} of {self.steps}"
-                f"{f' (restart {row // count})' if self.restarts > 1 else ''}: look for a log, a division or a square "
-                "root at zero, or an overflow in 16 bits, in the model or the loss"
-            )
 
     def _best(
         self, problem: Problem, found: Tensor, targets: Tensor, history: Tensor, count: int

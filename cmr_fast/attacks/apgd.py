@@ -1,0 +1,191 @@
+"""Auto-PGD (Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks"): PGD that chooses its own step.
+
+    z     = P(x_k + size sign(grad L(x_k)))                         size = 2 eps at first
+    x_k+1 = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_k-1))
+
+At checkpoints, 0.22 N steps in and then at shrinking distances, a sample whose loss rose in at most 0.75 of the steps
+since the last one, or whose best loss has not changed although its size has not either, gets half the size and starts
+again from its best point.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmr_fast.attacks import losses
+from cmr_fast.attacks.engine import Attack, Model, Problem, Progress
+from cmr_fast.errors import InputError
+from cmr_fast.ops.pgd import Value
+
+MIX = 0.75  # of the new step, the rest is momentum
+FIRST, LEAST, SHRINK = 0.22, 0.06, 0.03  # checkpoint distances, as shares of the steps
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+class APGD(Attack):
+    """`adv = APGD(model, eps=8/255, steps=100)(x, y)`: APGD-CE; loss="dlr" is APGD-DLR.
+
+    steps        gradients a run
+    restarts     runs, each on the samples that no run before it has fooled
+    rho          share of the steps since a checkpoint in which the loss must rise for the size to be kept
+    early_stop   a sample leaves the batch once it fools the model, which does not change who is fooled
+    and what PGD takes: norm, loss, success, bounds, normalize, strict, dtype, channels_last, fold, seed, ...
+
+    Samples that the model has wrong as they are come back as they are. `start` replaces the first run's random start.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eps: Value = 8 / 255,
+        steps: int = 100,
+        *,
+        restarts: int = 1,
+        rho: float = 0.75,
+        early_stop: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, eps=eps, **options)
+        for name, number in (("steps", steps), ("restarts", restarts)):
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{name} must be an integer of 1 or more, got {number!r}")
+        if not 0 <= rho <= 1:
+            raise InputError(f"rho must be from 0 to 1, got {rho!r}")
+        self.steps, self.restarts, self.rho, self.early_stop = steps, restarts, rho, early_stop
+
+    def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[Objective, Tensor]]:
+        """What each run raises, and what it compares the outputs with."""
+        return [(self.loss, problem.labels)] * self.restarts
+
+    def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        clean = self.victim.scores(problem.origin)
+        self._check_classes(clean, problem.labels)
+        found, best = problem.origin.clone(), clean.new_full((len(clean),), -torch.inf)
+        history = self.loss(clean, problem.labels).detach().expand(self.steps, -1).clone()
+        alive = (~self._fooled(clean, problem.origin, problem.labels)).nonzero()[:, 0]
+        runs = self._runs(problem, clean)
+        with Progress(self.progress, self.steps * len(runs), type(self).__name__) as progress:
+            for run, (objective, goals) in enumerate(runs):
+                if not len(alive):
+                    break
+                part = problem.rows(alive)
+                x = self._sphere(part, run) if start is None or run else start[alive]
+                x, value, fooled, losses_, broken = self._ascend(part, x, objective, goals[alive], progress)
+                where = torch.full((len(found),), -1, device=x.device)
+                where[alive] = broken
+                self._refuse_broken(where, len(found))
+                better = fooled | (value > best[alive])
+                kept = alive[better]
+                found[kept], best[kept], history[:, kept] = x[better], value[better], losses_[:, better]
+                alive = alive[~fooled]
+        return found, history
+
+    def _ascend(
+        self, problem: Problem, x: Tensor, objective: Objective, goals: Tensor, progress: Progress
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One run: points, their losses, who is fooled, the losses before each step, where a gradient broke."""
+        count, rows = len(x), torch.arange(len(x), device=x.device)
+        found, fooled = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
+        highest = torch.full((count,), -torch.inf, dtype=x.dtype, device=x.device)
+        history, broken = x.new_zeros((self.steps, count)), torch.full((count,), -1, device=x.device)
+        flags = broken.int()
+        old, best_x, best_gradient = x.clone(), x.clone(), torch.zeros_like(x)
+        best, previous, at_check = highest.clone(), -highest, highest.clone()
+        size = (2 * problem.eps).expand(count, -1).clone()
+        rises, halved = torch.zeros_like(best), torch.ones_like(fooled)
+        window, least = (max(int(share * self.steps), 1) for share in (FIRST, LEAST))
+        checkpoint = window
+        for step in range(self.steps + 1):
+            last = step == self.steps
+            if last:  # the last point is only looked at
+                outputs = self.victim.scores(x)
+                values, gradient = objective(outputs, goals).detach(), best_gradient
+            else:
+                outputs, values, gradient = self.victim.gradient(x, objective, goals)
+                history[step:, rows] = values.to(history.dtype)
+            values = values.to(best.dtype)
+            hit = self._fooled(outputs, x, problem.labels) & ~values.isnan()
+            new = values > best
+            best = torch.where(new, values, best)
+            best_x[new], best_gradient[new] = x[new], gradient[new]
+            improved = hit | (~fooled[rows] & new)  # a point that fools the model is never given up for a higher loss
+            found[rows[improved]], highest[rows[improved]] = x[improved], values[improved]
+            fooled[rows[hit]] = True
+            if last:
+                broken[rows] = flags.long()
+                break
+            rises += values > previous
+            previous = values
+            if step == checkpoint:
+                halve = (rises <= self.rho * window) | (~halved & (best == at_check))
+                size[halve] /= 2
+                x, gradient = x.clone(), gradient.clone()
+                x[halve], gradient[halve] = best_x[halve], best_gradient[halve]
+                halved, at_check = halve, best.clone()
+                rises = torch.zeros_like(rises)
+                window = max(window - max(int(SHRINK * self.steps), 1), least)
+                checkpoint += window
+            if self.early_stop and bool(hit.any()):
+                stay = (~hit).nonzero()[:, 0]
+                broken[rows] = flags.long()
+                rows, problem, goals, flags = rows[stay], problem.rows(stay), goals[stay], flags[stay]
+                x, old, gradient, size = x[stay], old[stay], gradient[stay], size[stay]
+                best_x, best_gradient, best, previous = best_x[stay], best_gradient[stay], best[stay], previous[stay]
+                rises, halved, at_check = rises[stay], halved[stay], at_check[stay]
+                if not len(rows):
+                    break
+            ahead = self._moved(problem, x.clone(), gradient, size, flags, step)
+            mix = MIX if step else 1.0
+            mixed = x + mix * (ahead - x) + (1 - mix) * (x - old)
+            still = torch.zeros_like(mixed)  # a step along zero is the projection alone
+            old, x = x, self._moved(problem, mixed, still, size, flags, step)
+            progress.step()
+        return found, highest, fooled, history, broken
+
+    def _moved(self, problem: Problem, x: Tensor, along: Tensor, size: Tensor, flags: Tensor, step: int) -> Tensor:
+        box, l2 = (problem.low, problem.high), self.norm == "l2"
+        torch.ops.cmr_fast.pgd_step_(x, along, problem.origin, size, problem.eps, *box, flags, step, l2, None, None)
+        return x
+
+    def _sphere(self, problem: Problem, run: int) -> Tensor:
+        """A random point of the ball's surface, clipped: in L-inf the noise of one sample divided by its largest."""
+        origin = problem.origin
+        each = origin[0].numel()
+        if self.norm == "linf":
+            noise = self._noise(problem, run, each)
+            delta = noise / noise.abs().amax(dim=1, keepdim=True)
+        else:
+            u = (self._noise(problem, run, 2 * each).double() + 1) / 2
+            normal = (-2 * u[:, :each].log()).sqrt() * (2 * torch.pi * u[:, each:]).cos()
+            delta = (normal / normal.norm(dim=1, keepdim=True).clamp(min=1e-30)).to(origin.dtype)
+        eps, low, high = (problem.spread(v) for v in (problem.eps, problem.low, problem.high))
+        return torch.minimum(torch.maximum(origin + eps * delta.reshape(origin.shape), low), high).contiguous()
+
+
+class APGDT(APGD):
+    """APGD-T: one run of APGD on the targeted DLR for each of the likeliest wrong classes, on who is left.
+
+    targets   how many classes (9, AutoAttack's, or all wrong ones if there are fewer)
+    """
+
+    def __init__(
+        self, model: Model, eps: Value = 8 / 255, steps: int = 100, *, targets: int = 9, **options: Any
+    ) -> None:
+        super().__init__(model, eps, steps, **{"loss": "dlr", **options})
+        if not self.classifier:
+            raise InputError(
+                "APGDT raises the targeted DLR of a classifier's logits; use APGD with a loss of one's own"
+            )
+        if not isinstance(targets, int) or targets < 1:
+            raise InputError(f"targets must be an integer of 1 or more, got {targets!r}")
+        self.targets = targets
+
+    def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[Objective, Tensor]]:
+        ranked = clean.scatter(1, problem.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+        objective: Objective = lambda logits, goals: losses.dlr_targeted(logits, goals[:, 0], goals[:, 1])  # noqa: E731
+        wanted = ranked[:, : min(self.targets, clean.shape[1] - 1)].unbind(dim=1)
+        return [(objective, torch.stack([problem.labels, w], dim=1)) for w in wanted for _ in range(self.restarts)]
