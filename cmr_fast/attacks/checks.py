@@ -1,0 +1,199 @@
+"""Is a robust accuracy real, or does the model hide its gradient? (Athalye et al. 2018, Carlini et al. 2019, and
+AutoAttack's own warnings, Croce and Hein 2020.)
+
+Each check is a function of a model, inputs and labels and returns a Finding; `masking` runs them all. A finding that is
+`suspicious` says that an attack which follows the gradient overstates this model's robustness, not that the model is
+weak; one that is not proves nothing by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmr_fast.attacks.engine import Array, Attack, Model
+from cmr_fast.attacks.image import PGD
+from cmr_fast.attacks.search import LocalSearch
+from cmr_fast.attacks.transfer import Transfer
+from cmr_fast.errors import InputError
+from cmr_fast.ops.pgd import Value
+
+SLACK = 0.002  # a share of accuracy that counts as nothing, AutoAttack's 0.2 points
+
+
+@dataclass(frozen=True)
+class Finding:
+    """name of the check, whether it is suspicious, why in one sentence, and the numbers behind it."""
+
+    name: str
+    suspicious: bool
+    words: str
+    numbers: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{'SUSPICIOUS' if self.suspicious else 'fine'}: {self.name}: {self.words}"
+
+
+def random_output(model: Model, x: Array, y: Array, *, passes: int = 3, **options: Any) -> Finding:
+    """Several passes over the same input must agree: else average over passes in the attack (EoT)."""
+    atk, images, _ = _victim(model, x, y, options)
+    with atk.victim.attacked(images):
+        outputs = torch.stack([atk.victim.scores(images) for _ in range(passes)])
+    apart = float((outputs - outputs[0]).abs().max() / outputs.abs().max().clamp(min=1e-30))
+    changed = float((outputs.argmax(2) != outputs[0].argmax(1)).any(0).float().mean())
+    words = f"{passes} passes differ by {apart:.2g} of the outputs' size and change {changed:.1%} of the answers"
+    return Finding("random output", apart > 1e-4, words, {"apart": apart, "changed": changed})
+
+
+def softmax_given(model: Model, x: Array, y: Array, **options: Any) -> Finding:
+    """Probabilities instead of logits: a second softmax flattens the loss, and DLR is then another ratio."""
+    atk, images, _ = _victim(model, x, y, options)
+    with atk.victim.attacked(images):
+        outputs = atk.victim.scores(images)
+    total = float((outputs.sum(1) - 1).abs().max())
+    given = bool((outputs >= 0).all()) and total < 1e-3
+    words = "outputs are at least 0 and sum to 1: hand over logits" if given else "outputs are no probabilities"
+    return Finding("softmax given", given, words, {"least": float(outputs.min()), "sum_off": total})
+
+
+def zero_gradient(model: Model, x: Array, y: Array, *, most: float = 0.05, **options: Any) -> Finding:
+    """Cross entropy must have a gradient at samples the model has right; `most` is the share that may have none."""
+    atk, images, labels = _victim(model, x, y, options)
+    with atk.victim.attacked(images):
+        outputs, _, gradient = atk.victim.gradient(images.detach().float(), atk.loss, labels)
+    right = outputs.argmax(1) == labels
+    zero = (gradient.flatten(1) == 0).all(1)
+    share = float(zero[right].float().mean()) if bool(right.any()) else 0.0
+    words = f"{share:.1%} of the samples classified right have a gradient of zero, {most:.0%} may"
+    return Finding("zero gradient", share > most, words, {"share": share})
+
+
+def large_eps(
+    model: Model, x: Array, y: Array, *, eps: Sequence[float] | None = None, steps: int = 40, **options: Any
+) -> Finding:
+    """PGD in ever larger balls, at last the whole box, must bring accuracy down to 0. (eps: L-inf by default.)"""
+    low, high = (torch.as_tensor(v, dtype=torch.float64) for v in options.get("bounds", (0.0, 1.0)))
+    width = float((high - low).max())
+    sweep = list(eps) if eps is not None else [width * part for part in (1 / 64, 1 / 16, 1 / 4, 1)]
+    left = [accuracy(PGD(model, e, e / 4, steps, **_pgd(options)), x, y) for e in sweep]
+    rises = any(b > a + SLACK for a, b in pairwise(left))
+    words = "accuracy " + ", ".join(f"{a:.1%} at eps {e:.3g}" for e, a in zip(sweep, left, strict=True))
+    words += ": it must fall to 0" + (" and never rise" if rises else "")
+    numbers = {f"{e:.6g}": a for e, a in zip(sweep, left, strict=True)}
+    return Finding("large eps", left[-1] > SLACK or rises, words, numbers)
+
+
+def black_box(
+    model: Model,
+    x: Array,
+    y: Array,
+    *,
+    eps: Value = 8 / 255,
+    steps: int = 20,
+    surrogate: Model | None = None,
+    attacks: Sequence[Attack] | None = None,
+    **options: Any,
+) -> Finding:
+    """An attack that sees no gradient must not find more than PGD, which does.
+
+    surrogate   a second model to craft on; its PGD is one of the attacks
+    attacks     more that need no gradient of the model; by default a local search in the same ball
+    """
+    alpha = _quarter(eps)
+    white = accuracy(PGD(model, eps, alpha, steps, **_pgd(options)), x, y)
+    left = {}
+    if attacks is None:
+        kept = {name: value for name, value in options.items() if name in ("bounds", "normalize", "seed")}
+        attacks = [LocalSearch(model, eps, 20, check=False, **kept)] if options.get("norm", "linf") == "linf" else []
+    for atk in attacks:
+        left[type(atk).__name__] = accuracy(atk, x, y)
+    if surrogate is not None:
+        left["Transfer"] = accuracy(
+            Transfer(model, surrogate, eps=eps, alpha=alpha, steps=steps, **_pgd(options)), x, y
+        )
+    if not left:
+        raise InputError("a black-box check needs a surrogate or attacks; the local search has an L-inf ball only")
+    name = min(left, key=lambda n: left[n])
+    words = f"accuracy {white:.1%} under PGD-{steps}, {left[name]:.1%} under {name}, which sees no gradient"
+    return Finding("black box", left[name] < white - SLACK, words, {"PGD": white, **left})
+
+
+def more_steps(
+    model: Model,
+    x: Array,
+    y: Array,
+    *,
+    eps: Value = 8 / 255,
+    steps: Sequence[int] = (1, 10, 50),
+    **options: Any,
+) -> Finding:
+    """More steps of the same attack from the same start must not be weaker."""
+    left = [accuracy(PGD(model, eps, _quarter(eps), count, **_pgd(options)), x, y) for count in steps]
+    weaker = any(b > a + SLACK for a, b in pairwise(left))
+    words = "accuracy " + ", ".join(f"{a:.1%} after {count}" for count, a in zip(steps, left, strict=True))
+    numbers = {str(count): a for count, a in zip(steps, left, strict=True)}
+    return Finding("more steps", weaker, words + (": it rises" if weaker else ""), numbers)
+
+
+def plateau(
+    model: Model, x: Array, y: Array, *, eps: Value = 8 / 255, steps: int = 100, most: float = 0.05, **options: Any
+) -> Finding:
+    """The loss must rise with the steps and then stop rising: else the attack needs more of them, or sees nothing.
+
+    `most` is the share of the whole rise that may lie in the last fifth of the steps.
+    """
+    atk = PGD(model, eps, _quarter(eps), steps, **_pgd(options))
+    curve = atk(x, y, return_info=True)[1].losses.double().mean(dim=1)
+    rise = float(curve[-1] - curve[0])
+    tail = float(curve[-1] - curve[-1 - steps // 5])
+    share = tail / rise if rise > 0 else 1.0
+    flat = rise <= 1e-6 * max(abs(float(curve[0])), 1e-6)
+    if flat:
+        words = f"the loss does not rise in {steps} steps ({float(curve[0]):.4g} to {float(curve[-1]):.4g})"
+    else:
+        words = f"{share:.1%} of the rise lies in the last fifth of {steps} steps, {most:.0%} may"
+    numbers = {"first": float(curve[0]), "last": float(curve[-1]), "tail": share}
+    return Finding("loss against step", flat or share > most, words, numbers)
+
+
+def masking(
+    model: Model, x: Array, y: Array, *, eps: Value = 8 / 255, surrogate: Model | None = None, **options: Any
+) -> list[Finding]:
+    """Every check. options: norm, bounds, normalize, dtype, seed, as of PGD."""
+    return [
+        random_output(model, x, y, **options),
+        softmax_given(model, x, y, **options),
+        zero_gradient(model, x, y, **options),
+        large_eps(model, x, y, **options),
+        black_box(model, x, y, eps=eps, surrogate=surrogate, **options),
+        more_steps(model, x, y, eps=eps, **options),
+        plateau(model, x, y, eps=eps, **options),
+    ]
+
+
+def accuracy(attack: Attack | Transfer, x: Array, y: Array) -> float:
+    """The share of samples that are classified right after the attack."""
+    success = attack(x, y, return_info=True)[1].success
+    if success is None or not len(success):
+        raise InputError("accuracy needs a classifier and at least one sample")
+    return 1 - float(success.double().mean())
+
+
+def _quarter(eps: Value) -> Value:
+    return torch.as_tensor(eps) / 4 if not isinstance(eps, (int, float)) else eps / 4
+
+
+def _pgd(options: dict[str, Any]) -> dict[str, Any]:
+    """A model that is random is a finding here, not an error."""
+    return {"check": False, **options}
+
+
+def _victim(model: Model, x: Array, y: Array, options: dict[str, Any]) -> tuple[PGD, Tensor, Tensor]:
+    atk = PGD(model, **_pgd(options))
+    images, labels, _ = atk._checked(x, y)
+    if not len(images):
+        raise InputError("a check needs at least one sample")
+    return atk, images, labels
