@@ -165,8 +165,13 @@ class ACMR(Method):
 
     def project(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """f_V(image), f_T(text): features of both modalities -> (N, 200) each."""
-        image = self.image_projector(self.image_scaling(pairs.image))
-        return image, self.text_projector(self.text_scaling(pairs.text))
+        return self._project(*self._scale(pairs))
+
+    def _scale(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        return self.image_scaling(pairs.image), self.text_scaling(pairs.text)
+
+    def _project(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image_projector(image), self.text_projector(text)
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, dim) features -> (N, 200) in the common subspace, or (N, C) label distributions if those are compared."""
@@ -242,8 +247,9 @@ class ACMR(Method):
         reversal = c.adversary
         if c.adversary_schedule == "ganin":
             reversal *= 2 / (1 + math.exp(-10 * progress)) - 1
+        scaled = self._scale(batch)
         for _ in range(c.inner_steps):  # lines 1-6
-            image, text = self.project(batch)
+            image, text = self._project(*scaled)
             embedding, terms = self.embedding_loss(image, text, batch.labels)
             loss = embedding
             if c.adversary:
@@ -254,7 +260,7 @@ class ACMR(Method):
         logged = {"embedding_loss": embedding} | terms
         if c.adversary:  # lines 7-8
             with torch.no_grad():
-                image, text = self.project(batch)
+                image, text = self._project(*scaled)
             optimizers["modality"].zero_grad()
             logged["adversarial_loss"] = self.adversarial_loss(image, text, reversal=0.0)
             backward(logged["adversarial_loss"])
