@@ -17,12 +17,15 @@ _WHERE = {
     "hamming_distances": "cmr_fast.ops",
     "explain": "cmr_fast.ops",
     "triplet_margin": "cmr_fast.ops",
+    "pairwise_nll": "cmr_fast.ops",
+    "pairwise_squared": "cmr_fast.ops",
+    "info_nce": "cmr_fast.ops",
     "acmr_triplet": "cmr_fast.losses",
     "HammingIndex": "cmr_fast.retrieval.index",
     "evaluate_codes": "cmr_fast.retrieval.metrics",
     "evaluate_embeddings": "cmr_fast.retrieval.metrics",
 }
-_MODULES = ("ops", "losses", "retrieval", "data", "methods", "report")
+_MODULES = ("ops", "losses", "retrieval", "data", "attacks", "methods", "report")
 
 __all__ = [*_WHERE, *_MODULES, "__version__"]
 

@@ -1,6 +1,8 @@
 """Exact Hamming top-k, one thread, 256 queries x 1M random codes, against faiss-cpu's IndexBinaryFlat."""
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,11 @@ BITS, KS = (32, 64, 128, 256), (10, 100, 1000)
 
 
 def random_codes(bits: int, queries: int = QUERIES, codes: int = CODES) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(bits)
+    of_queries, of_codes = np.random.default_rng(bits).spawn(2)
     shape = (bits // 8,)
-    return rng.integers(0, 256, (queries, *shape), np.uint8), rng.integers(0, 256, (codes, *shape), np.uint8)
+    return of_queries.integers(0, 256, (queries, *shape), np.uint8), of_codes.integers(
+        0, 256, (codes, *shape), np.uint8
+    )
 
 
 def limit(bits: int) -> float:
@@ -24,16 +28,21 @@ def limit(bits: int) -> float:
     native, isa = _dispatch.native(), _dispatch.choose_isa()
     rounds = 3000
     start = time.perf_counter()
-    pairs = native.hamming_arithmetic(isa, 4 if bits <= 32 else 8, rounds)
+    pairs = native.hamming_arithmetic(isa, next((n for n in (1, 2, 4) if bits <= 8 * n), 8), rounds)
     return pairs / (time.perf_counter() - start) / 1e9 / max(1, -(-bits // 64))
 
 
-def topk(bits: int, k: int, queries: int = QUERIES, codes: int = CODES) -> Comparison:
+def flat_index(bits: int, codes: int = CODES) -> Any:
     import faiss
 
-    q, db = random_codes(bits, queries, codes)
     index = faiss.IndexBinaryFlat(bits)
-    index.add(db)
+    index.add(random_codes(bits, 1, codes)[1])
+    return index
+
+
+def topk(bits: int, k: int, queries: int = QUERIES, codes: int = CODES) -> Comparison:
+    q, db = random_codes(bits, queries, codes)
+    index = flat_index(bits, codes)
 
     def check() -> None:
         ours, theirs = cf.hamming_topk(q[:8], db, k, threads=1), index.search(q[:8], k)
@@ -55,10 +64,22 @@ def topk(bits: int, k: int, queries: int = QUERIES, codes: int = CODES) -> Compa
     )
 
 
+def one_by_one(bits: int = 64, k: int = 10, queries: int = 20, codes: int = CODES) -> Comparison:
+    """Queries that come one after the other, a call for each."""
+    together = topk(bits, k, queries, codes)
+    index, (q, db) = flat_index(bits, codes), random_codes(bits, queries, codes)
+    return replace(
+        together,
+        name=f"top-k {bits} bits, k={k}, {queries} single queries x {codes:,}, a call each",
+        ours=lambda: [cf.hamming_topk(q[i : i + 1], db, k, threads=1) for i in range(queries)],
+        theirs=lambda: [index.search(q[i : i + 1], k) for i in range(queries)],
+    )
+
+
 def comparisons(quick: bool = False) -> list[Comparison]:
     if quick:
         return [topk(64, 10, queries=16, codes=100_000)]
-    return [*(topk(bits, k) for bits in BITS for k in KS), topk(64, 10, queries=1)]
+    return [*(topk(bits, k) for bits in BITS for k in KS), topk(64, 10, queries=1), one_by_one()]
 
 
 class TopK:

@@ -4,7 +4,7 @@ Each modality x is encoded as L independent Bernoulli bits with logits a and mea
 batch (Eq. 14 with its sign turned, and its order):
 
     |x_i - decode(h_i)|^2 + |x_t - decode(h_t)|^2      h ~ Bern(m), Gaussian decoders (Eq. 2-4)
-      - lambda_mi  I_JS(m_i; m_t)                      Jensen-Shannon bound with a separable critic T (Eq. 5)
+      - lambda_mi  I_JS(m_i; m_t)                      Jensen-Shannon bound, separable critic T (Eq. 5: js_critic)
       + lambda_skl SKL(m_i, m_t)                       modality gap (Eq. 6-7)
       + lambda_ind L_ind                               total correlation by discriminators D (Eq. 11-12)
       + lambda_bal L_bal                               each bit on half of the time (Eq. 13)
@@ -13,7 +13,6 @@ and, in a step of their own, the discriminators' cross entropy between m and m w
 h = 1[a >= 0].
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
@@ -26,6 +25,7 @@ from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.inputs import SCALINGS, InputScaling, Scaling
 from cmr_fast.methods.loop import Method
+from cmr_fast.ops.infonce import js_critic
 
 Modality = Literal["image", "text"]
 
@@ -120,26 +120,6 @@ def sample_bernoulli(logits: Tensor, straight_through: str = "logits") -> Tensor
     z = logits + torch.log(u) - torch.log1p(-u)
     passed = logits if straight_through == "logits" else logits.sigmoid()
     return (z >= 0).to(z.dtype) + (passed - passed.detach())
-
-
-def js_mutual_information(scores: Tensor, marginals: str = "all") -> Tensor:
-    """Eq. 5 from the critic's scores (B, B), T of image row and text column; at most 2 log 2.
-
-    The diagonal is the joint distribution. The product of marginals is every other entry ("all"), or B of them, picked
-    by a random permutation without fixed points ("permutation"). With Tbar = log 2 - softplus(-T), log(2 - exp(Tbar))
-    is log 2 - softplus(T), which is what is computed.
-    """
-    if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 2:
-        raise InputError(f"scores must be (B, B) with B >= 2, got {tuple(scores.shape)}")
-    count = len(scores)
-    if marginals == "all":
-        unpaired = F.softplus(scores).fill_diagonal_(0.0).sum() / (count * (count - 1))
-    elif marginals == "permutation":
-        cycle = torch.randperm(count, device=scores.device)
-        unpaired = F.softplus(scores[cycle, cycle.roll(1)]).mean()
-    else:
-        raise InputError(f"marginals must be 'all' or 'permutation', got {marginals!r}")
-    return 2 * math.log(2) - F.softplus(-scores.diagonal()).mean() - unpaired
 
 
 def symmetrised_kl(image_logits: Tensor, text_logits: Tensor) -> Tensor:
@@ -259,11 +239,10 @@ class CMIMH(Method):
         seen = means if c.critic_input == "means" else samples
         embedded = {m: _full(self.critic[m](v)) for m, v in seen.items()}
         with torch.autocast(image.device.type, enabled=False):
-            scores = embedded["image"] @ embedded["text"].T
-        terms["mi"] = js_mutual_information(scores, c.marginals)
+            terms["mi"] = js_critic(embedded["image"], embedded["text"], marginals=c.marginals)
         terms["skl"] = symmetrised_kl(logits["image"], logits["text"])
         # D gives logits: log D / (1 - D) is its output
-        terms["ind"] = sum((self.discriminator[m](v).mean() for m, v in means.items()), start=scores.new_zeros(()))
+        terms["ind"] = sum((self.discriminator[m](v).mean() for m, v in means.items()), start=terms["mi"].new_zeros(()))
         terms["bal"] = balance(means["image"]) + balance(means["text"])
         return terms, means
 

@@ -2,20 +2,32 @@
 
 from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
+from cmr_fast.ops.infonce import info_nce, js_critic, sigmoid_loss
 from cmr_fast.ops.multi_index import SearchTables
+from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
+from cmr_fast.ops.pgd import pgd_noise, pgd_step_
 from cmr_fast.ops.ranking import Ranking, ranking
 from cmr_fast.ops.triplet import acmr_triplet, triplet_margin
 
 __all__ = [
+    "CodeBuffer",
     "Ranking",
     "SearchTables",
     "acmr_triplet",
+    "dcmh_loss",
     "explain",
     "hamming_distances",
     "hamming_range",
     "hamming_topk",
+    "info_nce",
+    "js_critic",
     "pack_codes",
+    "pairwise_nll",
+    "pairwise_squared",
+    "pgd_noise",
+    "pgd_step_",
     "ranking",
+    "sigmoid_loss",
     "triplet_margin",
     "unpack_codes",
 ]

@@ -20,6 +20,11 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "triplet_margin": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "acmr_triplet": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pgd_step_": {"cpu": ("cpp", "triton", "torch"), "cuda": ("cuda", "triton", "torch")},
+    "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "infonce": {"cpu": ("cpp", "torch")},
+    "sigmoid_pairs": {"cpu": ("cpp", "torch")},
 }
 
 

@@ -147,3 +147,98 @@ def triplet_margin(
             weights[a, n] -= 1
     scale = 1.0 if reduction == "sum" else 1 / max(1, number)
     return total * scale, weights * scale
+
+
+def pairwise(
+    f: np.ndarray, g: np.ndarray, s: np.ndarray, *, scale: float = 0.5, squared: bool = False
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The sum over all pairs in float64, and its gradients with respect to f and g."""
+    f, g, s = (np.asarray(x, dtype=np.float64) for x in (f, g, s))
+    theta = scale * f @ g.T
+    softplus, sigmoid = np.logaddexp(0, theta), np.exp(-np.logaddexp(0, -theta))
+    if squared:
+        total, slope = 0.5 * ((s * theta - softplus) ** 2).sum(), (s * theta - softplus) * (s - sigmoid)
+    else:
+        total, slope = (softplus - s * theta).sum(), sigmoid - s
+    return float(total), scale * slope @ g, scale * slope.T @ f
+
+
+def pgd_step(
+    x: np.ndarray, gradient: np.ndarray, origin: np.ndarray, alpha: np.ndarray, eps: np.ndarray, low: np.ndarray,
+    high: np.ndarray, norm: str,
+) -> np.ndarray:  # fmt: skip
+    """(B, ...) in float64, element by element; alpha, eps, low and high (1 or B, 1 or C), C the size of dimension 1."""
+    out = x.astype(np.float64)
+    channels = x.shape[1] if x.ndim > 1 else 1
+    alpha, eps, low, high = (np.broadcast_to(v, (len(x), channels)).astype(np.float64) for v in (alpha, eps, low, high))
+    places = list(np.ndindex(x.shape[1:]))
+    for b in range(len(x)):
+        length = np.sqrt((gradient[b].astype(np.float64) ** 2).sum())
+        for place in places:
+            at, c = (b, *place), place[0] if place else 0
+            g = float(gradient[at])
+            if norm == "linf":
+                delta = out[at] + alpha[b, c] * np.sign(g) - origin[at]
+                out[at] = origin[at] + min(max(delta, -eps[b, c]), eps[b, c])
+            elif length > 0:
+                out[at] += alpha[b, c] * g / length
+        if norm == "l2":
+            delta = out[b] - origin[b]
+            distance = np.sqrt((delta**2).sum())
+            out[b] = origin[b] + delta * (min(1.0, eps[b, 0] / distance) if distance > 0 else 1.0)
+        for place in places:
+            at, c = (b, *place), place[0] if place else 0
+            out[at] = min(max(out[at], low[b, c]), high[b, c])
+    return out
+
+
+def pgd_noise(seed: int, index: int, count: int) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al. 2011, section 4) with the key `seed` and the counter (block, index), as (-1, 1)."""
+    out = []
+    for block in range(-(-count // 4)):
+        c = [block & 0xFFFFFFFF, block >> 32, index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF]
+        key = [seed & 0xFFFFFFFF, seed >> 32]
+        for _ in range(10):
+            a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [(b >> 32) ^ c[1] ^ key[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ key[1], a & 0xFFFFFFFF]
+            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        out += [(2 * (word >> 9) + 1 - 2**23) / 2**23 for word in c]
+    return np.array(out[:count], dtype=np.float32)
+
+
+def info_nce(image: np.ndarray, text: np.ndarray, scale: float, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Both directions of InfoNCE from the whole array of logits, and the gradient of the sum of all losses.
+
+    weights (n, m), 0 or more: rows and columns are divided by their sums; without a positive they have the loss 0.
+    """
+    products = image @ text.T
+    logits, of_logits, out = scale * products, np.zeros_like(products), {}
+    for axis, name in ((1, "rows"), (0, "columns")):
+        total = weights.sum(axis=axis, keepdims=True)
+        target = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        most = logits.max(axis=axis, keepdims=True)
+        log_softmax = logits - most - np.log(np.exp(logits - most).sum(axis=axis, keepdims=True))
+        out[name] = -(target * log_softmax).sum(axis=axis)
+        of_logits += np.where(total > 0, np.exp(log_softmax) - target, 0)
+    return out | _gradients(image, text, scale, products, of_logits)
+
+
+def sigmoid_pairs(
+    image: np.ndarray, text: np.ndarray, scale: float, bias: float, positive: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Sum over all pairs of log(1 + exp(-z)) where positive (n, m), else log(1 + exp(z)), and its gradient."""
+    products = image @ text.T
+    signed = np.where(positive, -1.0, 1.0) * (scale * products + bias)
+    of_logits = np.where(positive, -1.0, 1.0) / (1 + np.exp(-signed))
+    out = {"loss": np.logaddexp(0, signed).sum(), "of_bias": of_logits.sum()}
+    return out | _gradients(image, text, scale, products, of_logits)
+
+
+def _gradients(
+    image: np.ndarray, text: np.ndarray, scale: float, products: np.ndarray, of_logits: np.ndarray
+) -> dict[str, np.ndarray]:
+    return {
+        "of_image": scale * of_logits @ text,
+        "of_text": scale * of_logits.T @ image,
+        "of_scale": (of_logits * products).sum(),
+    }

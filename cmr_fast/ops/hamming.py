@@ -76,8 +76,10 @@ def hamming_topk(
     if not isinstance(k, (int, np.integer)) or not 1 <= k < 2**31:
         raise InputError(f"k must be an integer of 1 or more, and below 2^31, got {k!r}")
     bits = _check_bits(bits, database.shape[1])
-    result = torch.ops.cmr_fast.hamming_topk(queries, database, int(k), bits, backend, threads)
-    return _like_input(result[0], was_numpy), _like_input(result[1], was_numpy)
+    # numpy arrays are part of no graph: they spare themselves torch's dispatcher
+    search = _topk if was_numpy else torch.ops.cmr_fast.hamming_topk
+    distances, indices = search(queries, database, int(k), bits, backend, threads)
+    return _like_input(distances, was_numpy), _like_input(indices, was_numpy)
 
 
 def hamming_range(
@@ -174,8 +176,11 @@ def _pack_bits(bits: Tensor) -> Tensor:
 
 
 def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads: int | None) -> tuple[Tensor, Tensor]:
-    distances = torch.full((len(q), k), bits + 1, dtype=torch.int32, device=q.device)
-    indices = torch.full((len(q), k), -1, dtype=torch.int64, device=q.device)
+    distances = torch.empty((len(q), k), dtype=torch.int32, device=q.device)
+    indices = torch.empty((len(q), k), dtype=torch.int64, device=q.device)
+    if k > len(db):
+        distances.fill_(bits + 1)
+        indices.fill_(-1)
     chosen = _dispatch.choose_backend("hamming_topk", q.device.type, backend)
     if chosen == "cuda":
         _hamming_cuda.topk(q, db, k, distances, indices)

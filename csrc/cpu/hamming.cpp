@@ -27,6 +27,7 @@ const HammingKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
 #if defined(__x86_64__)
     if (isa == "avx512_vpopcntdq") return hamming_avx512;
+    if (isa == "avx512bw") return hamming_avx512bw;
     if (isa == "avx2") return hamming_avx2;
 #elif defined(__aarch64__)
     if (isa == "neon") return hamming_neon;
@@ -121,7 +122,12 @@ uint32_t clamp_radius(const HammingShape& s) {
 }  // namespace
 
 const char* hamming_last_isa() { return last_isa.load(); }
-void hamming_set_last_isa(const char* isa) { last_isa.store(isa); }
+void hamming_set_last_isa(const std::string& isa) {
+    const char* name = "none";
+    for (const char* known : kIsas)
+        if (isa == known) name = known;
+    last_isa.store(name);
+}
 
 int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes) {
     const int64_t words = ceil_div(nbytes, 8);

@@ -40,6 +40,7 @@ struct HammingKernel {
 extern const HammingKernel hamming_scalar;
 #if defined(__x86_64__)
 extern const HammingKernel hamming_avx2;
+extern const HammingKernel hamming_avx512bw;
 extern const HammingKernel hamming_avx512;
 #elif defined(__aarch64__)
 extern const HammingKernel hamming_neon;
@@ -53,7 +54,7 @@ int64_t topk_capacity(int64_t n, int64_t k);
 void topk_compact(TopK& state, int64_t k);
 
 const char* hamming_last_isa();
-void hamming_set_last_isa(const char* isa);
+void hamming_set_last_isa(const std::string& isa);
 
 struct HammingShape {
     int64_t num_queries, n, nbytes;

@@ -42,16 +42,6 @@ struct Avx2 {
     static mask less(reg a, reg b) { return _mm256_cmpgt_epi32(b, a); }
     static mask either(mask a, mask b) { return _mm256_or_si256(a, b); }
     static bool any(mask m) { return !_mm256_testz_si256(m, m); }
-
-    template <class Word>
-    static int append(uint64_t* keys, const Word* d, unsigned near, uint32_t index) {
-        int count = 0;
-        for (; near; near &= near - 1) {
-            const unsigned lane = __builtin_ctz(near);
-            keys[count++] = static_cast<uint64_t>(d[lane]) << 32 | (index + lane);
-        }
-        return count;
-    }
 };
 
 struct Avx2x32 : Avx2 {
@@ -67,11 +57,6 @@ struct Avx2x32 : Avx2 {
     }
     static unsigned bits(mask m) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
     static void store_int32(int32_t* p, reg d) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), d); }
-    static int append_keys(uint64_t* keys, reg d, unsigned near, uint32_t index) {
-        alignas(32) word values[lanes];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values), d);
-        return append(keys, values, near, index);
-    }
 };
 
 struct Avx2x64 : Avx2 {
@@ -91,16 +76,11 @@ struct Avx2x64 : Avx2 {
         const reg packed = _mm256_permutevar8x32_epi32(d, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
     }
-    static int append_keys(uint64_t* keys, reg d, unsigned near, uint32_t index) {
-        alignas(32) word values[lanes];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values), d);
-        return append(keys, values, near, index);
-    }
 };
 
 }  // namespace
 
-CMR_HAMMING_KERNEL(hamming_avx2, "avx2", Avx2x32, Avx2x64)
+CMR_HAMMING_KERNEL(hamming_avx2, "avx2", Avx2x32, Avx2x32, Avx2x32, Avx2x64)
 
 }  // namespace cmr
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-// AVX-512 with VPOPCNTDQ: one instruction counts the bits of a whole register, lane by lane.
+// AVX-512 with VPOPCNTDQ and BITALG: one instruction counts the bits of a whole register, lane by lane, of any width.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -13,9 +13,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx2,popcnt,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx512bitalg,avx2,popcnt,bmi,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vpopcntdq,avx2,popcnt,bmi,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vpopcntdq,avx512bitalg,avx2,popcnt,bmi,bmi2")
 #endif
 
 #include "hamming_kernel.h"
@@ -31,13 +31,6 @@ struct Avx512 {
     static reg bit_xor(reg a, reg b) { return _mm512_xor_si512(a, b); }
     static sum zero() { return _mm512_setzero_si512(); }
     static reg finish(sum total) { return total; }
-    static int append_half(uint64_t* keys, __m512i d, __mmask8 near, uint32_t index) {
-        const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-        const __m512i key = _mm512_or_si512(_mm512_slli_epi64(d, 32), _mm512_add_epi64(_mm512_set1_epi64(index), lane));
-        // compress in the register: the form that stores to memory is microcoded on some processors
-        _mm512_storeu_si512(keys, _mm512_maskz_compress_epi64(near, key));
-        return __builtin_popcount(near);
-    }
 };
 
 struct Avx512x64 : Avx512 {
@@ -77,12 +70,9 @@ struct Avx512x64 : Avx512 {
     static mask less(reg a, reg b) { return _mm512_cmplt_epu64_mask(a, b); }
     static mask either(mask a, mask b) { return a | b; }
     static bool any(mask m) { return m != 0; }
-    static unsigned bits(mask m) { return m; }
+    static unsigned bits(mask m) { return in_register(m); }
     static void store_int32(int32_t* p, reg d) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(d));
-    }
-    static int append_keys(uint64_t* keys, reg d, unsigned near, uint32_t index) {
-        return append_half(keys, d, static_cast<__mmask8>(near), index);
     }
 };
 
@@ -103,19 +93,62 @@ struct Avx512x32 : Avx512 {
     static mask less(reg a, reg b) { return _mm512_cmplt_epu32_mask(a, b); }
     static mask either(mask a, mask b) { return a | b; }
     static bool any(mask m) { return m != 0; }
-    static unsigned bits(mask m) { return m; }
+    static unsigned bits(mask m) { return in_register(m); }
     static void store_int32(int32_t* p, reg d) { _mm512_storeu_si512(p, d); }
-    static int append_keys(uint64_t* keys, reg d, unsigned near, uint32_t index) {
-        const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(d));
-        const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(d, 1));
-        const int count = append_half(keys, low, static_cast<__mmask8>(near), index);
-        return count + append_half(keys + count, high, static_cast<__mmask8>(near >> 8), index + 8);
+};
+
+struct Avx512x16 : Avx512 {
+    using word = uint16_t;
+    using mask = __mmask32;
+    static constexpr int lanes = 32;
+    static constexpr int blocks(int) { return 2; }
+    static constexpr int queries(int) { return 8; }
+    static constexpr bool has_transpose(int) { return false; }
+
+    static reg load(const word* p) { return _mm512_loadu_si512(p); }
+    static reg splat(word x) { return _mm512_set1_epi16(static_cast<short>(x)); }
+    static sum add_popcount(sum total, reg x) { return _mm512_add_epi16(total, _mm512_popcnt_epi16(x)); }
+    static reg add(reg a, reg b) { return _mm512_add_epi16(a, b); }
+    static reg min(reg a, reg b) { return _mm512_min_epu16(a, b); }
+    static mask none() { return 0; }
+    static mask less(reg a, reg b) { return _mm512_cmplt_epu16_mask(a, b); }
+    static mask either(mask a, mask b) { return a | b; }
+    static bool any(mask m) { return m != 0; }
+    static unsigned bits(mask m) { return in_register(m); }
+    static void store_int32(int32_t* p, reg d) {
+        _mm512_storeu_si512(p, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(d)));
+        _mm512_storeu_si512(p + 16, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(d, 1)));
+    }
+};
+
+struct Avx512x8 : Avx512 {
+    using word = uint8_t;
+    using mask = __mmask64;
+    static constexpr int lanes = 64;
+    static constexpr int blocks(int) { return 1; }
+    static constexpr int queries(int) { return 8; }
+    static constexpr bool has_transpose(int) { return false; }
+
+    static reg load(const word* p) { return _mm512_loadu_si512(p); }
+    static reg splat(word x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+    static sum add_popcount(sum total, reg x) { return _mm512_add_epi8(total, _mm512_popcnt_epi8(x)); }
+    static reg add(reg a, reg b) { return _mm512_add_epi8(a, b); }
+    static reg min(reg a, reg b) { return _mm512_min_epu8(a, b); }
+    static mask none() { return 0; }
+    static mask less(reg a, reg b) { return _mm512_cmplt_epu8_mask(a, b); }
+    static mask either(mask a, mask b) { return a | b; }
+    static bool any(mask m) { return m != 0; }
+    static uint64_t bits(mask m) { return m; }
+    static void store_int32(int32_t* p, reg d) {
+        alignas(64) word row[lanes];
+        _mm512_store_si512(row, d);
+        for (int lane = 0; lane < lanes; ++lane) p[lane] = row[lane];
     }
 };
 
 }  // namespace
 
-CMR_HAMMING_KERNEL(hamming_avx512, "avx512_vpopcntdq", Avx512x32, Avx512x64)
+CMR_HAMMING_KERNEL(hamming_avx512, "avx512_vpopcntdq", Avx512x8, Avx512x16, Avx512x32, Avx512x64)
 
 }  // namespace cmr
 #if defined(__clang__)

@@ -2,7 +2,7 @@
 //
 // Maths      distance(q, x) = sum over words w of popcount(q[w] xor x[w]); the answer is the stable order by
 //            (distance, index).
-// Layout     Word planes: V::lanes codes side by side, word 0 of all of them, then word 1, ... A register holds one
+// Layout     Word planes of 8-, 16- (where the instruction set counts such lanes), 32- or 64-bit words: V::lanes codes side by side, word 0 of all of them, then word 1, ... A register holds one
 //            word of V::lanes codes, so there is no horizontal addition. Codes of exactly one word already lie so;
 //            others are transposed tile by tile into scratch that stays in the first-level cache, once for all
 //            queries of the group.
@@ -27,6 +27,14 @@ namespace cmr {
 namespace {
 
 constexpr int64_t kTileBytes = 16384;
+
+// gcc 12 may spill an AVX-512 mask with its own width and reload it with that of the integer it was converted to
+inline unsigned in_register(unsigned x) {
+#if defined(__GNUC__)
+    asm("" : "+r"(x));
+#endif
+    return x;
+}
 
 template <class V, int W>
 struct Scan {
@@ -76,7 +84,7 @@ struct Scan {
                 for (int64_t w = 0; w < words; ++w)
                     std::memcpy(out + w * V::lanes, rows + i * job.nbytes + w * sizeof(word), sizeof(word));
             }
-        } else {
+        } else if constexpr (sizeof(word) > 2) {  // shorter words are whole codes
             const int64_t whole = words - 1, rest = job.nbytes - whole * sizeof(word);
             for (int64_t i = 0; i < count; ++i) {
                 word* out = planes + i / V::lanes * V::lanes * words + i % V::lanes;
@@ -149,11 +157,15 @@ struct Scan {
 #pragma GCC unroll 8
             for (int j = 0; j < Q; ++j) some = V::either(some, near[j] = V::less(best[j], limit[j]));
             if (__builtin_expect(V::any(some), 0)) {
-                for (int j = 0; j < Q; ++j)
-                    if (V::any(near[j])) {
-                        collect(sink, block, first + at, std::min<int64_t>(kStep, count - at), i + j);
-                        limit[j] = V::splat(static_cast<word>(sink.limit(i + j)));
-                    }
+                // which queries, as bits: a branch for each of them would be guessed wrong for each hit
+                unsigned which = 0;
+#pragma GCC unroll 8
+                for (int j = 0; j < Q; ++j) which |= static_cast<unsigned>(V::any(near[j])) << j;
+                for (; which; which &= which - 1) {
+                    const int j = __builtin_ctz(which);
+                    collect(sink, block, first + at, std::min<int64_t>(kStep, count - at), i + j);
+                    limit[j] = V::splat(static_cast<word>(sink.limit(i + j)));
+                }
             }
         }
     }
@@ -202,15 +214,22 @@ struct Scan {
         for (int j = 0; j < Q; ++j) limit[j] = V::splat(static_cast<word>(sink.limit(i + j)));
     }
 
+    // A step that holds something near: all of it in one mask, then hit by hit from the words of the code.
     template <class Sink>
     __attribute__((noinline)) void collect(Sink& sink, const word* block, int64_t index, int64_t valid, int64_t i) const {
         const word* q = query_words + i * words;
-        for (int u = 0; u < kBlocks && u * V::lanes < valid; ++u) {
-            const reg d = distance(q, block + u * words * V::lanes);
-            unsigned near = V::bits(V::less(d, V::splat(static_cast<word>(sink.limit(i)))));
-            if (valid - u * V::lanes < V::lanes) near &= (1u << (valid - u * V::lanes)) - 1;
-            if (near) sink.template emit<V>(i, d, near, static_cast<uint32_t>(index + u * V::lanes));
-        }
+        const reg limit = V::splat(static_cast<word>(sink.limit(i)));
+        uint64_t near = 0;
+#pragma GCC unroll 8
+        for (int u = 0; u < kBlocks; ++u)
+            near |= static_cast<uint64_t>(V::bits(V::less(distance(q, block + u * words * V::lanes), limit))) << u * V::lanes;
+        if (valid < kStep) near &= (uint64_t{1} << valid) - 1;
+        sink.emit(i, near, static_cast<uint32_t>(index), [&](int code) {
+            const word* x = block + code / V::lanes * V::lanes * words + code % V::lanes;
+            int bits = 0;
+            for (int64_t w = 0; w < (W ? W : words); ++w) bits += __builtin_popcountll(q[w] ^ x[w * V::lanes]);
+            return static_cast<uint32_t>(bits);
+        });
     }
 
     // The bound: xor, popcount and add alone, over one tile in the first-level cache. Returns a checksum.
@@ -280,10 +299,15 @@ struct TopKSink {
 
     uint32_t limit(int64_t i) const { return states[i].limit; }
 
-    template <class V>
-    void emit(int64_t i, typename V::reg d, unsigned near, uint32_t index) {
+    template <class Distance>
+    void emit(int64_t i, uint64_t near, uint32_t index, const Distance& distance) {
         TopK& state = states[i];
-        state.count += V::append_keys(state.keys + state.count, d, near, index);
+        uint64_t* to = state.keys + state.count;
+        for (; near; near &= near - 1) {
+            const int code = __builtin_ctzll(near);
+            *to++ = static_cast<uint64_t>(distance(code)) << 32 | (index + code);
+        }
+        state.count = static_cast<uint32_t>(to - state.keys);
         if (state.count > capacity - kScanSlack) topk_compact(state, k);
     }
 };
@@ -295,9 +319,9 @@ struct CountSink {
 
     uint32_t limit(int64_t) const { return radius + 1; }
 
-    template <class V>
-    void emit(int64_t i, typename V::reg, unsigned near, uint32_t) {
-        counts[i * stride] += __builtin_popcount(near);
+    template <class Distance>
+    void emit(int64_t i, uint64_t near, uint32_t, const Distance&) {
+        counts[i * stride] += __builtin_popcountll(near);
     }
 };
 
@@ -310,24 +334,24 @@ struct FillSink {
 
     uint32_t limit(int64_t) const { return radius + 1; }
 
-    template <class V>
-    void emit(int64_t i, typename V::reg d, unsigned near, uint32_t index) {
-        uint64_t keys[kScanSlack];
-        const int count = V::append_keys(keys, d, near, index);
-        for (int c = 0; c < count; ++c) {
-            distances[at[i] + c] = static_cast<int32_t>(keys[c] >> 32);
-            indices[at[i] + c] = base + static_cast<int64_t>(keys[c] & 0xffffffffu);
+    template <class Distance>
+    void emit(int64_t i, uint64_t near, uint32_t index, const Distance& distance) {
+        for (; near; near &= near - 1) {
+            const int code = __builtin_ctzll(near);
+            distances[at[i]] = static_cast<int32_t>(distance(code));
+            indices[at[i]++] = base + index + code;
         }
-        at[i] += count;
     }
 };
 
-// Runs `body` with the scan specialised for the code length: V32 up to 32 bits, then 64-bit words.
-template <class V32, class V64, class Body>
+// Runs `body` with the scan specialised for the code length: one word of 8, 16 or 32 bits, then 64-bit words.
+template <class V8, class V16, class V32, class V64, class Body>
 void specialise(const HammingScan& job, const char* isa, Body&& body) {
     hamming_set_last_isa(isa);
     const int64_t words = (job.nbytes + 7) / 8;
-    if (job.nbytes <= 4) body(Scan<V32, 1>(job));
+    if (job.nbytes == 1) body(Scan<V8, 1>(job));
+    else if (job.nbytes == 2) body(Scan<V16, 1>(job));
+    else if (job.nbytes <= 4) body(Scan<V32, 1>(job));
     else if (words == 1) body(Scan<V64, 1>(job));
     else if (words == 2) body(Scan<V64, 2>(job));
     else if (words == 3) body(Scan<V64, 3>(job));
@@ -335,22 +359,24 @@ void specialise(const HammingScan& job, const char* isa, Body&& body) {
     else body(Scan<V64, 0>(job));
 }
 
-// Limits from a sample of every 64th stretch: the distance that the k nearest of all codes very likely reach. Were it
-// too small for some query, topk() notices and scans again for that query without it.
+// Limits from a sample of every 32nd stretch: the distance that the k nearest of all codes very likely reach. Were it
+// too small for some query, search() notices and scans again for that query without it.
 template <class S>
 void seed_limits(const S& scan, int64_t k, int64_t capacity, TopK* states) {
+    constexpr int64_t kPeriod = 32;
     const HammingScan& job = scan.job;
-    const int64_t chunk = 4 * S::kStep, stride = 64 * chunk;
-    if (k < 24 || job.n < 16 * stride || job.n < 16 * k) return;
-    const double expected = static_cast<double>(k) / 64;
+    const int64_t chunk = 4 * S::kStep, stride = kPeriod * chunk;
+    if (k < 24 || job.n < 16 * stride || job.n < kPeriod * k) return;
+    const double expected = static_cast<double>(k) / kPeriod;
     const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 4);
-    if (rank + kScanSlack > capacity) return;
-    TopKSink sink{states, rank, capacity};
+    const int64_t few = std::min(capacity, 3 * rank + kScanSlack);
+    if (rank + kScanSlack > few) return;
+    TopKSink sink{states, rank, few};
     // a stretch of its own in each period, so that an order of the database does not fool the sample
     uint64_t random = 0x9e3779b97f4a7c15u;
     for (int64_t first = 0; first + stride <= job.n; first += stride) {
         random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-        scan.run_tile(sink, first + static_cast<int64_t>(random % 64) * chunk, chunk);
+        scan.run_tile(sink, first + static_cast<int64_t>(random % kPeriod) * chunk, chunk);
     }
     for (int64_t i = 0; i < job.num_queries; ++i) {
         const uint32_t widest = states[i].limit;
@@ -377,13 +403,13 @@ void search(const S& scan, int64_t k, int64_t capacity, TopK* states) {
     for (int64_t i = 0; i < job.num_queries; ++i) topk_compact(states[i], k);
 }
 
-#define CMR_HAMMING_KERNEL(NAME, ISA, V32, V64)                                                                       \
+#define CMR_HAMMING_KERNEL(NAME, ISA, V8, V16, V32, V64)                                                                       \
     namespace {                                                                                                       \
     void topk(const HammingScan& job, int64_t k, int64_t capacity, TopK* states) {                                    \
-        specialise<V32, V64>(job, ISA, [&](const auto& scan) { search(scan, k, capacity, states); });                 \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) { search(scan, k, capacity, states); });                 \
     }                                                                                                                 \
     void count(const HammingScan& job, uint32_t radius, int64_t* counts, int64_t stride) {                            \
-        specialise<V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
             CountSink sink{radius, counts, stride};                                                                   \
             scan.run(sink);                                                                                           \
         });                                                                                                           \
@@ -392,21 +418,21 @@ void search(const S& scan, int64_t k, int64_t capacity, TopK* states) {
               int32_t* distances, int64_t* indices) {                                                                 \
         int64_t at[kRangeGroup];                                                                                      \
         for (int64_t i = 0; i < job.num_queries; ++i) at[i] = offsets[i * stride];                                    \
-        specialise<V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
             FillSink sink{radius, at, base, distances, indices};                                                      \
             scan.run(sink);                                                                                           \
         });                                                                                                           \
     }                                                                                                                 \
     int64_t arithmetic(const HammingScan& job, int64_t rounds, uint64_t* checksum) {                                  \
         int64_t pairs = 0;                                                                                            \
-        specialise<V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
             *checksum += scan.arithmetic(rounds);                                                                     \
             pairs = scan.arithmetic_pairs(rounds);                                                                    \
         });                                                                                                           \
         return pairs;                                                                                                 \
     }                                                                                                                 \
     void table(const HammingScan& job, int32_t* out, int64_t row_stride) {                                            \
-        specialise<V32, V64>(job, ISA, [&](const auto& scan) { scan.table(out, row_stride); });                       \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) { scan.table(out, row_stride); });                       \
     }                                                                                                                 \
     }                                                                                                                 \
     const HammingKernel NAME{ISA, topk, count, fill, table, arithmetic};

@@ -15,16 +15,6 @@ struct Neon {
 
     static sum zero() { return vdupq_n_u8(0); }
     static bool any(uint32x4_t m) { return vmaxvq_u32(m) != 0; }
-
-    template <class Word>
-    static int append(uint64_t* keys, const Word* d, unsigned near, uint32_t index) {
-        int count = 0;
-        for (; near; near &= near - 1) {
-            const unsigned lane = static_cast<unsigned>(__builtin_ctz(near));
-            keys[count++] = static_cast<uint64_t>(d[lane]) << 32 | (index + lane);
-        }
-        return count;
-    }
 };
 
 struct Neon32 : Neon {
@@ -49,11 +39,6 @@ struct Neon32 : Neon {
         return vaddvq_u32(vandq_u32(m, weight));
     }
     static void store_int32(int32_t* p, reg d) { vst1q_s32(p, vreinterpretq_s32_u32(d)); }
-    static int append_keys(uint64_t* keys, reg d, unsigned near, uint32_t index) {
-        word values[lanes];
-        vst1q_u32(values, d);
-        return append(keys, values, near, index);
-    }
 };
 
 struct Neon64 : Neon {
@@ -78,16 +63,11 @@ struct Neon64 : Neon {
     static mask either(mask a, mask b) { return vorrq_u32(a, b); }
     static unsigned bits(mask m) { return (vgetq_lane_u32(m, 0) & 1) | (vgetq_lane_u32(m, 2) & 2); }
     static void store_int32(int32_t* p, reg d) { vst1_s32(p, vreinterpret_s32_u32(vmovn_u64(d))); }
-    static int append_keys(uint64_t* keys, reg d, unsigned near, uint32_t index) {
-        word values[lanes];
-        vst1q_u64(values, d);
-        return append(keys, values, near, index);
-    }
 };
 
 }  // namespace
 
-CMR_HAMMING_KERNEL(hamming_neon, "neon", Neon32, Neon64)
+CMR_HAMMING_KERNEL(hamming_neon, "neon", Neon32, Neon32, Neon32, Neon64)
 
 }  // namespace cmr
 #endif

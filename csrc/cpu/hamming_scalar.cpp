@@ -41,14 +41,10 @@ struct Scalar {
     static bool any(mask m) { return m; }
     static unsigned bits(mask m) { return m; }
     static void store_int32(int32_t* p, reg d) { *p = static_cast<int32_t>(d); }
-    static int append_keys(uint64_t* keys, reg d, unsigned, uint32_t index) {
-        *keys = static_cast<uint64_t>(d) << 32 | index;
-        return 1;
-    }
 };
 
 }  // namespace
 
-CMR_HAMMING_KERNEL(hamming_scalar, "scalar", Scalar<uint32_t>, Scalar<uint64_t>)
+CMR_HAMMING_KERNEL(hamming_scalar, "scalar", Scalar<uint32_t>, Scalar<uint32_t>, Scalar<uint32_t>, Scalar<uint64_t>)
 
 }  // namespace cmr

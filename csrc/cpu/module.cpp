@@ -4,11 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 #include <vector>
 
 #include "hamming.h"
+#include "infonce.h"
 #include "isa.h"
 #include "multi_index.h"
+#include "pairwise.h"
+#include "pgd.h"
 #include "ranking.h"
 #include "triplet.h"
 
@@ -169,5 +173,59 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("triplet_symmetrise", [](const std::string& isa, int threads, int64_t n, Address e, Address row_sums) {
         py::gil_scoped_release released;
         cmr::triplet_symmetrise(isa, n, threads, at<float>(e), at<float>(row_sums));
+    });
+    m.def("pairwise", [](const std::string& isa, Address theta, int64_t rows, int64_t columns, int kind, Address row_labels,
+                         Address labels, int64_t words, int64_t label_stride, Address s, int64_t s_stride,
+                         double positive, bool squared, bool gradient, Address row_sums, Address total, int threads) {
+        py::gil_scoped_release released;
+        cmr::pairwise(isa,
+                      {at<float>(theta), rows, columns, static_cast<cmr::Similarity>(kind), at<int32_t>(row_labels),
+                       at<int32_t>(labels), words, label_stride, at<void>(s), s_stride, static_cast<float>(positive),
+                       squared, gradient, at<double>(row_sums), at<double>(total)},
+                      threads);
+    });
+    // values: (address, per_sample, per_channel) of alpha, eps, low and high
+    m.def("pgd_step", [](const std::string& isa, int64_t samples, int64_t channels, int64_t inner, Address x,
+                         Address gradient, Address origin, const std::array<std::array<int64_t, 3>, 4>& values,
+                         Address broken, int32_t step, bool l2, int threads) {
+        py::gil_scoped_release released;
+        const auto value = [&](int i) {
+            return cmr::PgdValue{at<const float>(static_cast<Address>(values[i][0])), values[i][1], values[i][2]};
+        };
+        cmr::pgd_step(isa, {samples, channels, inner, at<float>(x), at<const float>(gradient), at<const float>(origin),
+                            value(0), value(1), value(2), value(3), at<int32_t>(broken), step, l2, threads});
+    });
+    m.def("pgd_noise", [](const std::string& isa, uint64_t seed, Address index, int64_t samples, int64_t count,
+                          Address out, int threads) {
+        py::gil_scoped_release released;
+        cmr::pgd_noise(isa, {seed, at<const int64_t>(index), samples, count, at<float>(out), threads});
+    });
+    // tile: (similarities, bf16, rows, columns, weights or 0, diagonal); a direction: 4 arrays, the first 0 without it
+    using Direction = std::array<Address, 4>;
+    using Tile = std::tuple<Address, bool, int64_t, int64_t, Address, int64_t>;
+    const auto infonce_tile = [](const Tile& t, float scale, float bias) {
+        const auto& [s, bf16, rows, cols, weights, diagonal] = t;
+        return cmr::SimilarityTile{at<void>(s), bf16, rows, cols, scale, bias, at<float>(weights), diagonal};
+    };
+    m.def("infonce_forward", [infonce_tile](const std::string& isa, const Tile& t, float scale, const Direction& rows,
+                                            const Direction& cols, Address scratch) {
+        py::gil_scoped_release released;
+        const auto state = [](const Direction& d) {
+            return cmr::SoftmaxState{at<float>(d[0]), at<float>(d[1]), at<float>(d[2]), at<float>(d[3])};
+        };
+        cmr::infonce_kernel(isa).forward(infonce_tile(t, scale, 0), state(rows), state(cols), at<float>(scratch));
+    });
+    m.def("infonce_gradient", [infonce_tile](const std::string& isa, const Tile& t, float scale, const Direction& rows,
+                                             const Direction& cols, Address out) {
+        py::gil_scoped_release released;
+        const auto state = [](const Direction& d) {
+            return cmr::SoftmaxGradient{at<float>(d[0]), at<float>(d[1]), at<float>(d[2]), at<float>(d[3])};
+        };
+        cmr::infonce_kernel(isa).gradient(infonce_tile(t, scale, 0), state(rows), state(cols), at<void>(out));
+    });
+    m.def("infonce_sigmoid", [infonce_tile](const std::string& isa, const Tile& t, float scale, float bias, float positive,
+                                            float negative, Address sums, Address out) {
+        py::gil_scoped_release released;
+        cmr::infonce_kernel(isa).sigmoid(infonce_tile(t, scale, bias), positive, negative, at<double>(sums), at<void>(out));
     });
 }

@@ -37,7 +37,7 @@ const MultiIndexKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
 #if defined(__x86_64__)
     if (isa == "avx512_vpopcntdq") return multi_index_avx512;
-    if (isa == "avx2") return multi_index_avx2;
+    if (isa == "avx512bw" || isa == "avx2") return multi_index_avx2;
 #elif defined(__aarch64__)
     if (isa == "neon") return multi_index_neon;
 #endif

@@ -23,7 +23,7 @@ const RankingKernel& kernel_for(const std::string& isa) {
 #if defined(__x86_64__)
     // all processors with the first but one, long gone, have the second
     if (isa == "avx512_vpopcntdq" && __builtin_cpu_supports("avx512vbmi2")) return ranking_avx512;
-    if (isa == "avx512_vpopcntdq") return ranking_avx2;
+    if (isa == "avx512_vpopcntdq" || isa == "avx512bw") return ranking_avx512bw;
     if (isa == "avx2") return ranking_avx2;
 #elif defined(__aarch64__)
     if (isa == "neon") return ranking_neon;

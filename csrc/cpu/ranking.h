@@ -79,6 +79,7 @@ struct RankingKernel {
 extern const RankingKernel ranking_scalar;
 #if defined(__x86_64__)
 extern const RankingKernel ranking_avx2;
+extern const RankingKernel ranking_avx512bw;
 extern const RankingKernel ranking_avx512;
 #elif defined(__aarch64__)
 extern const RankingKernel ranking_neon;

@@ -19,13 +19,14 @@ int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
 const TripletKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
+    hamming_set_last_isa(isa);
 #if defined(__x86_64__)
-    if (isa == "avx512_vpopcntdq") return hamming_set_last_isa("avx512_vpopcntdq"), triplet_avx512;
-    if (isa == "avx2") return hamming_set_last_isa("avx2"), triplet_avx2;
+    if (is_avx512(isa)) return triplet_avx512;
+    if (isa == "avx2") return triplet_avx2;
 #elif defined(__aarch64__)
-    if (isa == "neon") return hamming_set_last_isa("neon"), triplet_neon;
+    if (isa == "neon") return triplet_neon;
 #endif
-    return hamming_set_last_isa("scalar"), triplet_scalar;
+    return triplet_scalar;
 }
 
 struct Layout {

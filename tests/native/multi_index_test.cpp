@@ -93,7 +93,8 @@ int main() {
                                                {100, 12}, {128, 16}, {130, 13}})
                         check(isa, bits, count, n, k, values, 2);
                 }
-        if (cmr::hamming_last_isa() != isa) {
+        // buckets come from memory: wider registers without a popcount add nothing
+        if (cmr::hamming_last_isa() != (isa == "avx512bw" ? "avx2" : isa)) {
             std::printf("%s was asked for, %s ran\n", isa.c_str(), cmr::hamming_last_isa());
             return 1;
         }

@@ -61,6 +61,8 @@ def test_best_instruction_set_of_this_processor_is_offered_and_runs(monkeypatch)
         flags = set(next((line for line in text if line.startswith(("flags", "Features"))), "").split())
     if {"avx512f", "avx512bw", "avx512_vpopcntdq"} <= flags:
         best = "avx512_vpopcntdq"
+    elif {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        best = "avx512bw"
     else:
         best = "avx2" if "avx2" in flags else "scalar"
     assert ISAS[0] == best

@@ -1,0 +1,381 @@
+"""Likelihoods of pairwise similarities (DCMH, SSAH) without an n x N array: the loss and its gradients in one pass.
+
+Theta = scale * f g^T is made in tiles that stay in cache; of a tile, the loss is summed in double and its gradient
+takes Theta's place, from where a second product carries it to f and g. Results do not change from run to run or with
+`threads`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cmr_fast.errors import InputError
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops._library import LIBRARY, register
+from cmr_fast.ops.hamming import Array, _as_tensor, _like_input, pack_codes
+
+Similarities = Tensor | np.ndarray | tuple[Tensor | np.ndarray, Tensor | np.ndarray]
+
+_CPU_TILE, _CPU_ROWS = 1 << 17, 256  # elements of a tile, 512 KiB, and its rows at most
+_CUDA_TILE, _CUDA_ROWS = 1 << 24, 4096
+
+
+def pairwise_nll(
+    f: Array,
+    g: Array,
+    s: Similarities,
+    *,
+    scale: float = 0.5,
+    positive: float = 1.0,
+    reduction: str = "sum",
+    backend: str | None = None,
+    threads: int | None = None,
+) -> Array:
+    """DCMH's negative log-likelihood of the similarities of all pairs, finite for any finite Theta.
+
+        sum_ij log(1 + e^Theta_ij) - S_ij Theta_ij,    Theta = scale * f g^T
+
+    f, g         float (n, bits) and (N, bits), of one dtype; float16 and bfloat16 are computed in float32. The gradient
+                 of either is made only where it is asked for, so one may be a buffer of the whole training set
+    s            what is similar: a pair (f_labels, g_labels) of packed multi-hot labels, uint8 (n, L) and (N, L) (see
+                 pack_codes; bool (n, classes) is packed here), S_ij = 1 where a bit is shared; a pair of integer class
+                 ids (n,) and (N,), S_ij = 1 where equal; or S itself, (n, N) bool, integer or float. No gradient
+                 goes to S
+    scale        1/2 is DCMH's
+    positive     S is multiplied by it
+    reduction    "sum", or "mean" over the n * N pairs (0 where there are none)
+    threads      of the native kernel; the products use torch's
+
+    Returns a scalar of the dtype of f (float32 for halves) and of its kind, numpy or torch. Differentiable once.
+    """
+    return _loss(f, g, s, scale, positive, False, reduction, backend, threads)
+
+
+def pairwise_squared(
+    f: Array,
+    g: Array,
+    s: Similarities,
+    *,
+    scale: float = 0.5,
+    positive: float = 0.999,
+    reduction: str = "sum",
+    backend: str | None = None,
+    threads: int | None = None,
+) -> Array:
+    """SSAH's squared form, 1/2 || S * Theta - log(1 + e^Theta) ||^2 with S in {0, 0.999}; see pairwise_nll."""
+    return _loss(f, g, s, scale, positive, True, reduction, backend, threads)
+
+
+class CodeBuffer:
+    """The outputs of one modality for the whole training set (DCMH's F or G), and their column sums F 1.
+
+    codes    float (N, bits); the buffer keeps a copy, without gradients
+    """
+
+    def __init__(self, codes: Tensor) -> None:
+        if codes.ndim != 2 or not codes.is_floating_point():
+            raise InputError(f"codes must be float (N, bits), got {codes.dtype} {tuple(codes.shape)}")
+        self.codes = codes.detach().clone()
+        self.sums = self.codes.sum(dim=0, dtype=torch.float64)
+
+    def update(self, rows: Tensor, values: Tensor) -> None:
+        """Put `values` (n, bits) in `rows` (n,), all different; the sums lose the old and gain the new."""
+        self._check(rows, values)
+        values = values.detach().to(self.codes.dtype)
+        self.sums += (values.double() - self.codes[rows].double()).sum(dim=0)
+        self.codes[rows] = values
+
+    def sums_with(self, rows: Tensor, values: Tensor) -> Tensor:
+        """F 1 with `values` in `rows`, all different, and the rest as it is: differentiable in values."""
+        self._check(rows, values)
+        rest = self.sums - self.codes[rows].sum(dim=0, dtype=torch.float64)
+        return values.sum(dim=0) + rest.to(values.dtype)
+
+    def _check(self, rows: Tensor, values: Tensor) -> None:
+        if rows.ndim != 1 or values.shape != (len(rows), self.codes.shape[1]):
+            raise InputError(
+                f"rows must be (n,) and values (n, {self.codes.shape[1]}), got {tuple(rows.shape)} and "
+                f"{tuple(values.shape)}"
+            )
+        if rows.device.type == "cpu" and len(rows.unique()) != len(rows):
+            raise InputError("rows must all be different, got some of them twice")
+
+
+def dcmh_loss(
+    f: Tensor,
+    rows: Tensor,
+    own: CodeBuffer,
+    other: CodeBuffer,
+    s: Similarities,
+    signs: Tensor,
+    *,
+    gamma: float = 1.0,
+    eta: float = 1.0,
+    squared: bool = False,
+    backend: str | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """One modality's step of DCMH (its objective J as far as it depends on these rows), summed, not averaged.
+
+        sum_ij [log(1 + e^Theta_ij) - S_ij Theta_ij] + gamma ||B - F||^2 + eta ||F 1||^2,    Theta = 1/2 F G^T
+
+    f             float (n, bits): the network's outputs for `rows` (n,) of the training set, all different
+    own, other    the buffers of this modality and of the other one. Update own afterwards: own.update(rows, f)
+    s             similarities of the rows to the whole training set, as in pairwise_nll
+    signs         (n, bits): B at these rows
+    squared       SSAH's form of the first term, with its S in {0, 0.999}
+
+    DCMH's code divides the sum by n * N.
+    """
+    if signs.shape != f.shape:
+        raise InputError(f"signs must be of the shape of f, {tuple(f.shape)}, got {tuple(signs.shape)}")
+    pairs = pairwise_squared if squared else pairwise_nll
+    likelihood = pairs(f, other.codes, s, backend=backend, threads=threads)
+    return likelihood + gamma * (signs - f).square().sum() + eta * own.sums_with(rows, f).square().sum()
+
+
+def _loss(
+    f: Array,
+    g: Array,
+    s: Similarities,
+    scale: float,
+    positive: float,
+    squared: bool,
+    reduction: str,
+    backend: str | None,
+    threads: int | None,
+) -> Array:
+    ours, was_numpy = _as_tensor(f, "f")
+    theirs, _ = _as_tensor(g, "g")
+    if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1] != theirs.shape[1] or ours.shape[1] == 0:
+        raise InputError(f"f and g must be (n, bits) and (N, bits), got {tuple(ours.shape)} and {tuple(theirs.shape)}")
+    if not ours.is_floating_point() or ours.dtype != theirs.dtype or ours.device != theirs.device:
+        raise InputError(
+            f"f and g must be of one float dtype on one device, got {ours.dtype} on {ours.device} and {theirs.dtype} "
+            f"on {theirs.device}"
+        )
+    if reduction not in ("sum", "mean"):
+        raise InputError(f"reduction must be sum or mean, got {reduction!r}")
+    pairs = len(ours), len(theirs)
+    matrix, f_labels, g_labels = None, None, None
+    if isinstance(s, (tuple, list)):
+        if len(s) != 2:
+            raise InputError(f"labels must be a pair, those of f and those of g, got {len(s)}")
+        f_labels, g_labels = (_labels(x, n, ours, name) for x, n, name in zip(s, pairs, ("f", "g"), strict=True))
+        if f_labels.dtype != g_labels.dtype or f_labels.shape[1:] != g_labels.shape[1:]:
+            raise InputError(
+                f"the labels must be of one kind and width, got {f_labels.dtype} {tuple(f_labels.shape)} and "
+                f"{g_labels.dtype} {tuple(g_labels.shape)}"
+            )
+    else:
+        matrix = _as_tensor(s, "s")[0]
+        if matrix.shape != pairs or matrix.device != ours.device or matrix.is_complex():
+            raise InputError(
+                f"s must be a real matrix {pairs} on {ours.device}, or a pair of labels, got {matrix.dtype} "
+                f"{tuple(matrix.shape)} on {matrix.device}"
+            )
+        if matrix.requires_grad:
+            raise InputError("s gets no gradient; got one that requires it, use s.detach()")
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (ours, theirs)]
+    total = torch.ops.cmr_fast.pairwise(
+        ours, theirs, matrix, f_labels, g_labels, float(scale), float(positive), squared, *needs, backend, threads
+    )[0]
+    if reduction == "mean":
+        total = total / max(1, pairs[0] * pairs[1])
+    return _like_input(total, was_numpy)
+
+
+def _labels(x: object, count: int, codes: Tensor, name: str) -> Tensor:
+    labels = _as_tensor(x, f"{name}'s labels")[0]
+    if labels.dtype == torch.bool and labels.ndim == 2:
+        labels = pack_codes(labels)
+    packed = labels.dtype == torch.uint8 and labels.ndim == 2 and labels.shape[1] > 0
+    classes = labels.dtype in (torch.int32, torch.int64) and labels.ndim == 1
+    if not (packed or classes) or len(labels) != count or labels.device != codes.device:
+        raise InputError(
+            f"{name}'s labels must be packed uint8 ({count}, L), bool ({count}, classes) or int ({count},) on "
+            f"{codes.device}, got {labels.dtype} {tuple(labels.shape)} on {labels.device}"
+        )
+    return labels.long() if classes else labels
+
+
+def _pairwise(
+    f: Tensor,
+    g: Tensor,
+    s: Tensor | None,
+    f_labels: Tensor | None,
+    g_labels: Tensor | None,
+    scale: float,
+    positive: float,
+    squared: bool,
+    needs_f: bool,
+    needs_g: bool,
+    backend: str | None,
+    threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, grad_f, grad_g = _fake(
+        f, g, s, f_labels, g_labels, scale, positive, squared, needs_f, needs_g, backend, threads
+    )
+    unfit = {"cpp": "it computes in float32, these are float64"} if f.dtype == torch.float64 else {}
+    chosen = _dispatch.choose_backend("pairwise", f.device.type, backend, unfit)
+    n, size = len(f), len(g)
+    scaled, codes = f.to(loss.dtype) * scale, g.to(loss.dtype).contiguous()
+    slope_f = scaled.new_zeros(scaled.shape if needs_f else 0)
+    slope_g = scaled.new_zeros(codes.shape if needs_g else 0)
+    most, most_rows = (_CPU_TILE, _CPU_ROWS) if f.device.type == "cpu" else (_CUDA_TILE, _CUDA_ROWS)
+    rows = max(1, min(n, most_rows))
+    columns = max(1, min(size, most // rows))
+    buffer = scaled.new_empty(rows * columns)
+    tiles = _NativeTiles if chosen == "cpp" else _TorchTiles
+    run = tiles(s, f_labels, g_labels, rows, positive, squared, needs_f or needs_g, scaled, threads)
+    for i in range(0, n, rows):
+        mine = scaled[i : i + rows]
+        for j in range(0, size, columns):
+            theirs = codes[j : j + columns]
+            theta = buffer[: len(mine) * len(theirs)].view(len(mine), len(theirs))
+            torch.mm(mine, theirs.T, out=theta)
+            run(theta, i, j)
+            if needs_f:
+                slope_f[i : i + rows].addmm_(theta, theirs)
+            if needs_g:
+                slope_g[j : j + columns].addmm_(theta.T, mine)
+    loss.copy_(run.total)
+    if needs_f:
+        grad_f.copy_(slope_f.mul_(scale))
+    if needs_g:
+        grad_g.copy_(slope_g)
+    return loss, grad_f, grad_g
+
+
+class _TorchTiles:
+    """Theta -> its gradient, in place; the loss is added to total."""
+
+    def __init__(
+        self, s: Tensor | None, f_labels: Tensor | None, g_labels: Tensor | None, rows: int, positive: float,
+        squared: bool, gradient: bool, codes: Tensor, threads: int | None,
+    ) -> None:  # fmt: skip
+        self.s, self.labels, self.positive = s, (f_labels, g_labels), positive
+        self.squared, self.gradient = squared, gradient
+        self.total = torch.zeros((), dtype=torch.float64, device=codes.device)
+
+    def __call__(self, theta: Tensor, i: int, j: int) -> None:
+        rows, columns = slice(i, i + theta.shape[0]), slice(j, j + theta.shape[1])
+        if self.s is not None:
+            s = self.s[rows, columns].to(theta.dtype)
+        else:
+            s = _shared(self.labels[0][rows], self.labels[1][columns]).to(theta.dtype)  # type: ignore[index]
+        s = s * self.positive
+        e = theta.abs().neg_().exp_()
+        u = e + 1
+        # log1p(e) by Kahan: torch's own is ten times slower than its log
+        soft = torch.where(u == 1, e, u.log() * (e / (u - 1)))
+        above = theta.clamp(min=0)
+        if self.squared:
+            rest = (s * theta - above) - soft
+            self.total += 0.5 * rest.square().sum(dtype=torch.float64)
+            slope = rest * (s - theta.sigmoid())
+        else:
+            self.total += ((above - s * theta) + soft).sum(dtype=torch.float64)
+            slope = theta.sigmoid() - s
+        if self.gradient:
+            theta.copy_(slope)
+
+
+class _NativeTiles:
+    """The same by csrc/cpu/pairwise.cpp."""
+
+    def __init__(
+        self, s: Tensor | None, f_labels: Tensor | None, g_labels: Tensor | None, rows: int, positive: float,
+        squared: bool, gradient: bool, codes: Tensor, threads: int | None,
+    ) -> None:  # fmt: skip
+        self.s, self.options = s, (positive, squared, gradient)
+        self.native, self.isa = _dispatch.native(), _dispatch.choose_isa()
+        self.threads = _dispatch.choose_threads(threads)
+        self.sums = torch.empty(rows, dtype=torch.float64)
+        self.total = torch.zeros((), dtype=torch.float64)
+        if f_labels is not None and g_labels is not None:
+            self.classes = f_labels.ndim == 1
+            self.mine, theirs = _words(f_labels), _words(g_labels)
+            self.planes = theirs.T.contiguous()
+
+    def __call__(self, theta: Tensor, i: int, j: int) -> None:
+        rows, columns = theta.shape
+        if self.s is None:
+            words, stride = self.planes.shape
+            where = (
+                int(self.classes), self.mine.data_ptr() + 4 * i * words, self.planes.data_ptr() + 4 * j, words, stride,
+                0, 0,
+            )  # fmt: skip
+        else:
+            s = self.s[i : i + rows, j : j + columns]
+            if s.dtype != torch.bool and s.dtype != torch.uint8:
+                s = s.to(torch.float32)
+            if s.stride(1) != 1:
+                s = s.contiguous()
+            where = (3 if s.dtype == torch.float32 else 2, 0, 0, 0, 0, s.data_ptr(), s.stride(0))
+        self.native.pairwise(
+            self.isa, theta.data_ptr(), rows, columns, *where, *self.options, self.sums.data_ptr(),
+            self.total.data_ptr(), self.threads,
+        )  # fmt: skip
+
+
+def _shared(f_labels: Tensor, g_labels: Tensor) -> Tensor:
+    """bool (n, N): packed labels that share a bit, or equal class ids."""
+    if g_labels.ndim == 1:
+        return f_labels[:, None] == g_labels
+    found = torch.zeros((len(f_labels), len(g_labels)), dtype=torch.bool, device=g_labels.device)
+    for mine, theirs in zip(f_labels.T, g_labels.T, strict=True):
+        found |= (mine[:, None] & theirs) != 0
+    return found
+
+
+def _words(labels: Tensor) -> Tensor:
+    """int32 (N, words): packed labels filled up with zero bytes, or class ids."""
+    if labels.ndim == 1:
+        words = labels.to(torch.int32)
+        if not torch.equal(words.long(), labels):
+            raise InputError("class ids must fit in 32 bits, got larger ones")
+        return words[:, None]
+    return pad(labels, (0, -labels.shape[1] % 4)).contiguous().view(torch.int32)
+
+
+def _fake(
+    f: Tensor, g: Tensor, s: Tensor | None, f_labels: Tensor | None, g_labels: Tensor | None, scale: float,
+    positive: float, squared: bool, needs_f: bool, needs_g: bool, backend: str | None, threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = torch.float64 if f.dtype == torch.float64 else torch.float32
+    return f.new_empty((), dtype=dtype), f.new_empty(f.shape if needs_f else 0), g.new_empty(g.shape if needs_g else 0)
+
+
+def _backward_op(upstream: Tensor, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad_f * upstream).to(grad_f.dtype), (grad_g * upstream).to(grad_g.dtype)
+
+
+def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], output[2])
+    ctx.needs = inputs[8], inputs[9]
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.cmr_fast.pairwise_backward(upstream, *ctx.saved_tensors)
+    return *(x if needed else None for x, needed in zip(grads, ctx.needs, strict=True)), *[None] * 10
+
+
+def _refuse_twice(ctx: Any, *_: Tensor) -> None:
+    raise InputError("the pairwise losses can be differentiated once, got a second derivative")
+
+
+register(
+    "pairwise(Tensor f, Tensor g, Tensor? s, Tensor? f_labels, Tensor? g_labels, float scale, float positive, "
+    "bool squared, bool needs_f, bool needs_g, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    _pairwise,
+    _fake,
+)
+register(
+    "pairwise_backward(Tensor upstream, Tensor grad_f, Tensor grad_g) -> (Tensor, Tensor)", _backward_op, _backward_op
+)
+torch.library.register_autograd("cmr_fast::pairwise", _backward, setup_context=_remember, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::pairwise_backward", _refuse_twice, lib=LIBRARY)
