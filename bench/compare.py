@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmarks.common import compare, one_thread
 
-OPS = ("hamming", "ranking", "multi_index", "triplet", "acmr_step", "infonce", "pairwise", "pgd")
+OPS = ("hamming", "ranking", "multi_index", "triplet", "acmr_step", "infonce", "pairwise", "pgd", "sinkhorn")
 
 
 def main() -> int:
