@@ -6,6 +6,7 @@ CMR_FAST_BACKEND forces one, CMR_FAST_ISA forces an instruction set; a forced ch
 
 import functools
 import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,8 +24,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "pgd_step_": {"cpu": ("cpp", "triton", "torch"), "cuda": ("cuda", "triton", "torch")},
     "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
-    "infonce": {"cpu": ("cpp", "torch")},
-    "sigmoid_pairs": {"cpu": ("cpp", "torch")},
+    "infonce": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "sigmoid_pairs": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
     "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "ipot": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
 }
@@ -67,10 +68,22 @@ def _cuda_unavailable() -> str | None:
     return None
 
 
+@functools.cache
+def _triton_unavailable(device: str) -> str | None:
+    """Why Triton's kernels cannot run on tensors of `device`; its interpreter runs them on those of the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return None if device == "cuda" else f"triton runs on cuda tensors, these are on {device} (or TRITON_INTERPRET=1)"
+
+
 def unavailable(backend: str, device: str) -> str | None:
     """Why `backend` cannot run on `device` here, or None where it can."""
     if backend == "torch":
         return None
+    if backend == "triton":
+        return _triton_unavailable(device)
     if backend == "cuda":
         return _cuda_unavailable() if device == "cuda" else f"cuda runs on cuda tensors, these are on {device}"
     if backend == "cpp":

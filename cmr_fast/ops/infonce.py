@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -297,8 +297,8 @@ def _infonce(
         stats[0] = -math.inf
     pairs = _Pairs(image_ids, text_ids, weights, offset)
     if len(image) and len(text):
-        chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image))
-        forward = _cpp_forward if chosen == "cpp" else _torch_forward
+        chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image, pairs))
+        forward = {"cpp": _cpp_forward, "torch": _torch_forward}.get(chosen) or _triton().forward
         with torch.autocast(image.device.type, enabled=False):
             forward(image.detach(), text.detach(), scale, pairs, row_stats, column_stats, kept, threads)
     for stats in (row_stats, column_stats):
@@ -327,8 +327,8 @@ def _infonce_backward(
     if not len(image) or not len(text):
         return torch.zeros_like(image), torch.zeros_like(text), torch.zeros_like(scale)
     pairs = _Pairs(image_ids, text_ids, weights, offset)
-    chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image))
-    backward = _cpp_backward if chosen == "cpp" else _torch_backward
+    chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image, pairs))
+    backward = {"cpp": _cpp_backward, "torch": _torch_backward}.get(chosen) or _triton().backward
     with torch.autocast(image.device.type, enabled=False):
         return backward(image.detach(), text.detach(), scale, pairs, *directions, kept, threads)
 
@@ -357,16 +357,29 @@ def _sigmoid_pairs(
     if not len(image) or not len(text):
         outputs = _sigmoid_outputs(image, text, scale, bias, gradients)
         return tuple(x.zero_() for x in outputs)
-    chosen = _dispatch.choose_backend("sigmoid_pairs", image.device.type, backend, _unfit(image))
-    run = _cpp_sigmoid if chosen == "cpp" else _torch_sigmoid
+    chosen = _dispatch.choose_backend("sigmoid_pairs", image.device.type, backend, _unfit(image, pairs))
+    run = {"cpp": _cpp_sigmoid, "torch": _torch_sigmoid}.get(chosen) or _triton().sigmoid
     with torch.autocast(image.device.type, enabled=False):
         return run(image.detach(), text.detach(), scale, bias, pairs, (positive, negative), gradients, threads)
 
 
-def _unfit(image: Tensor) -> dict[str, str]:
-    if image.dtype in _CPP_DTYPES:
-        return {}
-    return {"cpp": f"it computes on float32 and bfloat16, the features are {image.dtype}"}
+def _triton() -> Any:
+    from cmr_fast.ops.triton import infonce as kernels
+
+    return kernels
+
+
+def _unfit(image: Tensor, pairs: _Pairs) -> dict[str, str]:
+    reasons = {}
+    if image.dtype not in _CPP_DTYPES:
+        reasons["cpp"] = f"it computes on float32 and bfloat16, the features are {image.dtype}"
+    if image.dtype not in (*_CPP_DTYPES, torch.float16):
+        reasons["triton"] = f"it computes on float32, bfloat16 and float16, the features are {image.dtype}"
+    elif pairs.image_ids is not None or pairs.weights is not None:
+        reasons["triton"] = "it takes one positive per image, by offset, not ids or weights of positives"
+    elif image.shape[1] == 0:
+        reasons["triton"] = "the features have no width"
+    return reasons
 
 
 # The cpp backend: torch's products and a native epilogue, tile by tile.
