@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cmr_fast import cli
+    from cmr_fast.data.images import ImageDataset
     from cmr_fast.data.pairs import PairedDataset, Pairs
-    from cmr_fast.methods.loop import Method, RunConfig
+    from cmr_fast.methods.loop import Method, Run, RunConfig
 
 SOURCE = "data.json"
 
@@ -30,15 +31,21 @@ class DataFlags(Protocol):
 
 
 def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunConfig") -> None:
+    from cmr_fast.data.pairs import PairedDataset
+    from cmr_fast.methods import METHODS
     from cmr_fast.methods.loop import train as train_method
     from cmr_fast.report import baselines_for, print_results, score
 
     options = chosen(source)
-    dataset = load_data(source.data, options)
+    load = load_classified if METHODS[method].output == "logits" else load_data
+    dataset = load(source.data, options)
     out = str(settings.out).replace("<data>", dataset.name).replace("<seed>", str(settings.seed))
     run = train_method(method, config, dataset, replace(settings, out=Path(out)))
     record_source(run.path, source.data, options)
     if settings.quiet:
+        return
+    if not isinstance(dataset, PairedDataset):
+        _after_classifier(run)
         return
     with busy("measuring beside the baselines"):
         rows = [score(method, run.model, dataset)]
@@ -50,6 +57,18 @@ def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunCo
     print("Next:")
     for line in next_commands(run.path, codes=run.model.output == "code"):
         print(f"  {line}")
+
+
+def _after_classifier(run: "Run") -> None:
+    table = new_table("accuracy on the test split", "")
+    for name, value in run.results.items():
+        if name.startswith(("accuracy", "pgd")):
+            table.add_row(name.replace("_first", ", first "), f"{value:.1%}")
+    show(f"{run.results['method']} on {run.results['data']}", table)
+    print(f"\nRun folder: {run.path} (weights of epoch {run.results['best_epoch']})")
+    print("PGD alone certifies nothing. Next:")
+    print(f"  cmr-fast attack {run.path} --attacks clean pgd20 apgd-dlr apgd-t")
+    print(f"  cmr-fast report {run.path} --out {run.path}/report")
 
 
 def next_commands(run: Path, codes: bool) -> list[str]:
@@ -171,8 +190,20 @@ def _evaluate_files(
 
 
 def report(arguments: "cli.Report") -> None:
+    from cmr_fast.methods.loop import load_model
     from cmr_fast.report import print_results, write_report
 
+    outputs = set()
+    for path in arguments.runs:
+        present(path)
+        outputs.add(load_model(path).output == "logits")
+    if outputs == {True}:
+        from cmr_fast import _attack_commands
+
+        _attack_commands.report(arguments)
+        return
+    if len(outputs) > 1:
+        raise InputError("a report is of retrievers or of classifiers, got both kinds of runs")
     loaded = [(path, *open_run(path, arguments)) for path in arguments.runs]
     with busy("drawing"):
         rows = write_report(
@@ -191,6 +222,22 @@ def load_data(data: str, options: Mapping[str, Any]) -> "PairedDataset":
 
     with busy(f"reading {data}"):
         return load(data, **options)
+
+
+def load_classified(data: str, options: Mapping[str, Any]) -> "ImageDataset":
+    from cmr_fast.data import load_images
+
+    with busy(f"reading {data}"):
+        return load_images(data, **checked_options(options))
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("train", "test", "seed")
+    if unknown := [name for name in options if name not in known]:
+        raise InputError(f"labelled images take no option {unknown[0]!r}; they take {', '.join(known)}")
+    if wrong := [name for name, value in options.items() if not isinstance(value, int)]:
+        raise InputError(f"{wrong[0]} must be an integer, got {options[wrong[0]]!r}")
+    return dict(options)
 
 
 def chosen(flags: "DataFlags") -> dict[str, Any]:
@@ -217,17 +264,24 @@ def open_run(trained: Path, flags: DataFlags) -> "tuple[Method, PairedDataset]":
 
     present(trained)
     model = load_model(trained)
-    recorded = (trained if trained.is_dir() else trained.parent) / SOURCE
-    source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {"data": None, "options": {}}
-    if flags.data is None and source["data"] is None:
-        raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
-    options = source["options"] if flags.data is None else {}
-    dataset = load_data(flags.data or source["data"], options | chosen(flags))
+    if model.output == "logits":
+        raise InputError(f"{trained}: a classifier, expected a retriever; `cmr-fast attack` and `report` measure it")
+    dataset = load_data(*source_of(trained, flags))
     for name in ("image", "text"):
         needed, seen = getattr(model, f"{name}_dim"), getattr(dataset, f"{name}_dim")
         if needed != seen:
             raise InputError(f"{trained}: expects {name} features of {needed} dimensions, {dataset.name} has {seen}")
     return model, dataset
+
+
+def source_of(trained: Path, flags: DataFlags) -> tuple[str, dict[str, Any]]:
+    """Where a run's data came from, and the loader's options, unless `flags` say otherwise."""
+    recorded = (trained if trained.is_dir() else trained.parent) / SOURCE
+    source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {"data": None, "options": {}}
+    if flags.data is None and source["data"] is None:
+        raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
+    options = source["options"] if flags.data is None else {}
+    return flags.data or source["data"], options | chosen(flags)
 
 
 def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":

@@ -16,7 +16,7 @@ from cmr_fast import _commands, _index_commands
 from cmr_fast.errors import InputError
 
 PROGRAM = "cmr-fast"
-ABOUT = """Train, search and measure cross-modal (image and text) retrieval models.
+ABOUT = """Train, attack, defend, search and measure cross-modal (image and text) retrieval models.
 
 Start with:  cmr-fast demo
 
@@ -174,16 +174,67 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Attack:
+    """Attack a trained run: what is left of a classifier's accuracy, or of a retriever's R@K with images as queries.
+
+    Example:  cmr-fast attack runs/scatter-cifar10-seed0 --attacks clean pgd20 apgd-dlr cw100x5
+
+    Attacks on classifiers:  clean, fgsm, pgdN, cwN, mifgsmN, targetedN, apgd-ce, apgd-dlr, apgd-t, local-search,
+    square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps; xR after a name makes R restarts.
+    """
+
+    trained: Positional[Path]
+    """Run folder, or model.safetensors."""
+    attacks: tuple[str, ...] = ("clean", "pgd20", "apgd-dlr")
+    """Names as above. A retriever is attacked by PGD and APGD on the ranking, whatever is said here."""
+    eps: float | None = None
+    """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
+    8/255."""
+    images: int = 500
+    """Test images (queries) to attack, from the first on."""
+    restarts: int = 1
+    """Random starts of each attack on a retriever."""
+    surrogate: Path | None = None
+    """A run that the transfer attacks are crafted on; the victim itself is refused."""
+    save: Path | None = None
+    """An .npz for the images, their labels, and the adversarial images of the last attack, float32 from 0 to 1."""
+    out: Path | None = None
+    """A folder that keeps finished attacks, so that the command goes on where it was stopped."""
+    batch: int = 250
+    """Images a batch."""
+    seed: int = 0
+    """Seed of the random starts."""
+    fast: bool = False
+    """Gradients in bfloat16; success is decided in float32."""
+    data: str | None = None
+    """Data set: `shapes`, a folder or file, or a name under $CMR_FAST_DATA. None: the run's own."""
+    features: str | None = None
+    """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
+    force: bool = False
+    """Overwrite the file to save."""
+
+    def __call__(self) -> None:
+        from cmr_fast import _attack_commands
+
+        _attack_commands.attack(self)
+
+
+@dataclass(frozen=True)
 class Report:
-    """The papers' figures (precision-scope, losses, t-SNE, precision-recall, precision at K) and a results table.
+    """Of retrievers the papers' figures and a results table; of classifiers a robustness report with a verdict.
 
     Example:  cmr-fast report runs/acmr-wikipedia-seed0 runs/cmimh-wikipedia-seed0 --out report
+
+    Example:  cmr-fast report runs/scatter-cifar10-seed0 runs/madry --surrogate runs/plain --out robustness
     """
 
     runs: Positional[tuple[Path, ...]]
-    """Run folders; those on the same data share their plots."""
+    """Run folders; those on the same data share their plots. All retrievers, or all classifiers."""
     out: Path
-    """Folder to write: PNG figures, results.csv, README.md, index.html."""
+    """Folder to write: PNG figures, results.csv (robustness.csv), README.md, index.html. The robustness report keeps
+    finished attacks in it and goes on where it was stopped."""
     data: str | None = None
     """Data set of all runs. None: each run's own."""
     features: str | None = None
@@ -194,6 +245,16 @@ class Report:
     """Draw CCA, CCA-ITQ and random beside the runs."""
     tsne_points: int = 1000
     """Query pairs in the t-SNE plots (ACMR, Fig. 4: 1000); 0 draws none."""
+    attacks: tuple[str, ...] = ()
+    """Of classifiers: attacks by the names that `cmr-fast attack --help` lists. None: the rebuttal's and APGD."""
+    eps: float | None = None
+    """Of classifiers: radius of the L-inf ball, of pixels from 0 to 1. None: what the first run was trained with."""
+    images: int = 500
+    """Of classifiers: test images to attack; the local search and the checks see the first 100."""
+    surrogate: Path | None = None
+    """Of classifiers: a run that the black-box attacks are crafted on."""
+    fast: bool = False
+    """Of classifiers: gradients in bfloat16; success is decided in float32."""
     force: bool = False
     """Overwrite the files of an earlier report in that folder."""
 
@@ -235,6 +296,7 @@ COMMANDS: dict[str, Any] = {
     "index": Index,
     "search": Search,
     "evaluate": Evaluate,
+    "attack": Attack,
     "report": Report,
     "doctor": Doctor,
 }

@@ -98,6 +98,39 @@ def plot_losses(
                 axis.legend()
 
 
+def plot_lines(
+    path: Path, title: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, *, looks: Sequence[str]
+) -> None:
+    """One panel, lines[name] = (x, y) each; looks as in plot_directions."""
+    with _panels(path, title, 1, 1, (6.4, 4.0)) as (_, axes):
+        for name, (x, y) in lines.items():
+            axes[0].plot(x, y, label=name, markevery=max(1, math.ceil(len(x) / 10)), **_look(looks.index(name)))
+        axes[0].set_xlabel(xlabel)
+        axes[0].set_ylabel(ylabel)
+        axes[0].set_ylim(bottom=0)
+        axes[0].legend()
+
+
+def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], xlabel: str) -> None:
+    """Horizontal bars, bars[series][row] = a share from 0 to 1, the series of a row under each other."""
+    rows = list(dict.fromkeys(row for series in bars.values() for row in series))
+    height = 0.8 / len(bars)
+    with _panels(path, title, 1, 1, (7.2, 1.2 + 0.22 * len(rows) * (len(bars) + 0.6))) as (_, axes):
+        for number, (name, series) in enumerate(bars.items()):
+            places = [rows.index(row) + number * height - 0.4 + height / 2 for row in series]
+            colour = COLOURS[number % len(COLOURS)]
+            axes[0].barh(places, list(series.values()), height * 0.92, color=colour, label=name)
+            for place, value in zip(places, series.values(), strict=True):
+                axes[0].text(value + 0.005, place, f"{value:.1%}", va="center", fontsize=7.5)
+        axes[0].set_yticks(range(len(rows)), rows)
+        axes[0].invert_yaxis()
+        axes[0].set_xlim(0, 1.08)
+        axes[0].set_xlabel(xlabel)
+        axes[0].grid(False, axis="y")
+        if len(bars) > 1:
+            axes[0].legend(loc="lower right")
+
+
 def plot_tsne(
     path: Path, title: str, image: np.ndarray, text: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str]
 ) -> None:

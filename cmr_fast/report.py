@@ -271,23 +271,46 @@ def loss_panels(history: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nda
 def write_index(out: Path, scores: Sequence[Score], pages: Sequence[tuple[str, str]]) -> None:
     """results.csv, README.md and index.html: the table and every figure with its caption."""
     rows = [[s.name, s.data, *(f"{n:.4f}" for n in s.numbers())] for s in scores]
-    head = ["model", "data", *COLUMNS]
-    with write_aside(out / "results.csv") as aside, open(aside, "w", newline="") as text:
-        csv.writer(text).writerows([head, *rows])
     note = (
         "I2T: image queries rank texts; T2I: text queries rank images. mAP(all) divides by all relevant items "
         f"(convention `all`), mAP@{CUT} hits by those among the first {CUT} (`topk_hits`)."
     )
-    table = [head, ["---", "---", *["---:"] * len(COLUMNS)], *rows]
-    lines = ["# Results", "", *map(_row, table), "", note, ""]
+    write_page(out, "Results", ["model", "data", *COLUMNS], rows, note, pages)
+
+
+def write_page(
+    out: Path, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str,
+    pages: Sequence[tuple[str, str]], words: Sequence[str] = (), table: str = "results.csv",
+) -> None:  # fmt: skip
+    """`table` (CSV), README.md and index.html: words to read first, the table, its note, (file, caption)s."""
+    with write_aside(out / table) as aside, open(aside, "w", newline="") as text:
+        csv.writer(text).writerows([head, *rows])
+    text_columns = sum(not any(c.isdigit() for c in cell) for cell in rows[0]) if rows else 0
+    aligned = [head, ["---"] * text_columns + ["---:"] * (len(head) - text_columns), *rows]
+    lines = [
+        f"# {title}",
+        "",
+        *(f"- {line}" for line in words),
+        *([""] if words else []),
+        *map(_row, aligned),
+        "",
+        note,
+        "",
+    ]
     for file, caption in pages:
         lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
     with write_aside(out / "README.md") as aside:
         aside.write_text("\n".join(lines))
     cells = "".join(f"<tr>{_cells('td', row)}</tr>\n" for row in rows)
     body = "".join(_FIGURE.format(file=html.escape(file), caption=html.escape(caption)) for file, caption in pages)
+    said = "".join(f"<li>{html.escape(line)}</li>\n" for line in words)
     with write_aside(out / "index.html") as aside:
-        aside.write_text(_PAGE.format(head=_cells("th", head), cells=cells, note=note, body=body))
+        aside.write_text(
+            _PAGE.format(
+                title=html.escape(title), said=f"<ul>{said}</ul>\n" if said else "", head=_cells("th", head),
+                cells=cells, note=note, body=body, first=text_columns + 1,
+            )
+        )  # fmt: skip
 
 
 _FIGURE = '<figure><img src="{file}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
@@ -297,11 +320,11 @@ _PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
 th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; }}
-td:nth-child(n+3) {{ text-align: right; font-variant-numeric: tabular-nums; }}
+td:nth-child(n+{first}) {{ text-align: right; font-variant-numeric: tabular-nums; }}
 figure {{ margin: 2rem 0; }} img {{ max-width: 100%; height: auto; }} figcaption {{ color: #555; }}
 </style>
-<h1>Results</h1>
-<table><tr>{head}</tr>
+<h1>{title}</h1>
+{said}<table><tr>{head}</tr>
 {cells}</table>
 <p>{note}</p>
 {body}</html>

@@ -1,4 +1,5 @@
-"""Paired data sets: what they are (`Pairs`, `PairedDataset`) and where they come from (`load`)."""
+"""Data sets: pairs of image and text (`Pairs`, `PairedDataset`, `load`), and labelled images for classifiers (`Images`,
+`ImageDataset`, `load_images`)."""
 
 import inspect
 import os
@@ -6,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cmr_fast.data.images import ImageDataset, Images, holds_images, load_images
 from cmr_fast.data.native import save_pairs
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 
-__all__ = ["PairedDataset", "Pairs", "load", "save_pairs"]
+__all__ = ["ImageDataset", "Images", "PairedDataset", "Pairs", "load", "load_images", "save_pairs"]
 
 
 def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
@@ -36,6 +38,8 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
         path = path.parent
     if path.is_dir() and any((path / name).is_file() for name in wikipedia.FILES["lda"]):
         return wikipedia.load(path, **_checked(wikipedia.load, "Wikipedia", options))
+    if path.is_dir() and holds_images(path):
+        raise InputError(f"{path}: labelled images without texts; a classifier reads them, with load_images")
     from cmr_fast.data import files
 
     return files.load(path, **_checked(files.load, "such files", options))

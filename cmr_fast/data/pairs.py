@@ -106,18 +106,23 @@ class PairedDataset:
 
     def hold_out(self, fraction: float, seed: int) -> "PairedDataset":
         """Move about `fraction` of the training pairs to `valid`: the same for one seed, single labels by class."""
-        if not 0 < fraction < 1:
-            raise InputError(f"fraction must lie between 0 and 1, got {fraction}")
-        count = len(self.train)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        if not self.train.multi_label:
-            order = order[torch.argsort(self.train.labels[order], stable=True)]
-        # every (1/fraction)-th item of the class-sorted shuffle: each class gives its share
-        held = torch.zeros(count, dtype=torch.bool)
-        held[order[torch.arange(0, count, 1 / fraction).long()]] = True
+        held = held_out(self.train.labels, fraction, seed)
         return replace(
             self, train=self.train.select((~held).nonzero()[:, 0]), valid=self.train.select(held.nonzero()[:, 0])
         )
+
+
+def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """bool (N,): about `fraction` of the rows, the same for one seed; of single labels each class gives its share."""
+    if not 0 < fraction < 1:
+        raise InputError(f"fraction must lie between 0 and 1, got {fraction}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if labels.ndim == 1:
+        order = order[torch.argsort(labels[order], stable=True)]
+    # every (1/fraction)-th item of the class-sorted shuffle
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order[torch.arange(0, len(labels), 1 / fraction).long()]] = True
+    return held
 
 
 def _check_features(values: Tensor, name: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 
@@ -102,6 +103,20 @@ def load(
             first = bag_of_words([captions[0] for captions in pairs.text], reference)
             raw[split] = Pairs(image_features(pairs.image), first, pairs.labels)
     return PairedDataset("shapes", raw["train"], raw["query"], raw["database"], class_names=CLASSES)
+
+
+def load_images(*, train: int = 4000, test: int = 1000, seed: int = 0) -> ImageDataset:
+    """One object an image, its class the shape of it, eight in all: raw images for classifiers."""
+    if min(train, test) < 1 or seed < 0:
+        raise InputError(f"train and test need at least one image and seed 0 or more, got {train}, {test} and {seed}")
+    random = [np.random.default_rng([seed, 100 + split]) for split in range(2)]
+    return ImageDataset("shapes", _single(train, random[0]), _single(test, random[1]), class_names=tuple(SHAPES))
+
+
+def _single(count: int, random: np.random.Generator) -> Images:
+    scenes = draw(count, random)._replace(number=np.ones(count, dtype=np.int64))
+    shape = torch.from_numpy(scenes.shape[:, 0].astype(np.int64))
+    return Images(torch.from_numpy(render(scenes, random)), shape)
 
 
 def draw(count: int, random: np.random.Generator) -> Scenes:

@@ -9,7 +9,7 @@ from cmr_fast.errors import InputError
 if TYPE_CHECKING:
     from cmr_fast.methods.loop import Method
 
-_CLASSES = {"acmr": "ACMR", "cmimh": "CMIMH"}
+_CLASSES = {"acmr": "ACMR", "cmimh": "CMIMH", "scatter": "Scatter"}
 
 
 class _Methods(Mapping[str, "type[Method]"]):

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from cmr_fast._files import write_aside
-from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from cmr_fast.methods.loop import Method, RunConfig
+    from cmr_fast.methods.loop import Dataset, Method, RunConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
@@ -64,23 +63,23 @@ def same(where: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
 _FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
 
 
-def describe(kind: "type[Method]", config: Any, dataset: PairedDataset, run: "RunConfig") -> dict[str, Any]:
-    sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split)) is not None}
+def describe(kind: "type[Method]", config: Any, dataset: "Dataset", run: "RunConfig") -> dict[str, Any]:
+    sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split, None)) is not None}
     data = {"name": dataset.name, "num_classes": dataset.num_classes, "crc32": _crc(dataset.train)} | sizes
-    data |= {"image_dim": dataset.image_dim, "text_dim": dataset.text_dim}
+    data |= {name: getattr(dataset, name) for name in kind.sizes}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     settings = {"out": str(run.out)} | {f.name: getattr(run, f.name) for f in fields(run) if f.name != "out"}
     return {"method": kind.name, "config": asdict(config), "run": settings, "data": data, "versions": versions}
 
 
-_SPLITS = ("train", "valid", "query", "database")
+_SPLITS = ("train", "valid", "query", "database", "test")
 
 
-def _crc(pairs: Pairs) -> int:
-    """A checksum of the labels and of up to 1000 training pairs: tells data sets of one shape apart."""
+def _crc(pairs: Any) -> int:
+    """A checksum of the labels and of up to 1000 training rows: tells data sets of one shape apart."""
     few = pairs.select(torch.arange(0, len(pairs), max(1, len(pairs) // 1000)))
     value = zlib.crc32(pairs.labels.numpy().tobytes())
-    for part in (few.image, few.text):
+    for part in [getattr(few, f.name) for f in fields(few) if f.name != "labels"]:
         raw = part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
         value = zlib.crc32(raw, value)
     return value

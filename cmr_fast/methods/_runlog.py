@@ -18,14 +18,17 @@ class RunLog:
     """One row per epoch to `folder`/metrics.csv and `folder`/tensorboard, and a bar (terminal) or a line now and then.
 
     history: the rows of the epochs already done; metrics.csv is cut back to exactly these.
+    monitor: the column that is shown beside the losses.
     """
 
-    def __init__(self, folder: Path, history: list[dict[str, float]], epochs: int, title: str, quiet: bool) -> None:
+    def __init__(
+        self, folder: Path, history: list[dict[str, float]], epochs: int, title: str, monitor: str, quiet: bool
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.csv"
         self.history = history
-        self.epochs, self.title, self.quiet = epochs, title, quiet
+        self.epochs, self.title, self.monitor, self.quiet = epochs, title, monitor, quiet
         with write_aside(self.path) as aside:
             aside.write_text(_csv_rows(history, with_header=True))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(history) + 1)
@@ -56,6 +59,11 @@ class RunLog:
             self._bar.stop()
         self._board.close()
 
+    def within(self, epochs: float) -> None:
+        """How far the training is, between the ends of epochs."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=epochs)
+
     def epoch(self, row: dict[str, float]) -> None:
         """Record one finished epoch."""
         self.history.append(row)
@@ -73,7 +81,7 @@ class RunLog:
             (self._bar.console.print if self._bar is not None else _stderr)(text)
 
     def _show(self, row: dict[str, float]) -> None:
-        shown = [name for name in row if name.endswith("loss") or name == "valid_map"]
+        shown = [name for name in row if name.endswith("loss") or name == self.monitor]
         note = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=int(row["epoch"]), note=note)

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.images import ImageDataset
+from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods._runfolder import CHECKPOINT, MODEL, claim, describe, refuse_used, same, write_json
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 
+Dataset = PairedDataset | ImageDataset
+
+
 class Method(nn.Module):
     """Base of every trained method: its networks, its optimizers, one batch of its algorithm, and its encoder.
 
@@ -49,11 +53,17 @@ class Method(nn.Module):
     """
 
     name: ClassVar[str]
-    output: ClassVar[Literal["embedding", "code"]]
-    """embedding: compared by `metric`; code: compared by Hamming distance of the bits `encode(...) >= 0`."""
+    output: ClassVar[Literal["embedding", "code", "logits"]]
+    """embedding: compared by `metric`; code: compared by Hamming distance of the bits `encode(...) >= 0`; logits: a
+    classifier of images, trained on an ImageDataset."""
     metric: str = "cosine"
     Config: ClassVar[type[Any]]
     """A frozen dataclass with at least `epochs` and `batch_size`; the paper's values are the defaults."""
+    sizes: ClassVar[tuple[str, ...]] = ("image_dim", "text_dim", "num_classes")
+    """What `__init__` takes beside the config: properties of the data set, attributes of the method."""
+    validated: tuple[str, ...] = ("valid_i2t", "valid_t2i", "valid_map")
+    """What `validate` returns; the weights with the highest value of the last one are kept, of
+    equals those with the highest of the one before it."""
     presets: ClassVar[dict[str, Any]] = {}
     """Configs chosen by validation on a data set, by name; `cmr-fast train --preset` starts from one."""
 
@@ -62,7 +72,7 @@ class Method(nn.Module):
         self.config = config
         self.image_dim, self.text_dim, self.num_classes = image_dim, text_dim, num_classes
 
-    def fit_inputs(self, train: Pairs) -> None:
+    def fit_inputs(self, train: Any) -> None:
         """Learn input statistics from the training split alone and keep them as buffers."""
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -71,12 +81,12 @@ class Method(nn.Module):
 
     def step(
         self,
-        batch: Pairs,
+        batch: Any,
         optimizers: dict[str, torch.optim.Optimizer],
         backward: Callable[[Tensor], None],
         progress: float,
     ) -> dict[str, Tensor]:
-        """Every update for one batch. progress goes from 0 (first batch) towards 1 (end of training).
+        """Every update for one batch of Pairs, or of Images. progress goes from 0 (first batch) to 1 (end of training).
 
         Returns the scalars to log, detached; each must be finite.
         """
@@ -85,6 +95,14 @@ class Method(nn.Module):
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, dim) features -> (N, d) embeddings, or (N, bits) values whose signs are the code."""
         raise NotImplementedError
+
+    def validate(self, valid: Any) -> dict[str, float]:
+        """The `validated` scores of a validation split; higher is better."""
+        return validate(self, valid)
+
+    def measure(self, dataset: Any) -> dict[str, Any]:
+        """The final scores for results.json, on the splits that training has not seen."""
+        return final_results(self, dataset)
 
 
 @dataclass(frozen=True)
@@ -144,15 +162,16 @@ class _State:
 
     epoch: int = 0
     best_epoch: int = 0
-    best_map: float = -1.0
+    best_scores: list[float] = field(default_factory=list)
     done: bool = False
 
 
-def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> Run:
-    """Train `method` on `dataset` and evaluate the best weights on its query and database splits.
+def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
+    """Train `method` on `dataset` and evaluate the best weights on its query and database splits, or its test split.
 
     method   a name of METHODS or a Method class
     config   the method's Config, or None for its defaults
+    dataset  a PairedDataset; an ImageDataset for a classifier
 
     The folder `run.out` gets config.json, metrics.csv, tensorboard/, checkpoint.safetensors, model.safetensors and
     results.json. The random state is set from (seed, epoch) at every epoch, so a run that is killed and resumed ends
@@ -165,6 +184,9 @@ def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: 
     config = kind.Config() if config is None else config
     if not isinstance(config, kind.Config):
         raise InputError(f"{kind.name} needs a {kind.Config.__name__} config, got {type(config).__name__}")
+    wanted = ImageDataset if kind.output == "logits" else PairedDataset
+    if not isinstance(dataset, wanted):
+        raise InputError(f"{kind.name} is trained on a {wanted.__name__}, got a {type(dataset).__name__}")
     if run.refit:
         return _refit(kind, config, dataset, run)
     if dataset.valid is None and run.valid_fraction > 0:
@@ -178,10 +200,10 @@ def train(method: str | type[Method], config: Any, dataset: PairedDataset, run: 
         return _train(kind, config, dataset, run)
 
 
-def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> Run:
+def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
     fabric = _fabric(run)
     _reseed(run.seed, 0)
-    model = kind(config, dataset.image_dim, dataset.text_dim, dataset.num_classes)
+    model = kind(config, **{name: getattr(dataset, name) for name in kind.sizes})
     model.fit_inputs(dataset.train)
     fabric.setup_module(model)
     plain = model.optimizers()
@@ -197,20 +219,23 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
         state, history, best = _restore(folder / CHECKPOINT, model, optimizers, described)
     saved_at = time.monotonic()
     pairs = _to(dataset.train, model)
-    with RunLog(folder, history, config.epochs, f"{kind.name} on {dataset.name}", run.quiet) as log:
+    monitor, title = model.validated[-1], f"{kind.name} on {dataset.name}"
+    with RunLog(folder, history, config.epochs, title, monitor, run.quiet) as log:
         if state.epoch:
             log.say(f"resumed {folder} after epoch {state.epoch}")
         while not state.done:
             started = time.perf_counter()
             state.epoch += 1
-            row = {"epoch": state.epoch} | _epoch(fabric, model, optimizers, pairs, config, run.seed, state.epoch)
+            means = _epoch(fabric, model, optimizers, pairs, config, run.seed, state.epoch, log.within)
+            row = {"epoch": state.epoch} | means
             last = state.epoch == config.epochs
             if dataset.valid is not None:
-                scores = {"valid_i2t": math.nan, "valid_t2i": math.nan, "valid_map": math.nan}
+                scores = dict.fromkeys(model.validated, math.nan)
                 if state.epoch % run.eval_every == 0 or last:
-                    scores = validate(model, dataset.valid)
-                    if scores["valid_map"] > state.best_map:
-                        state.best_map, state.best_epoch = scores["valid_map"], state.epoch
+                    scores = model.validate(dataset.valid)
+                    ranked = [scores[name] for name in reversed(model.validated)]
+                    if ranked > state.best_scores:
+                        state.best_scores, state.best_epoch = ranked, state.epoch
                         best = _snapshot(model)
                 row |= scores
             log.epoch(row | {"seconds": time.perf_counter() - started})
@@ -232,15 +257,15 @@ def _train(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
         "seed": run.seed,
         "epochs": state.epoch,
         "best_epoch": state.best_epoch,
-        "valid_map": state.best_map if best is not None else None,
+        monitor: state.best_scores[0] if best is not None else None,
         "train_seconds": sum(row["seconds"] for row in history),
-    } | final_results(model, dataset)
+    } | model.measure(dataset)
     save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described})
     write_json(folder / "results.json", results)
     return Run(folder, model, history, results)
 
 
-def _refit(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConfig) -> Run:
+def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
     """Find the number of epochs by validation, then train that long on everything but test."""
     if dataset.valid is None and run.valid_fraction == 0:
         raise InputError("refit needs a validation split to find the number of epochs: valid_fraction above 0, got 0")
@@ -254,16 +279,17 @@ def _refit(kind: type[Method], config: Any, dataset: PairedDataset, run: RunConf
     return train(kind, config, dataset, replace(run, valid_fraction=0.0, refit=False, resume=True))
 
 
-def _joined(a: Pairs, b: Pairs) -> Pairs:
-    image, labels = torch.cat([a.image, b.image]), torch.cat([a.labels, b.labels])
-    if isinstance(a.text, Tensor) and isinstance(b.text, Tensor):
-        return Pairs(image, torch.cat([a.text, b.text]), labels)
-    return Pairs(image, (*a.text, *b.text), labels)
+def _joined(a: Any, b: Any) -> Any:
+    """Two splits as one, part by part."""
+    parts = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
+    both = {name: torch.cat([x, y]) if isinstance(x, Tensor) else (*x, *y) for name, (x, y) in parts.items()}
+    return type(a)(**both)
 
 
 def _epoch(
-    fabric: Any, model: Method, optimizers: dict[str, Any], pairs: Pairs, config: Any, seed: int, epoch: int
-) -> dict[str, float]:
+    fabric: Any, model: Method, optimizers: dict[str, Any], pairs: Any, config: Any, seed: int, epoch: int,
+    tell: Callable[[float], None],
+) -> dict[str, float]:  # fmt: skip
     """One pass over the training split; returns the mean of each logged scalar."""
     _reseed(seed, epoch)
     model.train()
@@ -274,6 +300,7 @@ def _epoch(
         progress = (epoch - 1 + number / len(batches)) / config.epochs
         with fabric.autocast():
             logged = model.step(pairs.select(rows.to(pairs.labels.device)), optimizers, fabric.backward, progress)
+        tell(epoch - 1 + (number + 1) / len(batches))
         for name, value in logged.items():
             sums[name] = sums[name] + value if name in sums else value
     means = {name: float(value) / len(batches) for name, value in sums.items()}
@@ -302,7 +329,7 @@ def load_model(path: str | os.PathLike[str]) -> Method:
     tensors, meta = checkpoint.load(file, "model")
     kind = METHODS[meta["method"]]
     config = _config_from(kind, meta["config"], file)
-    model = kind(config, meta["image_dim"], meta["text_dim"], meta["num_classes"])
+    model = kind(config, **{name: meta[name] for name in kind.sizes})
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -312,13 +339,8 @@ def load_model(path: str | os.PathLike[str]) -> Method:
 
 def save_model(path: str | os.PathLike[str], model: Method, extra: dict[str, Any] | None = None) -> None:
     """Write a model that `load_model` reads; extra is stored beside the config."""
-    meta = {
-        "method": model.name,
-        "config": asdict(model.config),
-        "image_dim": model.image_dim,
-        "text_dim": model.text_dim,
-        "num_classes": model.num_classes,
-    }
+    meta = {"method": model.name, "config": asdict(model.config)}
+    meta |= {name: getattr(model, name) for name in model.sizes}
     checkpoint.save(path, "model", model.state_dict(), meta | (extra or {}))
 
 
@@ -362,8 +384,8 @@ def _snapshot(model: Method) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _to(pairs: Pairs, model: Method) -> Pairs:
-    """The pairs on the model's device, features in its dtype."""
+def _to(split: Any, model: Method) -> Any:
+    """The split on the model's device, features in its dtype."""
     weight = next(model.parameters())
 
     def move(values: Any) -> Any:
@@ -371,7 +393,7 @@ def _to(pairs: Pairs, model: Method) -> Pairs:
             return values
         return values.to(weight.device, weight.dtype if values.is_floating_point() else None)
 
-    return Pairs(move(pairs.image), move(pairs.text), move(pairs.labels))
+    return type(split)(**{f.name: move(getattr(split, f.name)) for f in fields(split)})
 
 
 def _fabric(run: RunConfig) -> Any:

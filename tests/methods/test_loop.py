@@ -396,7 +396,7 @@ def test_codes_are_compared_by_hamming_distance(tmp_path):
 
 
 def test_unknown_method_and_wrong_config_are_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown method 'acmrr', expected one of acmr, cmimh"):
+    with pytest.raises(InputError, match="unknown method 'acmrr', expected one of acmr, cmimh, scatter"):
         METHODS["acmrr"]
     with pytest.raises(InputError, match="ACMRConfig"):
         train("acmr", {"epochs": 3}, small_dataset(), quick(tmp_path / "run"))

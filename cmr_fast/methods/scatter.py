@@ -1,0 +1,282 @@
+"""Feature Scattering-based adversarial training (Zhang and Wang 2019, NeurIPS), and beside it Madry's PGD training
+(2018), the same with random targets, and plain training: a classifier of small images, its perturbation, its loss.
+
+    x' = FeatureScatter(x)      without labels, through the network in evaluation mode
+    minimise the cross entropy of f(x') against smoothed labels: 1 - delta for the class, delta / (K - 1) for the others
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import cos, pi
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmr_fast.attacks.engine import Attack
+from cmr_fast.attacks.image import PGD, Targeted
+from cmr_fast.attacks.scatter import FeatureScatter
+from cmr_fast.data.images import ImageDataset, Images
+from cmr_fast.errors import InputError
+from cmr_fast.methods.loop import Method
+
+CHUNK = 500  # images a forward pass, in evaluation
+
+
+@dataclass(frozen=True)
+class ScatterConfig:
+    """Defaults: the paper's CIFAR-10 model, as its code has them where the paper says nothing."""
+
+    perturb: Literal["scatter", "madry", "random_targeted", "none"] = "scatter"
+    """What training images are replaced by: Feature Scattering's, PGD's on the cross entropy, PGD's towards a random
+    other class, or nothing."""
+    eps: float = 8 / 255
+    """Radius of the L-inf ball, of pixels from 0 to 1."""
+    alpha: float = 8 / 255
+    """Step of the perturbation."""
+    steps: int = 1
+    """Steps of the perturbation (7 for Madry's)."""
+    smoothing: float = 0.5
+    """delta: what the labels give to the other classes; 0 for hard labels."""
+    scatter_on: Literal["logits", "features"] = "logits"
+    """Which outputs are transported: the logits, or what the last layer sees."""
+    ot_group: int = 0
+    """Images that are transported together; 0: the batch."""
+    ot_solver: Literal["sinkhorn", "ipot"] = "sinkhorn"
+    """Of the transport problem."""
+    ot_reg: float = 0.01
+    """Its entropic regularisation (IPOT's beta)."""
+    ot_grad: Literal["envelope", "unrolled"] = "envelope"
+    """Gradient with the plan held fixed, or through the solver's iterations as in the authors' code."""
+    depth: int = 28
+    """Layers of the wide residual network, 6 n + 4 (Zagoruyko and Komodakis 2016)."""
+    width: int = 10
+    """Its width k: 16 k, 32 k and 64 k channels."""
+    epochs: int = 200
+    """Passes over the training images."""
+    batch_size: int = 60
+    """Images a batch (rebuttal: 60; below 60 worse)."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """steps: lr, divided by 10 at each milestone; cosine: up to lr over the first tenth, then down to 0."""
+    milestones: tuple[int, ...] = (60, 90)
+    """Epochs of the steps schedule."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 2e-4
+    """Of SGD."""
+    augment: bool = True
+    """Random crops of the image padded by 4 pixels, and random flips (not for digits)."""
+    flip: bool = True
+    """Whether augment flips; SVHN's digits must not be."""
+    valid_steps: int = 10
+    """Steps of the PGD that validates robustness; 0 validates clean accuracy alone, and so does perturb = none."""
+    valid_images: int = 500
+    """How many of the held-out images are validated on."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 10 or (self.depth - 4) % 6 or self.width < 1:
+            raise InputError(f"depth must be 10, 16, 22, 28, … and width 1 or more, got {self.depth} and {self.width}")
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"smoothing must be at least 0 and below 1, got {self.smoothing}")
+        for name, least in (("steps", 1), ("ot_group", 0), ("valid_steps", 0), ("valid_images", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.eps < 0 or not self.alpha > 0:
+            raise InputError(f"eps must be 0 or more and alpha above 0, got {self.eps} and {self.alpha}")
+
+
+class Block(nn.Module):
+    """Batch norm, ReLU, convolution, twice, and the input added: a pre-activation residual block."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        y = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return y + (x if self.shortcut is None else self.shortcut(active))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width for pixels (B, 3, H, W) from 0 to 1, which it maps to [-1, 1] -> logits (B, K)."""
+
+    def __init__(self, depth: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        channels, blocks = [16, 16 * width, 32 * width, 64 * width], (depth - 4) // 6
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        stages = []
+        for stage in range(3):
+            inputs, outputs = channels[stage : stage + 2]
+            for number in range(blocks):
+                stages.append(Block(outputs if number else inputs, outputs, 2 if stage and not number else 1))
+        self.blocks = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(channels[3])
+        self.head = nn.Linear(channels[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees, (B, 64 width)."""
+        x = self.blocks(self.stem(2 * x - 1))
+        return F.relu(self.norm(x)).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class Features(nn.Module):
+    """A network up to its last layer, to be attacked there."""
+
+    def __init__(self, net: WideResNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.features(x)
+
+
+_MADRY = ScatterConfig(perturb="madry", steps=7, alpha=2 / 255, smoothing=0.0)
+_SMALL = ScatterConfig(depth=10, width=1, epochs=30, batch_size=60, schedule="cosine")
+_SMALL_MADRY = replace(_SMALL, perturb="madry", steps=7, alpha=2 / 255, smoothing=0.0)
+
+
+class Scatter(Method):
+    """A classifier and one batch of its training."""
+
+    name: ClassVar[str] = "scatter"
+    output: ClassVar[Literal["embedding", "code", "logits"]] = "logits"
+    Config: ClassVar[type] = ScatterConfig
+    sizes: ClassVar[tuple[str, ...]] = ("num_classes",)
+    presets: ClassVar[dict[str, Any]] = {
+        "madry": _MADRY,
+        "random-targeted": replace(_MADRY, perturb="random_targeted"),
+        "plain": replace(_MADRY, perturb="none"),
+        "small": _SMALL,
+        "small-madry": _SMALL_MADRY,
+        "small-random-targeted": replace(_SMALL_MADRY, perturb="random_targeted"),
+        "small-plain": replace(_SMALL_MADRY, perturb="none"),
+    }
+
+    def __init__(self, config: ScatterConfig, num_classes: int) -> None:
+        super().__init__(config, image_dim=0, text_dim=0, num_classes=num_classes)
+        self.config: ScatterConfig = config
+        # smoothing as torch has it gives delta / K to every class, the true one too
+        self.smoothing = config.smoothing * num_classes / (num_classes - 1) if num_classes > 1 else 0.0
+        if self.smoothing > 1:
+            raise InputError(
+                f"smoothing must be at most {(num_classes - 1) / num_classes:g} for {num_classes} classes, where the "
+                f"true class is no likelier than the others, got {config.smoothing}"
+            )
+        self.net = WideResNet(config.depth, config.width, num_classes)
+        self.net.to(memory_format=torch.channels_last)
+        robust = config.perturb != "none" and config.valid_steps > 0
+        self.validated = ("valid_accuracy", "valid_robust") if robust else ("valid_accuracy",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) from 0 to 1 -> logits (B, K)."""
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        c = self.config
+        return {"net": torch.optim.SGD(self.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)}
+
+    def perturbation(self) -> Attack | None:
+        """What makes the training images of one batch, its noise from torch's random state."""
+        c = self.config
+        if c.perturb == "none":
+            return None
+        common: dict[str, Any] = {"check": False, "progress": False, "seed": int(torch.randint(2**62, ()))}
+        if c.perturb != "scatter":
+            targets: Targeted = "random" if c.perturb == "random_targeted" else False
+            return PGD(self, c.eps, c.alpha, c.steps, targeted=targets, **common)
+        seen: nn.Module = self if c.scatter_on == "logits" else Features(self.net)
+        ot: dict[str, Any] = {"group": c.ot_group or None, "solver": c.ot_solver, "reg": c.ot_reg, "ot_grad": c.ot_grad}
+        return FeatureScatter(seen, c.eps, c.alpha, c.steps, **ot, **common)
+
+    def step(
+        self,
+        batch: Images,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Perturb, one step of SGD on the perturbed images alone."""
+        optimizer, c = optimizers["net"], self.config
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * _rate(c, progress)
+        x = batch.pixels()
+        if c.augment:
+            x = augmented(x, c.flip)
+        attack = self.perturbation()
+        adversarial = x if attack is None else attack(x, batch.labels)
+        logits = self(adversarial).float()
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
+        optimizer.zero_grad()
+        backward(loss)
+        optimizer.step()
+        right = (logits.detach().argmax(dim=1) == batch.labels).float().mean()
+        return {"loss": loss.detach(), "perturbed_accuracy": right}
+
+    def validate(self, valid: Images) -> dict[str, float]:
+        """Accuracy on the first `valid_images`, and under PGD with `valid_steps` steps of eps / 4."""
+        few = valid.select(torch.arange(min(len(valid), self.config.valid_images)))
+        found = {"valid_accuracy": accuracy(self, few)}
+        if "valid_robust" in self.validated:
+            found["valid_robust"] = accuracy(self, few, self._pgd(self.config.valid_steps))
+        return found
+
+    def measure(self, dataset: ImageDataset) -> dict[str, Any]:
+        """Accuracy on the test split, and under PGD-20 on its first 500 images; `cmr-fast report` asks much more."""
+        few = dataset.test.select(torch.arange(min(len(dataset.test), 500)))
+        return {"accuracy": accuracy(self, dataset.test), "pgd20_first500": accuracy(self, few, self._pgd(20))}
+
+    def _pgd(self, steps: int) -> PGD:
+        eps = self.config.eps
+        return PGD(self, eps, eps / 4 if eps else 1.0, steps, check=False, progress=False)
+
+
+def _rate(c: ScatterConfig, progress: float) -> float:
+    """The learning rate as a share of lr."""
+    if c.schedule == "steps":
+        return 0.1 ** sum(progress * c.epochs >= epoch for epoch in c.milestones)
+    return min(progress / 0.1, (1 + cos(pi * max(0.0, progress - 0.1) / 0.9)) / 2)
+
+
+def augmented(x: Tensor, flip: bool, pad: int = 4) -> Tensor:
+    """Random crops of (B, 3, H, W) padded with zeros, and random flips, by torch's random state."""
+    count, _, height, width = x.shape
+    padded = F.pad(x, (pad, pad, pad, pad))
+    down, right = torch.randint(2 * pad + 1, (2, count)).to(x.device)
+    rows = (down[:, None] + torch.arange(height, device=x.device))[:, None, :, None]
+    columns = right[:, None] + torch.arange(width, device=x.device)
+    if flip:
+        turned = (torch.rand(count) < 0.5).to(x.device)
+        columns = torch.where(turned[:, None], columns.flip(1), columns)
+    samples, channels = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    return padded[samples[:, None, None, None], channels[:, None, None], rows, columns[:, None, None, :]]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, attack: Attack | None = None) -> float:
+    """The share of images that a classifier in evaluation mode has right, perturbed by `attack` where there is one."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    right = 0
+    for number, rows in enumerate(torch.arange(len(images)).split(CHUNK)):
+        part = images.select(rows.to(images.labels.device))
+        x, y = part.pixels().to(device), part.labels.to(device)
+        if attack is not None:
+            x = attack(x, y, index=torch.arange(len(x)) + number * CHUNK)
+        right += int((model(x).argmax(dim=1) == y).sum())
+    model.train(training)
+    return right / len(images)
