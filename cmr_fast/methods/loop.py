@@ -203,7 +203,7 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
 def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
     fabric = _fabric(run)
     _reseed(run.seed, 0)
-    model = kind(config, **{name: getattr(dataset, name) for name in kind.sizes})
+    model = kind(config, *(getattr(dataset, name) for name in kind.sizes))
     model.fit_inputs(dataset.train)
     fabric.setup_module(model)
     plain = model.optimizers()
@@ -329,7 +329,7 @@ def load_model(path: str | os.PathLike[str]) -> Method:
     tensors, meta = checkpoint.load(file, "model")
     kind = METHODS[meta["method"]]
     config = _config_from(kind, meta["config"], file)
-    model = kind(config, **{name: meta[name] for name in kind.sizes})
+    model = kind(config, *(meta[name] for name in kind.sizes))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -400,7 +400,7 @@ def test_unknown_method_and_wrong_config_are_refused(tmp_path):
         METHODS["acmrr"]
     with pytest.raises(InputError, match="ACMRConfig"):
         train("acmr", {"epochs": 3}, small_dataset(), quick(tmp_path / "run"))
-    assert list(METHODS) == ["acmr", "cmimh"]
+    assert list(METHODS) == ["acmr", "cmimh", "scatter"]
 
 
 def test_grid_search_picks_by_validation_and_tells_of_no_test_score(tmp_path):
