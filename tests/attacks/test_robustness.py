@@ -1,0 +1,197 @@
+import copy
+import csv
+import json
+
+import pytest
+import torch
+from networks import samples, trained
+from test_checks import Masked
+
+from cmr_fast import robustness
+from cmr_fast.cli import main
+from cmr_fast.errors import InputError
+from cmr_fast.robustness import Outcome, Settings, attack_all, examine, print_outcomes, worst_case, write_report
+
+SETTINGS = Settings(eps=8 / 255, images=40, few=40, batch=16)
+QUICK = ("clean", "fgsm", "pgd10", "cw10x2", "apgd-dlr")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained().eval()
+
+
+@pytest.fixture(scope="module")
+def many():
+    return samples(40, seed=21)
+
+
+def test_each_attack_by_its_name(plain, many):
+    x, y = many
+    other = trained(seed=5).eval()
+    names = (*QUICK, "mifgsm5", "targeted5", "apgd-ce", "apgd-t", "local-search", "transfer-pgd10", "transfer-cw10")
+    found = attack_all(plain, x, y, names, SETTINGS, surrogate=other)
+    assert list(found) == list(names)
+    clean = (plain(x).argmax(1) == y).double().mean()
+    assert found["clean"].accuracy == pytest.approx(float(clean))
+    for name, outcome in found.items():
+        assert outcome.accuracy <= found["clean"].accuracy and len(outcome.right) == 40, name
+        assert not (outcome.right & ~found["clean"].right).any()
+    assert found["pgd10"].accuracy < found["clean"].accuracy
+    assert found["transfer-pgd10"].accuracy >= found["pgd10"].accuracy
+    assert len(found["pgd10"].losses) == 10 and found["pgd10"].losses[-1] > found["pgd10"].losses[0]
+    assert len(found["cw10x2"].runs) == 2 and found["cw10x2"].accuracy <= min(found["cw10x2"].runs)
+
+
+def test_numbers_do_not_depend_on_the_batch(plain, many):
+    a, b = (
+        attack_all(plain, *many, ["pgd10", "apgd-ce"], Settings(images=40, few=40, batch=batch)) for batch in (7, 40)
+    )
+    assert all(torch.equal(a[n].right, b[n].right) for n in a)
+
+
+def test_worst_case_is_of_each_image():
+    def outcome(bits):
+        return Outcome("x", torch.tensor(bits, dtype=torch.bool), [0.5])
+
+    left = worst_case({"a": outcome([1, 1, 0, 1]), "b": outcome([1, 0, 1, 1]), "few": outcome([0, 1])})
+    assert left.tolist() == [False, False, False, True]
+
+
+def test_finished_attacks_are_kept_and_others_made_anew(plain, many, tmp_path, monkeypatch):
+    x, y = many
+    first = attack_all(plain, x, y, ["pgd10", "fgsm"], SETTINGS, keep=tmp_path)
+
+    def no_work(*arguments):
+        raise AssertionError("attacked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "_run", no_work)
+        again = attack_all(plain, x, y, ["pgd10", "fgsm"], SETTINGS, keep=tmp_path)
+        assert all(torch.equal(first[n].right, again[n].right) and first[n].losses == again[n].losses for n in first)
+        changed = copy.deepcopy(plain)
+        changed[7].bias.data += 1
+        for arguments in (
+            (changed, x, y, ["pgd10"], SETTINGS),
+            (plain, x.flip(0), y.flip(0), ["pgd10"], SETTINGS),
+            (plain, x, y, ["pgd10"], Settings(eps=4 / 255, images=40)),
+            (plain, x, y, ["pgd11"], SETTINGS),
+        ):
+            with pytest.raises(AssertionError, match="attacked again"):
+                attack_all(*arguments, keep=tmp_path)
+    (tmp_path / "pgd10.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        attack_all(plain, x, y, ["pgd10"], SETTINGS, keep=tmp_path)
+
+
+def test_a_plain_model_is_not_called_out_and_a_masked_one_is(plain, many, tmp_path):
+    x, y = many
+    surrogate = trained(seed=5).eval()
+    masked = Masked(plain)
+    found = [
+        examine("plain", plain, x, y, SETTINGS, names=QUICK, surrogate=surrogate, keep=tmp_path / "a"),
+        examine("masked", masked, x, y, SETTINGS, names=(*QUICK, "transfer-pgd10"), surrogate=copy.deepcopy(plain)),
+    ]
+    assert not found[0].suspicious and "SUSPICIOUS" not in found[0].verdict()
+    assert found[1].suspicious and "SUSPICIOUS" in found[1].verdict() and "black box" in found[1].verdict()
+    assert found[1].outcomes["pgd10"].accuracy > 0.8 and found[1].worst < 0.6
+    assert found[0].sweep[0.0] == pytest.approx(found[0].outcomes["clean"].accuracy)
+    assert list(found[0].sweep.values()) == sorted(found[0].sweep.values(), reverse=True)
+
+    write_report(found, tmp_path / "report", "templates", SETTINGS)
+    there = {path.name for path in (tmp_path / "report").iterdir()}
+    assert there == {
+        "robustness.csv", "README.md", "index.html", "attacks.png", "loss-against-step.png", "eps-sweep.png"
+    }  # fmt: skip
+    with open(tmp_path / "report" / "robustness.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["accuracy under", "plain", "masked"] and table[-1][0] == "every attack together"
+    assert table[-1][1] == f"{found[0].worst:.1%}"
+    for page in ("README.md", "index.html"):
+        text = (tmp_path / "report" / page).read_text()
+        assert "SUSPICIOUS" in text and "attacks.png" in text
+    assert all((tmp_path / "report" / name).stat().st_size > 5000 for name in there if name.endswith(".png"))
+
+
+def test_the_table_on_a_terminal(plain, many, capsys):
+    found = attack_all(plain, *many, ["clean", "cw5x2", "local-search"], Settings(images=40, few=8))
+    print_outcomes("numbers", {"net": found})
+    shown = capsys.readouterr().out
+    assert "cw5x2" in shown and "spread" in shown and "local-search, first 8" in shown
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["pgd"], {}, "unknown attack 'pgd', expected one of clean"),
+        (["pgd10", "transfer-pgd5"], {}, "expected a surrogate"),
+    ],
+)
+def test_refuses_names_before_any_work(plain, many, names, options, message, monkeypatch):
+    monkeypatch.setattr(robustness, "_run", lambda *a: pytest.fail("work was done"))
+    with pytest.raises(InputError, match=message):
+        attack_all(plain, *many, names, SETTINGS, **options)
+
+
+def test_refuses_settings():
+    with pytest.raises(InputError, match="eps must be"):
+        Settings(eps=8)
+    with pytest.raises(InputError, match="images must be"):
+        Settings(images=0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two small classifiers trained on shapes by the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["--preset", "small-plain", "--options", "train=60", "test=24", "--epochs", "1", "--threads", "1"]
+    for seed in ("0", "1"):
+        command = ["train", "scatter", *common, "--seed", seed, "--out", str(folder / f"run{seed}"), "--quiet"]
+        assert main(command) == 0
+    return folder
+
+
+def test_attack_from_the_command_line(runs, capsys, tmp_path):
+    import numpy as np
+
+    out = tmp_path / "adv.npz"
+    command = ["attack", str(runs / "run0"), "--attacks", "clean", "pgd5", "transfer-pgd5", "--images", "20"]
+    assert main([*command, "--surrogate", str(runs / "run1"), "--save", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "pgd5" in shown and "every attack together" in shown and "eps 8/255" in shown
+    with np.load(out) as saved:
+        apart = np.abs(saved["adversarial"].astype(float) - saved["images"].astype(float)).max()
+        assert saved["adversarial"].shape == (20, 3, 32, 32) and 0 < apart <= 8 / 255 + 1e-7
+    assert main([*command, "--surrogate", str(runs / "run1"), "--save", str(out)]) == 2  # not overwritten
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--surrogate", str(runs / "run0")]) == 2
+    assert "victim" in capsys.readouterr().err
+    assert main([*command]) == 2 and "surrogate" in capsys.readouterr().err
+    assert main(["attack", str(runs / "run0"), "--attacks", "clean", "clean"]) == 2
+    assert "named once" in capsys.readouterr().err
+
+
+def test_report_of_classifiers_from_the_command_line(runs, capsys, tmp_path):
+    out = tmp_path / "report"
+    command = ["report", str(runs / "run0"), str(runs / "run1"), "--out", str(out), "--images", "12"]
+    command += ["--attacks", "clean", "pgd5"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "run0" in shown and "every attack together" in shown and "index.html" in shown
+    assert (out / "robustness.csv").is_file() and (out / "attacks" / "run1" / "pgd5.json").is_file()
+    assert main(command) == 2 and "--force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+
+
+def test_retrieval_commands_name_a_classifier_and_the_reverse(runs, capsys, tmp_path):
+    assert main(["evaluate", str(runs / "run0")]) == 2
+    assert "a classifier, expected a retriever" in capsys.readouterr().err
+    retriever = ["train", "acmr", "--options", "count=160", "--epochs", "1", "--out", str(tmp_path / "acmr"), "--quiet"]
+    assert main(retriever) == 0
+    assert main(["report", str(runs / "run0"), str(tmp_path / "acmr"), "--out", str(tmp_path / "r")]) == 2
+    assert "both kinds" in capsys.readouterr().err
+    assert main(["attack", str(tmp_path / "acmr"), "--images", "16", "--eps", "0.02"]) == 0
+    shown = capsys.readouterr().out
+    assert "R@10" in shown and "worst case of a query" in shown
+    assert main(["attack", str(tmp_path / "acmr"), "--surrogate", str(runs / "run0")]) == 2
+    assert json.loads((runs / "run0" / "results.json").read_text())["accuracy"] >= 0
