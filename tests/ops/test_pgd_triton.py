@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pgd import SHAPES, eager_linf, problem
+from pgd_cases import SHAPES, eager_linf, problem
 
 import cmr_fast as cf
 from cmr_fast.ops import _dispatch, _reference, pgd_noise, pgd_step_
