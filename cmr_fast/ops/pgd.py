@@ -77,6 +77,8 @@ def check_step(
 
 def as_values(value: Value, x: Tensor, name: str) -> Tensor:
     """A number, (B,), (1, C) or (B, C) as a tensor (1 or B, 1 or C) of x's dtype and device."""
+    if isinstance(value, int | float):  # a kernel's argument: a copy to a GPU would wait for it
+        return torch.full((1, 1), value, dtype=x.dtype, device=x.device)
     tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if tensor.ndim < 2:
         tensor = tensor.reshape(-1, 1)
@@ -129,7 +131,11 @@ def _step(
     unfit = {}
     if x.dtype != torch.float32:
         unfit = dict.fromkeys(("cpp", "cuda", "triton"), f"it takes float32, x is {x.dtype}")
+    elif x.numel() >= max(1, len(x)) << 31:
+        unfit["triton"] = f"it takes samples of fewer than 2^31 elements, these have {x.numel() // len(x)}"
     chosen = _dispatch.choose_backend("pgd_step_", x.device.type, backend, unfit)
+    if not x.numel():
+        return
     if chosen == "torch":
         _torch_step(x, gradient, origin, alpha, eps, low, high, broken, step, l2)
         return
@@ -145,8 +151,10 @@ def _step(
     described = [_described(v) for v in values]
     flags = 0 if broken is None else broken.data_ptr()
     if chosen == "cuda":
-        queue = _queue(x)
-        _dispatch.native_cuda().pgd_step(queue, *shape, *tensors, described, flags, step, l2)
+        native = _dispatch.native_cuda()
+        needed = native.pgd_workspace(shape[0], shape[1] * shape[2]) if l2 else 0
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+        native.pgd_step(_queue(x), *shape, *tensors, described, flags, step, l2, workspace.data_ptr())
         return
     _dispatch.native().pgd_step(
         _dispatch.choose_isa(), *shape, *tensors, described, flags, step, l2, _dispatch.choose_threads(threads)
@@ -155,10 +163,8 @@ def _step(
 
 def _shape(x: Tensor, values: list[Tensor]) -> tuple[int, int, int]:
     """(samples, channels, elements of a channel), with one channel where none has a value of its own."""
-    samples = len(x)
-    each = x.numel() // samples if samples else 0
     channels = max(v.shape[1] for v in values)
-    return samples, channels, each // channels
+    return len(x), channels, x.numel() // len(x) // channels
 
 
 def _described(value: Tensor) -> tuple[int, int, int]:
@@ -176,10 +182,8 @@ def _torch_step(
     x: Tensor, gradient: Tensor, origin: Tensor, alpha: Tensor, eps: Tensor, low: Tensor, high: Tensor,
     broken: Tensor | None, step: int, l2: bool,
 ) -> None:  # fmt: skip
-    shape = (-1, 1) if x.ndim < 2 else (-1, x.shape[1], x[0, 0].numel() if x.numel() else 0)
-    flat, g, start = (t.reshape(len(x), *shape[1:]) if x.numel() else t for t in (x, gradient, origin))
-    if not x.numel():
-        return
+    shape = (len(x), 1) if x.ndim < 2 else (len(x), x.shape[1], x[0, 0].numel())
+    flat, g, start = (t.reshape(shape) for t in (x, gradient, origin))
     alpha, eps, low, high = (v.reshape(*v.shape, *[1] * (flat.ndim - 2)) for v in (alpha, eps, low, high))
     finite = g.isfinite().flatten(1).all(1)
     if broken is not None:

@@ -90,10 +90,36 @@ struct TripletRows {
 };
 const char* triplet_weigh(const Queue& queue, const TripletRows& rows);
 
+// A step of a projected gradient attack, in place, and the noise that it starts from (csrc/cpu/pgd_kernel.h). A value
+// holds for every (sample, channel); a stride of 0 repeats it.
+struct PgdValue {
+    const float* at;
+    int64_t per_sample, per_channel;
+};
+struct PgdStep {
+    int64_t samples, channels, inner;  // x is (samples, channels, inner)
+    float* x;
+    const float *gradient, *origin;
+    PgdValue alpha, eps, low, high;
+    int* broken;  // (samples,), or null: `step` is written where it is negative and a gradient is not finite
+    int step;
+    bool l2;
+};
+struct PgdNoise {
+    uint64_t seed;
+    const int64_t* index;  // (samples,)
+    int64_t samples, count;
+    float* out;  // (samples, count) in (-1, 1)
+};
+int64_t pgd_workspace(int64_t samples, int64_t elements);  // bytes that an L2 step needs for samples of so many
+const char* pgd_step(const Queue& queue, const PgdStep& step, void* workspace);
+const char* pgd_noise(const Queue& queue, const PgdNoise& noise);
+
 // Why no device can be used (an error's name), or nullptr.
 const char* device_problem();
 
-// The kernel that was queued last: "popc", "b1", "int8", "histogram", "place", "range" or "table".
+// The kernel that was queued last: "popc", "b1", "int8", "histogram", "place", "range", "table", "linf", "l2" or
+// "noise".
 const char* last_kernel();
 void set_last_kernel(const char* name);
 

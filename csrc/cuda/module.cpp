@@ -1,7 +1,9 @@
 // cmr_fast._cuda: device addresses, sizes and a stream in; a launch that fails raises with the error's name. The
 // callers in cmr_fast/ops check every argument and own every byte. Nothing here waits for the device.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -97,5 +99,22 @@ PYBIND11_MODULE(CMR_CUDA_MODULE, m) {
                                     at<float>(block), at<float>(x_squares), at<float>(y_squares), at<int64_t>(x_labels),
                                     at<int64_t>(y_labels), at<double>(losses), at<int64_t>(triplets), at<int64_t>(open),
                                     at<float>(row_sums)}));
+    });
+
+    m.def("pgd_workspace", &pgd_workspace, "Bytes that an L2 step of samples of so many elements needs.");
+    // values: (address, per_sample, per_channel) of alpha, eps, low and high
+    m.def("pgd_step", [](const Queue& queue, int64_t samples, int64_t channels, int64_t inner, Address x,
+                         Address gradient, Address origin, const std::array<std::array<int64_t, 3>, 4>& values,
+                         Address broken, int step, bool l2, Address workspace) {
+        const auto value = [&](int i) {
+            return PgdValue{at<const float>(static_cast<Address>(values[i][0])), values[i][1], values[i][2]};
+        };
+        check("pgd_step", pgd_step(queue, {samples, channels, inner, at<float>(x), at<const float>(gradient),
+                                           at<const float>(origin), value(0), value(1), value(2), value(3),
+                                           at<int>(broken), step, l2}, at<void>(workspace)));
+    });
+    m.def("pgd_noise", [](const Queue& queue, uint64_t seed, Address index, int64_t samples, int64_t count,
+                          Address out) {
+        check("pgd_noise", pgd_noise(queue, {seed, at<const int64_t>(index), samples, count, at<float>(out)}));
     });
 }

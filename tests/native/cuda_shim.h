@@ -160,6 +160,15 @@ T __ldg(const T* address) {
     return *address;
 }
 inline int atomicAdd(int* address, int value) { return (*address += value) - value; }
+inline int atomicCAS(int* address, int expected, int value) {
+    const int before = *address;
+    if (before == expected) *address = value;
+    return before;
+}
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;
