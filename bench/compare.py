@@ -16,7 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmarks.common import compare, one_thread
 
-OPS = ("hamming", "ranking", "multi_index", "triplet", "acmr_step", "infonce", "pairwise", "pgd", "sinkhorn")
+OPS = (
+    *("hamming", "ranking", "multi_index", "triplet", "acmr_step", "infonce", "pairwise", "pgd", "sinkhorn"),
+    "scatter_step",
+)
 
 
 def main() -> int:

@@ -1,20 +1,14 @@
 """One training step of Feature Scattering, batch 60, on the same network as
 
-    Madry      one step of PGD-7 training by the same trainer. Seven times the perturbation, divided by 3.5: the step of
-               Feature Scattering should cost at most 1.3 of that, so Madry / ours should be 2.69 or more
-    the paper  the authors' step as their code has it, ported to today's torch: a copy of the network for every batch,
-               .backward() through its weights too, Sinkhorn's iterations unrolled with a wait for the host in each
-
-One thread. `python -m benchmarks.scatter_step [--json FILE] [--quick]` from bench/.
+Madry      one step of PGD-7 training by the same trainer. Seven times the perturbation, divided by 3.5: the step of
+           Feature Scattering should cost at most 1.3 of that, so Madry / ours should be 2.69 or more
+the paper  the authors' step as their code has it, ported to today's torch: a copy of the network for every batch,
+           .backward() through its weights too, Sinkhorn's iterations unrolled with a wait for the host in each
 """
 
-import argparse
 import copy
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -145,26 +139,3 @@ class ScatterStep:
             return 3.5 / compare(comparison("WRN-10-1", "Madry"), rounds=5).speedup
 
     track_time_over_madry.unit = "ours / (Madry's / 3.5)"  # type: ignore[attr-defined]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest network only")
-    parser.add_argument("--json", type=Path, help="write the results there")
-    given = parser.parse_args()
-    rows = []
-    with one_thread():
-        for each in comparisons(given.quick):
-            found = compare(each, rounds=5)
-            share = f"   {3.5 / found.speedup:.2f} of Madry / 3.5" if "Madry" in each.alternative else ""
-            print(f"{each.name}: {found.ours * 1e3:.0f} ms, {each.alternative} {found.theirs * 1e3:.0f} ms: "
-                  f"{found.speedup:.2f}x{share}", flush=True)  # fmt: skip
-            rows.append({"name": each.name, "alternative": each.alternative, "ours_s": found.ours,
-                         "theirs_s": found.theirs, "speedup": found.speedup})  # fmt: skip
-    if given.json:
-        about = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-        given.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
