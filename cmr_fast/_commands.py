@@ -1,6 +1,7 @@
 """What the commands of cli.py do. Heavy imports stay inside the functions, so that --help is quick."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,11 @@ def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunCo
     options = chosen(source)
     load = load_classified if METHODS[method].output == "logits" else load_data
     dataset = load(source.data, options)
+    if _wants_a_gpu(config):
+        print(
+            f"WRN-{config.depth}-{config.width} on a CPU takes hours an epoch; --preset small is for one",
+            file=sys.stderr,
+        )
     out = str(settings.out).replace("<data>", dataset.name).replace("<seed>", str(settings.seed))
     run = train_method(method, config, dataset, replace(settings, out=Path(out)))
     record_source(run.path, source.data, options)
@@ -57,6 +63,12 @@ def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunCo
     print("Next:")
     for line in next_commands(run.path, codes=run.model.output == "code"):
         print(f"  {line}")
+
+
+def _wants_a_gpu(config: Any) -> bool:
+    import torch
+
+    return getattr(config, "depth", 0) * getattr(config, "width", 0) > 80 and not torch.cuda.is_available()
 
 
 def _after_classifier(run: "Run") -> None:

@@ -158,12 +158,12 @@ def attack_all(
     for name in names:  # a misspelt name is refused before hours of work
         base = split_restarts(name)[0]
         attack_named(base, model, settings, 0, surrogate)
-    mark = _mark(model, x, y, settings, surrogate) if keep is not None else 0
+    marks = [0, 0] if keep is None else [_mark(model, x, y, settings, other) for other in (None, surrogate)]
     found: dict[str, Outcome] = {}
     total = sum(-(-_count(name, len(x), settings) // settings.batch) * split_restarts(name)[1] for name in names)
     with counting(total, title) as tell:
         for name in names:
-            file = None if keep is None else keep / f"{name}.json"
+            file, mark = None if keep is None else keep / f"{name}.json", marks[name.startswith("transfer-")]
             stored = None if file is None else _stored(file, mark)
             if stored is None:
                 stored = _run(name, model, x, y, settings, surrogate, tell)

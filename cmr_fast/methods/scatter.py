@@ -32,7 +32,7 @@ class ScatterConfig:
 
     perturb: Literal["scatter", "madry", "random_targeted", "none"] = "scatter"
     """What training images are replaced by: Feature Scattering's, PGD's on the cross entropy, PGD's towards a random
-    other class, or nothing."""
+    other class, or nothing. The presets set steps, alpha and smoothing to go with it."""
     eps: float = 8 / 255
     """Radius of the L-inf ball, of pixels from 0 to 1."""
     alpha: float = 8 / 255
