@@ -1,7 +1,8 @@
 """Optimal transport of many small problems in one call: Sinkhorn's iterations and IPOT, each stopped by itself.
 
-The native kernel scales a kernel that is exponentiated once and goes through logarithms where that would not hold; the
-torch path works in logarithms throughout. Results do not change from run to run or with `threads`.
+The native kernels scale a kernel that is exponentiated once and go through logarithms where that would not hold; the
+torch path works in logarithms throughout. On a GPU a block takes a problem, and all are one launch. Results do not
+change from run to run or with `threads`.
 """
 
 import math

@@ -251,7 +251,7 @@ struct Transport {
             }
             __syncthreads();
             make_first_kernel();
-            float change;
+            float change = 0;  // IPOT makes all of its steps
             bool within = true;
             for (int k = 0; k < p.inner && within; ++k) {
                 within = scaled(false, change);
