@@ -1,20 +1,21 @@
 // Sinkhorn's iterations and IPOT on the GPU: all problems in one launch, each stopped by itself. The maths is that of
 // csrc/cpu/sinkhorn_kernel.h.
 //
-// Scaling    T = u K v with K = exp(a_i + b_j - p C_ij): an iteration is u = mu / K v, v = nu / K^T u. Where it takes u
-//            or v out of [1e-12, 1e12] it is thrown away and made in logarithms, and K is made anew with u = v = 1: what K
-//            loses to underflow (below 1e-38) is below 1e-14 of a plan, whatever reg is. The first K has row maxima of mu,
-//            those of a step of IPOT too, which makes K anew from its potentials instead of multiplying by exp(-C / beta).
-// Exponents  a, b and their differences with p C in double, so C / reg may be in the thousands; exponentials and sums of
-//            them in float32.
-// Layout     One block of threads a problem, about 8 entries a thread. a, b, u and v are in shared memory, 24 bytes a row
-//            or column at most; K is there too where the device has room for it, else it is where the plan goes, read
-//            through the second-level cache. The cost is read only where K is made.
-// Threads    K v: 1 to 32 lanes a row, so that the rows take about one turn; K's stride is an odd multiple of the lanes,
-//            so that a warp's rows are in different banks. K^T u: a thread a column, in groups that share the rows and are
-//            added up in order. Nothing depends on the order of threads.
-// Bound      two loads of K and two of u or v an entry and iteration, all from shared memory; with few or small problems
-//            the three barriers of an iteration. Not measured on a GPU yet.
+// Scaling    T = u K v with K = exp(a_i + b_j - p C_ij): an iteration is u = mu / K v, v = nu / K^T u. Where it takes
+//            u or v out of [1e-12, 1e12] it is thrown away and made in logarithms, and K is made anew with u = v = 1:
+//            what K loses to underflow (below 1e-38) is below 1e-14 of a plan, whatever reg is. The first K has row
+//            maxima of mu, those of a step of IPOT too, which makes K anew from its potentials instead of multiplying
+//            by exp(-C / beta).
+// Exponents  a, b and their differences with p C in double, so C / reg may be in the thousands; exponentials and sums
+//            of them in float32.
+// Layout     One block of threads a problem, about 8 entries a thread. a, b, u and v are in shared memory, 24 bytes a
+//            row or column at most; K is there too where the device has room for it, else it is where the plan goes,
+//            read through the second-level cache. The cost is read where K is made, and by steps in logarithms.
+// Threads    K v: 1 to 32 lanes a row, so that the rows take about one turn; K's stride is an odd multiple of the
+//            lanes, so that a warp's rows are in different banks. K^T u: a thread a column, in groups that share the
+//            rows and are added up in order. Nothing depends on the order of threads.
+// Bound      two loads of K and two of u or v an entry and iteration, all from shared memory; with few or small
+//            problems the three barriers of an iteration. Not measured on a GPU yet.
 #include "launch.cuh"
 
 namespace cmr::cuda {
@@ -142,7 +143,8 @@ struct Transport {
             float sum = 0;
             if (j < n && group < layout.groups) {
 #pragma unroll 8
-                for (int i = group; i < m; i += layout.groups) sum = fmaf(kernel[i * layout.stride + j], u_next[i], sum);
+                for (int i = group; i < m; i += layout.groups)
+                    sum = fmaf(kernel[i * layout.stride + j], u_next[i], sum);
             }
             partial[tid] = sum;
             __syncthreads();
@@ -186,7 +188,8 @@ struct Transport {
             if (lane != 0) continue;
             const double lse = most + log(static_cast<double>(sum)), mass = mu[i], was = a[i];
             a[i] = log(mass) - lse;
-            moved += static_cast<float>(p.stop == kMarginals ? fabs(exp(was + lse) - mass) : fabs(a[i] - was) / p.inverse);
+            moved += static_cast<float>(p.stop == kMarginals ? fabs(exp(was + lse) - mass)
+                                                             : fabs(a[i] - was) / p.inverse);
         }
         const float change = block_sum(moved);
         const int column = tid % layout.width, group = tid / layout.width;
@@ -290,7 +293,8 @@ struct Transport {
 };
 
 template <bool kSharedKernel>
-__global__ void __launch_bounds__(kMostThreads) transport_kernel(const TransportProblems problems, const Layout layout) {
+__global__ void __launch_bounds__(kMostThreads) transport_kernel(const TransportProblems problems,
+                                                                 const Layout layout) {
     Transport<kSharedKernel>(problems, layout).solve();
 }
 

@@ -139,7 +139,8 @@ inline int most_shared_bytes() {
 
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int64_t blocks, int num_threads, int shared_bytes, A... arguments) {
-    if (num_threads % 32 || num_threads > 1024 || shared_bytes > most_shared_bytes()) return "cudaErrorInvalidConfiguration";
+    if (num_threads % 32 || num_threads > 1024 || shared_bytes > most_shared_bytes())
+        return "cudaErrorInvalidConfiguration";
     // one byte past the end is another allocation's, so that address sanitizers see it
     const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared_bytes ? shared_bytes : 1]);
     const std::function<void()> call = [&] { kernel(arguments...); };
@@ -223,7 +224,8 @@ inline int __shfl_xor_sync(unsigned mask, int value, int with) {
         emulated::meet(emulated::Wait::shfl_xor, mask, static_cast<uint32_t>(value))[threadIdx.x % 32 ^ with]);
 }
 inline float __shfl_xor_sync(unsigned mask, float value, int with) {
-    return __uint_as_float(static_cast<uint32_t>(__shfl_xor_sync(mask, static_cast<int>(__float_as_uint(value)), with)));
+    const int bits = static_cast<int>(__float_as_uint(value));
+    return __uint_as_float(static_cast<uint32_t>(__shfl_xor_sync(mask, bits, with)));
 }
 inline unsigned __match_any_sync(unsigned mask, int value) {
     const auto lanes = emulated::meet(emulated::Wait::match, mask, static_cast<uint32_t>(value));
