@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One call on a machine with a GPU and nvcc, of ten minutes at most: builds the package with its CUDA kernels, runs the
 # tests of what runs on a GPU, looks for bad memory accesses and races, and measures. Needs torch, numpy, pybind11,
-# setuptools, pytest, pytest-timeout there, and no network. Writes pgd_cuda.json, infonce_cuda.json, triplet_cuda.json
-# and hamming_cuda.json into the folder given, else bench/results.
+# setuptools, pytest, pytest-timeout there, and no network. Writes pgd_cuda.json, infonce_cuda.json, triplet_cuda.json,
+# sinkhorn_cuda.json and hamming_cuda.json into the folder given, else bench/results.
 #   bench/gpu_check.sh [--quick] [folder]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -43,10 +43,12 @@ python3 -c 'import cmr_fast as cf, torch; print(cf.explain("hamming_topk", torch
 tests pgd_triton 60 -k "not interpreter and not compiles"
 tests triplet_cuda 30
 tests infonce_triton 80 -k "gpu or blocks_as_they_are or cuda_graph or error_budget"
+tests sinkhorn 40 -k gpu
 tests hamming_cuda 100
 
 measure pgd_cuda 40
 measure triplet_cuda 30
+measure sinkhorn_cuda 40
 measure infonce_cuda 100 --rounds 5
 
 if command -v compute-sanitizer >/dev/null; then

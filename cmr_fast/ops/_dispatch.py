@@ -26,8 +26,8 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "infonce": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
     "sigmoid_pairs": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
-    "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
-    "ipot": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
+    "ipot": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
 
 

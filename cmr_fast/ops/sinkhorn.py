@@ -1,7 +1,8 @@
 """Optimal transport of many small problems in one call: Sinkhorn's iterations and IPOT, each stopped by itself.
 
-The native kernel scales a kernel that is exponentiated once and goes through logarithms where that would not hold; the
-torch path works in logarithms throughout. Results do not change from run to run or with `threads`.
+The native kernels scale a kernel that is exponentiated once and go through logarithms where that would not hold; the
+torch path works in logarithms throughout. On a GPU a block takes a problem, and all are one launch. Results do not
+change from run to run or with `threads`.
 """
 
 import math
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch
+from cmr_fast.ops import _dispatch, _hamming_cuda
 from cmr_fast.ops._library import LIBRARY, register
 from cmr_fast.ops.hamming import Array, _as_tensor, _like_input
 
 STOPS = ("marginals", "potentials")
+MAX_CUDA_SIDES = 2048  # m + n: potentials and scalings are in shared memory
 
 
 class Transport(NamedTuple):
@@ -212,7 +214,12 @@ def _sinkhorn(
     backend: str | None, threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_values(cost, mu, nu)
-    unfit = dict.fromkeys(("cpp",), "it computes in float32, these are float64") if cost.dtype == torch.float64 else {}
+    m, n = cost.shape[1:]
+    unfit = {}
+    if cost.dtype == torch.float64:
+        unfit = dict.fromkeys(("cpp", "cuda"), "it computes in float32, these are float64")
+    elif m + n > MAX_CUDA_SIDES:
+        unfit["cuda"] = f"it takes at most {MAX_CUDA_SIDES} rows and columns together, these are {m} + {n}"
     chosen = _dispatch.choose_backend("ipot" if proximal else "sinkhorn", cost.device.type, backend, unfit)
     if chosen == "torch":
         dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
@@ -221,15 +228,22 @@ def _sinkhorn(
         )
         return plan.to(cost.dtype), iterations, errors
     costs, mu, nu = (x.to(torch.float32).contiguous() for x in (cost, mu, nu))
+    mass = mu.data_ptr(), mu.shape[1] if mu.ndim == 2 else 0, nu.data_ptr(), nu.shape[1] if nu.ndim == 2 else 0
+    options = 1 / reg, max_iter, tol, stop, proximal, inner
     plan = torch.empty_like(costs)
-    iterations, errors = torch.empty(len(cost), dtype=torch.int32), torch.empty(len(cost))
+    iterations, errors = costs.new_empty(len(cost), dtype=torch.int32), costs.new_empty(len(cost))
+    results = plan.data_ptr(), iterations.data_ptr(), errors.data_ptr()
+    if chosen == "cuda":
+        device, native = _hamming_cuda.device_of(costs), _dispatch.native_cuda()
+        native.sinkhorn(
+            native.Queue(device.index, device.stream), *cost.shape, *options, costs.data_ptr(), *mass, *results
+        )
+        return plan.to(cost.dtype), iterations, errors
     native, threads = _dispatch.native(), _dispatch.choose_threads(threads)
     workspace = torch.empty(native.sinkhorn_workspace(*cost.shape, proximal, threads), dtype=torch.uint8)
     native.sinkhorn(
-        _dispatch.choose_isa(), *cost.shape, 1 / reg, max_iter, tol, stop, proximal, inner, threads, costs.data_ptr(),
-        mu.data_ptr(), mu.shape[1] if mu.ndim == 2 else 0, nu.data_ptr(), nu.shape[1] if nu.ndim == 2 else 0,
-        plan.data_ptr(), iterations.data_ptr(), errors.data_ptr(), workspace.data_ptr(),
-    )  # fmt: skip
+        _dispatch.choose_isa(), *cost.shape, *options, threads, costs.data_ptr(), *mass, *results, workspace.data_ptr()
+    )
     return plan.to(cost.dtype), iterations, errors
 
 

@@ -115,6 +115,24 @@ int64_t pgd_workspace(int64_t samples, int64_t elements);  // bytes that an L2 s
 const char* pgd_step(const Queue& queue, const PgdStep& step, void* workspace);
 const char* pgd_noise(const Queue& queue, const PgdNoise& noise);
 
+// Entropic transport problems by Sinkhorn's iterations or, where `proximal`, by IPOT (sinkhorn.cu).
+struct TransportProblems {
+    int64_t problems, m, n;
+    double inverse;  // 1 / reg, or 1 / beta
+    int64_t max_iter;
+    double tol;     // below it a problem is done; 0: never
+    int stop;       // marginals, potentials
+    bool proximal;
+    int64_t inner;  // IPOT's inner iterations
+    const float *cost, *mu, *nu;   // (problems, m, n); (problems, m) and (problems, n), or one row for all
+    int64_t mu_stride, nu_stride;  // 0: one row
+    float* plan;                   // (problems, m, n)
+    int32_t* iterations;           // (problems,)
+    float* errors;                 // (problems,) sum_i |sum_j plan_ij - mu_i|
+};
+constexpr int64_t kMostTransported = 2048;  // m + n: what a problem keeps for each is in shared memory
+const char* sinkhorn(const Queue& queue, const TransportProblems& problems);
+
 // Why no device can be used (an error's name), or nullptr.
 const char* device_problem();
 

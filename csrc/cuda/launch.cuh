@@ -54,6 +54,17 @@ private:
 #endif
 };
 
+// What a block can have on `device`, if asked for; launch() asks.
+inline const char* most_shared_bytes([[maybe_unused]] int device, int& bytes) {
+#ifdef __CUDACC__
+    const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return error == cudaSuccess ? nullptr : cudaGetErrorName(error);
+#else
+    bytes = emulated::most_shared_bytes();
+    return nullptr;
+#endif
+}
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), [[maybe_unused]] const Queue& queue, int64_t blocks, int threads,
                    int shared_bytes, A... arguments) {
@@ -61,6 +72,11 @@ const char* launch(void (*kernel)(P...), [[maybe_unused]] const Queue& queue, in
 #ifdef __CUDACC__
     const OnDevice here(queue.device);
     if (here.error()) return here.error();
+    if (shared_bytes > kSharedBytes) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        if (error != cudaSuccess) return cudaGetErrorName(error);
+    }
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(queue.stream)>>>(
         arguments...);
     const cudaError_t error = cudaGetLastError();

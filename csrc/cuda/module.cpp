@@ -117,4 +117,14 @@ PYBIND11_MODULE(CMR_CUDA_MODULE, m) {
                           Address out) {
         check("pgd_noise", pgd_noise(queue, {seed, at<const int64_t>(index), samples, count, at<float>(out)}));
     });
+
+    m.attr("MOST_TRANSPORTED") = kMostTransported;
+    m.def("sinkhorn", [](const Queue& queue, int64_t problems, int64_t rows, int64_t columns, double inverse,
+                         int64_t max_iter, double tol, int stop, bool proximal, int64_t inner, Address cost, Address mu,
+                         int64_t mu_stride, Address nu, int64_t nu_stride, Address plan, Address iterations,
+                         Address errors) {
+        check("sinkhorn", sinkhorn(queue, {problems, rows, columns, inverse, max_iter, tol, stop, proximal, inner,
+                                           at<float>(cost), at<float>(mu), at<float>(nu), mu_stride, nu_stride,
+                                           at<float>(plan), at<int32_t>(iterations), at<float>(errors)}));
+    });
 }

@@ -41,6 +41,8 @@ struct Thread {
     Wait wait;
     uint64_t values[2];  // what it brought to the last two collectives: others may still read the one before
     unsigned meetings;
+    bool votes[2];  // of the last two __syncthreads_or
+    unsigned votings;
 };
 
 inline std::vector<Thread> threads;
@@ -115,6 +117,7 @@ inline void run_block(size_t num_threads) {
         thread.context.uc_link = nullptr;
         thread.wait = Wait::none;
         thread.meetings = 0;
+        thread.votings = 0;
         makecontext(&thread.context, start, 0);
     }
     for (;;) {
@@ -128,9 +131,16 @@ inline void run_block(size_t num_threads) {
     }
 }
 
+// As on Hopper, or less where CMR_SHIM_SHARED says so.
+inline int most_shared_bytes() {
+    const char* const bytes = std::getenv("CMR_SHIM_SHARED");
+    return bytes ? std::atoi(bytes) : 227 << 10;
+}
+
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), int64_t blocks, int num_threads, int shared_bytes, A... arguments) {
-    if (num_threads % 32 || num_threads > 1024 || shared_bytes > 48 << 10) return "cudaErrorInvalidConfiguration";
+    if (num_threads % 32 || num_threads > 1024 || shared_bytes > most_shared_bytes())
+        return "cudaErrorInvalidConfiguration";
     // one byte past the end is another allocation's, so that address sanitizers see it
     const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared_bytes ? shared_bytes : 1]);
     const std::function<void()> call = [&] { kernel(arguments...); };
@@ -187,6 +197,15 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
 inline void __syncthreads() { emulated::wait_for(emulated::Wait::block); }
+inline int __syncthreads_or(int value) {
+    emulated::Thread* const self = emulated::current;
+    const unsigned number = ++self->votings;
+    self->votes[number % 2] = value != 0;
+    __syncthreads();
+    bool any = false;
+    for (const emulated::Thread& thread : emulated::threads) any |= thread.votes[number % 2];
+    return any;
+}
 inline void __syncwarp() { emulated::meet(emulated::Wait::syncwarp, ~0u, 0); }
 
 inline unsigned __ballot_sync(unsigned mask, bool value) {
@@ -212,6 +231,10 @@ inline int __shfl_up_sync(unsigned mask, int value, int by) {
 inline int __shfl_xor_sync(unsigned mask, int value, int with) {
     return static_cast<int>(
         emulated::meet(emulated::Wait::shfl_xor, mask, static_cast<uint32_t>(value))[threadIdx.x % 32 ^ with]);
+}
+inline float __shfl_xor_sync(unsigned mask, float value, int with) {
+    const int bits = static_cast<int>(__float_as_uint(value));
+    return __uint_as_float(static_cast<uint32_t>(__shfl_xor_sync(mask, bits, with)));
 }
 inline unsigned __match_any_sync(unsigned mask, int value) {
     const auto lanes = emulated::meet(emulated::Wait::match, mask, static_cast<uint32_t>(value));
