@@ -43,7 +43,7 @@ python3 -c 'import cmr_fast as cf, torch; print(cf.explain("hamming_topk", torch
 tests pgd_triton 60 -k "not interpreter and not compiles"
 tests triplet_cuda 30
 tests infonce_triton 80 -k "gpu or blocks_as_they_are or cuda_graph or error_budget"
-tests sinkhorn 40 -k gpu
+tests sinkhorn_cuda 40
 tests hamming_cuda 100
 
 measure pgd_cuda 40
