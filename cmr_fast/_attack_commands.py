@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from cmr_fast._commands import free, load_classified, open_run, present, source_of
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import new_table, show
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +21,8 @@ def attack(arguments: "cli.Attack") -> None:
     present(arguments.trained)
     if arguments.save is not None:
         free(arguments.save, arguments.force)
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise InputError(f"{arguments.out}: is a file, expected a folder to write")
     model = load_model(arguments.trained)
     (_attack_classifier if model.output == "logits" else _attack_retriever)(arguments)
 
@@ -65,44 +66,58 @@ def _save(arguments: "cli.Attack", model: Any, x: Any, y: Any, settings: Any, su
 def _attack_retriever(arguments: "cli.Attack") -> None:
     """Image features are the queries, all texts of the database the gallery."""
     import torch
-    from torch import nn
 
-    from cmr_fast.attacks.retrieval import recall_under_attack
+    from cmr_fast import robust_recall
+
+    if arguments.save is not None:
+        raise InputError("--save is for classifiers; this run is a retriever")
+    out = arguments.out
+    if out is not None and (out / "README.md").exists() and not arguments.force:
+        raise InputError(f"{out}: holds a report already; --force writes over it")
+    model, dataset = open_run(arguments.trained, arguments)
+    query, database = dataset.query, dataset.database
+    rows = torch.arange(min(arguments.images, len(query)))
+    relevant = robust_recall.relevance(query.labels[rows], database.labels)
+    there = relevant.any(dim=1)
+    x = query.image[rows].float()[there]
+    low, high = float(query.image.min()), float(query.image.max())
+    share = EPS if arguments.eps is None else arguments.eps
+    surrogate = None
+    if arguments.surrogate is not None:
+        other = open_run(arguments.surrogate, arguments)[0]
+        if other.output != model.output:
+            raise InputError(
+                f"{arguments.surrogate}: makes {other.output}s, expected {model.output}s as the victim does"
+            )
+        surrogate = _ranked(other, database.text)
+    encoder, gallery = _ranked(model, database.text)
+    found = robust_recall.examine(
+        encoder, x, gallery, relevant[there],
+        eps=share * (high - low), bounds=(low, high), restarts=arguments.restarts, surrogate=surrogate,
+        codes=model.output == "code", batch=arguments.batch, seed=arguments.seed, check=False,
+    )  # fmt: skip
+    title = f"{model.name} on {dataset.name}, image features within {share:.3g} of their range"
+    robust_recall.print_report(found, f"{title}: {len(x)} queries, {len(database)} texts, clean")
+    if out is not None:
+        robust_recall.write_report({model.name: found}, out, title, share * (high - low))
+        print(f"\nReport: {out / 'index.html'}")
+
+
+def _ranked(model: "Method", texts: Any) -> "tuple[Any, Any]":
+    """Images' encoder as a module, and the gallery of all texts."""
+    from torch import Tensor, nn
+
     from cmr_fast.methods.evaluation import encode_all
 
-    if arguments.surrogate is not None or arguments.save is not None:
-        raise InputError("--surrogate and --save are for classifiers; this run is a retriever")
-    model, dataset = open_run(arguments.trained, arguments)
-
-    class Encoder(nn.Module):
+    class Images(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return model.encode("image", x)
 
-    query, database = dataset.query, dataset.database
-    rows = torch.arange(min(arguments.images, len(query)))
-    x, own = query.image[rows].float(), query.labels[rows]
-    gallery = encode_all(model, "text", database.text)  # type: ignore[arg-type]
-    relevant = own[:, None] == database.labels if own.ndim == 1 else own.float() @ database.labels.float().T > 0
-    there = relevant.any(dim=1)
-    low, high = float(query.image.min()), float(query.image.max())
-    eps = EPS if arguments.eps is None else arguments.eps
-    found = recall_under_attack(
-        Encoder(), x[there], gallery, relevant[there], eps=eps * (high - low), bounds=(low, high),
-        restarts=arguments.restarts, codes=model.output == "code", batch=arguments.batch, seed=arguments.seed,
-        check=False,
-    )  # fmt: skip
-    table = new_table("image queries, texts ranked")
-    for k in found.clean:
-        table.add_column(f"R@{k}", justify="right")
-    for name, recalls in found.rows():
-        table.add_row(name, *(f"{value:.1%}" for value in recalls.values()))
-    table.add_row("right before, wrong after", *(f"{value:.1%}" for value in found.success.values()))
-    title = f"{arguments.trained}: {int(there.sum())} queries of {dataset.name}, {found.gallery} texts, clean; "
-    show(title + f"features within {eps:.3g} of their range", table)
+    return Images(), encode_all(model, "text", texts)
 
 
 def report(arguments: "cli.Report") -> None:

@@ -199,7 +199,8 @@ class Attack:
     save: Path | None = None
     """An .npz for the images, their labels, and the adversarial images of the last attack, float32 from 0 to 1."""
     out: Path | None = None
-    """A folder that keeps finished attacks, so that the command goes on where it was stopped."""
+    """Of a classifier: a folder that keeps finished attacks, so that the command goes on where it was stopped. Of a
+    retriever: a folder for the report, with plots and a verdict."""
     batch: int = 250
     """Images a batch."""
     seed: int = 0
@@ -213,7 +214,7 @@ class Attack:
     options: tuple[str, ...] = ()
     """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
     force: bool = False
-    """Overwrite the file to save."""
+    """Overwrite the file to save, or an earlier report."""
 
     def __call__(self) -> None:
         from cmr_fast import _attack_commands

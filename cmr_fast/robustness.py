@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One attack: who is still right, by its strongest restart, and what each restart left.
+    """One attack: who is still right after all its restarts, and what each restart left.
 
     right     bool (N,), after all restarts
     runs      accuracy after each restart alone
@@ -95,8 +95,13 @@ class Outcome:
         return max(self.runs) - min(self.runs)
 
 
-def attack_named(name: str, model: Model, settings: Settings, seed: int, surrogate: Model | None = None) -> Any:
-    """The attack that a name like "pgd20" or "apgd-dlr" stands for, without its restarts; None for "clean"."""
+def attack_named(
+    name: str, model: Model, settings: Settings, seed: int, surrogate: Model | None = None, early_stop: bool = False
+) -> Any:
+    """The attack that a name like "pgd20" or "apgd-dlr" stands for, without its restarts; None for "clean".
+
+    early_stop    PGD and CW drop an image from the batch once it is fooled; APGD always does
+    """
     eps, step = settings.eps, settings.eps / 4 or 1.0
     dtype = torch.bfloat16 if settings.fast else None
     common: dict[str, Any] = {"eps": eps, "seed": seed, "check": False, "progress": False}
@@ -112,7 +117,7 @@ def attack_named(name: str, model: Model, settings: Settings, seed: int, surroga
         elif kind == "targeted":
             more["targeted"] = "random"
         if not transfer:
-            return make(model, **common, **more)
+            return make(model, early_stop=early_stop, **common, **more)
         if surrogate is None:
             raise InputError(f"{name} is crafted on another model: expected a surrogate, got none")
         return Transfer(model, surrogate, make, **common, **more)
@@ -188,7 +193,8 @@ def _run(
     every = torch.ones(count, dtype=torch.bool)
     runs, curve = [], Tensor()
     for restart in range(restarts):
-        atk = attack_named(base, model, settings, settings.seed + restart, surrogate)
+        # the first run goes to its end, for the curve
+        atk = attack_named(base, model, settings, settings.seed + restart, surrogate, early_stop=restart > 0)
         right, weights, sums = torch.zeros(count, dtype=torch.bool), 0, Tensor()
         for number in range(0, count, settings.batch):
             rows = torch.arange(number, min(number + settings.batch, count))

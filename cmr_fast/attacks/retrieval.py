@@ -192,4 +192,8 @@ def _hits(model: Ranker, x: Tensor, relevant: Tensor, k: Sequence[int], attack: 
 
 
 def _quarter(eps: Value) -> Value:
-    return eps / 4 if isinstance(eps, (int, float)) else torch.as_tensor(eps) / 4
+    """eps / 4, and where eps is 0 any step that is above it."""
+    if isinstance(eps, (int, float)):
+        return eps / 4 or 1.0
+    quarter = torch.as_tensor(eps) / 4
+    return torch.where(quarter > 0, quarter, 1.0)

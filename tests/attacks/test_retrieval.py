@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from networks import trained
 from torch import nn
 
+from cmr_fast import robust_recall
 from cmr_fast.attacks import PGD, Ranker, recall_under_attack
 from cmr_fast.attacks.retrieval import missed, ranking_ce, ranking_dlr, ranking_margin
 from cmr_fast.errors import InputError
@@ -94,3 +96,33 @@ def test_refuses(case):
         recall_under_attack(encode, x, gallery, relevant, k=())
     with pytest.raises(InputError, match="at least 3"):
         ranking_dlr(torch.zeros(1, 2), torch.tensor([[True, False]]))
+
+
+class Stepped(nn.Module):
+    """Deliberately gradient-masked: the input is rounded to 16 levels."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner((x * 15).round() / 15)
+
+
+def test_the_report_calls_out_a_hidden_gradient_and_not_a_plain_one(case, tmp_path):
+    encode, x, gallery, relevant = case
+    other = trained(seed=0, steps=160).eval()  # nearly the same network
+    surrogate = other, other(x).detach().repeat_interleave(2, dim=0)
+    plain = robust_recall.examine(encode, x, gallery, relevant, eps=0.03, surrogate=surrogate)
+    assert not plain.findings() and "SUSPICIOUS" not in plain.verdict()
+    assert plain.sweep[0.0] == pytest.approx(plain.recall.clean[1])
+    assert list(plain.sweep.values())[-1] < plain.recall.clean[1] and plain.losses[-1] > plain.losses[0]
+    masked = Stepped(encode)
+    its_gallery = masked(x).detach().repeat_interleave(2, dim=0)
+    hidden = robust_recall.examine(
+        masked, x, its_gallery, relevant, eps=0.03, surrogate=(copy.deepcopy(encode), gallery)
+    )
+    assert hidden.findings() and "SUSPICIOUS" in hidden.verdict()
+    robust_recall.write_report({"plain": plain, "masked": hidden}, tmp_path, "templates", 0.03)
+    assert "SUSPICIOUS" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "recall.csv").read_text().startswith("run,")

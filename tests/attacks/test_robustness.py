@@ -192,6 +192,15 @@ def test_retrieval_commands_name_a_classifier_and_the_reverse(runs, capsys, tmp_
     assert "both kinds" in capsys.readouterr().err
     assert main(["attack", str(tmp_path / "acmr"), "--images", "16", "--eps", "0.02"]) == 0
     shown = capsys.readouterr().out
-    assert "R@10" in shown and "worst case of a query" in shown
-    assert main(["attack", str(tmp_path / "acmr"), "--surrogate", str(runs / "run0")]) == 2
+    assert "R@10" in shown and "worst case of a query" in shown and "R@1" in shown
+    out = tmp_path / "recall"
+    command = ["attack", str(tmp_path / "acmr"), "--images", "16", "--eps", "0.02", "--out", str(out)]
+    assert main([*command, "--surrogate", str(runs / "run0")]) == 2
+    assert main(command) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "recall.csv", "README.md", "index.html", "attacks.png", "eps-sweep.png", "loss-against-step.png"
+    }  # fmt: skip
+    assert main(command) == 2 and "--force" in capsys.readouterr().err
+    assert main(["attack", str(tmp_path / "acmr"), "--surrogate", str(tmp_path / "acmr"), "--images", "8"]) == 2
+    assert "copy of the victim" in capsys.readouterr().err
     assert json.loads((runs / "run0" / "results.json").read_text())["accuracy"] >= 0
