@@ -89,8 +89,8 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
             raise InputError(
                 f"{arguments.surrogate}: makes {other.output}s, expected {model.output}s as the victim does"
             )
-        surrogate = _ranked(other, database.text)
-    encoder, gallery = _ranked(model, database.text)
+        surrogate = robust_recall.queried(other, database.text)
+    encoder, gallery = robust_recall.queried(model, database.text)
     found = robust_recall.examine(
         encoder, x, gallery, relevant[there],
         eps=share * (high - low), bounds=(low, high), restarts=arguments.restarts, surrogate=surrogate,
@@ -101,23 +101,6 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
     if out is not None:
         robust_recall.write_report({model.name: found}, out, title, share * (high - low))
         print(f"\nReport: {out / 'index.html'}")
-
-
-def _ranked(model: "Method", texts: Any) -> "tuple[Any, Any]":
-    """Images' encoder as a module, and the gallery of all texts."""
-    from torch import Tensor, nn
-
-    from cmr_fast.methods.evaluation import encode_all
-
-    class Images(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return model.encode("image", x)
-
-    return Images(), encode_all(model, "text", texts)
 
 
 def report(arguments: "cli.Report") -> None:

@@ -28,7 +28,7 @@ _SETTINGS = (OmitArgPrefixes, FlagCreatePairsOff, PositionalMetavarFromFieldName
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole way on built-in data: train ACMR and CMIMH, index, search, evaluate, report. About a minute.
+    """The whole way on built-in data: train ACMR and CMIMH, index, search, attack, evaluate, report. About a minute.
 
     Example:  cmr-fast demo --out my-demo
     """

@@ -1,4 +1,4 @@
-"""`cmr-fast demo`: the whole way on the built-in data, from training to search, evaluation and a report."""
+"""`cmr-fast demo`: the whole way on the built-in data, from training to search, attack, evaluation and a report."""
 
 import re
 import time
@@ -35,7 +35,7 @@ TELLS_ALL = re.compile("picture of|image shows|dark background")
 
 
 def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | None = None) -> Path:
-    """Train ACMR and CMIMH on the built-in shapes, index and search the codes, evaluate, report; prints as it goes.
+    """Train ACMR and CMIMH on the built-in shapes, index and search codes, attack, evaluate, report; prints as it goes.
 
     out      folder that gets a new folder run-1, run-2, … at every call; nothing that is there is touched
     epochs   for both methods, None for the demo's own; count: scenes in all splits, None for the data set's default
@@ -68,6 +68,7 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
         record_source(run.path, source, how)
         runs.append((run.path, run.model, data))
     search_in_words(runs[1][1], reduced, raw, folder)
+    attack_queries(runs[0][1], dataset)
     print("\nMeasuring and drawing", flush=True)
     with busy("drawing"):
         scores = write_report(runs, folder / "report", tsne_points=TSNE_POINTS)
@@ -146,6 +147,34 @@ def search_in_words(model: Any, dataset: "PairedDataset", raw: "PairedDataset", 
             picture = next(caption for caption in raw.database.text[found] if TELLS_ALL.search(caption))
             table.add_row("  →", picture, f"distance {distance}", f"shares {names}" if names else "shares nothing")
         show(f'"{raw.query.text[query][0]}"', table)
+
+
+def attack_queries(model: Any, dataset: "PairedDataset", count: int = 100, share: float = 0.02) -> None:
+    """Print what attacks on the features of image queries leave of R@K; `share` of the features' range is the ball."""
+    import torch
+
+    from cmr_fast import robust_recall
+    from cmr_fast.attacks.retrieval import ATTACKS, recall_under_attack
+
+    rows = torch.arange(min(count, len(dataset.query)))
+    relevant = robust_recall.relevance(dataset.query.labels[rows], dataset.database.labels)
+    rows = rows[relevant.any(dim=1)]
+    encoder, gallery = robust_recall.queried(model, dataset.database.text)
+    x, bounds = dataset.query.image, (float(dataset.query.image.min()), float(dataset.query.image.max()))
+    few = {name: ATTACKS[name] for name in ("PGD-20 ce", "APGD-50 dlr")}
+    with busy("attacking"):
+        found = recall_under_attack(
+            encoder, x[rows], gallery, relevant[rows], eps=share * (bounds[1] - bounds[0]), bounds=bounds, attacks=few,
+            batch=count, check=False, progress=False,
+        )  # fmt: skip
+    table = new_table("a relevant text among the first", *(str(k) for k in found.clean))
+    for name, left in found.rows():
+        table.add_row(name, *(f"{value:.0%}" for value in left.values()))
+    print()
+    show(
+        f"Attacking {len(rows)} image queries of {model.name.upper()}, features within {share:.0%} of their range",
+        table,
+    )
 
 
 def new_folder(out: Path) -> Path:

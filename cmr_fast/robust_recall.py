@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmr_fast import figures
 from cmr_fast._terminal import counting, new_table, show
@@ -170,3 +170,18 @@ def relevance(query: Tensor, database: Tensor) -> Tensor:
     if query.ndim == 1:
         return query[:, None] == database
     return (query.float() @ database.float().T) > 0
+
+
+def queried(model: Any, texts: Any) -> tuple[nn.Module, Tensor]:
+    """A trained method as an encoder of image queries, and the gallery of all `texts`."""
+    from cmr_fast.methods.evaluation import encode_all
+
+    class ImageEncoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model.encode("image", x)
+
+    return ImageEncoder(), encode_all(model, "text", texts)

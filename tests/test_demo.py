@@ -9,6 +9,7 @@ def test_demo_trains_searches_and_reports_and_runs_again(tmp_path, capsys):
     first = demo(out, epochs=1, count=80)
     text = capsys.readouterr().out
     assert "distance" in text and "shares" in text and "mAP(all)" in text and "ACMR" in text and "CMIMH" in text
+    assert "worst case of a query" in text
     for made in ("acmr/model.safetensors", "cmimh/model.safetensors", "images.cmrx", "report/index.html"):
         assert (first / made).is_file()
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
