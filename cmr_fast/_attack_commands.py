@@ -30,6 +30,10 @@ def attack(arguments: "cli.Attack") -> None:
 def _attack_classifier(arguments: "cli.Attack") -> None:
     from cmr_fast import robustness
 
+    if arguments.restarts != 1:
+        raise InputError(
+            f"--restarts is for retrievers; of a classifier's attack it is in the name, like pgd20x{arguments.restarts}"
+        )
     model, dataset = open_classifier(arguments.trained, arguments)
     eps = _eps(model, arguments.eps)
     settings = robustness.Settings(

@@ -73,9 +73,9 @@ def _wants_a_gpu(config: Any) -> bool:
 
 def _after_classifier(run: "Run") -> None:
     table = new_table("accuracy on the test split", "")
-    for name, value in run.results.items():
-        if name.startswith(("accuracy", "pgd")):
-            table.add_row(name.replace("_first", ", first "), f"{value:.1%}")
+    results = run.results
+    table.add_row("clean", f"{results['accuracy']:.1%}")
+    table.add_row(f"PGD-20, {results['pgd20_images']} images", f"{results['pgd20_accuracy']:.1%}")
     show(f"{run.results['method']} on {run.results['data']}", table)
     print(f"\nRun folder: {run.path} (weights of epoch {run.results['best_epoch']})")
     print("PGD alone certifies nothing. Next:")

@@ -64,7 +64,7 @@ class Encode:
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
     options: tuple[str, ...] = ()
-    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
+    """Other options of the data set's loader, as name=value (see help(cmr_fast.data.load), for images load_images)."""
     real: bool = False
     """Write the real values (N, bits) of a method that makes codes, before their signs are taken."""
     bits: bool = False
@@ -145,7 +145,7 @@ class Evaluate:
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
     options: tuple[str, ...] = ()
-    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
+    """Other options of the data set's loader, as name=value (see help(cmr_fast.data.load), for images load_images)."""
     query_codes: Path | None = None
     """.npy of the queries: packed codes uint8 (Q, bytes), or embeddings float (Q, d)."""
     database_codes: Path | None = None
@@ -191,7 +191,7 @@ class Attack:
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
     8/255."""
     images: int = 500
-    """Test images (queries) to attack, from the first on."""
+    """Test images to attack, each class its share and always the same; of a retriever the first queries."""
     restarts: int = 1
     """Random starts of each attack on a retriever."""
     surrogate: Path | None = None
@@ -212,7 +212,7 @@ class Attack:
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
     options: tuple[str, ...] = ()
-    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
+    """Other options of the data set's loader, as name=value (see help(cmr_fast.data.load), for images load_images)."""
     force: bool = False
     """Overwrite the file to save, or an earlier report."""
 
@@ -241,9 +241,9 @@ class Report:
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
     options: tuple[str, ...] = ()
-    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
+    """Other options of the data set's loader, as name=value (see help(cmr_fast.data.load), for images load_images)."""
     baselines: bool = True
-    """Draw CCA, CCA-ITQ and random beside the runs."""
+    """CCA, CCA-ITQ and random beside the runs; --no-baselines leaves them out."""
     tsne_points: int = 1000
     """Query pairs in the t-SNE plots (ACMR, Fig. 4: 1000); 0 draws none."""
     attacks: tuple[str, ...] = ()
@@ -251,7 +251,7 @@ class Report:
     eps: float | None = None
     """Of classifiers: radius of the L-inf ball, of pixels from 0 to 1. None: what the first run was trained with."""
     images: int = 500
-    """Of classifiers: test images to attack; the local search and the checks see the first 100."""
+    """Of classifiers: test images to attack; the local search and the checks see 100 of them."""
     surrogate: Path | None = None
     """Of classifiers: a run that the black-box attacks are crafted on."""
     fast: bool = False
@@ -320,6 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             again = arguments if "--resume" in arguments else [*arguments, "--resume"]
             print(f"go on with: {PROGRAM} {shlex.join(again)}", file=sys.stderr)
+        elif arguments[:1] in (["report"], ["attack"]):
+            print("the same command goes on from the attacks that are finished and kept in --out", file=sys.stderr)
         return 130
     return 0
 
@@ -402,7 +404,7 @@ class TrainingData:
     """Settings to start from, which the flags below then change: `paper`, or what was chosen by validation on a data
     set (see Presets above), with which the tables in bench/results repeat."""
     options: tuple[str, ...] = ()
-    """Other options of the data set's loader, as name=value (help(cmr_fast.data.load) names them)."""
+    """Other options of the data set's loader, as name=value (see help(cmr_fast.data.load), for images load_images)."""
 
 
 def _cli(what: Any, program: str, arguments: list[str]) -> Any:

@@ -99,15 +99,17 @@ def plot_losses(
 
 
 def plot_lines(
-    path: Path, title: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, *, looks: Sequence[str]
-) -> None:
-    """One panel, lines[name] = (x, y) each; looks as in plot_directions."""
+    path: Path, title: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, *, looks: Sequence[str],
+    from_zero: bool = True,
+) -> None:  # fmt: skip
+    """One panel, lines[name] = (x, y) each; looks as in plot_directions; y begins at 0 where `from_zero`."""
     with _panels(path, title, 1, 1, (6.4, 4.0)) as (_, axes):
         for name, (x, y) in lines.items():
             axes[0].plot(x, y, label=name, markevery=max(1, math.ceil(len(x) / 10)), **_look(looks.index(name)))
         axes[0].set_xlabel(xlabel)
         axes[0].set_ylabel(ylabel)
-        axes[0].set_ylim(bottom=0)
+        if from_zero:
+            axes[0].set_ylim(bottom=0)
         axes[0].legend()
 
 

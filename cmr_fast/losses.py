@@ -201,6 +201,14 @@ def _distance_of(distance: Any) -> tuple[bool, Distance]:
     return bool(distance.normalize_embeddings), cast(Distance, names[kind, power])
 
 
+def _one_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast features may come in two types; the wider one, then."""
+    if image.dtype == text.dtype or not torch.is_autocast_enabled(image.device.type):
+        return image, text
+    wide = torch.promote_types(image.dtype, text.dtype)
+    return image.to(wide), text.to(wide)
+
+
 class ClipLoss(nn.Module):
     """open_clip's ClipLoss, argument for argument, in O(N) memory: change the import and nothing else.
 
@@ -250,6 +258,7 @@ class ClipLoss(nn.Module):
         """(n, d), (n, d) of one pair a row -> the mean of both directions, in a dict where output_dict asks for it."""
         choice: dict[str, Any] = {"backend": self.backend, "threads": self.threads}
         loss: Any
+        image_features, text_features = _one_dtype(image_features, text_features)
         if image_features.shape != text_features.shape:
             shapes = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
             raise InputError(f"image_features and text_features must both be (n, d), got {shapes}")
@@ -312,6 +321,7 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """(n, d), (n, d) of one pair a row -> the sum over all pairs divided by n."""
         choice: dict[str, Any] = {"backend": self.backend, "threads": self.threads}
+        image_features, text_features = _one_dtype(image_features, text_features)
         if image_features.shape != text_features.shape:
             shapes = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
             raise InputError(f"image_features and text_features must both be (n, d), got {shapes}")

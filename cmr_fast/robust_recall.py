@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cmr_fast import figures
@@ -96,16 +97,18 @@ def examine(
 
         attacks["transfer of PGD-20"] = transferred
     common: dict[str, Any] = {"codes": codes, "batch": batch, "seed": seed}
+    low, high = (torch.as_tensor(v) for v in options.get("bounds", (0.0, 1.0)))
+    width = float((high - low).max())
     sweep = {}
     with counting(1 + len(FACTORS), "attacking queries") as tell:
         recall = recall_under_attack(encode, x, gallery, relevant, eps=eps, attacks=attacks, **common, **options)
         tell(1)
-        for factor in FACTORS:
+        for radius in sorted({min(eps * factor, width) for factor in FACTORS}):
             only = {"PGD-20 ce": ATTACKS["PGD-20 ce"]}
             found = recall_under_attack(
-                encode, x, gallery, relevant, eps=eps * factor, attacks=only, k=(1,), **common, **settings
+                encode, x, gallery, relevant, eps=radius, attacks=only, k=(1,), **common, **settings
             )
-            sweep[eps * factor] = found.by_attack["PGD-20 ce"][1]
+            sweep[radius] = found.by_attack["PGD-20 ce"][1]
             tell(1)
     model = Ranker(encode, gallery, codes=codes)
     atk = PGD(model, eps, eps / 4 or 1.0, 50, loss=ranking_ce, success=missed, seed=seed, progress=False, **settings)
@@ -152,7 +155,9 @@ def write_report(reports: Mapping[str, RecallReport], out: Path, title: str, eps
     curves = {name: (np.arange(len(r.losses)), np.array(r.losses)) for name, r in reports.items() if r.losses}
     if curves:
         caption = f"Ranking loss against step of PGD, {title}"
-        figures.plot_lines(out / "loss-against-step.png", caption, curves, "step", "ranking loss", looks=list(reports))
+        figures.plot_lines(
+            out / "loss-against-step.png", caption, curves, "step", "ranking loss", looks=list(reports), from_zero=False
+        )
         pages.append(("loss-against-step.png", caption))
     several = len(reports) > 1
     head = [*(["run"] if several else []), "image queries, texts ranked", *(f"R@{n}" for n in first.clean)]

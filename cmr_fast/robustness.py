@@ -29,6 +29,7 @@ from cmr_fast.attacks.engine import Model
 from cmr_fast.attacks.image import CW, FGSM, MIFGSM, PGD
 from cmr_fast.attacks.search import LocalSearch
 from cmr_fast.attacks.transfer import Transfer
+from cmr_fast.data.images import Images
 from cmr_fast.errors import InputError
 from cmr_fast.report import write_page
 
@@ -52,7 +53,7 @@ class Settings:
     eps: float = 8 / 255
     """Radius of the L-inf ball, of pixels from 0 to 1."""
     images: int = 500
-    """Test images, from the first on."""
+    """Test images, each class its share."""
     few: int = 100
     """Of these, how many for the attacks that take thousands of queries an image, and for the checks."""
     batch: int = 250
@@ -105,7 +106,7 @@ def attack_named(
     eps, step = settings.eps, settings.eps / 4 or 1.0
     dtype = torch.bfloat16 if settings.fast else None
     common: dict[str, Any] = {"eps": eps, "seed": seed, "check": False, "progress": False}
-    matched = re.fullmatch(r"(transfer-)?(pgd|cw|mifgsm|targeted)(\d+)", name)
+    matched = re.fullmatch(r"(transfer-)?(pgd|cw|mifgsm|targeted)([1-9]\d*)", name)
     if matched:
         transfer, kind, steps = matched[1], matched[2], int(matched[3])
         more: dict[str, Any] = {"alpha": step, "steps": steps, "dtype": dtype}
@@ -156,13 +157,14 @@ def attack_all(
     """Every attack of `names` on pixels x (N, 3, H, W) from 0 to 1 with labels y (N,): {name: Outcome}.
 
     Images that the model has wrong as they are count as fooled and are not attacked. FEW attacks see the first
-    `settings.few` images only.
+    `settings.few` of them only.
     keep    a folder that holds each finished attack, so that a report that was killed goes on; what lies there from
             another model, other images or settings is made anew
     """
     for name in names:  # a misspelt name is refused before hours of work
-        base = split_restarts(name)[0]
-        attack_named(base, model, settings, 0, surrogate)
+        atk = attack_named(split_restarts(name)[0], model, settings, 0, surrogate)
+        if isinstance(atk, Transfer):
+            atk.refuse_a_copy(x)
     marks = [0, 0] if keep is None else [_mark(model, x, y, settings, other) for other in (None, surrogate)]
     found: dict[str, Outcome] = {}
     total = sum(-(-_count(name, len(x), settings) // settings.batch) * split_restarts(name)[1] for name in names)
@@ -262,9 +264,11 @@ class Robustness:
         (pgd, left), worst = self._pgd(), self.worst
         clean = self.outcomes["clean"].accuracy
         told = [f.name for f in self.findings if f.suspicious]
-        by = min((o for n, o in self.outcomes.items() if n != "clean"), key=lambda o: o.accuracy, default=None)
         numbers = f"Clean {clean:.1%}, {pgd} leaves {left:.1%}, every attack together {worst:.1%}"
-        numbers += f" (the strongest alone, {by.name}, {by.accuracy:.1%})." if by is not None else "."
+        if worst > BROKEN:
+            by = min((o for n, o in self.outcomes.items() if n != "clean"), key=lambda o: o.accuracy)
+            numbers += f" (the strongest alone, {by.name}, {by.accuracy:.1%})"
+        numbers += "."
         spread = {n: o.spread for n, o in self.outcomes.items() if len(o.runs) > 1}
         if spread:
             numbers += " Restarts differ by " + ", ".join(f"{s:.1%} ({n})" for n, s in spread.items()) + "."
@@ -297,8 +301,11 @@ def examine(
     """Attacks, eps sweep and checks of one classifier. names: STANDARD, less the transfers without a surrogate."""
     if names is None:
         names = [n for n in STANDARD if surrogate is not None or not n.startswith("transfer-")]
+    check_names(names)
     if "clean" not in names:
         names = ["clean", *names]
+    if set(names) == {"clean"}:
+        raise InputError("a report needs an attack beside clean: its verdict would rest on nothing")
     outcomes = attack_all(model, x, y, names, settings, surrogate=surrogate, keep=keep, title=f"attacking {name}")
     few = slice(0, settings.few)
     known = None if keep is None else keep / "checks.json"
@@ -343,7 +350,7 @@ def _table(models: Mapping[str, Mapping[str, Outcome]]) -> list[list[str]]:
             cells.append("" if o is None else f"{o.accuracy:.1%}{spread}")
         counts = {len(outcomes[name].right) for outcomes in models.values() if name in outcomes}
         most = max(len(o.right) for outcomes in models.values() for o in outcomes.values())
-        label = name if counts == {most} else f"{name}, first {max(counts)}"
+        label = name if counts == {most} else f"{name}, {max(counts)} images"
         rows.append([label, *cells])
     worst = [f"{float(worst_case(outcomes).double().mean()):.1%}" for outcomes in models.values()]
     return [*rows, ["every attack together", *worst]]
@@ -374,11 +381,11 @@ def write_report(found: Sequence[Robustness], out: Path, title: str, settings: S
         figure(
             "loss-against-step.png", f"Loss against step of PGD (mean over images, first restart), {title}",
             lambda path: figures.plot_lines(path, f"Loss against step of PGD, {title}", curves, "step", "cross entropy",
-                                            looks=names),
+                                            looks=names, from_zero=False),
         )  # fmt: skip
     sweeps = {r.name: (np.array(list(r.sweep)) * 255, np.array(list(r.sweep.values()))) for r in found}
     figure(
-        "eps-sweep.png", f"Accuracy under PGD-20 against the radius (first {settings.few} images), {title}",
+        "eps-sweep.png", f"Accuracy under PGD-20 against the radius ({settings.few} images), {title}",
         lambda path: figures.plot_lines(path, f"Accuracy against the radius, PGD-20, {title}", sweeps,
                                         "eps, in 1/255", "accuracy", looks=names),
     )  # fmt: skip
@@ -434,14 +441,16 @@ def _read(file: Path, mark: int) -> dict[str, Any] | None:
     return values if values.pop("mark", None) == mark else None
 
 
-def pixels_of(images: Any, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` of Images as pixels and labels."""
-    few = images.select(torch.arange(min(count, len(images))))
+def pixels_of(images: Images, count: int) -> tuple[Tensor, Tensor]:
+    """`count` of the images, each class its share, as pixels and labels; always the same ones."""
+    few = images.sample(count)
     return few.pixels(), few.labels
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse a repeated name."""
+    """Refuse a repeated name, and none."""
     names = list(names)
+    if not names:
+        raise InputError(f"expected at least one attack of {NAMES}, got none")
     if len(set(names)) != len(names):
         raise InputError(f"each attack can be named once, got {' '.join(names)}")

@@ -68,6 +68,8 @@ def zero_gradient(model: Model, x: Array, y: Array, *, most: float = 0.05, **opt
     zero = (gradient.flatten(1) == 0).all(1)
     share = float(zero[right].float().mean()) if bool(right.any()) else 0.0
     words = f"{share:.1%} of the samples classified right have a gradient of zero, {most:.0%} may"
+    if not bool(right.any()):
+        words = "not tested: no sample is classified right"
     return Finding("zero gradient", share > most, words, {"share": share})
 
 

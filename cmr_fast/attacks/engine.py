@@ -128,9 +128,9 @@ class Victim:
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.dtype is None:
-            return self._run(x)
+            return _outputs(self._run(x))
         with torch.autocast(x.device.type, dtype=self.dtype):
-            return self._run(x)
+            return _outputs(self._run(x))
 
     def _per_channel(self) -> list[Tensor]:
         assert self.normalize is not None
@@ -151,7 +151,7 @@ class Victim:
     def scores(self, x: Tensor) -> Tensor:
         """Outputs of the model as it is, whatever the gradients are computed with: success is decided by these."""
         with torch.no_grad():
-            return widened(self.model(self._input(x)))
+            return widened(_outputs(self.model(self._input(x))))
 
     def probe(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Refuse a model that is random, or whose output for a sample depends on the rest of its batch.
@@ -191,6 +191,13 @@ class Victim:
             and getattr(module, "running_mean", None) is None
         ]
         return f" ({', '.join(named[:3])}{' ...' if len(named) > 3 else ''})" if named else ""
+
+
+def _outputs(found: object) -> Tensor:
+    if isinstance(found, Tensor) and found.is_floating_point() and found.ndim:
+        return found
+    seen = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise InputError(f"the model must return a float tensor (B, ...), got {seen}; wrap it so that it does")
 
 
 def widened(x: Tensor) -> Tensor:
@@ -285,6 +292,7 @@ class Attack:
         self._labels_checked = False
         wide = widened(images.detach()).clone(memory_format=torch.contiguous_format)
         low, high = (as_values(v, wide, "bounds") for v in self.bounds)
+        self._check_ball(low, high)
         problem = Problem(wide, labels, numbers, as_values(self.eps, wide, "eps"), low, high)
         if self.norm == "l2" and problem.eps.shape[1] > 1:
             raise InputError("an L2 ball has one radius a sample, got an eps for every channel")
@@ -303,6 +311,16 @@ class Attack:
             info = self._describe(out, problem, history) if return_info else None
         result = out.cpu().numpy() if was_numpy else out
         return (result, info) if return_info else result
+
+    def _check_ball(self, low: Tensor, high: Tensor) -> None:
+        """The bounds' order, and an L-inf radius that forgot its / 255."""
+        if not bool((low < high).all()):
+            raise InputError(f"bounds must be (low, high) with low below high, got {self.bounds}")
+        eps, width = float(torch.as_tensor(self.eps).max()), float((high - low).max())
+        if self.norm == "linf" and eps > width * (1 + 1e-6):
+            raise InputError(
+                f"eps must be at most {width:g}, the width of the bounds, got {eps:g}: is a / 255 missing?"
+            )
 
     def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Perturbed samples (B, ...), and the losses before each step (steps, B)."""
@@ -343,7 +361,10 @@ class Attack:
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
             seen = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(x).__name__
             raise InputError(f"x must be floats (B, ...), got {seen}")
-        labels = torch.as_tensor(y).to(images.device)
+        try:
+            labels = torch.as_tensor(y).to(images.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"y must be a row of labels a sample, got {type(y).__name__}") from error
         if labels.shape[:1] != images.shape[:1]:
             raise InputError(f"y must have a row for each of {len(images)} samples, got shape {tuple(labels.shape)}")
         if self.classifier:
@@ -452,7 +473,10 @@ def inside(x: Tensor, problem: Problem, eps: Tensor, norm: str, dtype: torch.dty
 
 
 def _check_values(name: str, value: Value, least: float, above: bool = False) -> None:
-    tensor = torch.as_tensor(value, dtype=torch.float64)
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{name} must be a number or numbers, got {value!r}") from error
     fine = tensor > least if above else tensor >= least
     if not bool((fine & tensor.isfinite()).all()):
         raise InputError(f"{name} must be finite and {'above' if above else 'at least'} {least:g}, got {value}")

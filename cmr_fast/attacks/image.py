@@ -73,6 +73,10 @@ class PGD(Attack):
         for name, number, least in (("steps", steps, 0), ("restarts", restarts, 1)):
             if not isinstance(number, int) or number < least:
                 raise InputError(f"{name} must be an integer of {least} or more, got {number!r}")
+        if momentum is not None and not 0 <= momentum < float("inf"):
+            raise InputError(f"momentum must be finite and 0 or more, got {momentum}")
+        if restarts > 1 and not random_start:
+            raise InputError(f"{restarts} restarts without a random start would be one and the same run")
         if targeted not in (False, "label", "random"):
             raise InputError(f"targeted must be False, 'label' or 'random', got {targeted!r}")
         if targeted and not self.classifier:

@@ -8,7 +8,7 @@ is 1 where any relevant item is among its first K; over attacks a query keeps it
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,18 +70,24 @@ class Ranker(nn.Module):
         self.register_buffer("gallery", F.normalize(signs if codes else gallery.float(), dim=1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        embedded = self.encode(x).float()
-        gallery = self.get_buffer("gallery")
+        embedded, gallery = self._embedded(x), self.get_buffer("gallery")
         if self.codes:
             return self.scale * (embedded.tanh() / embedded.shape[1] ** 0.5) @ gallery.T
         return self.scale * F.normalize(embedded, dim=1) @ gallery.T
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        found, width = self.encode(x), self.get_buffer("gallery").shape[1]
+        if not isinstance(found, Tensor) or found.shape != (len(x), width):
+            seen = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"encode must return ({len(x)}, {width}), as wide as the gallery, got {seen}")
+        return found.float()
 
     @torch.no_grad()
     def exact(self, x: Tensor) -> Tensor:
         """The scores that a search goes by: of codes, those of their signs."""
         if not self.codes:
             return self(x)
-        signs = torch.where(self.encode(x).float() >= 0, 1.0, -1.0)
+        signs = torch.where(self._embedded(x) >= 0, 1.0, -1.0)
         return self.scale * (signs / signs.shape[1] ** 0.5) @ self.get_buffer("gallery").T
 
 
@@ -101,7 +107,7 @@ class RecallUnderAttack:
     worst: dict[int, float]
     success: dict[int, float]
     drop: dict[int, float]
-    hits: dict[str, Tensor]
+    hits: dict[str, Tensor] = field(repr=False)
     gallery: int
 
     def rows(self) -> list[tuple[str, dict[int, float]]]:
@@ -143,6 +149,14 @@ def recall_under_attack(
 
     Queries without a relevant item are refused.
     """
+    for name, value in (("x", x), ("gallery", gallery), ("relevant", relevant)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} must be a torch tensor, got {type(value).__name__}")
+    if not gallery.is_floating_point() or gallery.ndim != 2 or not bool(gallery.isfinite().all()):
+        raise InputError(
+            f"gallery must be finite floats (N, d) (of codes their values, not packed), got {gallery.dtype} "
+            f"{tuple(gallery.shape)}"
+        )
     if relevant.dtype != torch.bool or relevant.shape != (len(x), len(gallery)):
         raise InputError(
             f"relevant must be bool ({len(x)}, {len(gallery)}), queries by gallery, got {relevant.dtype} "
@@ -152,8 +166,13 @@ def recall_under_attack(
         raise InputError("recall needs at least one query, got none")
     if not bool(relevant.any(dim=1).all()):
         raise InputError(f"query {int((~relevant.any(dim=1)).nonzero()[0])} has no relevant item in the gallery")
-    if not k or min(k) < 1 or restarts < 1:
-        raise InputError(f"k must be integers of 1 or more and restarts at least 1, got {tuple(k)} and {restarts}")
+    if not isinstance(k, (tuple, list)) or not k or min(k) < 1 or max(k) > len(gallery):
+        raise InputError(f"k must be numbers from 1 to the {len(gallery)} items of the gallery, like (1, 5), got {k}")
+    if attacks is not None and (not isinstance(attacks, Mapping) or not attacks):
+        raise InputError(f"attacks must be a dict of at least one, name to maker, got {attacks!r}")
+    for name, number in (("restarts", restarts), ("batch", batch), ("scale", scale)):
+        if not number > 0:
+            raise InputError(f"{name} must be above 0, got {number}")
     model = Ranker(encode, gallery, scale=scale, codes=codes)
     hits = {"clean": _hits(model, x, relevant, k, None, batch)}
     for name, make in (ATTACKS if attacks is None else attacks).items():

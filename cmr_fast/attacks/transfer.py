@@ -32,7 +32,7 @@ class Transfer:
         self, x: Array, y: Array, *, index: Array | None = None, start: Array | None = None, return_info: bool = False
     ) -> Any:
         """As of the attack; success and loss in the AttackInfo are the victim's, losses and queries the surrogate's."""
-        self._refuse_a_copy(x)
+        self.refuse_a_copy(x)
         result = self.attack(x, y, index=index, start=start, return_info=return_info)
         if not return_info:
             return result
@@ -46,7 +46,8 @@ class Transfer:
             loss = self._on_victim.loss(scores, labels).detach()
         return adv, replace(info, success=success, loss=loss)
 
-    def _refuse_a_copy(self, x: Array) -> None:
+    def refuse_a_copy(self, x: Array) -> None:
+        """Raise where the surrogate answers the first 16 of x as the victim does, bit for bit."""
         if self._compared or not len(x):
             return
         images = torch.as_tensor(x)[:16]

@@ -42,6 +42,16 @@ class Images:
         """The images at `rows` (int64 indices), in that order."""
         return Images(self.image[rows], self.labels[rows])
 
+    def sample(self, count: int, seed: int = 0) -> "Images":
+        """`count` images, each class its share, in an order drawn with `seed`; all of them where there are no more."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        if count < len(self):
+            by_class = order[torch.argsort(self.labels[order], stable=True)]
+            chosen = torch.zeros(len(self), dtype=torch.bool)
+            chosen[by_class[torch.arange(count) * len(self) // count]] = True
+            order = order[chosen[order]]
+        return self.select(order)
+
     def pixels(self) -> Tensor:
         """float32 (N, 3, H, W) from 0 to 1."""
         return self.image.float() / 255
@@ -128,9 +138,7 @@ def _few(images: Images, count: int | None, seed: int, split: str) -> Images:
         return images
     if not 0 < count <= len(images):
         raise InputError(f"{split} must be from 1 to the {len(images)} images there are, got {count}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    by_class = order[torch.argsort(images.labels[order], stable=True)]
-    return images.select(by_class[torch.arange(count) * len(images) // count].sort().values)
+    return images.sample(count, seed)
 
 
 def _cifar10(folder: Path) -> ImageDataset:

@@ -122,7 +122,7 @@ class RunConfig:
     valid_fraction: float = 0.1
     """Share of the training split held out for early stopping, if the data set has no validation split; 0 for none."""
     patience: int = 20
-    """Stop after this many epochs without a better validation mAP; 0 never stops early."""
+    """Stop after this many epochs without a better validation score; 0 never stops early."""
     eval_every: int = 1
     """Epochs between validations."""
     refit: bool = False
@@ -192,7 +192,7 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
     if dataset.valid is None and run.valid_fraction > 0:
         dataset = dataset.hold_out(run.valid_fraction, run.seed)
     if config.epochs < 1 or config.batch_size < 2:
-        raise InputError(f"at least 1 epoch and 2 pairs a batch, got {config.epochs} and {config.batch_size}")
+        raise InputError(f"at least 1 epoch and a batch of 2, got {config.epochs} and {config.batch_size}")
     if len(dataset.train) < 2:
         raise InputError(f"{dataset.name}: training needs at least two pairs, got {len(dataset.train)}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

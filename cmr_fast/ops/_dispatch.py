@@ -14,6 +14,15 @@ from typing import Any
 
 from cmr_fast.errors import InputError
 
+PUBLIC = {
+    "info_nce": "infonce",
+    "sigmoid_loss": "sigmoid_pairs",
+    "js_critic": "sigmoid_pairs",
+    "pairwise_nll": "pairwise",
+    "pairwise_squared": "pairwise",
+}
+"""Functions by another name than the op that they call."""
+
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "hamming_range": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
@@ -173,8 +182,9 @@ class Explanation:
 
 def explain(op: str, *tensors: object) -> Explanation:
     """Which backend and instruction set `op` would use for `tensors` (numpy arrays count as cpu), and why."""
+    op = PUBLIC.get(op, op)
     if op not in BACKENDS:
-        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted(BACKENDS))}")
+        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted({*BACKENDS, *PUBLIC}))}")
     device = next((t.device.type for t in tensors if hasattr(t, "device") and hasattr(t.device, "type")), "cpu")
     backend = choose_backend(op, device)
     forced = [f"{name}={os.environ[name]}" for name in ("CMR_FAST_BACKEND", "CMR_FAST_ISA") if os.environ.get(name)]

@@ -199,6 +199,10 @@ def _positives(
     """-> image_ids, text_ids, weights as the op takes them; all None is the diagonal."""
     n, m = len(image), len(text)
     if positives is None:
+        if not isinstance(offset, int):
+            raise InputError(f"offset must be an integer, got {offset!r}")
+        if offset == 0 and n > m:
+            raise InputError(f"each image needs its text: expected at least {n} texts, got {m} (or give positives)")
         if not 0 <= offset <= m - n:
             raise InputError(f"offset must be from 0 to {m - n}, so that each of {n} images has its text among {m}, "
                              f"got {offset}")  # fmt: skip
@@ -220,6 +224,10 @@ def _positives(
         return first, second, None
     if first.shape != (n, m) or not (first.dtype == torch.bool or first.is_floating_point()):
         raise InputError(f"positives must be bool or float ({n}, {m}), got {first.dtype} {tuple(first.shape)}")
+    if first.dtype != torch.bool and first.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = first.aminmax() if first.numel() else (first.new_zeros(()), first.new_zeros(()))
+        if not 0 <= float(low) <= float(high) < math.inf:
+            raise InputError(f"weights of positives must be finite and 0 or more, got {float(low)} to {float(high)}")
     return None, None, first.detach()
 
 
@@ -742,6 +750,10 @@ register(
 )
 
 
+def _refuse_twice(ctx: Any, *_: Tensor) -> None:
+    raise InputError("this loss can be differentiated once, got a second derivative")
+
+
 def _infonce_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     image, text, scale, image_ids, text_ids, weights, ctx.offset, _, _, _, ctx.backend, ctx.threads = inputs
     ctx.save_for_backward(image, text, scale, image_ids, text_ids, weights, *output[2:])
@@ -767,10 +779,26 @@ def _sigmoid_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-de
 def _sigmoid_gradient(ctx, of_loss, *_):  # type: ignore[no-untyped-def]
     if not ctx.gradients:
         raise RuntimeError("cmr_fast::sigmoid_pairs was called with gradients=False")
-    return *(of_loss * x if x.ndim == 0 else of_loss.to(x.dtype) * x for x in ctx.saved_tensors), *[None] * 9
+    found = [of_loss * x if x.ndim == 0 else of_loss.to(x.dtype) * x for x in ctx.saved_tensors]
+    if torch.is_grad_enabled():  # create_graph: what was saved knows nothing of the inputs
+        found = [_Once.apply(x) for x in found]
+    return *found, *[None] * 9
+
+
+class _Once(torch.autograd.Function):
+    """x, whose gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        _refuse_twice(ctx)
 
 
 torch.library.register_autograd("cmr_fast::infonce", _infonce_gradient, setup_context=_infonce_context, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::infonce_backward", _refuse_twice, lib=LIBRARY)
 torch.library.register_autograd(
     "cmr_fast::sigmoid_pairs", _sigmoid_gradient, setup_context=_sigmoid_context, lib=LIBRARY
 )

@@ -18,6 +18,7 @@ from cmr_fast.ops._library import LIBRARY, register
 from cmr_fast.ops.hamming import Array, _as_tensor, _like_input
 
 STOPS = ("marginals", "potentials")
+RESOLVED = 1e6  # the range of cost / reg: float32 keeps its units beside such numbers to a tenth
 MAX_CUDA_SIDES = 2048  # m + n: potentials and scalings are in shared memory
 
 
@@ -143,7 +144,7 @@ def _transport(
     if grad == "unrolled":
         _dispatch.choose_backend(op, values.device.type, backend, dict.fromkeys(("cpp", "cuda"), "it is not unrolled"))
         if not torch.compiler.is_compiling():
-            _check_values(problems, *masses)
+            _check_values(problems, *masses, float(reg))
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         rows, columns = (x.to(dtype) for x in masses)
         plan, iterations, error = _iterate(problems.to(dtype), rows, columns, *options)
@@ -160,7 +161,8 @@ def _transport(
 def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
     count, size = len(problems), problems.shape[axis]
     if x is None:
-        return problems.new_full((size,), 1 / size)
+        wide = torch.promote_types(problems.dtype, torch.float32)  # 1 / size in 16 bits is not 1 / size
+        return problems.new_full((size,), 1 / size, dtype=wide)
     masses = _as_tensor(x, name)[0]
     if (
         masses.shape not in ((size,), (count, size))
@@ -174,7 +176,7 @@ def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
     return masses
 
 
-def _check_values(cost: Tensor, mu: Tensor, nu: Tensor) -> None:
+def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float) -> None:
     if cost.device.type != "cpu":
         return
     for x, name in ((cost, "cost"), (mu, "mu"), (nu, "nu")):
@@ -189,6 +191,14 @@ def _check_values(cost: Tensor, mu: Tensor, nu: Tensor) -> None:
             f"{name} must be finite{'' if name == 'cost' else ' and not negative'}, got "
             f"{name}[{', '.join(map(str, where))}] = {x[where].item()}"
         )
+    if cost.numel():
+        low, high = (bound.item() for bound in cost.aminmax())
+        most = 1e14 if cost.dtype == torch.float64 else RESOLVED
+        if not high - low <= most * reg:
+            raise InputError(
+                f"reg must be at least the range of cost, {high - low:.3g}, / {most:.0g}, which {cost.dtype} resolves, "
+                f"got {reg:g}"
+            )
     apart = (mu.double().sum(-1) - nu.double().sum(-1)).abs() / mu.double().sum(-1).clamp(min=1e-30)
     if apart.numel() and apart.max() > 1e-3:
         raise InputError(
@@ -213,7 +223,7 @@ def _sinkhorn(
     cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int,
     backend: str | None, threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(cost, mu, nu)
+    _check_values(cost, mu, nu, reg)
     m, n = cost.shape[1:]
     unfit = {}
     if cost.dtype == torch.float64:

@@ -198,6 +198,11 @@ def _as_relevance(labels: object, items: Tensor, name: str, of: str) -> Tensor:
         )
     if given.ndim == 1:
         return given.long()
+    if given.dtype != torch.bool and given.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(((given == 0) | (given == 1)).all()):
+            raise InputError(f"{name} of shape (N, C) must be multi-hot, 0 or 1, got others; class ids have shape (N,)")
+        if given.shape[1] == 1 and bool((given != given[0]).any()):
+            raise InputError(f"{name} must be class ids (N,) or multi-hot of several classes, got {_shape(given)}")
     packed = torch.ops.cmr_fast.pack_bits(given if given.dtype == torch.bool else given > 0)
     words = packed.new_zeros((len(packed), -(-packed.shape[1] // 8) * 8))
     words[:, : packed.shape[1]] = packed
@@ -529,6 +534,13 @@ register(
     lambda grad, grad_x, grad_other: (grad * grad_x, grad * grad_other),
     lambda grad, grad_x, grad_other: (torch.empty_like(grad_x), torch.empty_like(grad_other)),
 )
+
+
+def _refuse_twice(ctx: Any, *_: Tensor) -> None:
+    raise InputError("the triplet losses can be differentiated once, got a second derivative")
+
+
+torch.library.register_autograd("cmr_fast::triplet_margin_backward", _refuse_twice, lib=LIBRARY)
 for name, arguments in (("triplet_margin", 12), ("acmr_triplet", 10)):
     torch.library.register_autograd(
         f"cmr_fast::{name}", _backward(arguments), setup_context=_keep_gradients, lib=LIBRARY

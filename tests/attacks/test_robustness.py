@@ -117,7 +117,7 @@ def test_the_table_on_a_terminal(plain, many, capsys):
     found = attack_all(plain, *many, ["clean", "cw5x2", "local-search"], Settings(images=40, few=8))
     print_outcomes("numbers", {"net": found})
     shown = capsys.readouterr().out
-    assert "cw5x2" in shown and "spread" in shown and "local-search, first 8" in shown
+    assert "cw5x2" in shown and "spread" in shown and "local-search, 8 images" in shown
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,11 @@ def test_what_is_not_there_is_said(tmp_path):
         Images(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))
     with pytest.raises(InputError, match="one an image"):
         Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]))
+
+
+def test_a_sample_is_mixed_and_takes_each_class_its_share():
+    images = Images(torch.zeros(60, 3, 4, 4, dtype=torch.uint8), torch.arange(60) // 20)  # sorted by class, as some are
+    few = images.sample(30)
+    assert few.labels.bincount().tolist() == [10, 10, 10] and len(few.labels[:10].unique()) == 3
+    assert torch.equal(few.labels, images.sample(30).labels)
+    assert sorted(images.sample(1000).labels.tolist()) == images.labels.tolist()

@@ -135,7 +135,7 @@ def test_a_run_learns_and_its_model_comes_back(tmp_path):
     config = replace(TINY, perturb="none", smoothing=0.0, epochs=5, augment=False, batch_size=20)
     done = train("scatter", config, data, run(tmp_path / "run", patience=0))
     assert done.results["accuracy"] > 0.9 and done.results["valid_accuracy"] > 0.8
-    assert done.results["pgd20_first500"] < done.results["accuracy"] - 0.1
+    assert done.results["pgd20_accuracy"] < done.results["accuracy"] - 0.1 and done.results["pgd20_images"] == 60
     model = load_model(done.path)
     assert isinstance(model, Scatter) and model.config == config and not model.training
     assert accuracy(model, data.test) == done.results["accuracy"]

@@ -443,7 +443,7 @@ def test_the_native_path_runs_the_epilogue(monkeypatch):
         ({"image": np.zeros((4, 3))}, "got ndarray"),
         ({"text": torch.zeros(4, 3).double()}, "agree in dtype and device"),
         ({"text": torch.zeros(4, 3, device="meta")}, "agree in dtype and device, got .* cpu and .* meta"),
-        ({"text": torch.zeros(3, 3)}, r"offset must be from 0 to -1, .* 4 images has its text among 3"),
+        ({"text": torch.zeros(3, 3)}, "at least 4 texts, got 3"),
         ({"offset": 1}, "offset must be from 0 to 0"),
         ({"offset": -1}, "got -1"),
         ({"logit_scale": torch.zeros(2)}, "logit_scale must be a number or a tensor of one float"),
@@ -474,3 +474,33 @@ def test_the_sigmoid_refuses_what_it_cannot_do():
         sigmoid_loss(x, x, 1.0, reduction="none")
     with pytest.raises(InputError, match="offset must be from 0 to 0"):
         sigmoid_loss(x, x, 1.0, offset=1)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_weights_of_positives_are_checked(bad):
+    image, text = torch.randn(3, 4), torch.randn(5, 4)
+    weights = torch.rand(3, 5)
+    weights[1, 2] = bad
+    with pytest.raises(InputError, match="finite and 0 or more"):
+        info_nce(image, text, 1.0, positives=weights)
+
+
+def test_more_images_than_texts_and_odd_offsets_are_named():
+    with pytest.raises(InputError, match="at least 5 texts, got 3"):
+        info_nce(torch.randn(5, 4), torch.randn(3, 4), 1.0)
+    with pytest.raises(InputError, match="offset must be an integer"):
+        info_nce(torch.randn(3, 4), torch.randn(5, 4), 1.0, offset=1.5)
+
+
+@pytest.mark.parametrize("loss", [info_nce, sigmoid_loss])
+def test_a_second_derivative_is_refused(loss):
+    image, text = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    (gradient,) = torch.autograd.grad(loss(image, text, 2.0), image, create_graph=True)
+    with pytest.raises(InputError, match="differentiated once"):
+        torch.autograd.grad(gradient.square().sum(), image)
+
+
+def test_explain_knows_the_public_names():
+    x = torch.randn(2, 3)
+    for name in ("info_nce", "sigmoid_loss", "js_critic", "pairwise_nll"):
+        assert cf.explain(name, x).backend in ("cpp", "torch")

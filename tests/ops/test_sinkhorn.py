@@ -386,3 +386,19 @@ def test_bad_input_is_refused_with_what_was_seen(change, message):
 def test_ipot_refuses_as_well(change, message):
     with pytest.raises(cf.InputError, match=message):
         ipot(**({"cost": COST, "beta": 1.0} | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniform_masses_are_exact_whatever_the_costs_are_in(dtype):
+    cost = torch.rand(3, 20, 30).to(dtype)
+    plan = sinkhorn(cost, 0.1)
+    assert plan.dtype == dtype
+    torch.testing.assert_close(plan.float(), sinkhorn(cost.float(), 0.1), rtol=1e-2, atol=1e-5)
+
+
+def test_a_reg_that_the_type_cannot_resolve_is_refused():
+    cost = torch.rand(4, 5)
+    for solve, name in ((sinkhorn, "reg"), (ipot, "reg")):
+        with pytest.raises(cf.InputError, match=f"{name} must be at least the range"):
+            solve(cost * 1e10, 0.1)
+    assert sinkhorn(cost.double() * 1e10, 0.1, max_iter=5).isfinite().all()

@@ -448,3 +448,19 @@ def test_acmr_on_every_backend(run, reduction, classes):
             results.append([loss.detach().double(), *(g.double() for g in grads)])
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+
+def test_columns_of_class_ids_and_counts_are_no_multi_hot_labels():
+    x, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    with pytest.raises(cf.InputError, match="multi-hot"):
+        triplet_margin(x, labels[:, None], 0.2)
+    with pytest.raises(cf.InputError, match="0 or 1"):
+        triplet_margin(x, 5 * torch.nn.functional.one_hot(labels), 0.2)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(6, 3, requires_grad=True)
+    loss = triplet_margin(x, torch.tensor([0, 1, 2, 0, 1, 2]), 0.2)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(cf.InputError, match="differentiated once"):
+        torch.autograd.grad(gradient.square().sum(), x)
