@@ -48,8 +48,8 @@ def main() -> None:
                 rounds=5,
             )  # fmt: skip
             right = float((model(x).argmax(1) == y).float().mean())
-            print(f"PGD-{steps}, {given.run.name}: clean {right:.1%}, left {1 - shares[0]:.1%}; "
-                  f"{found.theirs:.2f} s without, {found.ours:.2f} s with early stop: {found.speedup:.2f}x")  # fmt: skip
+            print(f"PGD-{steps}, {given.run.name}: clean {right:.1%}, left {1 - shares[0]:.1%}")
+            print(f"  {found.theirs:.2f} s without, {found.ours:.2f} s with early stop: {found.speedup:.2f}x")
 
 
 if __name__ == "__main__":
