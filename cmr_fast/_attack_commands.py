@@ -121,7 +121,8 @@ def report(arguments: "cli.Report") -> None:
         raise InputError("classifiers of one report must be of one data set; expected runs on the same --data")
     eps = _eps(opened[0][1], arguments.eps)
     settings = robustness.Settings(eps=eps, images=arguments.images, fast=arguments.fast)
-    robustness.check_names(arguments.attacks)
+    if arguments.attacks:
+        robustness.check_names(arguments.attacks)
     surrogate = _surrogate(arguments.surrogate, arguments)
     found = []
     for name, (_, model, dataset) in zip(_names(arguments.runs), opened, strict=True):

@@ -181,6 +181,19 @@ def test_report_of_classifiers_from_the_command_line(runs, capsys, tmp_path):
     assert (out / "robustness.csv").is_file() and (out / "attacks" / "run1" / "pgd5.json").is_file()
     assert main(command) == 2 and "--force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
+    assert main([*command[:-2], "clean", "--force"]) == 2 and "beside clean" in capsys.readouterr().err
+
+
+def test_a_report_without_names_runs_the_standard_attacks(runs, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(name, *arguments, names=None, **options):
+        asked.append(names)
+        raise InputError("enough")
+
+    monkeypatch.setattr(robustness, "examine", stop)
+    assert main(["report", str(runs / "run0"), "--out", str(tmp_path / "r"), "--images", "4"]) == 2
+    assert asked == [None]
 
 
 def test_retrieval_commands_name_a_classifier_and_the_reverse(runs, capsys, tmp_path):

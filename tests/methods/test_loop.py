@@ -462,7 +462,7 @@ def test_a_minimal_method_runs(tmp_path):
             return getattr(self, modality)(features)
 
     for wrong in (MinimalConfig(epochs=0), MinimalConfig(batch_size=1)):
-        with pytest.raises(InputError, match="at least 1 epoch and 2 pairs a batch"):
+        with pytest.raises(InputError, match="at least 1 epoch and a batch of 2"):
             train(Minimal, wrong, small_dataset(), quick(tmp_path / "run"))
     run = train(Minimal, None, small_dataset(), quick(tmp_path / "run"))
     assert not run.model.training
