@@ -117,7 +117,7 @@ def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], x
     """Horizontal bars, bars[series][row] = a share from 0 to 1, the series of a row under each other."""
     rows = list(dict.fromkeys(row for series in bars.values() for row in series))
     height = 0.8 / len(bars)
-    with _panels(path, title, 1, 1, (7.2, 1.2 + 0.22 * len(rows) * (len(bars) + 0.6))) as (_, axes):
+    with _panels(path, title, 1, 1, (7.2, 1.2 + 0.22 * len(rows) * (len(bars) + 0.6))) as (figure, axes):
         for number, (name, series) in enumerate(bars.items()):
             places = [rows.index(row) + number * height - 0.4 + height / 2 for row in series]
             colour = COLOURS[number % len(COLOURS)]
@@ -129,8 +129,9 @@ def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], x
         axes[0].set_xlim(0, 1.08)
         axes[0].set_xlabel(xlabel)
         axes[0].grid(False, axis="y")
+        axes[0].margins(y=0.01)
         if len(bars) > 1:
-            axes[0].legend(loc="lower right")
+            figure.legend(loc="outside lower center", ncols=min(4, len(bars)))
 
 
 def plot_tsne(

@@ -144,7 +144,7 @@ def _transport(
     if grad == "unrolled":
         _dispatch.choose_backend(op, values.device.type, backend, dict.fromkeys(("cpp", "cuda"), "it is not unrolled"))
         if not torch.compiler.is_compiling():
-            _check_values(problems, *masses, float(reg))
+            _check_values(problems, masses[0], masses[1], float(reg))
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         rows, columns = (x.to(dtype) for x in masses)
         plan, iterations, error = _iterate(problems.to(dtype), rows, columns, *options)
