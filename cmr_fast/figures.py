@@ -131,7 +131,7 @@ def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], x
         axes[0].grid(False, axis="y")
         axes[0].margins(y=0.01)
         if len(bars) > 1:
-            figure.legend(loc="outside lower center", ncols=min(4, len(bars)))
+            figure.legend(loc="outside lower center", ncols=min(2, len(bars)))
 
 
 def plot_tsne(
