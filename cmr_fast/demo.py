@@ -85,13 +85,16 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
 def by_cca(dataset: "PairedDataset") -> "PairedDataset":
     """The data set with CCA's variates for features, learnt on its training split: CMIMH's inputs, which are 1024
     principal components in the paper, where the data are more."""
+    import torch
+
     from cmr_fast.data import Pairs
     from cmr_fast.methods.baselines import CCA
 
     cca = CCA(CCA_DIM, CCA_RIDGE).fit(dataset.train)
 
     def mapped(pairs: Pairs) -> Pairs:
-        return Pairs(cca.encode("image", pairs.image), cca.encode("text", pairs.text), pairs.labels)  # type: ignore[arg-type]
+        assert isinstance(pairs.text, torch.Tensor)
+        return Pairs(cca.encode("image", pairs.image), cca.encode("text", pairs.text), pairs.labels)
 
     return replace(
         dataset,

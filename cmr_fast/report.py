@@ -86,11 +86,12 @@ def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
         {"convention": "topk_hits", "k": CUT},
         {"ties": "tie_aware"},
     ]
-    found = evaluate_many(model, dataset, settings)
-    for result in found:
+    found = []
+    for result in evaluate_many(model, dataset, settings):
         if isinstance(result, InputError):
             raise result
-    return Score(name, dataset.name, *found)  # type: ignore[arg-type]
+        found.append(result)
+    return Score(name, dataset.name, *found)
 
 
 def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple[str, Any]]:

@@ -129,4 +129,4 @@ class AcmrStep:
         with one_thread():
             return 1 / compare(comparison(features), rounds=5).speedup
 
-    track_time_over_port.unit = "ours / eager port"  # type: ignore[attr-defined]
+    track_time_over_port.unit = "ours / eager port"

@@ -99,4 +99,4 @@ class TopK:
         with one_thread():
             return 1 / compare(topk(bits, k, queries=64), rounds=5).speedup
 
-    track_time_over_faiss.unit = "ours / faiss"  # type: ignore[attr-defined]
+    track_time_over_faiss.unit = "ours / faiss"

@@ -22,7 +22,7 @@ import cmr_fast as cf
 try:
     from .common import Comparison, compare, one_thread
 except ImportError:  # started as a program
-    from common import Comparison, compare, one_thread  # type: ignore[no-redef]
+    from common import Comparison, compare, one_thread
 
 WIDTH, SCALE = 512, 50.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,7 +46,7 @@ def train(name: str, image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]
 
         loss = ClipLoss()(image, text, scale.to(image.dtype))
     loss.backward()
-    return [loss.detach(), image.grad, text.grad]  # type: ignore[list-item]
+    return [loss.detach(), image.grad, text.grad]
 
 
 def products(dtype: torch.dtype) -> float:
@@ -164,7 +164,7 @@ class InfoNCE:
         with one_thread():
             return 1 / compare(comparison(2048, kind), rounds=5).speedup
 
-    track_time_over_open_clip.unit = "ours / ClipLoss"  # type: ignore[attr-defined]
+    track_time_over_open_clip.unit = "ours / ClipLoss"
 
 
 def main() -> None:

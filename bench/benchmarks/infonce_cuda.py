@@ -19,7 +19,7 @@ import cmr_fast as cf
 try:
     from .gpu import Report, in_turn, median, peak_bytes, ratio
 except ImportError:  # started as a program
-    from gpu import Report, in_turn, median, peak_bytes, ratio  # type: ignore[no-redef]
+    from gpu import Report, in_turn, median, peak_bytes, ratio
 
 CASES = ((32_768, 768), (8192, 512))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

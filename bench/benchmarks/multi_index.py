@@ -136,5 +136,5 @@ class MultiIndex:
         with one_thread():
             return 1 / compare(beside_scan(codes, self.q, self.db, self.tables), rounds=5).speedup
 
-    track_bytes_per_code.unit = "bytes"  # type: ignore[attr-defined]
-    track_time_over_scan.unit = "ours / scan"  # type: ignore[attr-defined]
+    track_bytes_per_code.unit = "bytes"
+    track_time_over_scan.unit = "ours / scan"

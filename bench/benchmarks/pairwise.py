@@ -90,7 +90,7 @@ def peak_megabytes(call: Callable[[], object]) -> float:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def read(what: str) -> int:
-        return int(re.search(rf"{what}:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+        return int(re.search(rf"{what}:\s+(\d+)", status.read_text())[1])
 
     eager(*(x.detach() for x in problem(4, 4, 4)[:2]), torch.zeros(4, 4))  # wakes the libraries
     clear.write_text("5")

@@ -72,7 +72,7 @@ def step(shape: tuple[int, ...], norm: str = "linf") -> Comparison:
 
     def ours() -> None:
         for _ in range(REPEATS):
-            pgd_step_(x, gradient, origin, norm=norm, threads=1, **options)  # type: ignore[arg-type]
+            pgd_step_(x, gradient, origin, norm=norm, threads=1, **options)
 
     def theirs() -> None:
         at = x
@@ -81,7 +81,7 @@ def step(shape: tuple[int, ...], norm: str = "linf") -> Comparison:
 
     def check() -> None:
         want = eager(origin, gradient, origin)
-        got = pgd_step_(origin.clone(), gradient, origin, norm=norm, threads=1, **options)  # type: ignore[arg-type]
+        got = pgd_step_(origin.clone(), gradient, origin, norm=norm, threads=1, **options)
         if norm == "linf":
             assert torch.equal(got, want), "the bits differ from the eager formula's"
         else:
@@ -201,4 +201,4 @@ class Step:
         with one_thread():
             return 1 / compare(self.comparison, rounds=5).speedup
 
-    track_time_over_eager.unit = "ours / eager"  # type: ignore[attr-defined]
+    track_time_over_eager.unit = "ours / eager"

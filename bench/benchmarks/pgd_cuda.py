@@ -17,7 +17,7 @@ from cmr_fast.ops import _dispatch, pgd_noise, pgd_step_
 try:
     from .gpu import Call, Report, graph_of, in_turn, median, ratio
 except ImportError:  # started as a program
-    from gpu import Call, Report, graph_of, in_turn, median, ratio  # type: ignore[no-redef]
+    from gpu import Call, Report, graph_of, in_turn, median, ratio
 
 SHAPES = ((128, 3, 224, 224), (512, 3, 32, 32), (1, 3, 224, 224))
 BYTES = {"linf": 16, "l2": 28}  # an element
@@ -74,7 +74,7 @@ def check(x: Tensor, gradient: Tensor, origin: Tensor, norm: str) -> None:
     alpha, eps = SIZES[norm]
     want = EAGER[norm](x, gradient, origin, alpha, eps)
     for name in backends():
-        got = pgd_step_(x.clone(), gradient, origin, alpha=alpha, eps=eps, norm=norm, backend=name)  # type: ignore[arg-type]
+        got = pgd_step_(x.clone(), gradient, origin, alpha=alpha, eps=eps, norm=norm, backend=name)
         if norm == "linf":
             assert torch.equal(got, want), f"{name}: the bits differ from the eager formula's"
         else:

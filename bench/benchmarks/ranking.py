@@ -125,4 +125,4 @@ class MeanAveragePrecision:
         with one_thread():
             return 1 / compare(loop("stable", queries=200, ties=ties), rounds=5).speedup
 
-    track_time_over_numpy.unit = "ours / numpy loop"  # type: ignore[attr-defined]
+    track_time_over_numpy.unit = "ours / numpy loop"

@@ -32,7 +32,7 @@ def batch() -> Images:
 def trainer(net: str, **changes: object) -> Scatter:
     torch.manual_seed(0)
     depth, width = NETS[net]
-    return Scatter(replace(ScatterConfig(depth=depth, width=width), **changes), CLASSES).train()  # type: ignore[arg-type]
+    return Scatter(replace(ScatterConfig(depth=depth, width=width), **changes), CLASSES).train()
 
 
 def stepper(model: Scatter, images: Images, bf16: bool) -> Callable[[], object]:
@@ -101,7 +101,7 @@ def comparison(net: str, against: str, bf16: bool = False) -> Comparison:
 
     def check() -> None:
         logged = stepper(trainer(net), images, bf16)()
-        assert torch.isfinite(logged["loss"])  # type: ignore[index]
+        assert torch.isfinite(logged["loss"])
 
     return Comparison(
         name=f"Feature Scattering step, {net}, batch {BATCH}, {'bf16' if bf16 else 'fp32'}",
@@ -138,4 +138,4 @@ class ScatterStep:
         with one_thread():
             return 3.5 / compare(comparison("WRN-10-1", "Madry"), rounds=5).speedup
 
-    track_time_over_madry.unit = "ours / (Madry's / 3.5)"  # type: ignore[attr-defined]
+    track_time_over_madry.unit = "ours / (Madry's / 3.5)"

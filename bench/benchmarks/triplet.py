@@ -18,7 +18,7 @@ from cmr_fast.losses import TripletMarginLoss
 try:
     from .common import Comparison, compare, one_thread
 except ImportError:  # started as a program
-    from common import Comparison, compare, one_thread  # type: ignore[no-redef]
+    from common import Comparison, compare, one_thread
 
 WIDTH, CLASSES, MARGIN = 200, 10, 0.05
 
@@ -56,7 +56,7 @@ def train(name: str, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     x.grad = None
     loss = loss_of(name)(x, labels)
     loss.backward()
-    return loss.detach(), x.grad  # type: ignore[return-value]
+    return loss.detach(), x.grad
 
 
 def products(size: int) -> float:
@@ -151,7 +151,7 @@ class AllTriplets:
         with one_thread():
             return 1 / compare(comparison(size, "plain torch, sort + prefix sums"), rounds=5).speedup
 
-    track_time_over_torch.unit = "ours / plain torch"  # type: ignore[attr-defined]
+    track_time_over_torch.unit = "ours / plain torch"
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from cmr_fast.ops import triplet_margin
 try:
     from .gpu import Report, in_turn, median, peak_bytes, ratio
 except ImportError:  # started as a program
-    from gpu import Report, in_turn, median, peak_bytes, ratio  # type: ignore[no-redef]
+    from gpu import Report, in_turn, median, peak_bytes, ratio
 
 WIDTH, CLASSES, MARGIN = 200, 10, 0.05
 BACKENDS = ("cuda", "torch")
 
 
 def train(backend: str, mining: str, x: Tensor, labels: Tensor) -> list[Tensor]:
-    loss = triplet_margin(x, labels, MARGIN, mining=mining, distance="cosine", backend=backend)  # type: ignore[arg-type]
+    loss = triplet_margin(x, labels, MARGIN, mining=mining, distance="cosine", backend=backend)
     return [loss.detach(), *torch.autograd.grad(loss, x)]
 
 

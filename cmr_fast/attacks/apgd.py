@@ -186,6 +186,9 @@ class APGDT(APGD):
 
     def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[Objective, Tensor]]:
         ranked = clean.scatter(1, problem.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
-        objective: Objective = lambda logits, goals: losses.dlr_targeted(logits, goals[:, 0], goals[:, 1])  # noqa: E731
+
+        def objective(logits: Tensor, goals: Tensor) -> Tensor:
+            return losses.dlr_targeted(logits, goals[:, 0], goals[:, 1])
+
         wanted = ranked[:, : min(self.targets, clean.shape[1] - 1)].unbind(dim=1)
         return [(objective, torch.stack([problem.labels, w], dim=1)) for w in wanted for _ in range(self.restarts)]

@@ -7,7 +7,6 @@ P projects into the ball of radius eps around the clean input, clip into the box
 (ops.pgd_step_); the time is the model's.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -282,7 +281,9 @@ class CW(PGD):
         kappa: float = 50.0,
         **options: Any,
     ) -> None:
-        loss: Callable[[Tensor, Tensor], Tensor] = lambda logits, labels: losses.cw(logits, labels, kappa)  # noqa: E731
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            return losses.cw(logits, labels, kappa)
+
         super().__init__(model, eps, alpha, steps, **{"loss": "cw", **options})
         if options.get("loss", "cw") == "cw":
             self.loss = loss

@@ -45,7 +45,9 @@ def ranking_dlr(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(scores.masked_fill(hidden, -torch.inf).amax(dim=1) for hidden in (~relevant, relevant))  # type: ignore[return-value]
+    """The highest score of a relevant item, and that of an irrelevant one, (B,) each."""
+    best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1)
+    return best, scores.masked_fill(relevant, -torch.inf).amax(dim=1)
 
 
 def missed(scores: Tensor, relevant: Tensor) -> Tensor:

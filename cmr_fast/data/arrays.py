@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _guarded(file: Path, what: str, reader: Callable[[Path], Arrays]) -> Arrays:
             ) from error
 
     arrays = guard(lambda: reader(file), "its list of contents")
-    return {key: lambda key=key, call=call: guard(call, key) for key, call in arrays.items()}  # type: ignore[misc]
+    return {key: partial(guard, call, key) for key, call in arrays.items()}
 
 
 def _matlab5(file: Path) -> Arrays:
@@ -75,7 +76,7 @@ def _matlab5(file: Path) -> Arrays:
         value = scipy.io.loadmat(file, variable_names=[key])[key]
         return value.toarray() if scipy.sparse.issparse(value) else value
 
-    return {key: lambda key=key: read(key) for key, _, _ in scipy.io.whosmat(file)}  # type: ignore[misc]
+    return {key: partial(read, key) for key, _, _ in scipy.io.whosmat(file)}
 
 
 def _hdf5(file: Path, matlab: bool) -> Arrays:
@@ -101,7 +102,7 @@ def _hdf5(file: Path, matlab: bool) -> Arrays:
             value = data.asstr()[()] if h5py.check_string_dtype(data.dtype) else data[()]
         return np.asarray(value).T if matlab else np.asarray(value)
 
-    return {key.replace("/", "_"): lambda key=key: read(key) for key in keys}  # type: ignore[misc]
+    return {key.replace("/", "_"): partial(read, key) for key in keys}
 
 
 _SPARSE = "MATLAB_sparse"
@@ -123,7 +124,7 @@ def _npz(file: Path) -> Arrays:
             return opened[key]
 
     with np.load(file, allow_pickle=False) as opened:
-        return {key: lambda key=key: read(key) for key in opened.files}  # type: ignore[misc]
+        return {key: partial(read, key) for key in opened.files}
 
 
 def _pickle(file: Path) -> Arrays:
@@ -133,5 +134,5 @@ def _pickle(file: Path) -> Arrays:
     # as in train_id_bow.pkl: rows by item id, one value
     by_id = "_id_" in file.stem
     if isinstance(value, dict) and value and not by_id and all(isinstance(key, str) for key in value):
-        return {key: lambda item=item: item for key, item in value.items()}  # type: ignore[misc]
+        return {key: partial(value.get, key) for key in value}
     return {file.stem: lambda: value}

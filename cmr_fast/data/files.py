@@ -1,6 +1,7 @@
 """Paired data sets out of files in the layouts that the field's code publishes, told by the names of their arrays."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,10 @@ def _gather(source: Path) -> Arrays:
     return gathered
 
 
+def _in_order(rows: Any, ids: Any) -> list[Any]:
+    return [rows[item] for item in ids]
+
+
 def _by_id(arrays: Arrays) -> Arrays:
     """ACMR's NUS-WIDE pickles, dicts of rows by item id, as arrays in the order of the id lists."""
     found = dict(arrays)
@@ -106,7 +111,7 @@ def _by_id(arrays: Arrays) -> Arrays:
             missing = [item for item in ids if item not in rows]
             if missing:
                 raise InputError(f"{key} lacks {len(missing)} of the {len(ids)} {split}_ids, first {missing[0]!r}")
-            found[f"{split}_{role}"] = lambda rows=rows, ids=ids: [rows[item] for item in ids]  # type: ignore[misc]
+            found[f"{split}_{role}"] = partial(_in_order, rows, ids)
     return found
 
 

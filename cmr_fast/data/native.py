@@ -9,6 +9,7 @@ Splits are train, query, and where they have them database (else queries rank ea
 """
 
 import os
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +20,7 @@ from cmr_fast.data.pairs import PairedDataset
 
 def save_pairs(path: str | os.PathLike[str], dataset: PairedDataset) -> None:
     """Write a data set that `data.load` gives back equal, under the file's name; `path` ends in .npz."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     splits = {"train": dataset.train, "query": dataset.query, "valid": dataset.valid}
     if dataset.database is not dataset.query:
         splits["database"] = dataset.database
@@ -36,4 +37,4 @@ def save_pairs(path: str | os.PathLike[str], dataset: PairedDataset) -> None:
     if dataset.class_names:
         arrays["class_names"] = np.array(dataset.class_names)
     with write_aside(path) as aside, open(aside, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, **arrays)

@@ -715,8 +715,8 @@ def _infonce_outputs(
 def _sigmoid_outputs(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    of = (torch.empty_like(x) if gradients else x.new_empty(0) for x in (image, text, scale, bias))
-    return (scale.new_empty(()), *of)  # type: ignore[return-value]
+    of = [torch.empty_like(x) if gradients else x.new_empty(0) for x in (image, text, scale, bias)]
+    return scale.new_empty(()), of[0], of[1], of[2], of[3]
 
 
 register(
@@ -754,13 +754,13 @@ def _refuse_twice(ctx: Any, *_: Tensor) -> None:
     raise InputError("this loss can be differentiated once, got a second derivative")
 
 
-def _infonce_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _infonce_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     image, text, scale, image_ids, text_ids, weights, ctx.offset, _, _, _, ctx.backend, ctx.threads = inputs
     ctx.save_for_backward(image, text, scale, image_ids, text_ids, weights, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _infonce_gradient(ctx, of_rows, of_columns, *_):  # type: ignore[no-untyped-def]
+def _infonce_gradient(ctx: Any, of_rows: Tensor | None, of_columns: Tensor | None, *_: Any) -> tuple[Any, ...]:
     image, text, scale, image_ids, text_ids, weights, row_stats, column_stats, kept = ctx.saved_tensors
     of_rows = torch.zeros_like(row_stats[0]) if of_rows is None else of_rows
     of_columns = torch.zeros_like(column_stats[0]) if of_columns is None else of_columns
@@ -771,12 +771,12 @@ def _infonce_gradient(ctx, of_rows, of_columns, *_):  # type: ignore[no-untyped-
     return *found, *[None] * 9
 
 
-def _sigmoid_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _sigmoid_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.gradients = inputs[10]
 
 
-def _sigmoid_gradient(ctx, of_loss, *_):  # type: ignore[no-untyped-def]
+def _sigmoid_gradient(ctx: Any, of_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if not ctx.gradients:
         raise RuntimeError("cmr_fast::sigmoid_pairs was called with gradients=False")
     found = [of_loss * x if x.ndim == 0 else of_loss.to(x.dtype) * x for x in ctx.saved_tensors]

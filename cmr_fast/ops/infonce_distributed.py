@@ -110,7 +110,7 @@ class _InfoNCE(torch.autograd.Function):
         return ((_losses(rows).mean(dtype=torch.float64) + _losses(own).mean(dtype=torch.float64)) / 2).to(scale.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, rows, columns = ctx.saved_tensors
         rank, n = dist.get_rank(ctx.group), len(image)
         # a column's loss is its own rank's, whose upstream gradient may be another
@@ -177,7 +177,7 @@ class _Sigmoid(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if any(x != gradient for x in _gathered(gradient, ctx.group)):
             raise InputError("every rank must scale its sigmoid loss by the same factor before backward")
         return *((gradient * x).to(x.dtype) for x in ctx.saved_tensors), *[None] * 4

@@ -266,7 +266,9 @@ class _TorchTiles:
         if self.s is not None:
             s = self.s[rows, columns].to(theta.dtype)
         else:
-            s = _shared(self.labels[0][rows], self.labels[1][columns]).to(theta.dtype)  # type: ignore[index]
+            f_labels, g_labels = self.labels
+            assert f_labels is not None and g_labels is not None
+            s = _shared(f_labels[rows], g_labels[columns]).to(theta.dtype)
         s = s * self.positive
         e = theta.abs().neg_().exp_()
         u = e + 1

@@ -5,7 +5,7 @@ group of queries; of a ranking only one bit a rank is ever held, and of those a 
 the call for the curves). Results do not depend on the instruction set or on the number of threads.
 """
 
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ CUTS = ("rank", "relevant", "hits")
 MAX_CODES = 2**31 - 128
 
 
-class Ranking(NamedTuple):
+class Ranking(NamedTuple, Generic[Array]):
     """What `ranking` returns; numpy or torch as the codes were. R is a query's number of relevant items.
 
     items, relevant          int64 (Q, 8 * nbytes + 1): items and relevant items at each distance
@@ -34,14 +34,14 @@ class Ranking(NamedTuple):
     Without order=True only the histograms have rows; without partners and curves theirs are empty as well.
     """
 
-    items: Array  # type: ignore[valid-type]
-    relevant: Array  # type: ignore[valid-type]
-    sums: Array  # type: ignore[valid-type]
-    hits: Array  # type: ignore[valid-type]
-    first: Array  # type: ignore[valid-type]
-    tied_before: Array  # type: ignore[valid-type]
-    hit_steps: Array  # type: ignore[valid-type]
-    recall_steps: Array  # type: ignore[valid-type]
+    items: Array
+    relevant: Array
+    sums: Array
+    hits: Array
+    first: Array
+    tied_before: Array
+    hit_steps: Array
+    recall_steps: Array
 
 
 def ranking(

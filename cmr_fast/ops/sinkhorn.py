@@ -7,7 +7,7 @@ change from run to run or with `threads`.
 
 import math
 import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ RESOLVED = 1e6  # the range of cost / reg: float32 keeps its units beside such n
 MAX_CUDA_SIDES = 2048  # m + n: potentials and scalings are in shared memory
 
 
-class Transport(NamedTuple):
+class Transport(NamedTuple, Generic[Array]):
     """What details=True returns.
 
     plan          as without it
@@ -30,9 +30,9 @@ class Transport(NamedTuple):
     error         float (P,): sum_i |sum_j plan_ij - mu_i|; the column sums are right up to rounding
     """
 
-    plan: Array  # type: ignore[valid-type]
-    iterations: Array  # type: ignore[valid-type]
-    error: Array  # type: ignore[valid-type]
+    plan: Array
+    iterations: Array
+    error: Array
 
 
 def sinkhorn(

@@ -139,7 +139,9 @@ def acmr_triplet(
     if reduction not in ("sum", "mean"):
         raise InputError(f"reduction must be sum or mean, got {reduction!r}")
     margin, weight = _as_number(margin, "margin"), _as_number(weight, "weight")
-    image, text = _check_embeddings(image, text, "image", "text")  # type: ignore[assignment]
+    image, partner = _check_embeddings(image, text, "image", "text")
+    assert partner is not None
+    text = partner
     relevance = _as_relevance(labels, image, "labels", "image")
     grad = torch.is_grad_enabled()
     return torch.ops.cmr_fast.acmr_triplet(
@@ -152,9 +154,9 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _as_number(value: object, name: str) -> float:
+def _as_number(value: Any, name: str) -> float:
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be a number, got {value!r}") from error
     if not abs(number) < float("inf"):
@@ -363,8 +365,8 @@ def _triplet_margin(
             if other is None:
                 positive.diagonal(rows.start).fill_(False)
             w, losses[rows], counts[0, rows], counts[1, rows] = _weights(d, positive, negative, margin, mining)
-            if distance == 0:
-                w = (w / d).masked_fill_(vanishing, 0)  # type: ignore[arg-type]
+            if vanishing is not None:
+                w = (w / d).masked_fill_(vanishing, 0)
             elif distance == 1:
                 w = w * 2
             block.copy_(w)

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -282,7 +282,7 @@ def _opened(path: str | os.PathLike[str], mode: str) -> Iterator[BinaryIO]:
     if not Path(path).is_file():
         raise InputError(f"there is no index file at {path}")
     with open(path, mode, buffering=0) as file:
-        yield file  # type: ignore[misc]
+        yield cast(BinaryIO, file)
 
 
 @contextlib.contextmanager

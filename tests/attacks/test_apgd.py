@@ -77,7 +77,10 @@ def test_early_stop_and_restarts_change_only_the_cost(model):
 def test_the_step_is_halved_where_it_overshoots():
     """A bowl of which the top lies inside the ball: a fixed step of 2 eps jumps over it, halving closes in."""
     top = torch.full((3, 4), 0.52)
-    bowl = lambda outputs, goals: -(outputs - goals).square().sum(1)  # noqa: E731
+
+    def bowl(outputs, goals):
+        return -(outputs - goals).square().sum(1)
+
     x = torch.full((3, 4), 0.5)
     adv = attacks.APGD(torch.nn.Identity(), 0.1, 100, loss=bowl)(x, top)
     fixed = attacks.PGD(torch.nn.Identity(), 0.1, 0.2, 100, loss=bowl)(x, top)
@@ -98,6 +101,9 @@ def test_bad_input(model, data):
         attacks.APGD(model)(x, y + 3)
     with pytest.raises(InputError, match="targets must be"):
         attacks.APGDT(model, targets=0)
-    broken = lambda z: network().eval()(z) * torch.where(z.sum() > 1e9, 1.0, 1.0) / (z - z).sum((1, 2, 3))[:, None]  # noqa: E731
+
+    def broken(z):
+        return network().eval()(z) * torch.where(z.sum() > 1e9, 1.0, 1.0) / (z - z).sum((1, 2, 3))[:, None]
+
     with pytest.raises(InputError, match="not finite at step 0"):
         attacks.APGD(broken, steps=4, check=False, loss=lambda o, t: o.sum(1))(x, y)

@@ -53,7 +53,10 @@ def test_local_search_follows_the_algorithm():
     """One round on a model whose score is one pixel: that pixel, and no other, becomes r I, wrapped."""
     weight = torch.zeros(2, 3 * 25)
     weight[0, 12::25] = 1.0  # class 0 lives at pixel (2, 2)
-    only = lambda z: z.flatten(1) @ weight.T  # noqa: E731
+
+    def only(z):
+        return z.flatten(1) @ weight.T
+
     x = torch.full((1, 3, 5, 5), 0.6)
     x[:, 1] = 0.9
     adv = attacks.LocalSearch(only, rounds=1, t=1, p=-1 + 1.5, candidates=25)(x, torch.tensor([0]))

@@ -130,10 +130,16 @@ def test_any_loss_and_any_targets(model, data):
     encode = nn.Sequential(*list(model.children())[:-1]).eval()
     with torch.no_grad():
         clean = encode(x)
-    away = lambda outputs, goal: (outputs - goal).square().sum(1)  # noqa: E731
+
+    def away(outputs, goal):
+        return (outputs - goal).square().sum(1)
+
     adv, info = attacks.PGD(encode, EPS, ALPHA, 10, loss=away)(x, clean, return_info=True)
     assert info.success is None and (info.loss > 10 * info.losses[0]).all()
-    moved = lambda outputs, goal: away(outputs, goal) > 0.01  # noqa: E731
+
+    def moved(outputs, goal):
+        return away(outputs, goal) > 0.01
+
     stopped, info = attacks.PGD(encode, EPS, ALPHA, 10, loss=away, success=moved, early_stop=True)(
         x, clean, return_info=True
     )
@@ -179,7 +185,10 @@ def test_early_stop_with_values_per_sample_and_momentum(model, data):
 
 def test_noise_depends_on_the_sample_not_on_the_batch(model, data):
     x, y = data
-    make = lambda: attacks.PGD(model, EPS, ALPHA, 0)  # noqa: E731
+
+    def make():
+        return attacks.PGD(model, EPS, ALPHA, 0)
+
     whole, parts = make()(x, y), make()
     pieces = torch.cat([parts(x[i : i + 5], y[i : i + 5]) for i in range(0, 24, 5)])
     assert torch.equal(whole, pieces)
@@ -187,7 +196,10 @@ def test_noise_depends_on_the_sample_not_on_the_batch(model, data):
     atk = make()
     assert not torch.equal(atk(x, y), atk(x, y)) and atk.seen == 48
     assert not torch.equal(attacks.PGD(model, EPS, ALPHA, 0, seed=1)(x, y), whole)
-    generator = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+
+    def generator():
+        return torch.Generator().manual_seed(5)
+
     a, b = (attacks.PGD(model, EPS, ALPHA, 0, generator=generator())(x, y) for _ in range(2))
     assert torch.equal(a, b) and not torch.equal(a, whole)
 
@@ -212,7 +224,10 @@ def test_normalize_is_inside_the_gradient(model, data):
     x, y = data
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
     bare = copy.deepcopy(model).eval()
-    inner = lambda z: bare(z * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1))  # noqa: E731
+
+    def inner(z):
+        return bare(z * std.view(1, 3, 1, 1) + mean.view(1, 3, 1, 1))
+
     adv = attacks.PGD(inner, EPS, ALPHA, 5, normalize=(mean, std.tolist()), random_start=False)(x, y)
     want = attacks.PGD(bare, EPS, ALPHA, 5, random_start=False)(x, y)
     assert (adv != want).float().mean() < 0.01
@@ -287,7 +302,10 @@ def test_global_random_numbers_are_untouched_even_by_a_model_that_draws(model, d
     noisy = nn.Sequential(nn.Dropout(0.5), copy.deepcopy(model).eval())
     x, y = data
     before = torch.get_rng_state()
-    draw = lambda z: noisy.train()(z)  # noqa: E731
+
+    def draw(z):
+        return noisy.train()(z)
+
     attacks.PGD(draw, EPS, ALPHA, 2, check=False)(x, y)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -321,7 +339,10 @@ def test_the_default_float32_result_lies_between_the_rounded_edges(model):
 def test_sums_do_not_underflow_in_half_precision():
     """A gradient of 1e-7 a sample: a mean over 256 samples is 0 in float16, and so would be its sign."""
     weight = torch.full((1, 1, 1, 1), 3e-4, dtype=torch.float16)
-    model = lambda z: F.conv2d(z, weight).mean((2, 3)).repeat(1, 2) * torch.tensor([1.0, -1.0], dtype=torch.float16)  # noqa: E731
+
+    def model(z):
+        return F.conv2d(z, weight).mean((2, 3)).repeat(1, 2) * torch.tensor([1.0, -1.0], dtype=torch.float16)
+
     x, y = torch.full((256, 1, 16, 16), 0.5, dtype=torch.float16), torch.zeros(256, dtype=torch.long)
     adv = attacks.PGD(model, 0.1, 0.05, 2, random_start=False, loss="margin")(x, y)
     assert (adv < x).all()

@@ -479,7 +479,10 @@ def test_every_problem_stops_when_torch_stops_it(emulated, order, stop, tol):
     cost = problems(5, 5, 15, 17) * np.array([0, 0.1, 0.5, 1, 3], np.float32)[:, None, None]
     found = {}
     for backend in ("cuda", "torch"):
-        call = lambda: ops.sinkhorn(cost, 0.1, tol=tol, stop=stop, max_iter=60, details=True)  # noqa: E731
+
+        def call():
+            return ops.sinkhorn(cost, 0.1, tol=tol, stop=stop, max_iter=60, details=True)
+
         found[backend] = solved(backend, call)
     counts = found["torch"].iterations
     assert len(set(counts.tolist())) > 2
@@ -496,7 +499,10 @@ def test_steps_in_logarithms_stop_as_well(emulated, stop):
     """reg so small that the first steps are not scalings; also a tol that the first step is below."""
     cost = problems(6, 3, 9, 6)
     for reg, tol in ((0.004, 0.02), (0.004, 100.0), (1.0, 100.0)):
-        call = lambda reg=reg, tol=tol: ops.sinkhorn(cost, reg, tol=tol, stop=stop, max_iter=200, details=True)  # noqa: E731
+
+        def call(reg=reg, tol=tol):
+            return ops.sinkhorn(cost, reg, tol=tol, stop=stop, max_iter=200, details=True)
+
         ours, theirs = solved("cuda", call), solved("torch", call)
         np.testing.assert_array_equal(ours.iterations, theirs.iterations)
         np.testing.assert_allclose(ours.plan, theirs.plan, rtol=2e-3, atol=1e-5)
@@ -507,7 +513,10 @@ def test_first_step_is_compared_with_potentials_of_zero(emulated, stop):
     """Zero potentials are the answer, or off by a little: not what the first kernel is made of."""
     off = np.array([0, 1e-4, 0.02], np.float32)[:, None, None]
     cost, mu, nu = problems(17, 3, 3, 4) * off, np.full(3, 4, np.float32), np.full(4, 3, np.float32)
-    call = lambda: ops.sinkhorn(cost, 1.0, mu=mu, nu=nu, tol=1e-3, stop=stop, max_iter=9, details=True)  # noqa: E731
+
+    def call():
+        return ops.sinkhorn(cost, 1.0, mu=mu, nu=nu, tol=1e-3, stop=stop, max_iter=9, details=True)
+
     ours, theirs = solved("cuda", call), solved("torch", call)
     assert ours.iterations.tolist() == theirs.iterations.tolist() and ours.iterations[0] == 1 < ours.iterations[2]
 
@@ -565,7 +574,10 @@ def test_no_problems_and_no_mass(emulated):
     none = np.zeros(3, np.float32)
     for solve in (lambda *x, **o: ops.sinkhorn(*x, tol=0, **o), ops.ipot):
         assert solved("cuda", lambda s=solve: s(np.zeros((0, 3, 4), np.float32), 0.1)).shape == (0, 3, 4)
-        call = lambda s=solve: s(problems(11, 2, 3, 3), 0.1, mu=none, nu=none, max_iter=5)  # noqa: E731
+
+        def call(s=solve):
+            return s(problems(11, 2, 3, 3), 0.1, mu=none, nu=none, max_iter=5)
+
         assert not solved("cuda", call).any()
 
 
@@ -594,7 +606,10 @@ def test_converged_plans_have_their_marginals(emulated):
 
 def test_values_that_are_not_finite_stay_in_their_problem(emulated):
     cost = torch.from_numpy(problems(14, 3, 6, 7))
-    call = lambda: ops.sinkhorn(cost, 0.1, max_iter=20)  # noqa: E731
+
+    def call():
+        return ops.sinkhorn(cost, 0.1, max_iter=20)
+
     want = solved("cuda", call)
     cost[1, 2, 3] = np.nan
     with pytest.MonkeyPatch.context() as patch:

@@ -187,7 +187,10 @@ def test_opcheck_and_compile():
 
 def test_bad_input():
     x, gradient, origin = problem((2, 3, 4), 9)
-    step = lambda **o: pgd_step_(o.pop("x", x), gradient, origin, **{"alpha": 0.1, "eps": 0.1, **o})  # noqa: E731
+
+    def step(**o):
+        return pgd_step_(o.pop("x", x), gradient, origin, **{"alpha": 0.1, "eps": 0.1, **o})
+
     for options, words in (
         ({"norm": "l1"}, "norm must be one of linf, l2"),
         ({"x": x.mT}, "contiguous"),

@@ -298,7 +298,8 @@ def _in_units(row_arrays: Tensor, column_arrays: Tensor) -> tuple[Tensor, Tensor
     """The arrays with g and pull divided by the largest |g|, and that."""
     unit = torch.cat([row_arrays[2], column_arrays[2]]).abs().amax()
     unit = torch.where(unit > 0, unit, 1.0)
-    return (*(torch.cat([x[:2], x[2:] / unit]) for x in (row_arrays, column_arrays)), unit)  # type: ignore[return-value]
+    rows, columns = (torch.cat([x[:2], x[2:] / unit]) for x in (row_arrays, column_arrays))
+    return rows, columns, unit
 
 
 def backward(
