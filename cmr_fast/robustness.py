@@ -25,7 +25,7 @@ from cmr_fast._terminal import counting, new_table, show
 from cmr_fast.attacks import checks
 from cmr_fast.attacks.adapters import FAB, Square
 from cmr_fast.attacks.apgd import APGD, APGDT
-from cmr_fast.attacks.engine import Model
+from cmr_fast.attacks.engine import Model, Victim
 from cmr_fast.attacks.image import CW, FGSM, MIFGSM, PGD
 from cmr_fast.attacks.search import LocalSearch
 from cmr_fast.attacks.transfer import Transfer
@@ -165,19 +165,22 @@ def attack_all(
         atk = attack_named(split_restarts(name)[0], model, settings, 0, surrogate)
         if isinstance(atk, Transfer):
             atk.refuse_a_copy(x)
+    clean = torch.cat(
+        [_right(model, *part) for part in zip(x.split(settings.batch), y.split(settings.batch), strict=True)]
+    )
     marks = [0, 0] if keep is None else [_mark(model, x, y, settings, other) for other in (None, surrogate)]
     found: dict[str, Outcome] = {}
-    total = sum(-(-_count(name, len(x), settings) // settings.batch) * split_restarts(name)[1] for name in names)
-    with counting(total, title) as tell:
+    passes = {name: _passes(name, len(x), settings) for name in names}
+    with counting(sum(passes.values()), title) as tell:
         for name in names:
             file, mark = None if keep is None else keep / f"{name}.json", marks[name.startswith("transfer-")]
             stored = None if file is None else _stored(file, mark)
             if stored is None:
-                stored = _run(name, model, x, y, settings, surrogate, tell)
+                stored = _run(name, model, x, y, clean, settings, surrogate, tell)
                 if file is not None:
                     _store(file, mark, stored)
             else:
-                tell(-(-_count(name, len(x), settings) // settings.batch) * split_restarts(name)[1])
+                tell(passes[name])
             found[name] = stored
     return found
 
@@ -186,8 +189,13 @@ def _count(name: str, there: int, settings: Settings) -> int:
     return min(there, settings.few) if split_restarts(name)[0] in FEW else there
 
 
+def _passes(name: str, there: int, settings: Settings) -> int:
+    """Batches that an attack takes, over all its restarts."""
+    return -(-_count(name, there, settings) // settings.batch) * split_restarts(name)[1]
+
+
 def _run(
-    name: str, model: Model, x: Tensor, y: Tensor, settings: Settings, surrogate: Model | None,
+    name: str, model: Model, x: Tensor, y: Tensor, clean: Tensor, settings: Settings, surrogate: Model | None,
     tell: Callable[[int], Any],
 ) -> Outcome:  # fmt: skip
     base, restarts = split_restarts(name)
@@ -197,11 +205,9 @@ def _run(
     for restart in range(restarts):
         # the first run goes to its end, for the curve
         atk = attack_named(base, model, settings, settings.seed + restart, surrogate, early_stop=restart > 0)
-        right, weights, sums = torch.zeros(count, dtype=torch.bool), 0, Tensor()
-        for number in range(0, count, settings.batch):
-            rows = torch.arange(number, min(number + settings.batch, count))
-            right[rows] = clean = _right(model, x[rows], y[rows])
-            rows = rows[clean]
+        right, weights, sums = clean[:count].clone(), 0, Tensor()
+        for rows in torch.arange(count).split(settings.batch):
+            rows = rows[clean[rows]]
             if atk is not None and len(rows):
                 _, info = atk(x[rows], y[rows], index=rows, return_info=True)
                 right[rows] = ~info.success.cpu()
@@ -219,9 +225,9 @@ def _run(
 @torch.no_grad()
 def _right(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """bool (B,) on the CPU: who is classified right, in evaluation mode."""
-    atk = PGD(model, check=False)
-    with atk.victim.attacked(x):
-        return (atk.victim.scores(x).argmax(dim=1) == y).cpu()
+    victim = Victim(model)
+    with victim.attacked(x):
+        return (victim.scores(x).argmax(dim=1) == y).cpu()
 
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> Tensor:

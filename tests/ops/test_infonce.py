@@ -6,28 +6,21 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from ways import ISAS, NATIVE
 
 import cmr_fast as cf
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch, _reference, info_nce, js_critic, sigmoid_loss
+from cmr_fast.ops import _reference, info_nce, js_critic, sigmoid_loss
 from cmr_fast.ops import infonce as op
 
-NATIVE = _dispatch.native()
-ISAS = NATIVE.available_isas() if not isinstance(NATIVE, ImportError) else []
 
-
-@pytest.fixture(params=[*ISAS, "torch"])
-def run(request, monkeypatch):
-    """Every way to run an op on this machine, on tiles and blocks so small that every case has several."""
+@pytest.fixture
+def run(run, monkeypatch):
+    """On tiles and blocks so small that every case has several."""
     monkeypatch.setattr(op, "ROWS", 20)
     monkeypatch.setattr(op, "COLUMNS", 37)
     monkeypatch.setattr(op, "TORCH_PAIRS", 300)
-    if request.param == "torch":
-        monkeypatch.setenv("CMR_FAST_BACKEND", "torch")
-    else:
-        monkeypatch.setenv("CMR_FAST_BACKEND", "cpp")
-        monkeypatch.setenv("CMR_FAST_ISA", request.param)
-    return request.param
+    return run
 
 
 @pytest.fixture
@@ -425,9 +418,9 @@ def test_the_native_path_runs_the_epilogue(monkeypatch):
             return getattr(NATIVE, name)
 
     spy = Spy()
-    monkeypatch.setattr(_dispatch, "native", lambda: spy)
-    monkeypatch.setattr(_dispatch, "unavailable", lambda *_: None)
-    monkeypatch.setattr(_dispatch, "choose_isa", lambda: ISAS[0])
+    monkeypatch.setattr("native", lambda: spy)
+    monkeypatch.setattr("unavailable", lambda *_: None)
+    monkeypatch.setattr("choose_isa", lambda: ISAS[0])
     image, text = (x.float().requires_grad_() for x in features(8, 8, 4))
     info_nce(image, text, 5.0).backward()
     sigmoid_loss(image, text, 5.0).backward()

@@ -9,23 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import softplus
+from ways import ISAS, NATIVE
 
 import cmr_fast as cf
-from cmr_fast.ops import CodeBuffer, _dispatch, _reference, dcmh_loss, pairwise_nll, pairwise_squared
+from cmr_fast.ops import CodeBuffer, _reference, dcmh_loss, pairwise_nll, pairwise_squared
 
-NATIVE = _dispatch.native()
-ISAS = NATIVE.available_isas() if not isinstance(NATIVE, ImportError) else []
 KINDS = ("packed", "bool labels", "classes", "bool", "uint8", "int64", "float32", "float64", "transposed")
-
-
-@pytest.fixture(params=[*ISAS, "torch"])
-def run(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setenv("CMR_FAST_BACKEND", "torch")
-    else:
-        monkeypatch.setenv("CMR_FAST_BACKEND", "cpp")
-        monkeypatch.setenv("CMR_FAST_ISA", request.param)
-    return request.param
 
 
 def codes(seed, n, size, bits, spread=1.0, dtype=torch.float32):

@@ -7,24 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pgd_cases import SHAPES, eager_linf, problem
+from ways import ISAS, NATIVE
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch, _reference, pgd_noise, pgd_step_
+from cmr_fast.ops import _reference, pgd_noise, pgd_step_
 from cmr_fast.ops import pgd as module
-
-NATIVE = _dispatch.native()
-ISAS = NATIVE.available_isas() if not isinstance(NATIVE, ImportError) else []
-
-
-@pytest.fixture(params=[*ISAS, "torch"])
-def run(request, monkeypatch):
-    """Every way to run an op on this machine: each native instruction set, and the portable torch path."""
-    if request.param == "torch":
-        monkeypatch.setenv("CMR_FAST_BACKEND", "torch")
-    else:
-        monkeypatch.setenv("CMR_FAST_BACKEND", "cpp")
-        monkeypatch.setenv("CMR_FAST_ISA", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,22 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport_cases import SHAPES, assert_plans, costs, masses
+from ways import ISAS, NATIVE
 
 import cmr_fast as cf
-from cmr_fast.ops import _dispatch, _reference, ipot, sinkhorn
-
-NATIVE = _dispatch.native()
-ISAS = NATIVE.available_isas() if not isinstance(NATIVE, ImportError) else []
-
-
-@pytest.fixture(params=[*ISAS, "torch"])
-def run(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setenv("CMR_FAST_BACKEND", "torch")
-    else:
-        monkeypatch.setenv("CMR_FAST_BACKEND", "cpp")
-        monkeypatch.setenv("CMR_FAST_ISA", request.param)
-    return request.param
+from cmr_fast.ops import _reference, ipot, sinkhorn
 
 
 def uniform(m, n):

@@ -9,25 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ways import ISAS, NATIVE
 
 import cmr_fast as cf
-from cmr_fast.ops import _dispatch, _reference, acmr_triplet, triplet, triplet_margin
+from cmr_fast.ops import _reference, acmr_triplet, triplet, triplet_margin
 
-NATIVE = _dispatch.native()
-ISAS = NATIVE.available_isas() if not isinstance(NATIVE, ImportError) else []
 DISTANCES = ("euclidean", "squared", "cosine", "dot")
 EPS = float(np.finfo(np.float32).eps)
-
-
-@pytest.fixture(params=[*ISAS, "torch"])
-def run(request, monkeypatch):
-    """Every way to run an op on this machine: each native instruction set, and the portable torch path."""
-    if request.param == "torch":
-        monkeypatch.setenv("CMR_FAST_BACKEND", "torch")
-    else:
-        monkeypatch.setenv("CMR_FAST_BACKEND", "cpp")
-        monkeypatch.setenv("CMR_FAST_ISA", request.param)
-    return request.param
 
 
 def labels(rng, n, classes):
