@@ -1,6 +1,6 @@
 """The CUDA backend: what it says where it cannot run, and, on a GPU, that it equals the CPU to the last index.
 
-tests/native/test_cuda_emulated.py runs the same kernels on the host, where there is no GPU.
+tests/native/test_emulated_hamming.py runs the same kernels on the host, where there is no GPU.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Transport on a GPU; tests/native/test_cuda_emulated.py runs the same kernel on the host, where there is none."""
+"""Transport on a GPU; tests/native/test_emulated_sinkhorn.py runs the same kernel on the host, where there is none."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """The CUDA backend of triplet_margin, on a GPU, against the CPU.
 
-tests/native/test_cuda_emulated.py runs the same kernels on the host.
+tests/native/test_emulated_triplet.py runs the same kernels on the host.
 """
 
 import numpy as np
