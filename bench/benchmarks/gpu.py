@@ -41,6 +41,13 @@ def median(times: dict[str, list[float]], name: str) -> float:
     return statistics.median(times[name])
 
 
+def speed_up(ours: Call, theirs: Call, rounds: int) -> dict[str, object]:
+    """A row's seconds of both, and the median over the rounds of theirs / ours."""
+    times = in_turn({"ours": ours, "theirs": theirs}, rounds)
+    both = {f"{name}_s": median(times, name) for name in times}
+    return both | {"speed_up": ratio(times, "theirs", "ours")}
+
+
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     """How many times as long `slow` takes: the median over the rounds."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
@@ -101,6 +108,7 @@ class Report:
             raise SystemExit(1)
         torch.manual_seed(0)
         self.rounds, self.quick, self.path = arguments.rounds, arguments.quick, arguments.json
+        self.machine = machine()
         self.rows: list[dict[str, object]] = []
         self.red = 0
 
@@ -118,4 +126,4 @@ class Report:
         print(name, *shown, sep="  ", flush=True)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"machine": machine(), "rows": self.rows}, indent=1) + "\n")
+            self.path.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
