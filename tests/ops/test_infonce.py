@@ -10,23 +10,23 @@ from ways import ISAS, NATIVE
 
 import cmr_fast as cf
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _reference, info_nce, js_critic, sigmoid_loss
-from cmr_fast.ops import infonce as op
+from cmr_fast.ops import _dispatch, _reference, info_nce, js_critic, sigmoid_loss
+from cmr_fast.ops import _infonce_tiles as tiles
 
 
 @pytest.fixture
 def run(run, monkeypatch):
     """On tiles and blocks so small that every case has several."""
-    monkeypatch.setattr(op, "ROWS", 20)
-    monkeypatch.setattr(op, "COLUMNS", 37)
-    monkeypatch.setattr(op, "TORCH_PAIRS", 300)
+    monkeypatch.setattr(tiles, "ROWS", 20)
+    monkeypatch.setattr(tiles, "COLUMNS", 37)
+    monkeypatch.setattr(tiles, "TORCH_PAIRS", 300)
     return run
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(op, "ROWS", 20)
-    monkeypatch.setattr(op, "COLUMNS", 37)
+    monkeypatch.setattr(tiles, "ROWS", 20)
+    monkeypatch.setattr(tiles, "COLUMNS", 37)
 
 
 def features(n, m, d, seed=0, noise=1.0):
@@ -310,7 +310,7 @@ def test_threads_runs_and_kept_similarities_change_no_bit(small_tiles, monkeypat
     ):
         want = gradients(lambda *x, f=loss: f(*x, backend="cpp", threads=1), image, text, *rest)
         for threads, kept in ((1, 0), (2, 1 << 30), (3, 0), (3, 100 * 230 * image.element_size()), (8, 1 << 30)):
-            monkeypatch.setattr(op, "KEEP_BYTES", kept)
+            monkeypatch.setattr(tiles, "KEEP_BYTES", kept)
             got = gradients(lambda *x, f=loss, t=threads: f(*x, backend="cpp", threads=t), image, text, *rest)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (threads, kept)
 
@@ -339,7 +339,7 @@ def test_other_torch_threads_are_left_alone(small_tiles):
 
 @pytest.mark.parametrize("positives", ["diagonal", "ids", "soft"])
 def test_gradcheck(monkeypatch, positives):
-    monkeypatch.setattr(op, "TORCH_PAIRS", 12)
+    monkeypatch.setattr(tiles, "TORCH_PAIRS", 12)
     image, text = (x.requires_grad_() for x in features(5, 7, 3))
     options = {
         "diagonal": dict(offset=1),
@@ -418,9 +418,9 @@ def test_the_native_path_runs_the_epilogue(monkeypatch):
             return getattr(NATIVE, name)
 
     spy = Spy()
-    monkeypatch.setattr("native", lambda: spy)
-    monkeypatch.setattr("unavailable", lambda *_: None)
-    monkeypatch.setattr("choose_isa", lambda: ISAS[0])
+    monkeypatch.setattr(_dispatch, "native", lambda: spy)
+    monkeypatch.setattr(_dispatch, "unavailable", lambda *_: None)
+    monkeypatch.setattr(_dispatch, "choose_isa", lambda: ISAS[0])
     image, text = (x.float().requires_grad_() for x in features(8, 8, 4))
     info_nce(image, text, 5.0).backward()
     sigmoid_loss(image, text, 5.0).backward()
