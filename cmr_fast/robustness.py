@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmr_fast import figures
+from cmr_fast import __version__, figures
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting, new_table, show
 from cmr_fast.attacks import checks
@@ -406,8 +406,8 @@ def write_report(found: Sequence[Robustness], out: Path, title: str, settings: S
 
 
 def _mark(model: Model, x: Tensor, y: Tensor, settings: Settings, surrogate: Model | None) -> int:
-    """A checksum of everything that an outcome depends on."""
-    value = zlib.crc32(json.dumps(asdict(settings), sort_keys=True).encode())
+    """A checksum of everything that an outcome depends on, this package's version among it."""
+    value = zlib.crc32(json.dumps([__version__, asdict(settings)], sort_keys=True).encode())
     for one in (model, surrogate):
         if isinstance(one, torch.nn.Module):
             for name, weight in one.state_dict().items():

@@ -3,7 +3,7 @@ an attack that asks the model for scores and never for a gradient.
 
 With pixels scaled to [-1/2, 1/2], a round tries each candidate pixel at p sign(I), takes the t that leave the true
 class likeliest, and sets these to r I, wrapped into the range. The next candidates are the (2 d + 1)^2 pixels around
-them.
+them. In a ball a round tries each candidate at both faces of it, and sets the t that raise the loss most.
 """
 
 from typing import Any
@@ -21,16 +21,17 @@ class LocalSearch(Attack):
     """`adv = LocalSearch(model)(x, y)` for images x (B, C, H, W). Candidates of all samples are one batch.
 
     rounds       R, at most; a sample stops once it fools the model
-    p, r, d, t   as above
+    p, r, d, t   as above; t is 5 unless given, in a ball 32
     candidates   pixels tried a round; of more, these are drawn. The first are 10 % of the image, drawn
     eps          None, the paper's attack, bounds how many pixels change but not by how much. A radius (L-inf) keeps
-                 every query and the result in that ball
+                 every query and the result in that ball, where a pixel's channels go up or down by eps together
     batch        images a forward pass
     and what every attack takes: loss, success, bounds, normalize, seed, check, progress
 
-    The pixels taken are those whose probe has the lowest loss, as in foolbox. That looks the wrong way round, but r I
-    grows until it wraps to the other side, and there a probe costs the true class much. On the small network of the
-    tests it fooled every sample where taking the highest loss fooled a fifth.
+    Without a ball the pixels taken are those whose probe has the lowest loss, as in foolbox. That looks the wrong way
+    round, but r I grows until it wraps to the other side, and there a probe costs the true class much. On the small
+    network of the tests it fooled every sample where taking the highest loss fooled a fifth. In a ball nothing wraps:
+    the paper's move, clipped, fooled no image of a plainly trained network where PGD fools all.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class LocalSearch(Attack):
         p: float = 10.0,
         r: float = 1.5,
         d: int = 5,
-        t: int = 5,
+        t: int | None = None,
         candidates: int = 128,
         batch: int = 1024,
         **options: Any,
     ) -> None:
         if options.get("norm", "linf") != "linf":
             raise InputError(f"the ball of a local search is L-inf, got norm={options['norm']!r}")
+        t = (5 if eps is None else 32) if t is None else t
         low, high = (torch.as_tensor(v, dtype=torch.float64) for v in options.get("bounds", (0.0, 1.0)))
         super().__init__(model, eps=float((high - low).max()) if eps is None else eps, **options)
         for name, number, least in (
@@ -80,12 +82,8 @@ class LocalSearch(Attack):
                 part, x = problem.rows(alive), found[alive]
                 draw = self._noise(part, step, pixels).masked_fill(~near[alive], -2)  # noise is above -1
                 order = draw.topk(min(tried, pixels), dim=1)
-                costs = self._costs(part, x, order.indices).masked_fill(order.values == -2, torch.inf)
-                best = costs.topk(min(self.t, costs.shape[1]), dim=1, largest=False)
-                chosen = torch.zeros_like(near[alive]).scatter(1, order.indices.gather(1, best.indices), True)
-                chosen &= near[alive]
-                x = torch.where(chosen.reshape(len(x), 1, *x.shape[2:]), self._cyclic(part, x), x)
-                x = self._allowed(part, x)
+                move = self._to_a_face if self.bounded else self._cyclically
+                x, chosen = move(part, x, order.indices, order.values != -2)
                 near[alive] = self._around(chosen, x)
                 tried = self.candidates
                 outputs = self.victim.scores(x)
@@ -95,11 +93,39 @@ class LocalSearch(Attack):
                 progress.step()
         return found, history
 
-    def _costs(self, problem: Problem, x: Tensor, places: Tensor) -> Tensor:
-        """The loss with one pixel at p sign(I), for each of `places` (B, n): (B, n)."""
-        count, n = places.shape
+    def _cyclically(self, problem: Problem, x: Tensor, places: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """The paper's round: t of `places` (B, n), those that are `near`, to r I; x, and bool (B, pixels) of them."""
         middle, width = self._scale(problem)
-        probe = self._allowed(problem, middle + width * self.p * (x - middle).sign(), probe=True).flatten(2)
+        costs = self._costs(problem, x, places, middle + width * self.p * (x - middle).sign())
+        best = costs.masked_fill(~near, torch.inf).topk(min(self.t, costs.shape[1]), dim=1, largest=False)
+        chosen = self._at(x, places.gather(1, best.indices), near.gather(1, best.indices))
+        x = torch.where(chosen.reshape(len(x), 1, *x.shape[2:]), self._cyclic(problem, x), x)
+        return self._boxed(problem, x), chosen
+
+    def _to_a_face(self, problem: Problem, x: Tensor, places: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """A round in the ball: t of `places` to origin + eps or origin - eps, where that raises the loss."""
+        eps = problem.spread(problem.eps)
+        faces = [self._boxed(problem, problem.origin + step) for step in (eps, -eps)]
+        losses = torch.stack([self._costs(problem, x, places, face) for face in faces])
+        highest, which = losses.max(dim=0)
+        now = self.loss(self.victim.scores(x), problem.labels)[:, None]
+        best = highest.masked_fill(~near, -torch.inf).topk(min(self.t, highest.shape[1]), dim=1)
+        rises, taken = best.values > now, places.gather(1, best.indices)
+        up = which.gather(1, best.indices) == 0
+        for face, mine in zip(faces, (up, ~up), strict=True):
+            moved = self._at(x, taken, rises & mine).reshape(len(x), 1, *x.shape[2:])
+            x = torch.where(moved, face, x)
+        return x, self._at(x, taken, rises)
+
+    def _at(self, x: Tensor, places: Tensor, there: Tensor) -> Tensor:
+        """bool (B, pixels): those of `places` (B, k) that are `there`."""
+        found = torch.zeros((len(x), x[0, 0].numel()), dtype=torch.bool, device=x.device)
+        return found.scatter(1, places, there)
+
+    def _costs(self, problem: Problem, x: Tensor, places: Tensor, probe: Tensor) -> Tensor:
+        """The loss with one pixel as in `probe`, for each of `places` (B, n): (B, n)."""
+        count, n = places.shape
+        probe = probe.flatten(2)
         costs = []
         for sample, place in zip(
             torch.arange(count, device=x.device).repeat_interleave(n).split(self.batch),
@@ -121,12 +147,8 @@ class LocalSearch(Attack):
         low, high = problem.spread(problem.low), problem.spread(problem.high)
         return (low + high) / 2, high - low
 
-    def _allowed(self, problem: Problem, x: Tensor, probe: bool = False) -> Tensor:
-        """In the ball and the box; the paper's probe, without a ball, may leave the box."""
-        if probe and not self.bounded:
-            return x
-        eps, low, high = (problem.spread(v) for v in (problem.eps, problem.low, problem.high))
-        x = torch.minimum(torch.maximum(x, problem.origin - eps), problem.origin + eps)
+    def _boxed(self, problem: Problem, x: Tensor) -> Tensor:
+        low, high = problem.spread(problem.low), problem.spread(problem.high)
         return torch.minimum(torch.maximum(x, low), high)
 
     def _around(self, chosen: Tensor, x: Tensor) -> Tensor:

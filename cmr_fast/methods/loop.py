@@ -368,6 +368,8 @@ def _restore(
 ) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None]:
     tensors, meta = checkpoint.load(path, "checkpoint")
     same(path, meta["described"], described)
+    if set(meta["state"]) != {f.name for f in fields(_State)}:
+        raise InputError(f"{path}: written by another version of cmr_fast, expected one of this version; begin anew")
     model.load_state_dict(_under("model.", tensors))
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(

@@ -73,7 +73,7 @@ def test_local_search_tries_one_pixel_at_a_time(model, data):
     problem = _problem(x, y)
     places = torch.stack([torch.randperm(64)[:11] for _ in range(3)])
     with atk.victim.attacked(x):
-        costs = atk._costs(problem, x, places)
+        costs = atk._costs(problem, x, places, 0.5 + 10 * (x - 0.5).sign())
         for sample in range(3):
             for i, place in enumerate(places[sample].tolist()):
                 tried = x[sample : sample + 1].clone()
@@ -81,6 +81,45 @@ def test_local_search_tries_one_pixel_at_a_time(model, data):
                 tried[0, :, row, column] = 0.5 + 10 * (tried[0, :, row, column] - 0.5).sign()
                 want = atk.loss(atk.victim.scores(tried), y[sample : sample + 1])
                 torch.testing.assert_close(costs[sample, i : i + 1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_local_search_in_a_ball_sets_the_pixels_that_raise_the_loss_most(model, data):
+    """One round with every pixel a candidate, against trying each of them at both faces."""
+    x, y = data[0][:2], data[1][:2]
+    eps, t = 0.05, 6
+    atk = attacks.LocalSearch(model, eps, 1, t=t, candidates=64, success=lambda z, y: torch.zeros(len(z)).bool())
+    problem = _problem(x, y, eps=eps)
+    every = torch.arange(64).expand(2, -1)
+    net = copy.deepcopy(model).eval()
+    with atk.victim.attacked(x), torch.no_grad():
+        found, chosen = atk._to_a_face(problem, x, every, torch.ones_like(every, dtype=torch.bool))
+        for sample in range(2):
+            one, label = x[sample : sample + 1], y[sample : sample + 1]
+            losses = {}
+            for place in range(64):
+                for sign in (1, -1):
+                    tried = one.clone()
+                    face = (one + sign * eps).clamp(0, 1)
+                    tried.flatten(2)[0, :, place] = face.flatten(2)[0, :, place]
+                    losses[place, sign] = float(atk.loss(net(tried), label))
+            now = float(atk.loss(net(one), label))
+            of_pixel = {p: max((losses[p, s], s) for s in (1, -1)) for p in range(64)}
+            best = sorted((p for p in of_pixel if of_pixel[p][0] > now), key=lambda p: -of_pixel[p][0])[:t]
+            taken = chosen[sample].nonzero()[:, 0].tolist()
+            assert len(taken) == t
+            raised = sorted(of_pixel[place][0] for place in taken)  # rounding may change places of equals
+            torch.testing.assert_close(raised, sorted(of_pixel[place][0] for place in best), rtol=1e-5, atol=1e-6)
+            for place in range(64):
+                want = (one + of_pixel[place][1] * eps).clamp(0, 1) if place in taken else one
+                assert torch.equal(found[sample].flatten(1)[:, place], want.flatten(2)[0, :, place])
+
+
+def test_local_search_in_a_ball_breaks_a_plain_model_without_its_gradient(model, data):
+    x, y = data
+    eps = 0.1
+    blind = right(model, attacks.LocalSearch(Blind(model), eps, 20)(x, y), y)
+    noise = right(model, attacks.PGD(model, eps, eps, 0, restarts=20)(x, y), y)
+    assert blind < noise - 0.3, (blind, noise)
 
 
 def test_local_search_in_a_ball_and_whatever_the_batch(model, data):

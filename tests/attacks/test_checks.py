@@ -56,6 +56,13 @@ def test_a_masked_model_is_called_out(model, surrogate, many):
     assert findings["black box"].numbers["Transfer"] < pgd - 0.1
 
 
+def test_a_masked_model_is_called_out_without_a_surrogate(model, many):
+    """The local search asks for scores alone, and finds what PGD does not."""
+    masked, found = (checks.black_box(m, *many, eps=0.1) for m in (Masked(model), model))
+    assert masked.suspicious and masked.numbers["LocalSearch"] < masked.numbers["PGD"] - 0.1, str(masked)
+    assert not found.suspicious, str(found)
+
+
 def test_saturated_logits_are_a_zero_gradient(model, many):
     def loud(z):
         return 1e5 * model(z)

@@ -118,10 +118,10 @@ def test_random_targets_are_uniform_over_the_other_classes(model):
     assert (targets[:800] != targets[800:]).float().mean() > 0.6  # another draw for another restart
 
 
-def _problem(x, y):
+def _problem(x, y, eps=EPS):
     from cmr_fast.attacks.engine import Problem
 
-    return Problem(x, y, torch.arange(len(x)), *(torch.full((1, 1), v) for v in (EPS, 0.0, 1.0)))
+    return Problem(x, y, torch.arange(len(x)), *(torch.full((1, 1), v) for v in (eps, 0.0, 1.0)))
 
 
 def test_any_loss_and_any_targets(model, data):
