@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cmr_fast.methods.loop import Method
 
 EPS = 8 / 255
+DEFAULT = ("clean", "pgd20", "apgd-dlr")
 
 
 def attack(arguments: "cli.Attack") -> None:
@@ -20,6 +21,8 @@ def attack(arguments: "cli.Attack") -> None:
 
     present(arguments.trained)
     if arguments.save is not None:
+        if arguments.save.suffix != ".npz" or not arguments.save.parent.is_dir():
+            raise InputError(f"{arguments.save}: expected the name of an .npz in a folder that is there")
         free(arguments.save, arguments.force)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise InputError(f"{arguments.out}: is a file, expected a folder to write")
@@ -73,8 +76,13 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
 
     from cmr_fast import robust_recall
 
-    if arguments.save is not None:
-        raise InputError("--save is for classifiers; this run is a retriever")
+    if arguments.save is not None or arguments.attacks != DEFAULT:
+        raise InputError(
+            "--save and --attacks are for classifiers; a retriever is attacked by PGD and APGD on the ranking"
+        )
+    share = EPS if arguments.eps is None else arguments.eps
+    if not 0 < share <= 1:
+        raise InputError(f"--eps must be above 0 and at most 1, a share of the features' range, got {share}")
     out = arguments.out
     if out is not None and (out / "README.md").exists() and not arguments.force:
         raise InputError(f"{out}: holds a report already; --force writes over it")
@@ -85,7 +93,6 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
     there = relevant.any(dim=1)
     x = query.image[rows].float()[there]
     low, high = float(query.image.min()), float(query.image.max())
-    share = EPS if arguments.eps is None else arguments.eps
     surrogate = None
     if arguments.surrogate is not None:
         other = open_run(arguments.surrogate, arguments)[0]

@@ -216,6 +216,9 @@ def report(arguments: "cli.Report") -> None:
         return
     if len(outputs) > 1:
         raise InputError("a report is of retrievers or of classifiers, got both kinds of runs")
+    for name in ("attacks", "eps", "surrogate"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} is for classifiers; `cmr-fast attack RUN --out FOLDER` attacks a retriever")
     loaded = [(path, *open_run(path, arguments)) for path in arguments.runs]
     with busy("drawing"):
         rows = write_report(
@@ -288,8 +291,12 @@ def open_run(trained: Path, flags: DataFlags) -> "tuple[Method, PairedDataset]":
 
 def source_of(trained: Path, flags: DataFlags) -> tuple[str, dict[str, Any]]:
     """Where a run's data came from, and the loader's options, unless `flags` say otherwise."""
+    from cmr_fast.methods._runfolder import read_json
+
     recorded = (trained if trained.is_dir() else trained.parent) / SOURCE
-    source: dict[str, Any] = json.loads(recorded.read_text()) if recorded.is_file() else {"data": None, "options": {}}
+    source: dict[str, Any] = read_json(recorded) if recorded.is_file() else {"data": None, "options": {}}
+    if not {"data", "options"} <= set(source):
+        raise InputError(f"{recorded}: damaged, expected data and options, got {', '.join(source) or 'nothing'}")
     if flags.data is None and source["data"] is None:
         raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
     options = source["options"] if flags.data is None else {}

@@ -186,7 +186,7 @@ class Attack:
     trained: Positional[Path]
     """Run folder, or model.safetensors."""
     attacks: tuple[str, ...] = ("clean", "pgd20", "apgd-dlr")
-    """Names as above. A retriever is attacked by PGD and APGD on the ranking, whatever is said here."""
+    """Names as above. A retriever is attacked by PGD and APGD on the ranking, and takes no names."""
     eps: float | None = None
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
     8/255."""

@@ -5,6 +5,7 @@ so the figures survive a grey printer.
 """
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,7 @@ def plot_losses(
 
 def plot_lines(
     path: Path, title: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, *, looks: Sequence[str],
-    from_zero: bool = True,
+    from_zero: bool = True, log_x: bool = False,
 ) -> None:  # fmt: skip
     """One panel, lines[name] = (x, y) each; looks as in plot_directions; y begins at 0 where `from_zero`."""
     with _panels(path, title, 1, 1, (6.4, 4.0)) as (_, axes):
@@ -108,6 +109,9 @@ def plot_lines(
             axes[0].plot(x, y, label=name, markevery=max(1, math.ceil(len(x) / 10)), **_look(looks.index(name)))
         axes[0].set_xlabel(xlabel)
         axes[0].set_ylabel(ylabel)
+        if log_x:
+            axes[0].set_xscale("log")
+            axes[0].xaxis.set_major_formatter("{x:g}")
         if from_zero:
             axes[0].set_ylim(bottom=0)
         axes[0].legend()
@@ -193,7 +197,7 @@ def _panels(
         figure = Figure(figsize=size)
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False)
-        figure.suptitle(title, fontweight="bold", fontsize=11)
+        figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontweight="bold", fontsize=11)
         yield figure, list(axes.flat)
         with write_aside(path) as aside:
             figure.savefig(aside)

@@ -270,7 +270,8 @@ class Robustness:
         (pgd, left), worst = self._pgd(), self.worst
         clean = self.outcomes["clean"].accuracy
         told = [f.name for f in self.findings if f.suspicious]
-        numbers = f"Clean {clean:.1%}, {pgd} leaves {left:.1%}, every attack together {worst:.1%}"
+        own = "" if pgd == "clean" else f"{pgd} leaves {left:.1%}, "
+        numbers = f"Clean {clean:.1%}, {own}every attack together {worst:.1%}"
         if worst > BROKEN:
             by = min((o for n, o in self.outcomes.items() if n != "clean"), key=lambda o: o.accuracy)
             numbers += f" (the strongest alone, {by.name}, {by.accuracy:.1%})"
@@ -285,8 +286,8 @@ class Robustness:
             )
         if self._overstated() > MISLED:
             return (
-                f"SUSPICIOUS: {pgd} overstates by {self._overstated():.1%}. Its loss is a poor guide here, as it is "
-                f"for models with smoothed labels; quote the worst case. {numbers}"
+                f"SUSPICIOUS: {pgd} overstates by {self._overstated():.1%}. Its loss is a poor guide here, "
+                f"quote the worst case. {numbers}"
             )
         if worst <= BROKEN:
             return f"Not robust, and nothing is hidden: no check is suspicious. {numbers}"
@@ -390,8 +391,9 @@ def write_report(found: Sequence[Robustness], out: Path, title: str, settings: S
                                             looks=names, from_zero=False),
         )  # fmt: skip
     sweeps = {r.name: (np.array(list(r.sweep)) * 255, np.array(list(r.sweep.values()))) for r in found}
+    few = min(settings.few, *(len(r.outcomes["clean"].right) for r in found))
     figure(
-        "eps-sweep.png", f"Accuracy under PGD-20 against the radius ({settings.few} images), {title}",
+        "eps-sweep.png", f"Accuracy under PGD-20 against the radius ({few} images), {title}",
         lambda path: figures.plot_lines(path, f"Accuracy against the radius, PGD-20, {title}", sweeps,
                                         "eps, in 1/255", "accuracy", looks=names),
     )  # fmt: skip
@@ -442,6 +444,8 @@ def _read(file: Path, mark: int) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {type(values).__name__}")
     except ValueError as error:
         raise InputError(f"{file}: damaged ({error}); delete it to make it anew") from error
     return values if values.pop("mark", None) == mark else None

@@ -75,6 +75,7 @@ class Victim:
             stack.enter_context(torch.enable_grad())
             self._input_dtype, self._run, self.queries = x.dtype, self.model, 0
             if isinstance(self.model, nn.Module):
+                _refuse_wide(x, self.model)
                 modes = [(module, module.training) for module in self.model.modules()]
                 asked = [p for p in self.model.parameters() if p.requires_grad]
 
@@ -128,9 +129,9 @@ class Victim:
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.dtype is None:
-            return _outputs(self._run(x))
+            return _outputs(self._run(x), len(x))
         with torch.autocast(x.device.type, dtype=self.dtype):
-            return _outputs(self._run(x))
+            return _outputs(self._run(x), len(x))
 
     def _per_channel(self) -> list[Tensor]:
         assert self.normalize is not None
@@ -151,7 +152,7 @@ class Victim:
     def scores(self, x: Tensor) -> Tensor:
         """Outputs of the model as it is, whatever the gradients are computed with: success is decided by these."""
         with torch.no_grad():
-            return widened(_outputs(self.model(self._input(x))))
+            return widened(_outputs(self.model(self._input(x)), len(x)))
 
     def probe(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Refuse a model that is random, or whose output for a sample depends on the rest of its batch.
@@ -193,11 +194,21 @@ class Victim:
         return f" ({', '.join(named[:3])}{' ...' if len(named) > 3 else ''})" if named else ""
 
 
-def _outputs(found: object) -> Tensor:
-    if isinstance(found, Tensor) and found.is_floating_point() and found.ndim:
+def _refuse_wide(x: Tensor, model: nn.Module) -> None:
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is not None and x.dtype == torch.float64 != weight.dtype:
+        raise InputError(
+            f"x must be {weight.dtype} as the model's weights are, got float64, which numpy makes by itself"
+        )
+
+
+def _outputs(found: object, count: int) -> Tensor:
+    if isinstance(found, Tensor) and found.is_floating_point() and found.ndim and len(found) == count:
         return found
     seen = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-    raise InputError(f"the model must return a float tensor (B, ...), got {seen}; wrap it so that it does")
+    raise InputError(
+        f"the model must return a float tensor ({count}, ...), a row a sample, got {seen}; wrap it so that it does"
+    )
 
 
 def widened(x: Tensor) -> Tensor:
@@ -258,6 +269,8 @@ class Attack:
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}")
         _check_values("eps", eps, least=0.0)
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise InputError(f"bounds must be (low, high), got {bounds!r}")
         self.victim = Victim(model, normalize, dtype, channels_last, fold)
         self.eps, self.norm, self.bounds, self.strict = eps, norm, bounds, strict
         self.loss, self.classifier = losses.find(loss), isinstance(loss, str)
@@ -414,8 +427,10 @@ class Attack:
         if not self.classifier or self._labels_checked:
             return
         self._labels_checked = True
-        if outputs.ndim != 2:
-            raise InputError(f"a named loss needs logits (B, classes), the model returned {tuple(outputs.shape)}")
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise InputError(
+                f"a named loss needs logits (B, classes) of two classes or more, got {tuple(outputs.shape)}"
+            )
         if int(labels.min()) < 0 or int(labels.max()) >= outputs.shape[1]:
             bad = int(((labels < 0) | (labels >= outputs.shape[1])).nonzero()[0])
             raise InputError(f"y must be labels from 0 to {outputs.shape[1] - 1}, sample {bad} has {int(labels[bad])}")

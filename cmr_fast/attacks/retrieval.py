@@ -145,11 +145,12 @@ def recall_under_attack(
 
     encode     x -> embeddings (B, d), or relaxed codes (B, bits) where `codes`; a module is attacked in eval mode
     relevant   bool (Q, N): which items of the gallery belong to a query; several may
-    attacks    name -> function of (model, eps=, success=, seed=, ...) that makes an attack; ATTACKS unless given
+    attacks    name -> function of (model, eps=, seed=, ...) that makes an attack; ATTACKS unless given
     restarts   runs of each attack, with other random starts; a query keeps its worst
     options    bounds, normalize, norm, dtype, ...: as PGD takes them
 
-    Queries without a relevant item are refused.
+    Every query is attacked to the end, those that are wrong at first too, and the highest loss is kept. Queries without
+    a relevant item, or with none but relevant ones, are refused.
     """
     for name, value in (("x", x), ("gallery", gallery), ("relevant", relevant)):
         if not isinstance(value, Tensor):
@@ -159,6 +160,10 @@ def recall_under_attack(
             f"gallery must be finite floats (N, d) (of codes their values, not packed), got {gallery.dtype} "
             f"{tuple(gallery.shape)}"
         )
+    if codes and bool((gallery >= 0).all() | (gallery <= 0).all()):
+        raise InputError("gallery of codes must hold values whose signs are the bits, got values of one sign: 0 and 1?")
+    if not codes and bool((gallery == 0).all(dim=1).any()):
+        raise InputError(f"gallery[{int((gallery == 0).all(dim=1).nonzero()[0])}] is all zeros: it has no cosine")
     if relevant.dtype != torch.bool or relevant.shape != (len(x), len(gallery)):
         raise InputError(
             f"relevant must be bool ({len(x)}, {len(gallery)}), queries by gallery, got {relevant.dtype} "
@@ -166,12 +171,17 @@ def recall_under_attack(
         )
     if not len(x):
         raise InputError("recall needs at least one query, got none")
-    if not bool(relevant.any(dim=1).all()):
-        raise InputError(f"query {int((~relevant.any(dim=1)).nonzero()[0])} has no relevant item in the gallery")
-    if not isinstance(k, (tuple, list)) or not k or min(k) < 1 or max(k) > len(gallery):
-        raise InputError(f"k must be numbers from 1 to the {len(gallery)} items of the gallery, like (1, 5), got {k}")
+    for kind, missing in (("relevant", ~relevant.any(dim=1)), ("irrelevant", relevant.all(dim=1))):
+        if bool(missing.any()):
+            raise InputError(f"query {int(missing.nonzero()[0])} has no {kind} item in the gallery")
+    whole = isinstance(k, (tuple, list)) and bool(k) and all(isinstance(n, int) for n in k)
+    if not whole or min(k) < 1 or max(k) > len(gallery):
+        raise InputError(f"k must be integers from 1 to the {len(gallery)} items of the gallery, like (1, 5), got {k}")
     if attacks is not None and (not isinstance(attacks, Mapping) or not attacks):
         raise InputError(f"attacks must be a dict of at least one, name to maker, got {attacks!r}")
+    for name, make in (attacks or {}).items():
+        if isinstance(make, Attack) or not callable(make):
+            raise InputError(f"attacks[{name!r}] must be a function of the model that makes an attack, got {make!r}")
     for name, number in (("restarts", restarts), ("batch", batch), ("scale", scale)):
         if not number > 0:
             raise InputError(f"{name} must be above 0, got {number}")
@@ -179,7 +189,8 @@ def recall_under_attack(
     hits = {"clean": _hits(model, x, relevant, k, None, batch)}
     for name, make in (ATTACKS if attacks is None else attacks).items():
         for restart in range(restarts):
-            atk = make(model, eps=eps, success=missed, seed=seed + restart, **options)
+            # no success: an attack that is content once R@1 is lost would say nothing of R@K
+            atk = make(model, eps=eps, seed=seed + restart, **options)
             found = _hits(model, x, relevant, k, atk, batch)
             hits[name] = hits[name] & found if name in hits else found
     before = hits["clean"]

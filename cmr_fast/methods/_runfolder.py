@@ -2,7 +2,10 @@
 
 import json
 import platform
+import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,21 @@ def claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
             raise InputError(f"{folder}: config.json is missing, so this run cannot be resumed")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(config, described)
+
+
+@contextmanager
+def forgotten_if_refused(folder: Path, fresh: bool) -> Iterator[None]:
+    """A fresh run that is refused before its first checkpoint leaves no folder in the way of the next one."""
+    try:
+        yield
+    except InputError:
+        if fresh and not (folder / CHECKPOINT).exists():
+            for name in ("config.json", "metrics.csv"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            with suppress(OSError):  # something of the user's lies there
+                folder.rmdir()
+        raise
 
 
 def refuse_used(folder: Path) -> None:
@@ -92,6 +110,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged, expected an object, got {type(value).__name__}")
+    return value

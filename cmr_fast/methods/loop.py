@@ -17,7 +17,16 @@ from cmr_fast.data.images import ImageDataset
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
-from cmr_fast.methods._runfolder import CHECKPOINT, MODEL, claim, describe, refuse_used, same, write_json
+from cmr_fast.methods._runfolder import (
+    CHECKPOINT,
+    MODEL,
+    claim,
+    describe,
+    forgotten_if_refused,
+    refuse_used,
+    same,
+    write_json,
+)
 from cmr_fast.methods._runlog import RunLog
 from cmr_fast.methods.evaluation import (
     Modality,
@@ -220,7 +229,10 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
     saved_at = time.monotonic()
     pairs = _to(dataset.train, model)
     monitor, title = model.validated[-1], f"{kind.name} on {dataset.name}"
-    with RunLog(folder, history, config.epochs, title, monitor, run.quiet) as log:
+    with (
+        forgotten_if_refused(folder, fresh=not run.resume),
+        RunLog(folder, history, config.epochs, title, monitor, run.quiet) as log,
+    ):
         if state.epoch:
             log.say(f"resumed {folder} after epoch {state.epoch}")
         while not state.done:

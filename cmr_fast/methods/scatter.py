@@ -83,14 +83,21 @@ class ScatterConfig:
             raise InputError(f"depth must be 10, 16, 22, 28, … and width 1 or more, got {self.depth} and {self.width}")
         if not 0 <= self.smoothing < 1:
             raise InputError(f"smoothing must be at least 0 and below 1, got {self.smoothing}")
-        if not (0 < self.lr < float("inf") and 0 < self.ot_reg < float("inf")):
-            raise InputError(f"lr and ot_reg must be finite and above 0, got {self.lr} and {self.ot_reg}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"lr must be finite and above 0, got {self.lr}")
+        if not 1e-5 <= self.ot_reg < float("inf"):
+            raise InputError(f"ot_reg must be at least 1e-5, the costs lying from 0 to 2, got {self.ot_reg}")
+        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < float("inf")):
+            raise InputError(
+                f"momentum must be from 0 to below 1 and weight_decay 0 or more, got {self.momentum} and "
+                f"{self.weight_decay}"
+            )
         for name, least in (("steps", 1), ("ot_group", 0), ("valid_steps", 0), ("valid_images", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.eps <= 1 or not 0 < self.alpha < float("inf"):
+        if not 0 <= self.eps <= 1 or not 0 < self.alpha <= 1:
             raise InputError(
-                f"eps must be from 0 to 1 and alpha above 0 (8/255 is 0.03137), got {self.eps} and {self.alpha}"
+                f"eps and alpha are of pixels from 0 to 1 (8/255 is 0.03137), got {self.eps} and {self.alpha}"
             )
 
 

@@ -224,8 +224,11 @@ def _positives(
             )
         return first, second, None
     if first.shape != (n, m) or not (first.dtype == torch.bool or first.is_floating_point()):
-        raise InputError(f"positives must be bool or float ({n}, {m}), got {first.dtype} {tuple(first.shape)}")
+        raise InputError(
+            f"positives must be ids ({n},), or bool or float ({n}, {m}), got {first.dtype} {tuple(first.shape)}"
+        )
     if first.dtype != torch.bool and first.device.type == "cpu" and not torch.compiler.is_compiling():
+        first = first.detach()
         low, high = first.aminmax() if first.numel() else (first.new_zeros(()), first.new_zeros(()))
         if not 0 <= float(low) <= float(high) < math.inf:
             raise InputError(f"weights of positives must be finite and 0 or more, got {float(low)} to {float(high)}")
