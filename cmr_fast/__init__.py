@@ -27,7 +27,14 @@ _WHERE = {
     "evaluate_codes": "cmr_fast.retrieval.metrics",
     "evaluate_embeddings": "cmr_fast.retrieval.metrics",
 }
-_MODULES = ("ops", "losses", "retrieval", "data", "attacks", "methods", "report")
+_MODULES = {
+    **{
+        name: f"cmr_fast.{name}"
+        for name in ("ops", "losses", "retrieval", "data", "models", "attacks", "methods", "reports")
+    },
+    "report": "cmr_fast.reports.retrieval",
+    "robustness": "cmr_fast.reports.robustness",
+}
 
 __all__ = [*_WHERE, *_MODULES, "__version__"]
 
@@ -38,7 +45,7 @@ def __getattr__(name: str) -> object:
         globals()[name] = value
         return value
     if name in _MODULES:
-        return importlib.import_module(f"cmr_fast.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'cmr_fast' has no attribute {name!r}")
 
 

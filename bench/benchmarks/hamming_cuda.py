@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 
 import cmr_fast as cf
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 from cmr_fast.ops.ranking import ranking
 
 try:
@@ -57,7 +58,7 @@ def gate(found: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, db: torch.Te
 
 
 def popcounts_per_second() -> float:
-    device = _hamming_cuda.device_of(torch.empty(1, device="cuda"))
+    device = hamming_cuda.device_of(torch.empty(1, device="cuda"))
     native = _dispatch.native_cuda()
     blocks, rounds = device.warps * 4, 4096
     out = torch.empty(256 * blocks, dtype=torch.int32, device="cuda")
@@ -111,7 +112,7 @@ def against_popcounts(report: Report, bits: int, queries: int, n: int, k: int, l
 
 def forms(report: Report, bits: int, queries: int, n: int, k: int) -> dict:
     q, db = random_codes(queries, bits), random_codes(n, bits)
-    calls = {name: (lambda name=name: in_form(name, q, db, k)) for name in _hamming_cuda.FORMS}
+    calls = {name: (lambda name=name: in_form(name, q, db, k)) for name in hamming_cuda.FORMS}
     for call in calls.values():
         gate(call(), q, db, k)
     took = medians(calls, report.rounds)

@@ -3,20 +3,20 @@
 import importlib
 
 _WHERE = {
-    "PGD": "image",
-    "FGSM": "image",
-    "MIFGSM": "image",
-    "CW": "image",
+    "PGD": "pgd",
+    "FGSM": "pgd",
+    "MIFGSM": "pgd",
+    "CW": "pgd",
     "APGD": "apgd",
     "APGDT": "apgd",
     "FeatureScatter": "scatter",
     "LocalSearch": "search",
-    "Ranker": "retrieval",
-    "recall_under_attack": "retrieval",
+    "Ranker": "ranking",
+    "recall_under_attack": "ranking",
     "Transfer": "transfer",
     "Square": "adapters",
     "FAB": "adapters",
-    "AttackInfo": "engine",
+    "AttackInfo": "base",
 }
 _MODULES = ("losses", "checks")
 

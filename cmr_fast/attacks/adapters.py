@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cmr_fast.attacks.engine import Attack, Model, Problem, widened
+from cmr_fast.attacks.base import Attack, Model, Problem, widened
 from cmr_fast.errors import InputError
 
 NAMES = {"linf": "Linf", "l2": "L2"}

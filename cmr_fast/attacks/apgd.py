@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.attacks import losses
-from cmr_fast.attacks.engine import Attack, Model, Problem, Progress
+from cmr_fast.attacks.base import Attack, Model, Problem, Progress
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
 

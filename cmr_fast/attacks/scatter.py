@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmr_fast.attacks.engine import Array, Model, Problem, misclassified
-from cmr_fast.attacks.image import PGD
+from cmr_fast.attacks.base import Array, Model, Problem, misclassified
+from cmr_fast.attacks.pgd import PGD
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
 from cmr_fast.ops.sinkhorn import ipot, sinkhorn

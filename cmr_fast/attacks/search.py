@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmr_fast.attacks.engine import Attack, Model, Problem, Progress
+from cmr_fast.attacks.base import Attack, Model, Problem, Progress
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
 

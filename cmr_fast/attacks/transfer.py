@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmr_fast.attacks.engine import Array, Attack, Model
-from cmr_fast.attacks.image import PGD
+from cmr_fast.attacks.base import Array, Attack, Model
+from cmr_fast.attacks.pgd import PGD
 from cmr_fast.errors import InputError
 
 

@@ -20,7 +20,7 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
 
     What lies there is found by looking:
     a folder with raw_features*.mat   the UCSD Wikipedia set, `cmr_fast.data.wikipedia.load`
-    other folders, and files          arrays by their names in .mat, .h5, .npy, .npz, .pkl, `cmr_fast.data.files.load`
+    other folders, and files          arrays by their names in .mat, .h5, .npy, .npz, .pkl, `data.features.load`
     Your own features: one .npz with train_image, train_text, train_labels, query_image, …, see `cmr_fast.data.native`;
     `save_pairs` writes it.
 
@@ -40,7 +40,7 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
         return wikipedia.load(path, **_checked(wikipedia.load, "Wikipedia", options))
     if path.is_dir() and holds_images(path):
         raise InputError(f"{path}: labelled images without texts; a classifier reads them, with load_images")
-    from cmr_fast.data import files
+    from cmr_fast.data import features as files
 
     return files.load(path, **_checked(files.load, "such files", options))
 

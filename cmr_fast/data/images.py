@@ -193,7 +193,7 @@ def _svhn(folder: Path) -> ImageDataset:
 
 
 def _svhn_split(file: Path) -> Images:
-    from cmr_fast.data.arrays import read_arrays
+    from cmr_fast.data.readers import read_arrays
 
     if not file.is_file():
         raise InputError(f"{file.parent}: SVHN's {file.name} not found beside {SVHN_FILES[0]}")

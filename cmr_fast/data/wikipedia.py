@@ -23,7 +23,7 @@ def load(path: str | os.PathLike[str], *, features: str = "lda") -> PairedDatase
     The 693 test pairs are queries and database at once, as the papers do it. Raises InputError for files that are
     missing, cut short, or of other lengths than the lists.
     """
-    from cmr_fast.data.arrays import read_arrays
+    from cmr_fast.data.readers import read_arrays
 
     if features not in FILES:
         raise InputError(f"features must be one of {', '.join(FILES)} for Wikipedia, got {features!r}")

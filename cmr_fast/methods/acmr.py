@@ -13,8 +13,8 @@ from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses import acmr_triplet, frobenius, gradient_reversal
 from cmr_fast.methods.grid import GridSearch, grid_search
-from cmr_fast.methods.inputs import InputScaling, Scaling
 from cmr_fast.methods.loop import Method, Modality, RunConfig
+from cmr_fast.methods.scaling import InputScaling, Scaling
 
 PAPER_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.inputs import SCALINGS, InputScaling, Scaling
 from cmr_fast.methods.loop import Method
+from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.ops.infonce import js_critic
 
 Modality = Literal["image", "text"]

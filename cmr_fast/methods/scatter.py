@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmr_fast.attacks.engine import Attack
-from cmr_fast.attacks.image import PGD, Targeted
+from cmr_fast.attacks.base import Attack
+from cmr_fast.attacks.pgd import PGD, Targeted
 from cmr_fast.attacks.scatter import FeatureScatter
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.errors import InputError

@@ -6,18 +6,17 @@ lower index, whatever the backend, the instruction set and the number of threads
 """
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
+from cmr_fast.ops._tensors import MAX_BITS, Array, as_codes, as_tensor, check_codes, like_input
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 
-Array = TypeVar("Array", np.ndarray, Tensor)
-MAX_BITS = 4096
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
 
 
@@ -29,7 +28,7 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
                every bit, so they need `threshold=0.5` said.
     returns    uint8 (N, ceil(bits / 8)), of the kind that went in (numpy or torch, same device).
     """
-    values, was_numpy = _as_tensor(x, "x")
+    values, was_numpy = as_tensor(x, "x")
     if values.ndim != 2 or not 1 <= values.shape[1] <= MAX_BITS:
         raise InputError(f"x must be (N, bits) with 1 to {MAX_BITS} bits, got shape {tuple(values.shape)}")
     if values.is_complex():
@@ -47,17 +46,17 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
         if threshold is not None:
             raise InputError(f"threshold is for floats; {values.dtype} is packed by x > 0, got threshold={threshold}")
         bits = values if values.dtype == torch.bool else values > 0
-    return _like_input(torch.ops.cmr_fast.pack_bits(bits), was_numpy)
+    return like_input(torch.ops.cmr_fast.pack_bits(bits), was_numpy)
 
 
 def unpack_codes(codes: Array, bits: int) -> Array:
     """uint8 (N, ceil(bits / 8)) -> uint8 (N, bits) of 0 and 1."""
-    packed, was_numpy = _as_tensor(codes, "codes")
-    _check_codes(packed, "codes")
+    packed, was_numpy = as_tensor(codes, "codes")
+    check_codes(packed, "codes")
     if not 1 <= bits <= MAX_BITS or packed.shape[1] != -(-bits // 8):
         raise InputError(f"{bits} bits need codes of {-(-bits // 8)} bytes, got shape {tuple(packed.shape)}")
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return _like_input(((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous(), was_numpy)
+    return like_input(((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous(), was_numpy)
 
 
 def hamming_topk(
@@ -72,14 +71,14 @@ def hamming_topk(
     backend    "cpp", "cuda" or "torch" forces one; threads: default all processors of this process
     returns    distances int32 (Q, k), indices int64 (Q, k), sorted by (distance, index)
     """
-    queries, database, was_numpy = _as_codes(q, db)
+    queries, database, was_numpy = as_codes(q, db)
     if not isinstance(k, (int, np.integer)) or not 1 <= k < 2**31:
         raise InputError(f"k must be an integer of 1 or more, and below 2^31, got {k!r}")
     bits = _check_bits(bits, database.shape[1])
     # numpy arrays are part of no graph: they spare themselves torch's dispatcher
     search = _topk if was_numpy else torch.ops.cmr_fast.hamming_topk
     distances, indices = search(queries, database, int(k), bits, backend, threads)
-    return _like_input(distances, was_numpy), _like_input(indices, was_numpy)
+    return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
 
 def hamming_range(
@@ -90,70 +89,18 @@ def hamming_range(
     returns    lims int64 (Q + 1,), distances int32 (T,), indices int64 (T,); the hits of query i are
                lims[i]:lims[i + 1], in index order
     """
-    queries, database, was_numpy = _as_codes(q, db)
+    queries, database, was_numpy = as_codes(q, db)
     if not isinstance(radius, (int, np.integer)) or radius < 0:
         raise InputError(f"radius must be an integer of 0 or more, got {radius!r}")
     result = torch.ops.cmr_fast.hamming_range(queries, database, int(radius), backend, threads)
-    lims, distances, indices = (_like_input(r, was_numpy) for r in result)
+    lims, distances, indices = (like_input(r, was_numpy) for r in result)
     return lims, distances, indices
 
 
 def hamming_distances(q: Array, db: Array, *, backend: str | None = None, threads: int | None = None) -> Array:
     """The whole table, int32 (Q, N): for small cases, it takes 4 * Q * N bytes."""
-    queries, database, was_numpy = _as_codes(q, db)
-    return _like_input(torch.ops.cmr_fast.hamming_distances(queries, database, backend, threads), was_numpy)
-
-
-def _as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
-    if isinstance(x, Tensor):
-        if x.layout != torch.strided:
-            raise InputError(f"{name} must be a dense tensor, got {x.layout}")
-        return x, False
-    if not isinstance(x, np.ndarray):
-        raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}")
-    x = np.ascontiguousarray(x)
-    if not x.flags.writeable:
-        x = np.asarray(_SharedMemory(x))
-    try:
-        return torch.from_numpy(x), True
-    except (TypeError, ValueError) as error:  # ValueError: a byte order that is not this machine's
-        raise InputError(f"{name} must be bool, integer or float, got dtype {x.dtype}") from error
-
-
-class _SharedMemory:
-    """A read-only array (a memory map, say) as one that torch takes as it is; the ops never write to it."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        self.owner = x
-        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}
-
-
-def _like_input(result: Tensor, was_numpy: bool) -> Any:
-    return result.numpy() if was_numpy else result
-
-
-def _check_codes(codes: Tensor, name: str) -> None:
-    if codes.dtype != torch.uint8 or codes.ndim != 2 or not 1 <= codes.shape[1] <= MAX_BITS // 8:
-        raise InputError(
-            f"{name} must be packed codes, uint8 (N, nbytes) with 1 to {MAX_BITS // 8} bytes (see pack_codes), "
-            f"got {codes.dtype} {tuple(codes.shape)}"
-        )
-
-
-def _as_codes(q: object, db: object) -> tuple[Tensor, Tensor, bool]:
-    queries, was_numpy = _as_tensor(q, "q")
-    database, db_was_numpy = _as_tensor(db, "db")
-    if was_numpy != db_was_numpy:
-        raise InputError("q and db must both be numpy arrays or both torch tensors")
-    _check_codes(queries, "q")
-    _check_codes(database, "db")
-    if queries.shape[1] != database.shape[1]:
-        raise InputError(
-            f"q and db must have the same bits: q has {queries.shape[1]} bytes a code, db has {database.shape[1]}"
-        )
-    if queries.device != database.device:
-        raise InputError(f"q and db must be on one device, got {queries.device} and {database.device}")
-    return queries, database, was_numpy
+    queries, database, was_numpy = as_codes(q, db)
+    return like_input(torch.ops.cmr_fast.hamming_distances(queries, database, backend, threads), was_numpy)
 
 
 def _check_bits(bits: int | None, nbytes: int) -> int:
@@ -183,7 +130,7 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
         indices.fill_(-1)
     chosen = _dispatch.choose_backend("hamming_topk", q.device.type, backend)
     if chosen == "cuda":
-        _hamming_cuda.topk(q, db, k, distances, indices)
+        hamming_cuda.topk(q, db, k, distances, indices)
         return distances, indices
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
@@ -209,7 +156,7 @@ def _range(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _dispatch.choose_backend("hamming_range", q.device.type, backend)
     if chosen == "cuda":
-        return _hamming_cuda.range_search(q, db, radius)
+        return hamming_cuda.range_search(q, db, radius)
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
         native, isa = _dispatch.native(), _dispatch.choose_isa()
@@ -241,7 +188,7 @@ def _distances(q: Tensor, db: Tensor, backend: str | None, threads: int | None) 
     out = torch.empty((len(q), len(db)), dtype=torch.int32, device=q.device)
     chosen = _dispatch.choose_backend("hamming_distances", q.device.type, backend)
     if chosen == "cuda":
-        _hamming_cuda.table(q, db, out)
+        hamming_cuda.table(q, db, out)
         return out
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()

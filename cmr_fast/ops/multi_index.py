@@ -18,18 +18,8 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops.hamming import (
-    Array,
-    _as_codes,
-    _as_tensor,
-    _check_bits,
-    _check_codes,
-    _like_input,
-    hamming_distances,
-    hamming_topk,
-    pack_codes,
-    unpack_codes,
-)
+from cmr_fast.ops._tensors import Array, as_codes, as_tensor, check_codes, like_input
+from cmr_fast.ops.hamming import _check_bits, hamming_distances, hamming_topk, pack_codes, unpack_codes
 
 EFFORT = 0.05  # see SearchTables.search
 _VAIN = 0.9  # expected share of the cost of scanning, above which tables are not tried
@@ -131,7 +121,7 @@ class SearchTables:
                  infinity never gives up; default 0.05, or 0 where nothing is expected to be saved. The result does not
                  depend on it.
         """
-        queries, _, was_numpy = _as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
+        queries, _, was_numpy = as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
         _check_k(k)
         _check_stray(queries, self.bits, "q")
         if effort is None:
@@ -140,7 +130,7 @@ class SearchTables:
             raise InputError(f"effort must be 0 or more, got {effort}")
         if effort == 0:
             distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
-            return _like_input(distances, was_numpy), _like_input(indices, was_numpy)
+            return like_input(distances, was_numpy), like_input(indices, was_numpy)
         distances, indices, done, _ = self._search(queries, int(k), threads, effort)
         left = (~done).nonzero()[:, 0]
         if len(left) == len(queries):
@@ -148,7 +138,7 @@ class SearchTables:
         elif len(left):
             found = hamming_topk(queries[left], self._codes, int(k), bits=self.bits, threads=threads)
             distances[left], indices[left] = found
-        return _like_input(distances, was_numpy), _like_input(indices, was_numpy)
+        return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
     def expected_cost(self, k: int) -> float:
         """What searching a batch costs, as a share of scanning it, by the cost model on a sample of the codes.
@@ -249,8 +239,8 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
 
 
 def _database(codes: Array, bits: int | None) -> tuple[Tensor, int]:
-    database, _ = _as_tensor(codes, "codes")
-    _check_codes(database, "codes")
+    database, _ = as_tensor(codes, "codes")
+    check_codes(database, "codes")
     if database.device.type != "cpu" or len(database) > MAX_CODES:
         raise InputError(f"codes must be on the CPU and fewer than 2^31, got {len(database)} on {database.device.type}")
     bits = _check_bits(bits, database.shape[1])

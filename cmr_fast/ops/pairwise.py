@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import LIBRARY, register
-from cmr_fast.ops.hamming import Array, _as_tensor, _like_input, pack_codes
+from cmr_fast.ops._tensors import Array, as_tensor, like_input
+from cmr_fast.ops.hamming import pack_codes
 
 Similarities = Tensor | np.ndarray | tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 
@@ -148,8 +149,8 @@ def _loss(
     backend: str | None,
     threads: int | None,
 ) -> Array:
-    ours, was_numpy = _as_tensor(f, "f")
-    theirs, _ = _as_tensor(g, "g")
+    ours, was_numpy = as_tensor(f, "f")
+    theirs, _ = as_tensor(g, "g")
     if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1] != theirs.shape[1] or ours.shape[1] == 0:
         raise InputError(f"f and g must be (n, bits) and (N, bits), got {tuple(ours.shape)} and {tuple(theirs.shape)}")
     if not ours.is_floating_point() or ours.dtype != theirs.dtype or ours.device != theirs.device:
@@ -171,7 +172,7 @@ def _loss(
                 f"{g_labels.dtype} {tuple(g_labels.shape)}"
             )
     else:
-        matrix = _as_tensor(s, "s")[0]
+        matrix = as_tensor(s, "s")[0]
         if matrix.shape != pairs or matrix.device != ours.device or matrix.is_complex():
             raise InputError(
                 f"s must be a real matrix {pairs} on {ours.device}, or a pair of labels, got {matrix.dtype} "
@@ -185,11 +186,11 @@ def _loss(
     )[0]
     if reduction == "mean":
         total = total / max(1, pairs[0] * pairs[1])
-    return _like_input(total, was_numpy)
+    return like_input(total, was_numpy)
 
 
 def _labels(x: object, count: int, codes: Tensor, name: str) -> Tensor:
-    labels = _as_tensor(x, f"{name}'s labels")[0]
+    labels = as_tensor(x, f"{name}'s labels")[0]
     if labels.dtype == torch.bool and labels.ndim == 2:
         labels = pack_codes(labels)
     packed = labels.dtype == torch.uint8 and labels.ndim == 2 and labels.shape[1] > 0

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops.hamming import Array, _as_codes, _as_tensor, _like_input, _torch_blocks
+from cmr_fast.ops._tensors import Array, as_codes, as_tensor, like_input
+from cmr_fast.ops.cuda import hamming as hamming_cuda
+from cmr_fast.ops.hamming import _torch_blocks
 
 Cut = Literal["rank", "relevant", "hits"]
 CUTS = ("rank", "relevant", "hits")
@@ -69,8 +71,8 @@ def ranking(
     curves                 also count hits rank by rank; takes N / 8 bytes a query
     partners               int64 (Q,) database rows whose place among equally distant items is wanted
     """
-    queries, database, was_numpy = _as_codes(q, db)
-    labels = [_as_tensor(x, name)[0] for x, name in ((q_labels, "q_labels"), (db_labels, "db_labels"))]
+    queries, database, was_numpy = as_codes(q, db)
+    labels = [as_tensor(x, name)[0] for x, name in ((q_labels, "q_labels"), (db_labels, "db_labels"))]
     for x, codes, name in ((labels[0], queries, "q_labels"), (labels[1], database, "db_labels")):
         packed = x.dtype == torch.uint8 and x.ndim == 2 and x.shape[1] > 0
         if not packed and not (x.dtype == torch.int32 and x.ndim == 1):
@@ -91,7 +93,7 @@ def ranking(
         raise InputError("curves and partners need order=True")
     rows = None
     if partners is not None:
-        rows = _as_tensor(partners, "partners")[0]
+        rows = as_tensor(partners, "partners")[0]
         if rows.dtype != torch.int64 or rows.shape != (len(queries),) or rows.device != queries.device:
             raise InputError(f"partners must be int64 ({len(queries)},), got {rows.dtype} {tuple(rows.shape)}")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(database):
@@ -100,7 +102,7 @@ def ranking(
     found = torch.ops.cmr_fast.ranking(
         queries, database, *labels, rows, depth, CUTS.index(cut), order, curves, backend, threads
     )
-    return Ranking(*(_like_input(x, was_numpy) for x in found))
+    return Ranking(*(like_input(x, was_numpy) for x in found))
 
 
 def _outputs(q: Tensor, db: Tensor, partners: Tensor | None, order: bool, curves: bool) -> list[Tensor]:
@@ -135,7 +137,7 @@ def _ranking(
     unfit = {"cuda": "it counts histograms only, which order=False asks for"} if order else {}
     chosen = _dispatch.choose_backend("ranking", q.device.type, backend, unfit)
     if chosen == "cuda":
-        _hamming_cuda.histograms(q, db, q_labels, db_labels, out[0], out[1])
+        hamming_cuda.histograms(q, db, q_labels, db_labels, out[0], out[1])
         return out
     if chosen == "cpp":
         q, db, q_labels, db_labels = (x.contiguous() for x in (q, db, q_labels, db_labels))

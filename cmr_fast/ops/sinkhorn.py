@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import LIBRARY, register
-from cmr_fast.ops.hamming import Array, _as_tensor, _like_input
+from cmr_fast.ops._tensors import Array, as_tensor, like_input
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 STOPS = ("marginals", "potentials")
 RESOLVED = 1e6  # the range of cost / reg: float32 keeps its units beside such numbers to a tenth
@@ -125,7 +126,7 @@ def _transport(
     backend: str | None,
     threads: int | None,
 ) -> Any:
-    values, was_numpy = _as_tensor(cost, "cost")
+    values, was_numpy = as_tensor(cost, "cost")
     if values.ndim not in (2, 3) or 0 in values.shape[-2:] or not values.is_floating_point():
         raise InputError(
             f"cost must be float (P, m, n) or (m, n) with m and n of 1 or more, got {values.dtype} "
@@ -154,8 +155,8 @@ def _transport(
     if values.ndim == 2:
         plan = plan[0]
     if details:
-        return Transport(*(_like_input(x, was_numpy) for x in (plan, iterations, error)))
-    return _like_input(plan, was_numpy)
+        return Transport(*(like_input(x, was_numpy) for x in (plan, iterations, error)))
+    return like_input(plan, was_numpy)
 
 
 def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
@@ -163,7 +164,7 @@ def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
     if x is None:
         wide = torch.promote_types(problems.dtype, torch.float32)  # 1 / size in 16 bits is not 1 / size
         return problems.new_full((size,), 1 / size, dtype=wide)
-    masses = _as_tensor(x, name)[0]
+    masses = as_tensor(x, name)[0]
     if (
         masses.shape not in ((size,), (count, size))
         or masses.dtype != problems.dtype
@@ -244,7 +245,7 @@ def _sinkhorn(
     iterations, errors = costs.new_empty(len(cost), dtype=torch.int32), costs.new_empty(len(cost))
     results = plan.data_ptr(), iterations.data_ptr(), errors.data_ptr()
     if chosen == "cuda":
-        device, native = _hamming_cuda.device_of(costs), _dispatch.native_cuda()
+        device, native = hamming_cuda.device_of(costs), _dispatch.native_cuda()
         native.sinkhorn(
             native.Queue(device.index, device.stream), *cost.shape, *options, costs.data_ptr(), *mass, *results
         )

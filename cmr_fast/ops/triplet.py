@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
 from cmr_fast.ops._dispatch import check_finite
 from cmr_fast.ops._library import LIBRARY, register
-from cmr_fast.ops.hamming import Array, _as_tensor, _like_input
+from cmr_fast.ops._tensors import Array, as_tensor, like_input
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 Mining = Literal["all", "hard", "hard_negative", "semihard"]
 Distance = Literal["euclidean", "squared", "cosine", "dot"]
@@ -64,8 +65,8 @@ def triplet_margin(
     is open where d(a, n) < d(a, p) + margin, rounded to the dtype: a tie counts nothing and has no gradient. Of equal
     distances, mining takes the lower index. Distances that vanish within rounding have a gradient of 0.
     """
-    anchors, was_numpy = _as_tensor(x, "x")
-    candidates = None if other is None else _as_tensor(other, "other")[0]
+    anchors, was_numpy = as_tensor(x, "x")
+    candidates = None if other is None else as_tensor(other, "other")[0]
     if mining not in MINING:
         raise InputError(f"mining must be one of {', '.join(MINING)}, got {mining!r}")
     if distance not in (*DISTANCES, "cosine"):
@@ -100,7 +101,7 @@ def triplet_margin(
         REDUCTIONS.index(reduction), grad and anchors.requires_grad,
         grad and candidates is not None and candidates.requires_grad, backend, threads,
     )[0]  # fmt: skip
-    return _like_input(loss, was_numpy)
+    return like_input(loss, was_numpy)
 
 
 def acmr_triplet(
@@ -133,7 +134,7 @@ def acmr_triplet(
 
     Distances that vanish within rounding have a gradient of 0, and so has a hinge at its kink.
     """
-    image, text = _as_tensor(image, "image")[0], _as_tensor(text, "text")[0]
+    image, text = as_tensor(image, "image")[0], as_tensor(text, "text")[0]
     if image.ndim != 2 or image.shape != text.shape:
         raise InputError(f"image and text must both be (B, d), got {_shape(image)} and {_shape(text)}")
     if reduction not in ("sum", "mean"):
@@ -188,7 +189,7 @@ def _check_embeddings(x: Tensor, other: Tensor | None, name: str, other_name: st
 
 def _as_relevance(labels: object, items: Tensor, name: str, of: str) -> Tensor:
     """int64 (N,) class ids, or (N, W) words of packed multi-hot labels."""
-    given, _ = _as_tensor(labels, name)
+    given, _ = as_tensor(labels, name)
     if given.ndim not in (1, 2) or given.is_complex() or (given.ndim == 2 and given.shape[1] == 0):
         raise InputError(f"{name} must be int (N,) class ids or (N, C) multi-hot, got {given.dtype} {_shape(given)}")
     if given.ndim == 1 and (given.is_floating_point() or given.dtype == torch.bool):
@@ -262,7 +263,7 @@ class _Sweep:
             self.native, self.head = _dispatch.native(), (_dispatch.choose_isa(), _dispatch.choose_threads(threads))
             self.workspace = torch.empty(self.native.triplet_workspace(len(y), self.head[1]), dtype=torch.uint8)
         elif backend == "cuda":
-            device = _hamming_cuda.device_of(x)
+            device = hamming_cuda.device_of(x)
             self.native = _dispatch.native_cuda()
             self.head = (self.native.Queue(device.index, device.stream),)
 

@@ -15,7 +15,7 @@ import numpy as np
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.ops.hamming import MAX_BITS
-from cmr_fast.retrieval._parts import Ids, Part, id_blocks, joined
+from cmr_fast.retrieval._segments import Ids, Part, id_blocks, joined
 
 FLAT = b"IBxF"
 MAPS = (b"IBMp", b"IBM2")

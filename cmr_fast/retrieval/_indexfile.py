@@ -34,7 +34,7 @@ import numpy as np
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.ops.hamming import MAX_BITS
-from cmr_fast.retrieval._parts import Check, Ids, Part, first_sum, id_blocks, joined
+from cmr_fast.retrieval._segments import Check, Ids, Part, first_sum, id_blocks, joined
 
 try:
     import fcntl

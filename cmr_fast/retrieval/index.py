@@ -15,7 +15,7 @@ from cmr_fast.ops import hamming_range, hamming_topk
 from cmr_fast.ops.hamming import MAX_BITS
 from cmr_fast.retrieval import _faiss, _indexfile
 from cmr_fast.retrieval._ids import IdSet, check_ids, refuse_known
-from cmr_fast.retrieval._parts import Part, Tail
+from cmr_fast.retrieval._segments import Part, Tail
 
 Array = np.ndarray | Tensor
 Ids = Array | Sequence[int]

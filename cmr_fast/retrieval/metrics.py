@@ -14,7 +14,7 @@ import torch
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import ranking
-from cmr_fast.retrieval._inputs import (
+from cmr_fast.retrieval._checks import (
     Array,
     Labels,
     check_bits,

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cmr_fast.errors import InputError
-from cmr_fast.retrieval._inputs import Array, to_numpy
+from cmr_fast.retrieval._checks import Array, to_numpy
 from cmr_fast.retrieval._ties import Groups, chance_of_a_hit
 
 Ranks = int | Sequence[int] | Array

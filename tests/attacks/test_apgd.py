@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from networks import network, samples
-from test_image import assert_same, state_of
+from test_pgd_attacks import assert_same, state_of
 
 import cmr_fast as cf
 from cmr_fast.errors import InputError

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from networks import trained
-from test_image import _problem, assert_same, state_of
+from test_pgd_attacks import _problem, assert_same, state_of
 from torch import nn
 
 import cmr_fast as cf

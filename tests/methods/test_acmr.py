@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from cmr_fast.errors import InputError
 from cmr_fast.methods.acmr import ACMR, ACMRConfig, select
-from cmr_fast.methods.inputs import InputScaling
 from cmr_fast.methods.loop import RunConfig
+from cmr_fast.methods.scaling import InputScaling
 
 CALM = replace(ACMR_SMALL, dropout=0.0)
 

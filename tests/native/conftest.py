@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
@@ -44,7 +45,7 @@ def emulated(built):
     """It in place of cmr_fast._cuda, and a pretended device of 64 warps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "native_cuda", lambda: built)
-        patch.setattr(_hamming_cuda, "device_of", lambda tensor: _hamming_cuda.Device(0, 0, WARPS, WORKSPACE))
+        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(0, 0, WARPS, WORKSPACE))
         yield built
 
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmr_fast.ops import _hamming_cuda, _reference
+from cmr_fast.ops import _reference
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 
 def codes(rng, n, nbytes, kind="random"):
@@ -22,7 +23,7 @@ def assert_topk(q, db, k):
     bits = 8 * db.shape[1]
     distances = torch.full((len(q), k), bits + 1, dtype=torch.int32)
     indices = torch.full((len(q), k), -1)
-    _hamming_cuda.topk(torch.from_numpy(q), torch.from_numpy(db), k, distances, indices)
+    hamming_cuda.topk(torch.from_numpy(q), torch.from_numpy(db), k, distances, indices)
     expected = _reference.hamming_topk(q, db, k, bits)
     np.testing.assert_array_equal(distances.numpy(), expected[0])
     np.testing.assert_array_equal(indices.numpy(), expected[1])
@@ -59,7 +60,7 @@ def test_lists_that_fill_up_keep_the_nearest(emulated, order, form, direction, m
     q, db = codes(rng, 1, 4), codes(rng, 6000, 4)
     db = db[np.argsort(_reference.hamming_distances(q, db)[0], kind="stable")[::direction]].copy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_hamming_cuda, "device_of", lambda tensor: _hamming_cuda.Device(0, 0, 1, 1 << 30))
+        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(0, 0, 1, 1 << 30))
         assert_topk(q, db, 40)
 
 
@@ -76,7 +77,7 @@ def test_limits_from_a_sample_change_nothing(emulated):
 
 @pytest.mark.parametrize("nbytes", [1, 8, 20, 512])
 def test_topk_by_counting(emulated, order, nbytes, monkeypatch):
-    monkeypatch.setattr(_hamming_cuda, "MOST_LISTED", 10)
+    monkeypatch.setattr(hamming_cuda, "MOST_LISTED", 10)
     rng = np.random.default_rng(nbytes)
     queries = 3 if nbytes == 512 else 19
     for kind in ("random", "tied"):
@@ -90,7 +91,7 @@ def test_little_workspace_means_batches_not_other_results(emulated, monkeypatch)
     rng = np.random.default_rng(0)
     q, db = codes(rng, 21, 8), codes(rng, 5000, 8)
     for workspace in (1, 20_000):
-        monkeypatch.setattr(_hamming_cuda, "device_of", lambda tensor, w=workspace: _hamming_cuda.Device(0, 0, 64, w))
+        monkeypatch.setattr(hamming_cuda, "device_of", lambda tensor, w=workspace: hamming_cuda.Device(0, 0, 64, w))
         assert_topk(q, db, 9)
         assert_topk(q[:3], db, 4000)
 
@@ -102,10 +103,10 @@ def test_range_and_table(emulated, order, nbytes):
     tensors = torch.from_numpy(q), torch.from_numpy(db)
     for radius in (0, 4 * nbytes - 1, 8 * nbytes, 10**6):
         expected = _reference.hamming_range(q, db, radius)
-        for got, want in zip(_hamming_cuda.range_search(*tensors, radius), expected, strict=True):
+        for got, want in zip(hamming_cuda.range_search(*tensors, radius), expected, strict=True):
             np.testing.assert_array_equal(got.numpy(), want)
     out = torch.full((len(q), len(db)), -7, dtype=torch.int32)
-    _hamming_cuda.table(*tensors, out)
+    hamming_cuda.table(*tensors, out)
     np.testing.assert_array_equal(out.numpy(), _reference.hamming_distances(q, db))
 
 
@@ -121,7 +122,7 @@ def test_histograms(emulated, nbytes):
         (classes, classes[0][:, None] == classes[1][None]),
     ):
         items, relevant = torch.full((2, len(q), 8 * nbytes + 1), -5)
-        _hamming_cuda.histograms(*(torch.from_numpy(x) for x in (q, db, *labels)), items, relevant)
+        hamming_cuda.histograms(*(torch.from_numpy(x) for x in (q, db, *labels)), items, relevant)
         for row in range(len(q)):
             for got, chosen in ((items, slice(None)), (relevant, shared[row])):
                 expected = np.bincount(distances[row][chosen], minlength=8 * nbytes + 1)
@@ -131,7 +132,7 @@ def test_histograms(emulated, nbytes):
 @given(
     nbytes=st.integers(1, 40), n=st.integers(1, 2000), queries=st.integers(1, 20), k=st.integers(1, 700),
     values=st.integers(1, 256), warps=st.integers(1, 200), seed=st.integers(0, 2**32 - 1),
-    form=st.sampled_from(_hamming_cuda.FORMS), order=st.sampled_from(["forward", "reverse"]),
+    form=st.sampled_from(hamming_cuda.FORMS), order=st.sampled_from(["forward", "reverse"]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_topk_on_arbitrary_shapes(emulated, nbytes, n, queries, k, values, warps, seed, form, order):
@@ -143,19 +144,19 @@ def test_topk_on_arbitrary_shapes(emulated, nbytes, n, queries, k, values, warps
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CMR_FAST_CUDA_FORM", form)
         patch.setenv("CMR_SHIM_ORDER", order)
-        patch.setattr(_hamming_cuda, "device_of", lambda tensor: _hamming_cuda.Device(0, 0, warps, 1 << 30))
+        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(0, 0, warps, 1 << 30))
         assert_topk(q, db, k)
 
 
 def test_nothing_to_search(emulated):
     empty, some = torch.empty((0, 8), dtype=torch.uint8), torch.zeros((3, 8), dtype=torch.uint8)
     for q, db in ((empty, some), (some, empty)):
-        lims, distances, indices = _hamming_cuda.range_search(q, db, 5)
+        lims, distances, indices = hamming_cuda.range_search(q, db, 5)
         assert len(lims) == len(q) + 1 and not lims.any() and len(distances) == len(indices) == 0
-        _hamming_cuda.topk(q, db, 1, torch.empty((len(q), 1), dtype=torch.int32), torch.empty((len(q), 1)).long())
-        _hamming_cuda.table(q, db, torch.empty((len(q), len(db)), dtype=torch.int32))
+        hamming_cuda.topk(q, db, 1, torch.empty((len(q), 1), dtype=torch.int32), torch.empty((len(q), 1)).long())
+        hamming_cuda.table(q, db, torch.empty((len(q), len(db)), dtype=torch.int32))
         items, relevant = torch.full((2, len(q), 65), -5)
-        _hamming_cuda.histograms(q, db, q[:, :1], db[:, :1], items, relevant)
+        hamming_cuda.histograms(q, db, q[:, :1], db[:, :1], items, relevant)
         assert not items.any() and not relevant.any()
 
 
@@ -164,7 +165,7 @@ def test_codes_at_odd_addresses(emulated):
     q, db = codes(rng, 3, 8), codes(rng, 400, 8)
     raw = torch.zeros(db.size + 1, dtype=torch.uint8)
     raw[1:] = torch.from_numpy(db.reshape(-1))
-    lims, _, indices = _hamming_cuda.range_search(torch.from_numpy(q), raw[1:].view(400, 8), 28)
+    lims, _, indices = hamming_cuda.range_search(torch.from_numpy(q), raw[1:].view(400, 8), 28)
     expected = _reference.hamming_range(q, db, 28)
     np.testing.assert_array_equal(lims.numpy(), expected[0])
     np.testing.assert_array_equal(indices.numpy(), expected[2])

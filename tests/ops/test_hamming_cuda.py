@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import cmr_fast as cf
-from cmr_fast.ops import _dispatch, _hamming_cuda
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops.cuda import hamming as hamming_cuda
 from cmr_fast.ops.ranking import ranking
 
 BUILT = not isinstance(_dispatch.native_cuda(), ImportError)
@@ -78,10 +79,10 @@ def test_cpu_tensors_refuse_the_cuda_backend():
 def test_forms_that_cannot_run_raise(monkeypatch):
     monkeypatch.setenv("CMR_FAST_CUDA_FORM", "b2")
     with pytest.raises(cf.InputError, match="popc, b1, int8"):
-        _hamming_cuda.choose_form(8, 8)
+        hamming_cuda.choose_form(8, 8)
     monkeypatch.setenv("CMR_FAST_CUDA_FORM", "b1")
     with pytest.raises(cf.InputError, match="6 bytes"):
-        _hamming_cuda.choose_form(6, 1)
+        hamming_cuda.choose_form(6, 1)
 
 
 # --- on a GPU

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmr_fast.attacks.apgd import APGD
-from cmr_fast.attacks.engine import Attack
-from cmr_fast.attacks.image import PGD
+from cmr_fast.attacks.base import Attack
+from cmr_fast.attacks.pgd import PGD
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
 

@@ -19,19 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmr_fast import __version__, figures
+from cmr_fast import __version__
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting, new_table, show
 from cmr_fast.attacks import checks
 from cmr_fast.attacks.adapters import FAB, Square
 from cmr_fast.attacks.apgd import APGD, APGDT
-from cmr_fast.attacks.engine import Model, Victim
-from cmr_fast.attacks.image import CW, FGSM, MIFGSM, PGD
+from cmr_fast.attacks.base import Model, Victim
+from cmr_fast.attacks.pgd import CW, FGSM, MIFGSM, PGD
 from cmr_fast.attacks.search import LocalSearch
 from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.data.images import Images
 from cmr_fast.errors import InputError
-from cmr_fast.report import write_page
+from cmr_fast.reports import figures
+from cmr_fast.reports.retrieval import write_page
 
 STANDARD = (
     *("clean", "fgsm", "pgd20", "pgd100x5", "cw20", "cw100x5", "apgd-ce", "apgd-dlr", "apgd-t"),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmr_fast import figures
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
+from cmr_fast.reports import figures
 
 if TYPE_CHECKING:
     from cmr_fast.data.pairs import PairedDataset

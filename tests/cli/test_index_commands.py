@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from cmr_fast import _index_commands
-from cmr_fast.cli import main
+from cmr_fast.cli import _index_commands, main
 from cmr_fast.retrieval.index import HammingIndex
 
 CODES = np.random.default_rng(0).integers(0, 256, (300, 4), dtype=np.uint8)

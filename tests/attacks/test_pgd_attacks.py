@@ -119,7 +119,7 @@ def test_random_targets_are_uniform_over_the_other_classes(model):
 
 
 def _problem(x, y, eps=EPS):
-    from cmr_fast.attacks.engine import Problem
+    from cmr_fast.attacks.base import Problem
 
     return Problem(x, y, torch.arange(len(x)), *(torch.full((1, 1), v) for v in (eps, 0.0, 1.0)))
 
@@ -496,7 +496,7 @@ def test_a_start_is_put_into_the_ball_by_the_first_step(model, data):
 def test_progress_is_shown_when_asked_or_slow(model, data, monkeypatch):
     from contextlib import contextmanager
 
-    from cmr_fast.attacks import engine
+    from cmr_fast.attacks import base as engine
 
     told = []
 

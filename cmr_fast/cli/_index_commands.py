@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cmr_fast._commands import check_codes, free, present, read_array
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, counting, new_table, show
+from cmr_fast.cli._commands import check_codes, free, present, read_array
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cmr_fast import cli
+    from cmr_fast.cli import main as cli
     from cmr_fast.retrieval.index import HammingIndex
 
     Block = tuple[np.ndarray, np.ndarray]  # distances and ids (B, k)

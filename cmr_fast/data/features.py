@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmr_fast.data import normalise
-from cmr_fast.data.arrays import SUFFIXES, Arrays, read_arrays
-from cmr_fast.data.families import NATIVE, Family, recognise
+from cmr_fast.data import convert as normalise
+from cmr_fast.data.layouts import NATIVE, Family, recognise
 from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.readers import SUFFIXES, Arrays, read_arrays
 from cmr_fast.errors import InputError
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmr_fast.data import normalise
+from cmr_fast.data import convert as normalise
 from cmr_fast.errors import InputError
 
 

@@ -7,10 +7,10 @@ import torch
 from networks import samples, trained
 from test_checks import Masked
 
-from cmr_fast import robustness
 from cmr_fast.cli import main
 from cmr_fast.errors import InputError
-from cmr_fast.robustness import Outcome, Settings, attack_all, examine, print_outcomes, worst_case, write_report
+from cmr_fast.reports import robustness
+from cmr_fast.reports.robustness import Outcome, Settings, attack_all, examine, print_outcomes, worst_case, write_report
 
 SETTINGS = Settings(eps=8 / 255, images=40, few=40, batch=16)
 QUICK = ("clean", "fgsm", "pgd10", "cw10x2", "apgd-dlr")

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmr_fast._commands import free, load_classified, open_run, present, source_of
 from cmr_fast._files import write_aside
+from cmr_fast.cli._commands import free, load_classified, open_run, present, source_of
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from cmr_fast import cli
+    from cmr_fast.cli import main as cli
     from cmr_fast.data.images import ImageDataset
     from cmr_fast.methods.loop import Method
 
@@ -31,7 +31,7 @@ def attack(arguments: "cli.Attack") -> None:
 
 
 def _attack_classifier(arguments: "cli.Attack") -> None:
-    from cmr_fast import robustness
+    from cmr_fast.reports import robustness
 
     if arguments.restarts != 1:
         raise InputError(
@@ -58,7 +58,7 @@ def _save(arguments: "cli.Attack", model: Any, x: Any, y: Any, settings: Any, su
     import numpy as np
     import torch
 
-    from cmr_fast import robustness
+    from cmr_fast.reports import robustness
 
     assert arguments.save is not None
     name = robustness.split_restarts(arguments.attacks[-1])[0]
@@ -74,7 +74,8 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
     """Image features are the queries, all texts of the database the gallery."""
     import torch
 
-    from cmr_fast import robust_recall
+    from cmr_fast.ops.labels import share_label
+    from cmr_fast.reports import recall as robust_recall
 
     if arguments.save is not None or arguments.attacks != DEFAULT:
         raise InputError(
@@ -89,7 +90,7 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
     model, dataset = open_run(arguments.trained, arguments)
     query, database = dataset.query, dataset.database
     rows = torch.arange(min(arguments.images, len(query)))
-    relevant = robust_recall.relevance(query.labels[rows], database.labels)
+    relevant = share_label(query.labels[rows], database.labels)
     there = relevant.any(dim=1)
     x = query.image[rows].float()[there]
     low, high = float(query.image.min()), float(query.image.max())
@@ -116,7 +117,7 @@ def _attack_retriever(arguments: "cli.Attack") -> None:
 
 def report(arguments: "cli.Report") -> None:
     """The robustness report of classifiers."""
-    from cmr_fast import robustness
+    from cmr_fast.reports import robustness
 
     out = arguments.out
     if out.exists() and not out.is_dir():

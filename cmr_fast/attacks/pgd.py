@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.attacks import losses
-from cmr_fast.attacks.engine import Attack, Model, Problem, Progress, _check_values
+from cmr_fast.attacks.base import Attack, Model, Problem, Progress, _check_values
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value, as_values, pgd_noise
 

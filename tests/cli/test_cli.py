@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cmr_fast
-from cmr_fast.cli import COMMANDS, main
+from cmr_fast.cli.main import COMMANDS, main
 from cmr_fast.methods import METHODS
 
 SMALL = {
@@ -76,7 +76,7 @@ def test_training_prints_the_results_beside_baselines_and_what_to_type_next(data
 
 
 def test_the_commands_that_training_names_work(runs, capsys):
-    from cmr_fast._commands import next_commands
+    from cmr_fast.cli._commands import next_commands
 
     for method, run in runs.items():
         for line in next_commands(run, codes=method == "cmimh"):
@@ -273,7 +273,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cmr_fast._commands.load_data", interrupt)
+    monkeypatch.setattr("cmr_fast.cli._commands.load_data", interrupt)
     assert main(["train", "acmr", "--data", "a b", "--out", "here"]) == 130
     assert "cmr-fast train acmr --data 'a b' --out here --resume" in capsys.readouterr().err
 
@@ -282,7 +282,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def defect(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cmr_fast._commands.load_data", defect)
+    monkeypatch.setattr("cmr_fast.cli._commands.load_data", defect)
     with pytest.raises(ZeroDivisionError):
         main(["train", "acmr"])
 

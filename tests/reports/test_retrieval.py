@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from cmr_fast import figures
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.baselines import CCA, CCAITQ
-from cmr_fast.report import Score, baselines_for, evaluate_many, loss_panels, read_history, score, write_report
+from cmr_fast.reports import figures
+from cmr_fast.reports.retrieval import (
+    Score,
+    baselines_for,
+    evaluate_many,
+    loss_panels,
+    read_history,
+    score,
+    write_report,
+)
 
 
 def dataset(name: str = "tiny", multi_label: bool = False, count: int = 40) -> PairedDataset:
@@ -139,7 +147,7 @@ def test_a_name_looks_the_same_whichever_others_are_drawn(tmp_path, monkeypatch)
 
 
 def test_score_table_in_print(capsys):
-    from cmr_fast.report import print_results
+    from cmr_fast.reports.retrieval import print_results
 
     data = dataset()
     scores: list[Score] = [score(name, model, data) for name, model in baselines_for([CCA(4)], data)]

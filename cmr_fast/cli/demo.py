@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmr_fast._commands import record_source
 from cmr_fast._terminal import busy, new_table, show
+from cmr_fast.cli._commands import record_source
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
     from cmr_fast.data import load, save_pairs
     from cmr_fast.methods import METHODS
     from cmr_fast.methods.loop import RunConfig, train
-    from cmr_fast.report import print_results, write_report
+    from cmr_fast.reports.retrieval import print_results, write_report
 
     started = time.perf_counter()
     folder = new_folder(out)
@@ -156,11 +156,12 @@ def attack_queries(model: Any, dataset: "PairedDataset", count: int = 100, share
     """Print what attacks on the features of image queries leave of R@K; `share` of the features' range is the ball."""
     import torch
 
-    from cmr_fast import robust_recall
-    from cmr_fast.attacks.retrieval import ATTACKS, recall_under_attack
+    from cmr_fast.attacks.ranking import ATTACKS, recall_under_attack
+    from cmr_fast.ops.labels import share_label
+    from cmr_fast.reports import recall as robust_recall
 
     rows = torch.arange(min(count, len(dataset.query)))
-    relevant = robust_recall.relevance(dataset.query.labels[rows], dataset.database.labels)
+    relevant = share_label(dataset.query.labels[rows], dataset.database.labels)
     rows = rows[relevant.any(dim=1)]
     encoder, gallery = robust_recall.queried(model, dataset.database.text)
     x, bounds = dataset.query.image, (float(dataset.query.image.min()), float(dataset.query.image.max()))

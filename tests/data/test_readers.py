@@ -5,7 +5,7 @@ import scipy.io
 import scipy.sparse
 from saving import save_h5, save_matlab73
 
-from cmr_fast.data.arrays import read_arrays
+from cmr_fast.data.readers import read_arrays
 from cmr_fast.errors import InputError
 
 MATRIX = np.arange(12.0).reshape(3, 4)

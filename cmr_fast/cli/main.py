@@ -12,7 +12,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, PositionalMetavarFromFieldName
 
-from cmr_fast import _commands, _index_commands
+from cmr_fast.cli import _commands, _index_commands
 from cmr_fast.errors import InputError
 
 PROGRAM = "cmr-fast"
@@ -39,7 +39,7 @@ class Demo:
     """Seed of the data, the weights and the batches."""
 
     def __call__(self) -> None:
-        from cmr_fast.demo import demo
+        from cmr_fast.cli.demo import demo
 
         demo(self.out, seed=self.seed)
 
@@ -217,7 +217,7 @@ class Attack:
     """Overwrite the file to save, or an earlier report."""
 
     def __call__(self) -> None:
-        from cmr_fast import _attack_commands
+        from cmr_fast.cli import _attack_commands
 
         _attack_commands.attack(self)
 
@@ -274,7 +274,7 @@ class Doctor:
     """Print JSON."""
 
     def __call__(self) -> None:
-        from cmr_fast.doctor import examine, print_report
+        from cmr_fast.cli.doctor import examine, print_report
 
         found = examine()
         if self.json:

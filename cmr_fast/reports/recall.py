@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmr_fast import figures
 from cmr_fast._terminal import counting, new_table, show
-from cmr_fast.attacks.engine import Attack
-from cmr_fast.attacks.image import PGD
-from cmr_fast.attacks.retrieval import ATTACKS, Ranker, RecallUnderAttack, ranking_ce, recall_under_attack
+from cmr_fast.attacks.base import Attack
+from cmr_fast.attacks.pgd import PGD
+from cmr_fast.attacks.ranking import ATTACKS, Ranker, RecallUnderAttack, ranking_ce, recall_under_attack
 from cmr_fast.attacks.transfer import Transfer
-from cmr_fast.report import write_page
+from cmr_fast.reports import figures
+from cmr_fast.reports.retrieval import write_page
 
 SLACK = 0.02  # of R@1: what an attack without gradients may find beyond PGD by chance
 FACTORS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 32.0)
@@ -178,13 +178,6 @@ def write_report(reports: Mapping[str, RecallReport], out: Path, title: str, eps
     )
     words = [f"{name}: {report.verdict()}" for name, report in reports.items()]
     write_page(out, "R@K under attack", head, table, note, pages, words, "recall.csv")
-
-
-def relevance(query: Tensor, database: Tensor) -> Tensor:
-    """bool (Q, N): class ids that agree, or multi-hot rows that share a class."""
-    if query.ndim == 1:
-        return query[:, None] == database
-    return (query.float() @ database.float().T) > 0
 
 
 def queried(model: Any, texts: Any) -> tuple[nn.Module, Tensor]:

@@ -14,7 +14,7 @@ from cmr_fast.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from cmr_fast import cli
+    from cmr_fast.cli import main as cli
     from cmr_fast.data.images import ImageDataset
     from cmr_fast.data.pairs import PairedDataset, Pairs
     from cmr_fast.methods.loop import Method, Run, RunConfig
@@ -35,7 +35,7 @@ def train(method: str, source: "cli.TrainingData", config: Any, settings: "RunCo
     from cmr_fast.data.pairs import PairedDataset
     from cmr_fast.methods import METHODS
     from cmr_fast.methods.loop import train as train_method
-    from cmr_fast.report import baselines_for, print_results, score
+    from cmr_fast.reports.retrieval import baselines_for, print_results, score
 
     options = chosen(source)
     load = load_classified if METHODS[method].output == "logits" else load_data
@@ -163,7 +163,7 @@ def _number(value: float | None) -> str:
 def _evaluate_run(
     model: "Method", dataset: "PairedDataset", settings: list[dict[str, Any]]
 ) -> tuple[str, list[dict[str, Any]]]:
-    from cmr_fast.report import evaluate_many
+    from cmr_fast.reports.retrieval import evaluate_many
 
     with busy("evaluating"):
         found = evaluate_many(model, dataset, settings)
@@ -203,14 +203,14 @@ def _evaluate_files(
 
 def report(arguments: "cli.Report") -> None:
     from cmr_fast.methods.loop import load_model
-    from cmr_fast.report import print_results, write_report
+    from cmr_fast.reports.retrieval import print_results, write_report
 
     outputs = set()
     for path in arguments.runs:
         present(path)
         outputs.add(load_model(path).output == "logits")
     if outputs == {True}:
-        from cmr_fast import _attack_commands
+        from cmr_fast.cli import _attack_commands
 
         _attack_commands.report(arguments)
         return

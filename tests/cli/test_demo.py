@@ -1,6 +1,6 @@
 import pytest
 
-from cmr_fast.demo import demo
+from cmr_fast.cli.demo import demo
 from cmr_fast.errors import InputError
 
 

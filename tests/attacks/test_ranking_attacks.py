@@ -6,10 +6,10 @@ import torch
 from networks import trained
 from torch import nn
 
-from cmr_fast import robust_recall
 from cmr_fast.attacks import PGD, Ranker, recall_under_attack
-from cmr_fast.attacks.retrieval import missed, ranking_ce, ranking_dlr, ranking_margin
+from cmr_fast.attacks.ranking import missed, ranking_ce, ranking_dlr, ranking_margin
 from cmr_fast.errors import InputError
+from cmr_fast.reports import recall as robust_recall
 
 
 @pytest.fixture
