@@ -2,7 +2,6 @@
 #include "hamming.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -14,11 +13,9 @@ namespace {
 
 constexpr int64_t kAlign = 64;
 constexpr int64_t kMaxBits = 4096;
-constexpr int64_t kStateBytes = 8 << 20;       // top-k buffers of one task
-constexpr int64_t kMinSplit = 1 << 16;         // codes, below which splitting the database costs more than it gives
+constexpr int64_t kStateBytes = 8 << 20;         // top-k buffers of one task
+constexpr int64_t kMinSplit = 1 << 16;           // codes, below which splitting the database costs more than it gives
 constexpr int64_t kMaxSplit = int64_t{1} << 31;  // indices inside a split are 32 bits wide
-
-std::atomic<const char*> last_isa{"none"};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
@@ -55,9 +52,12 @@ struct Plan {
 HammingScan scan_of(const Plan& plan, const HammingShape& s, const uint8_t* q, const uint8_t* db, int64_t task,
                     uint8_t* scratch) {
     const int64_t first_query = task / plan.splits * plan.group, first = task % plan.splits * plan.split;
-    return {q + first_query * s.nbytes, std::min(plan.group, s.num_queries - first_query),
-            db + first * s.nbytes,      std::max<int64_t>(0, std::min(plan.split, s.n - first)),
-            s.nbytes,                   scratch};
+    return {q + first_query * s.nbytes,
+            std::min(plan.group, s.num_queries - first_query),
+            db + first * s.nbytes,
+            std::max<int64_t>(0, std::min(plan.split, s.n - first)),
+            s.nbytes,
+            scratch};
 }
 
 int slots(const HammingShape& s, const Plan& plan) {
@@ -121,23 +121,13 @@ uint32_t clamp_radius(const HammingShape& s) {
 
 }  // namespace
 
-const char* hamming_last_isa() { return last_isa.load(); }
-void hamming_set_last_isa(const std::string& isa) {
-    const char* name = "none";
-    for (const char* known : kIsas)
-        if (isa == known) name = known;
-    last_isa.store(name);
-}
-
 int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes) {
     const int64_t words = ceil_div(nbytes, 8);
     // the queries in words, and one tile of word planes (at least one step of 64 codes)
     return align(num_queries * words * 8) + 2 * kAlign + std::max<int64_t>(16384, 64 * words * 8) + 16384;
 }
 
-int64_t topk_capacity(int64_t n, int64_t k) {
-    return std::min(n, k + std::max<int64_t>(k, 64)) + kScanSlack;
-}
+int64_t topk_capacity(int64_t n, int64_t k) { return std::min(n, k + std::max<int64_t>(k, 64)) + kScanSlack; }
 
 void topk_compact(TopK& state, int64_t k) {
     if (state.count < k) return;
@@ -161,8 +151,8 @@ void topk_compact(TopK& state, int64_t k) {
 
 size_t hamming_topk_workspace(const HammingShape& s) { return TopKMemory(s, topk_plan(s)).total; }
 
-void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s, int32_t* distances,
-                  int64_t* indices, uint8_t* workspace) {
+void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s,
+                  int32_t* distances, int64_t* indices, uint8_t* workspace) {
     const HammingKernel& kernel = kernel_for(isa);
     const Plan plan = topk_plan(s);
     const TopKMemory memory(s, plan);

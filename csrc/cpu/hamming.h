@@ -9,12 +9,12 @@ namespace cmr {
 
 // One query group against one range of the database. All memory belongs to the caller.
 struct HammingScan {
-    const uint8_t* queries;   // (num_queries, nbytes)
+    const uint8_t* queries;  // (num_queries, nbytes)
     int64_t num_queries;
     const uint8_t* database;  // (n, nbytes): the range only
     int64_t n;                // < 2^32
     int64_t nbytes;
-    uint8_t* scratch;         // scan_scratch_bytes(num_queries, nbytes), 64-byte aligned
+    uint8_t* scratch;  // scan_scratch_bytes(num_queries, nbytes), 64-byte aligned
 };
 
 // What a top-k scan keeps of one query: keys (distance << 32 | index) in index order, room for `capacity` of them.
@@ -47,14 +47,11 @@ extern const HammingKernel hamming_neon;
 #endif
 
 constexpr int64_t kRangeGroup = 64;  // queries of one range task
-constexpr int64_t kScanSlack = 64;  // keys that one step of a scan may append before it looks at the capacity
+constexpr int64_t kScanSlack = 64;   // keys that one step of a scan may append before it looks at the capacity
 
 int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes);
 int64_t topk_capacity(int64_t n, int64_t k);
 void topk_compact(TopK& state, int64_t k);
-
-const char* hamming_last_isa();
-void hamming_set_last_isa(const std::string& isa);
 
 struct HammingShape {
     int64_t num_queries, n, nbytes;

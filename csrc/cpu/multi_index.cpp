@@ -6,7 +6,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "multi_index_kernel.h"
 #include "parallel.h"
@@ -62,9 +61,7 @@ double multi_index_scan_cost(const std::string& isa, int64_t n, int64_t nbytes, 
            static_cast<double>(std::min(k, n / 64)) * kCostSelect;
 }
 
-std::array<double, 5> multi_index_costs() {
-    return {kCostQuery, kCostLookup, kCostBucket, kCostWord, kCostSurvivor};
-}
+std::array<double, 5> multi_index_costs() { return {kCostQuery, kCostLookup, kCostBucket, kCostWord, kCostSurvivor}; }
 
 size_t multi_index_workspace(int64_t n, int64_t k, int threads) {
     return static_cast<size_t>(std::max(1, threads)) * Nearest::room(std::min(k, n)) * sizeof(uint64_t);
@@ -73,7 +70,7 @@ size_t multi_index_workspace(int64_t n, int64_t k, int threads) {
 void multi_index_search(const std::string& isa, const MultiIndex& index, const MultiIndexSearch& s, int32_t* distances,
                         int64_t* indices, uint8_t* done, double* cost, uint8_t* workspace) {
     const MultiIndexKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(kernel.isa);
+    set_last_isa(kernel.isa);
     const int64_t kept = std::min(s.k, index.n), room = Nearest::room(kept);
     const double scan = multi_index_scan_cost(isa, index.n, index.nbytes, s.num_queries, s.k);
     const int64_t share = s.threads > 1 ? s.num_queries / (4 * s.threads) : s.num_queries;
@@ -153,8 +150,7 @@ void multi_index_order(const uint8_t* codes, int64_t n, int64_t nbytes, int bits
     }
     const Window window(bits, 0, key_bits);
     const auto entry_of = [&](int64_t i) {
-        return Entry{window.of(code_at(i), nbytes, bits), static_cast<uint32_t>(i),
-                     static_cast<uint32_t>(key_of(i))};
+        return Entry{window.of(code_at(i), nbytes, bits), static_cast<uint32_t>(i), static_cast<uint32_t>(key_of(i))};
     };
     const bool whole = bits - key_bits <= 64;  // key and word are all of the code
     const auto less = [&](const Entry& a, const Entry& b) {

@@ -12,8 +12,8 @@ namespace cmr {
 namespace {
 
 constexpr int64_t kAlign = 64;
-constexpr int64_t kGroupBytes = 8 << 20;   // what a task keeps of its queries until the database is through
-constexpr int64_t kCurveRanks = 8192;      // ranks of one task of the curves
+constexpr int64_t kGroupBytes = 8 << 20;  // what a task keeps of its queries until the database is through
+constexpr int64_t kCurveRanks = 8192;     // ranks of one task of the curves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }

@@ -8,8 +8,8 @@
 //            is made in index order and sorted stably by distance; kept are one bit an item and where each distance
 //            begins. When the database is through, distance after distance the runs of all chunks are joined to rel.
 // Values     From a table of distances of 4 queries and a tile (hamming_kernel.h); up to 64 bits on AVX-512 from the
-//            codes, 64 at a time: 8 x 8 (or 4 x 16) counts shifted together to bytes and put in order by one permutation
-//            (2 times faster).
+//            codes, 64 at a time: 8 x 8 (or 4 x 16) counts shifted together to bytes and put in order by one
+//            permutation (2 times faster).
 // Sort       AVX-512 VBMI2: least significant bit first, 64 values at a time: those with the bit 0 and those with
 //            the bit 1 are compressed apart. 64 bits give about 6 passes, 10 cycles for 64 values each. Elsewhere a
 //            counting sort; its two stores an item, to a counter and to a place, make about 2 cycles.
@@ -27,6 +27,7 @@
 #include <cstring>
 
 #include "hamming.h"
+#include "isa.h"
 #include "ranking.h"
 
 namespace cmr {
@@ -37,8 +38,8 @@ struct Portable {
     static bool reads_codes(const RankingShape&) { return false; }
 
     template <class Value>
-    static void values(const uint8_t*, const uint8_t*, int64_t, const uint32_t*, int64_t, int64_t, bool, const uint32_t*,
-                       int64_t, Value*, int&, int&) {}
+    static void values(const uint8_t*, const uint8_t*, int64_t, const uint32_t*, int64_t, int64_t, bool,
+                       const uint32_t*, int64_t, Value*, int&, int&) {}
 
     // v = 2 distance + relevant of `count` codes; [lo, hi], the range of v, is extended where sort() looks at it
     template <class Value>
@@ -184,8 +185,13 @@ struct Ranker {
     int64_t partner_level[kMaxGroup] = {};
 
     explicit Ranker(const RankingGroup& group)
-        : g(group), s(*group.shape), data(*group.data), levels(s.levels()), words(s.label_words()),
-          value_stride(group.chunk + kPad), chunk_words(group.chunk / 64) {}
+        : g(group),
+          s(*group.shape),
+          data(*group.data),
+          levels(s.levels()),
+          words(s.label_words()),
+          value_stride(group.chunk + kPad),
+          chunk_words(group.chunk / 64) {}
 
     uint64_t* bits(int64_t i) const { return g.bits + i * (g.chunks * chunk_words + 1); }
     uint16_t* starts(int64_t i, int64_t chunk) const { return g.starts + (i * g.chunks + chunk) * (levels + 1); }
@@ -244,8 +250,8 @@ struct Ranker {
                 Value* const to = v + j * value_stride + at;
                 const uint32_t* const wanted = g.q_labels + (begin + j) * words;
                 if (direct)
-                    Ops::values(q + j * s.nbytes, codes, s.nbytes, g.labels + at, g.chunk, words, s.classes, wanted, tile, to,
-                                lo[j], hi[j]);
+                    Ops::values(q + j * s.nbytes, codes, s.nbytes, g.labels + at, g.chunk, words, s.classes, wanted,
+                                tile, to, lo[j], hi[j]);
                 else
                     Ops::combine(g.distances + j * kTile, g.labels + at, g.chunk, words, s.classes, wanted, tile, to,
                                  lo[j], hi[j]);
@@ -258,8 +264,7 @@ struct Ranker {
             if (s.ordered)
                 Ops::sort(mine, count, lo[j], hi[j], levels, g.sorting, g.counts, bits(i) + chunk * chunk_words,
                           starts(i, chunk));
-            else
-                count_values(mine, count, histogram(i));
+            else count_values(mine, count, histogram(i));
         }
     }
 
@@ -371,13 +376,13 @@ void rank_group(const RankingGroup& group, decltype(HammingKernel::table) table)
     else Ranker<Ops, uint16_t>(group).run(table);
 }
 
-#define CMR_RANKING_KERNEL(NAME, HAMMING, OPS)       \
-    namespace {                                      \
-    void group(const RankingGroup& g) {              \
-        hamming_set_last_isa(HAMMING.isa);           \
-        rank_group<OPS>(g, HAMMING.table);           \
-    }                                                \
-    }                                                \
+#define CMR_RANKING_KERNEL(NAME, HAMMING, OPS) \
+    namespace {                                \
+    void group(const RankingGroup& g) {        \
+        set_last_isa(HAMMING.isa);             \
+        rank_group<OPS>(g, HAMMING.table);     \
+    }                                          \
+    }                                          \
     const RankingKernel NAME{group, sum_curves<OPS>};
 
 }  // namespace

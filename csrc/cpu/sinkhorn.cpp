@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -56,7 +55,7 @@ size_t sinkhorn_workspace(const SinkhornShape& s) { return slots(s) * sinkhorn_s
 
 void sinkhorn(const std::string& isa, const SinkhornShape& s, const SinkhornData& data, uint8_t* workspace) {
     const SinkhornKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
     uint8_t* const base = workspace + (kAlign - reinterpret_cast<uintptr_t>(workspace) % kAlign) % kAlign;
     const int64_t scratch = static_cast<int64_t>(sinkhorn_scratch(s));
     parallel_for(s.problems, s.threads, [&](int64_t problem, int slot) {

@@ -16,8 +16,8 @@ struct SinkhornShape {
     int64_t max_iter;  // 1 or more
     double tol;        // below it a problem is done; 0: never
     Stop stop;
-    bool proximal;     // IPOT
-    int64_t inner;     // its inner iterations
+    bool proximal;  // IPOT
+    int64_t inner;  // its inner iterations
     int threads;
 
     int64_t rows() const { return (m + 3) / 4 * 4; }
@@ -27,12 +27,12 @@ struct SinkhornShape {
 
 // All memory belongs to the caller.
 struct SinkhornData {
-    const float* cost;              // (problems, m, n), finite
-    const float *mu, *nu;           // (problems, m) and (problems, n), or one row for all: not negative
-    int64_t mu_stride, nu_stride;   // 0: one row
-    float* plan;                    // (problems, m, n)
-    int32_t* iterations;            // (problems,)
-    float* errors;                  // (problems,) sum_i |sum_j plan_ij - mu_i|
+    const float* cost;             // (problems, m, n), finite
+    const float *mu, *nu;          // (problems, m) and (problems, n), or one row for all: not negative
+    int64_t mu_stride, nu_stride;  // 0: one row
+    float* plan;                   // (problems, m, n)
+    int32_t* iterations;           // (problems,)
+    float* errors;                 // (problems,) sum_i |sum_j plan_ij - mu_i|
 };
 
 struct SinkhornKernel {

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -19,7 +18,7 @@ int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
 const TripletKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
 #if defined(__x86_64__)
     if (is_avx512(isa)) return triplet_avx512;
     if (isa == "avx2") return triplet_avx2;
@@ -44,9 +43,9 @@ struct Layout {
     }
 
     TripletScratch at(uint8_t* base) const {
-        return {reinterpret_cast<float*>(base + d),         reinterpret_cast<int32_t*>(base + kind),
-                reinterpret_cast<float*>(base + weights),   reinterpret_cast<int32_t*>(base + ranks),
-                reinterpret_cast<uint64_t*>(base + keys),   reinterpret_cast<uint64_t*>(base + other),
+        return {reinterpret_cast<float*>(base + d),       reinterpret_cast<int32_t*>(base + kind),
+                reinterpret_cast<float*>(base + weights), reinterpret_cast<int32_t*>(base + ranks),
+                reinterpret_cast<uint64_t*>(base + keys), reinterpret_cast<uint64_t*>(base + other),
                 reinterpret_cast<float*>(base + tree),    reinterpret_cast<uint32_t*>(base + counts)};
     }
 };
@@ -55,7 +54,8 @@ struct Layout {
 template <class Body>
 void for_rows(const TripletBlock& b, uint8_t* workspace, const Body& body) {
     const Layout layout(b.candidates);
-    uint8_t* const base = reinterpret_cast<uint8_t*>(align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace))));
+    uint8_t* const base =
+        reinterpret_cast<uint8_t*>(align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace))));
     const int64_t step = std::max<int64_t>(1, kTaskItems / std::max<int64_t>(1, b.candidates));
     parallel_for(ceil_div(b.rows, step), b.threads, [&](int64_t task, int slot) {
         const TripletScratch scratch = layout.at(base + slot * layout.slot);

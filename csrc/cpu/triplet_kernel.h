@@ -54,7 +54,8 @@ struct Portable {
     static void rank(const float* tree, int levels, const float* d, int64_t n, int32_t* ranks) {
         for (int64_t j = 0; j < n; ++j) {
             int32_t node = 1;
-            for (int level = 0; level < levels; ++level) node = 2 * node + (equal ? tree[node] <= d[j] : tree[node] < d[j]);
+            for (int level = 0; level < levels; ++level)
+                node = 2 * node + (equal ? tree[node] <= d[j] : tree[node] < d[j]);
             ranks[j] = node - (1 << levels);
         }
     }
@@ -149,7 +150,7 @@ struct Triplet {
             for (int64_t j = 0; j < b.candidates; ++j) d[j] = std::sqrt(d[j]);
     }
 
-    // The block's row becomes e; returns its sum. Squares at or below the rounding of their expansion have no direction.
+    // The block's row becomes e; returns its sum. Squares at or below the rounding of their expansion have none.
     static float finish(const TripletBlock& b, int64_t row, const float* w, const float* d) {
         float* const e = b.block + row * b.candidates;
         const float mine = b.x_squares[row];
@@ -273,8 +274,7 @@ struct Triplet {
         });
         int64_t found = 0;
         for (int64_t l = 1; l < kLanes; ++l)
-            if (at[l] >= 0 &&
-                (at[found] < 0 || best[l] < best[found] || (best[l] == best[found] && at[l] < at[found])))
+            if (at[l] >= 0 && (at[found] < 0 || best[l] < best[found] || (best[l] == best[found] && at[l] < at[found])))
                 found = l;
         return at[found];
     }
@@ -397,8 +397,8 @@ struct Triplet {
     }
 };
 
-#define CMR_TRIPLET_KERNEL(name, Ops)                                                                          \
-    const TripletKernel name = {Triplet<Ops>::margin, Triplet<Ops>::acmr, Triplet<Ops>::count_relevant,        \
+#define CMR_TRIPLET_KERNEL(name, Ops)                                                                   \
+    const TripletKernel name = {Triplet<Ops>::margin, Triplet<Ops>::acmr, Triplet<Ops>::count_relevant, \
                                 Triplet<Ops>::symmetrise, Triplet<Ops>::sum};
 
 }  // namespace

@@ -120,10 +120,10 @@ struct TransportProblems {
     int64_t problems, m, n;
     double inverse;  // 1 / reg, or 1 / beta
     int64_t max_iter;
-    double tol;     // below it a problem is done; 0: never
-    int stop;       // marginals, potentials
+    double tol;  // below it a problem is done; 0: never
+    int stop;    // marginals, potentials
     bool proximal;
-    int64_t inner;  // IPOT's inner iterations
+    int64_t inner;                 // IPOT's inner iterations
     const float *cost, *mu, *nu;   // (problems, m, n); (problems, m) and (problems, n), or one row for all
     int64_t mu_stride, nu_stride;  // 0: one row
     float* plan;                   // (problems, m, n)

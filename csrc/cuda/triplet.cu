@@ -20,8 +20,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMostSorted = 4096;
 constexpr uint64_t kNone = ~uint64_t{0};
-enum { kAll, kHard, kHardNegative };           // TripletRows::mining, semihard is the other
-enum { kEuclidean, kSquared, kDot };           // TripletRows::distance
+enum { kAll, kHard, kHardNegative };  // TripletRows::mining, semihard is the other
+enum { kEuclidean, kSquared, kDot };  // TripletRows::distance
 
 __device__ inline uint32_t ordered_bits(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -96,10 +96,8 @@ __device__ int keys_below(const uint64_t* keys, int count, uint64_t key) {
     int low = 0, high = count;
     while (low < high) {
         const int middle = (low + high) / 2;
-        if (keys[middle] < key)
-            low = middle + 1;
-        else
-            high = middle;
+        if (keys[middle] < key) low = middle + 1;
+        else high = middle;
     }
     return low;
 }
@@ -109,10 +107,8 @@ __device__ int values_up_to(const uint64_t* keys, int count, float d) {
     int low = 0, high = count;
     while (low < high) {
         const int middle = (low + high) / 2;
-        if (value_of(keys[middle]) <= d)
-            low = middle + 1;
-        else
-            high = middle;
+        if (value_of(keys[middle]) <= d) low = middle + 1;
+        else high = middle;
     }
     return low;
 }

@@ -35,8 +35,16 @@ struct Case {
     std::vector<int64_t> x_labels, y_labels;
 
     Case(int64_t rows_, int64_t n_, int64_t words_, bool classes_, bool self_)
-        : rows(rows_), n(n_), words(words_), classes(classes_), self(self_), products(rows * n), x_squares(rows),
-          y_squares(n), x_labels(rows * words), y_labels(words * n) {
+        : rows(rows_),
+          n(n_),
+          words(words_),
+          classes(classes_),
+          self(self_),
+          products(rows * n),
+          x_squares(rows),
+          y_squares(n),
+          x_labels(rows * words),
+          y_labels(words * n) {
         for (float& p : products) p = static_cast<float>(next() % 9) - 4;
         for (auto* squares : {&x_squares, &y_squares})
             for (float& s : *squares) s = static_cast<float>(8 + next() % 5);
@@ -100,9 +108,18 @@ void check_margin(const std::string& isa, const Case& c, cmr::Mining mining, int
     std::vector<int64_t> triplets(rows), open(rows);
     std::vector<uint8_t> workspace(cmr::triplet_workspace(n, threads), 0xee);
     cmr::triplet_margin(isa,
-                        {rows, n, {c.words, c.classes, c.x_labels.data(), c.y_labels.data()}, c.self ? 0 : -1,
-                         cmr::Distance::squared, true, block.data(), c.x_squares.data(), c.y_squares.data(),
-                         losses.data(), sums.data(), threads},
+                        {rows,
+                         n,
+                         {c.words, c.classes, c.x_labels.data(), c.y_labels.data()},
+                         c.self ? 0 : -1,
+                         cmr::Distance::squared,
+                         true,
+                         block.data(),
+                         c.x_squares.data(),
+                         c.y_squares.data(),
+                         losses.data(),
+                         sums.data(),
+                         threads},
                         {kMargin, mining, triplets.data(), open.data()}, workspace.data());
     for (int64_t i = 0; i < rows; ++i) {
         const Row want = oracle(c, i, mining);
@@ -135,7 +152,8 @@ void check_acmr(const std::string& isa, const Case& c) {
         double loss = 0;
         for (int64_t j = 0; j < n; ++j) {
             bool alike = c.classes && rows[i] == rows[j];
-            for (int64_t w = 0; !c.classes && w < c.words; ++w) alike |= (rows[i * c.words + w] & rows[j * c.words + w]) != 0;
+            for (int64_t w = 0; !c.classes && w < c.words; ++w)
+                alike |= (rows[i * c.words + w] & rows[j * c.words + w]) != 0;
             const double d = c.y_squares[i] + c.y_squares[j] - 2 * c.products[i * n + j];
             loss += alike ? (2 * n - counts[i] - counts[j]) * d : 0.5 * (counts[i] + counts[j]) * std::max(0.0, 20 - d);
         }
@@ -162,7 +180,8 @@ void check_symmetrise(const std::string& isa, int64_t n) {
 
 int main() {
     for (const std::string& isa : cmr::available_isas()) {
-        for (const auto& [rows, n] : {std::pair<int64_t, int64_t>{1, 1}, {3, 2}, {17, 15}, {16, 16}, {5, 33}, {9, 130}, {2, 2500}})
+        for (const auto& [rows, n] :
+             {std::pair<int64_t, int64_t>{1, 1}, {3, 2}, {17, 15}, {16, 16}, {5, 33}, {9, 130}, {2, 2500}})
             for (const auto& [words, classes] : {std::pair<int64_t, bool>{1, true}, {1, false}, {3, false}}) {
                 for (const bool self : {false, true}) {
                     const Case c(self ? std::min(rows, n) : rows, n, words, classes, self);

@@ -1,5 +1,5 @@
 #if defined(__aarch64__)
-#include "infonce_kernel.h"
+#include "info_nce_kernel.h"
 
 namespace cmr {
 CMR_INFONCE_KERNEL(infonce_neon)

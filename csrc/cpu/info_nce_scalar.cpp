@@ -1,4 +1,4 @@
-#include "infonce_kernel.h"
+#include "info_nce_kernel.h"
 
 namespace cmr {
 CMR_INFONCE_KERNEL(infonce_scalar)

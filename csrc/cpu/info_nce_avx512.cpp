@@ -13,7 +13,7 @@
 #endif
 
 #define CMR_VECTOR_BYTES 64
-#include "infonce_kernel.h"
+#include "info_nce_kernel.h"
 
 namespace cmr {
 CMR_INFONCE_KERNEL(infonce_avx512)

@@ -1,17 +1,18 @@
 // Epilogues over one tile of similarities, while it is in cache.
 //
 // Maths. With logits z = scale * s, m the largest of a row and l the log of its sum of exp(z - m), InfoNCE (MAT Eq. 1)
-// of the row with positives of weights w is (m - sum w z / sum w) + l, and its gradient grad * (exp(z - m - l) - w / sum
-// w). The columns are the other direction, from the same tile. m and l stay apart: at a scale of 100 their sum has lost
-// the digits that a softmax near 1 is made of. The sigmoid loss is softplus(-z) of positives, softplus(z) of the others,
-// with log(1 + t) = 2 atanh(t / (2 + t)), t = exp(-|z|), so that many small terms keep theirs.
+// of the row with positives of weights w is (m - sum w z / sum w) + l, and its gradient
+// grad * (exp(z - m - l) - w / sum w). The columns are the other direction, from the same tile. m and l stay apart: at
+// a scale of 100 their sum has lost the digits that a softmax near 1 is made of. The sigmoid loss is softplus(-z) of
+// positives, softplus(z) of the others, with log(1 + t) = 2 atanh(t / (2 + t)), t = exp(-|z|), so that many small terms
+// keep theirs.
 //
 // Layout. A tile is contiguous, so that the matrix product writes it and the next ones read it without a copy; it and
 // the columns' arrays stay in the second-level cache. The compiler's own vectors, as wide as the registers
 // (CMR_VECTOR_BYTES), so one source serves every instruction set.
 //
-// Bound. Two exp a pair in either pass, some 60 vector operations for a vector of pairs, against 4 d multiply-adds a pair
-// of the products: at d = 512 on AVX-512 2 ns against 40 ns in float32, against 19 ns in bfloat16.
+// Bound. Two exp a pair in either pass, some 60 vector operations for a vector of pairs, against 4 d multiply-adds a
+// pair of the products: at d = 512 on AVX-512 2 ns against 40 ns in float32, against 19 ns in bfloat16.
 //
 // Versions tried. Vectors of 64 bytes on every instruction set: the compiler takes them apart through memory, 6 times
 // slower on AVX2. Registers' own width: this one.
@@ -22,7 +23,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "infonce.h"
+#include "info_nce.h"
 
 #ifndef CMR_VECTOR_BYTES
 #define CMR_VECTOR_BYTES 16
@@ -145,7 +146,8 @@ inline Floats weights_of(const float* row, int64_t c, int64_t count, int64_t at)
 template <class Body>
 inline void with_positives(const SimilarityTile& t, const Body& body) {
     if (t.weights) body(std::integral_constant<Positives, Positives::weights>());
-    else if (t.diagonal > -t.rows && t.diagonal < t.cols) body(std::integral_constant<Positives, Positives::diagonal>());
+    else if (t.diagonal > -t.rows && t.diagonal < t.cols)
+        body(std::integral_constant<Positives, Positives::diagonal>());
     else body(std::integral_constant<Positives, Positives::none>());
 }
 
@@ -236,7 +238,8 @@ void gradient_tile(const SimilarityTile& t, const SoftmaxGradient& rows, const S
     T* const out = static_cast<T*>(to);
     for (int64_t r = 0; r < t.rows; ++r) {
         const auto of_row = [&](const float* x) { return all(kRows ? x[r] : 0.0f); };
-        const Floats max = of_row(rows.max), logsum = of_row(rows.logsum), grad = of_row(rows.grad), pull = of_row(rows.pull);
+        const Floats max = of_row(rows.max), logsum = of_row(rows.logsum), grad = of_row(rows.grad),
+                     pull = of_row(rows.pull);
         for (int64_t c = 0; c < t.cols; c += kLanes) {
             const int64_t count = t.cols - c;
             const auto of_col = [&](const float* x) { return load(x + c, count, 0.0f); };
@@ -246,7 +249,9 @@ void gradient_tile(const SimilarityTile& t, const SoftmaxGradient& rows, const S
             if constexpr (kCols) g += of_col(cols.grad) * exp(z - of_col(cols.max) - of_col(cols.logsum));
             if constexpr (kind != Positives::none) {
                 if constexpr (kCols) pulled += of_col(cols.pull);
-                g -= weights_of<kind>(t.weights + (kind == Positives::weights ? r * t.cols : 0), c, count, r + t.diagonal) * pulled;
+                g -= weights_of<kind>(t.weights + (kind == Positives::weights ? r * t.cols : 0), c, count,
+                                      r + t.diagonal) *
+                     pulled;
             }
             store(out + r * t.cols + c, g, count);
         }
@@ -268,7 +273,8 @@ void sigmoid_tile(const SimilarityTile& t, float positive, float negative, doubl
             positives += choose(matched, loss, Floats{});
             negatives += choose(matched, Floats{}, loss);
             if constexpr (kGradient) {
-                const Floats g = choose(matched, all(-positive), all(negative)) * choose(x > 0.0f, all(1.0f), e) / (e + 1.0f);
+                const Floats g =
+                    choose(matched, all(-positive), all(negative)) * choose(x > 0.0f, all(1.0f), e) / (e + 1.0f);
                 gradients += g;
                 store(out + r * t.cols + c, g, count);
             }

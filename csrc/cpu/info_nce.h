@@ -1,5 +1,5 @@
 // What a contrastive loss does to one tile of similarities between two matrix products: log-sum-exp of its rows and
-// columns, the gradient in its place, or the sigmoid loss. See infonce_kernel.h for the maths, the layout and the bound.
+// columns, the gradient in its place, or the sigmoid loss. See info_nce_kernel.h for the maths, the layout, the bound.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@ struct SimilarityTile {
 
 // One direction of the softmax, all arrays along its axis; null where the direction is not wanted.
 struct SoftmaxState {
-    float *max, *sum;             // running: largest logit, sum of exp(logit - max)
-    float *positive, *weight;     // running: sum of weight * logit and of weight
+    float *max, *sum;          // running: largest logit, sum of exp(logit - max)
+    float *positive, *weight;  // running: sum of weight * logit and of weight
 };
 struct SoftmaxGradient {
-    const float *max, *logsum;    // log-sum-exp in two parts, so that a softmax near 1 keeps its digits
-    const float *grad, *pull;     // of the loss: times the softmax, and (over the sum of weights) times the weights
+    const float *max, *logsum;  // log-sum-exp in two parts, so that a softmax near 1 keeps its digits
+    const float *grad, *pull;   // of the loss: times the softmax, and (over the sum of weights) times the weights
 };
 
 struct InfonceKernel {
