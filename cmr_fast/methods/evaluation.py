@@ -1,11 +1,13 @@
 """Retrieval quality of anything that encodes both modalities: trained methods and baselines alike."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
     from cmr_fast.retrieval import RetrievalResult
@@ -23,6 +25,38 @@ def evaluate_model(
     as in cmr_fast.retrieval.metrics.
     """
     return _evaluate(model, dataset.query, dataset.database, [{"k": k, "convention": convention, "ties": ties}])[0]
+
+
+def evaluate_many(
+    model: Any, dataset: "PairedDataset", settings: Sequence[Mapping[str, Any]]
+) -> "list[dict[str, RetrievalResult] | InputError]":
+    """`evaluate_model` under several settings (k, convention, ties), each side encoded once.
+
+    A setting that the metrics refuse gives its InputError in that place.
+    """
+    from cmr_fast.ops import pack_codes
+    from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
+
+    modalities: tuple[Modality, ...] = ("image", "text")
+    query = {m: encode_all(model, m, getattr(dataset.query, m)) for m in modalities}
+    database = query
+    if dataset.database is not dataset.query:
+        database = {m: encode_all(model, m, getattr(dataset.database, m)) for m in modalities}
+    labels = dataset.query.labels, dataset.database.labels
+
+    def compare(asked: Modality, answered: Modality, setting: Mapping[str, Any]) -> "RetrievalResult":
+        if model.output == "embedding":
+            return evaluate_embeddings(query[asked], database[answered], *labels, metric=model.metric, **setting)
+        codes, base = (pack_codes(side, threshold=0.0) for side in (query[asked], database[answered]))
+        return evaluate_codes(codes, base, *labels, bits=query[asked].shape[1], **setting)
+
+    found: list[dict[str, RetrievalResult] | InputError] = []
+    for setting in settings:
+        try:
+            found.append({"i2t": compare("image", "text", setting), "t2i": compare("text", "image", setting)})
+        except InputError as error:
+            found.append(error)
+    return found
 
 
 def validate(model: Any, valid: Pairs) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmr_fast.cli import _index_commands, main
+from cmr_fast.cli import main, search
 from cmr_fast.retrieval.index import HammingIndex
 
 CODES = np.random.default_rng(0).integers(0, 256, (300, 4), dtype=np.uint8)
@@ -70,8 +70,8 @@ def test_index_and_faiss_files_bring_their_ids(folder, capsys):
 
 @pytest.mark.parametrize("k", [1, 7, 400])
 def test_searched_in_blocks_as_at_once(folder, capsys, monkeypatch, k):
-    monkeypatch.setattr(_index_commands, "_QUERIES", 6)
-    monkeypatch.setattr(_index_commands, "_HITS", 30)
+    monkeypatch.setattr(search, "_QUERIES", 6)
+    monkeypatch.setattr(search, "_HITS", 30)
     ran(capsys, "index", "a.npy", "b.npy", "--out", "x.cmrx")
     index = HammingIndex(32)
     index.add(CODES)
