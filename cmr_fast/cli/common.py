@@ -80,11 +80,13 @@ class DataFlags:
 
 
 def is_classifier(model: "Method | type[Method]") -> bool:
-    return model.output == "logits"
+    from cmr_fast.methods.method import Classifier
+
+    return issubclass(model if isinstance(model, type) else type(model), Classifier)
 
 
 def makes_codes(model: "Method") -> bool:
-    return model.output == "code"
+    return bool(getattr(model, "binary", False))
 
 
 def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":

@@ -117,7 +117,8 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
 
 def by_cca(dataset: "PairedDataset") -> "PairedDataset":
     """The data set with CCA's variates for features, learnt on its training split: CMIMH's inputs, which are 1024
-    principal components in the paper, where the data are more."""
+    principal components in the paper, where the data are more.
+    """
     import torch
 
     from cmr_fast.data import Pairs

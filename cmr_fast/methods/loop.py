@@ -7,20 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods._runfolder import (
     CHECKPOINT,
+    CONFIG,
     MODEL,
+    RESULTS,
     claim,
     describe,
+    disk_errors,
     forgotten_if_refused,
+    held,
+    read_json,
     refuse_used,
     same,
     write_json,
@@ -75,15 +80,19 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
         raise InputError(f"{kind.name} needs a {kind.Config.__name__} config, got {type(config).__name__}")
     if not isinstance(dataset, kind.dataset):
         raise InputError(f"{kind.name} is trained on a {kind.dataset.__name__}, got a {type(dataset).__name__}")
+    dataset = _dense(kind, dataset)
     if run.refit:
         return _refit(kind, config, dataset, run)
+    rows, held_rows = len(dataset.train), 0
     if dataset.valid is None and run.valid_fraction > 0:
         dataset = dataset.hold_out(run.valid_fraction, run.seed)
+        held_rows = rows - len(dataset.train)
     unit, length = ("step", config.max_steps) if hasattr(config, "max_steps") else ("epoch", config.epochs)
     if length < 1 or config.batch_size < 2:
         raise InputError(f"at least 1 {unit} and a batch of 2, got {length} and {config.batch_size}")
     if len(dataset.train) < 2:
-        raise InputError(f"{dataset.name}: training needs at least two pairs, got {len(dataset.train)}")
+        taken = f", of which the validation split took {held_rows} (valid_fraction 0 takes none)" if held_rows else ""
+        raise InputError(f"{dataset.name}: training needs at least two pairs, got {rows}{taken}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with torch.random.fork_rng(devices=range(devices)), _threads(run.threads):
         return _train(kind, config, dataset, run)
@@ -99,24 +108,46 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
     optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
 
     folder = Path(run.out)
-    described = describe(kind, config, dataset, run)
-    claim(folder, described, run.resume)
-    state = _State()
-    history: list[dict[str, float]] = []
-    best: dict[str, Tensor] | None = None
-    if run.resume and (folder / CHECKPOINT).exists():
-        state, history, best = _restore(folder / CHECKPOINT, model, optimizers, described)
-    saved_at = time.monotonic()
+    if not run.resume:
+        refuse_used(folder)
+    with disk_errors(folder), forgotten_if_refused(folder, fresh=not run.resume), held(folder):
+        return _rounds(fabric, model, optimizers, dataset, run, describe(kind, config, dataset, run))
+
+
+def _rounds(
+    fabric: Any, model: Method, optimizers: dict[str, Any], dataset: Dataset, run: RunConfig, described: dict[str, Any]
+) -> Run:
+    """Every round that is left, the weights of the best one, and its scores."""
+    folder, kind, config = Path(run.out), type(model), model.config
+    claim(folder, described, run.resume, kind)
     weight = next(model.parameters())
     split = dataset.train.to(weight.device, weight.dtype)
     schedule = _Schedule.of(config, len(split), run)
+    state = _State()
+    history: list[dict[str, float]] = []
+    best: dict[str, Tensor] | None = None
+    planned = schedule.rounds
+    if run.resume and (folder / CHECKPOINT).exists():
+        state, history, best, before = _restore(folder / CHECKPOINT, model, optimizers, described)
+        planned = _Schedule.of(before, len(split), run).rounds
+        if planned < schedule.rounds and state.epoch == planned:
+            state.done = False
+        write_json(folder / CONFIG, described)
+    saved_at = time.monotonic()
     monitor, title = model.monitor[-1], f"{kind.name} on {dataset.name}"
-    with (
-        forgotten_if_refused(folder, fresh=not run.resume),
-        RunLog(folder, history, schedule.rounds, title, monitor, run.quiet) as log,
-    ):
+    trouble: str | None = None
+    with RunLog(folder, history, schedule.rounds, title, monitor, run.quiet) as log:
         if state.epoch:
             log.say(f"resumed {folder} after epoch {state.epoch}")
+        if planned < schedule.rounds:
+            log.say(
+                f"{folder} stopped early in epoch {state.epoch}, as patience {run.patience} asks; more epochs change nothing"
+                if state.done
+                else f"{folder} was planned for {planned} epochs and goes on to {schedule.rounds}: what follows the "
+                "progress of the training (learning rates) now follows the longer one"
+            )
+        if note := _preset_of_other_data(kind, config, dataset.name):
+            log.say(note)
         while not state.done:
             started = time.perf_counter()
             state.epoch += 1
@@ -133,6 +164,9 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
                         best = _snapshot(model)
                 row |= scores
             log.epoch(row | {"seconds": time.perf_counter() - started})
+            said, trouble = trouble, model.trouble(history)
+            if trouble and not said:
+                log.say(f"epoch {state.epoch}: {trouble}")
             waited = state.epoch - state.best_epoch
             stop_early = dataset.valid is not None and run.patience > 0 and waited >= run.patience
             state.done = last or stop_early
@@ -154,9 +188,48 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         monitor: state.best_scores[0] if best is not None else None,
         "train_seconds": sum(row["seconds"] for row in history),
     } | model.test(dataset)
-    save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described})
-    write_json(folder / "results.json", results)
+    if warning := model.trouble(history):
+        results["warnings"] = [warning]
+    settings = {name: value for name, value in described["run"].items() if name not in _PLACE}
+    save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described | {"run": settings}})
+    write_json(folder / RESULTS, results)
     return Run(folder, model, history, results)
+
+
+_PLACE = ("out", "resume", "quiet", "checkpoint_seconds")  # where and how, not what: equal runs write equal models
+
+
+def _preset_of_other_data(kind: type[Method], config: Any, data: str) -> str | None:
+    """What to say where all that a preset chose for one data set is used on another."""
+    default = asdict(kind.Config())
+    for name, source in kind.preset_data.items():
+        chosen = {k: v for k, v in asdict(kind.presets[name]).items() if v != default[k] and k != "epochs"}
+        if not data.startswith(source) and all(getattr(config, k) == v for k, v in chosen.items()):
+            return f"preset {name} was chosen by validation on {source}; on {data} compare it with the default config"
+    return None
+
+
+def _dense(kind: type[Method], dataset: Any) -> Any:
+    """The data set with class ids numbered through, where most numbers up to the largest are no class."""
+    splits = {
+        n: s for n in ("train", "valid", "query", "database", "test") if (s := getattr(dataset, n, None)) is not None
+    }
+    if dataset.class_names or any(split.labels.ndim != 1 for split in splits.values()):
+        return dataset
+    ids = torch.cat([split.labels for split in splits.values()]).unique()
+    if dataset.num_classes <= max(1000, 2 * len(ids)):
+        return dataset
+    if issubclass(kind, Classifier):  # its answers are class ids
+        raise InputError(
+            f"{dataset.name}: {len(ids)} classes with ids up to {int(ids[-1])} would need {dataset.num_classes} outputs; "
+            "expected ids that count from 0 without gaps"
+        )
+    numbered = {n: replace(s, labels=torch.searchsorted(ids, s.labels)) for n, s in splits.items()}
+    for name, split in splits.items():  # one object stays one
+        for other in numbered:
+            if splits[other] is split:
+                numbered[other] = numbered[name]
+    return replace(dataset, **numbered)
 
 
 def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
@@ -171,7 +244,8 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         dataset = replace(dataset, train=dataset.train.joined(dataset.valid), valid=None)
     best = selection.results["best_epoch"]
     if hasattr(config, "max_steps"):
-        every = _Schedule.of(config, len(selection_rows), run).every
+        rows = read_json(folder / "selection" / CONFIG)["data"]["train"]
+        every = _Schedule.of(config, rows, run).every
         config = replace(config, max_steps=min(config.max_steps, best * every))
     else:
         config = replace(config, epochs=best)
@@ -200,7 +274,9 @@ class _Schedule:
         if run.round_steps and not by_steps:
             raise InputError(f"round_steps is for methods that count steps, expected 0, got {run.round_steps}")
         every = (run.round_steps or per_pass) if by_steps else per_pass
-        return cls(config.batch_size, per_pass, every, config.max_steps if by_steps else config.epochs * every, by_steps)
+        return cls(
+            config.batch_size, per_pass, every, config.max_steps if by_steps else config.epochs * every, by_steps
+        )
 
     @property
     def rounds(self) -> int:
@@ -303,9 +379,9 @@ def _save(
 
 def _restore(
     path: Path, model: Method, optimizers: dict[str, Any], described: dict[str, Any]
-) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None]:
+) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None, Any]:
     tensors, meta = checkpoint.load(path, "checkpoint")
-    same(path, meta["described"], described, kind=type(model))
+    same(path, meta["described"], described, type(model), longer=meta["state"].get("done", False))
     if set(meta["state"]) != {f.name for f in fields(_State)}:
         raise InputError(f"{path}: written by another version of cmr_fast, expected one of this version; begin anew")
     model.load_state_dict(_under("model.", tensors))
@@ -313,7 +389,8 @@ def _restore(
         optimizer.load_state_dict(
             checkpoint.unflatten_optimizer(f"optimizer.{name}", tensors, meta["optimizers"][name])
         )
-    return _State(**meta["state"]), meta["history"], _under("best.", tensors) or None
+    before = _config_from(type(model), meta["described"]["config"], path)
+    return _State(**meta["state"]), meta["history"], _under("best.", tensors) or None, before
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What the loop trains: a method, its settings, and what a finished run holds. No paper's algorithm is here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cmr_fast.data.images import ImageDataset
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
-from cmr_fast.methods.evaluation import Modality, classifier_results, final_results, validate
+from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.evaluation import Modality, accuracy, final_results, validate
 
 Dataset = PairedDataset | ImageDataset
 
@@ -35,7 +36,9 @@ class Method(nn.Module):
     """What `validate` returns; the weights with the highest value of the last one are kept, of equals those with the
     highest of the one before it."""
     presets: ClassVar[dict[str, Any]] = {}
-    """Configs chosen by validation on a data set, by name; `cmr-fast train --preset` starts from one."""
+    """Configs by name; `cmr-fast train --preset` starts from one."""
+    preset_data: ClassVar[dict[str, str]] = {}
+    """Of the presets that were chosen by validation on one data set: preset -> the data set's name."""
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__()
@@ -61,6 +64,10 @@ class Method(nn.Module):
         finite.
         """
         raise NotImplementedError
+
+    def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """One line on a training that goes wrong without an error, from the rows of metrics.csv; None if all is well."""
+        return None
 
     def validate(self, valid: Any) -> dict[str, float]:
         """The `monitor` scores of a validation split; higher is better."""
@@ -107,11 +114,11 @@ class Classifier(Method):
 
     def validate(self, valid: Any) -> dict[str, float]:
         """Accuracy on the validation split."""
-        return {"valid_accuracy": classifier_results(self, valid)["accuracy"]}
+        return {"valid_accuracy": accuracy(self, valid)}
 
     def test(self, dataset: Any) -> dict[str, Any]:
         """Accuracy on the test split."""
-        return classifier_results(self, dataset.test)
+        return {"accuracy": accuracy(self, dataset.test)}
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,11 @@ class RunConfig:
     """Print nothing."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not 0 <= self.valid_fraction < 1:
             raise InputError(f"valid_fraction must be at least 0 and below 1, got {self.valid_fraction}")
-        for name, least in (("patience", 0), ("eval_every", 1), ("threads", 0), ("seed", 0), ("checkpoint_seconds", 0), ("round_steps", 0)):
+        for name in ("patience", "eval_every", "threads", "seed", "checkpoint_seconds", "round_steps"):
+            least = 1 if name == "eval_every" else 0
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -165,4 +174,5 @@ class Run:
     history: list[dict[str, float]]
     """One row per epoch, as in metrics.csv."""
     results: dict[str, Any]
-    """What results.json holds: results["all"] and results["topk_hits@50"], each with i2t, t2i and average."""
+    """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; "warnings" where
+    something went wrong without an error."""

@@ -84,7 +84,7 @@ def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple
     code_bits = sorted({bits for model in models if (bits := _bits(model))})
     baselines: list[tuple[str, Any]] = []
     if max(dataset.image_dim, dataset.text_dim) <= _CHEAP_CCA:
-        if any(model.output == "embedding" for model in models):
+        if any(not model.binary for model in models):
             dim = min(7, dataset.image_dim, dataset.text_dim)
             baselines.append((f"CCA, {dim} dims", CCA(dim).fit(dataset.train)))
         baselines += [(f"CCA-ITQ, {bits} bits", CCAITQ(bits).fit(dataset.train)) for bits in code_bits]
@@ -229,9 +229,9 @@ def draw_run(
     if min(tsne_points, len(dataset.query)) >= 5:
         rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
         points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
-        if model.output == "embedding" and model.metric == "cosine":
+        if not model.binary and model.metric == "cosine":
             points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
-        elif model.output == "code":
+        elif model.binary:
             points = {m: np.where(x >= 0, 1.0, -1.0) for m, x in points.items()}
         labels = None if dataset.query.multi_label else dataset.query.labels.numpy()[rows]
         file = f"tsne{suffix}.png"
@@ -292,7 +292,7 @@ def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
 
 
 def _bits(model: Any) -> int | None:
-    return getattr(model.config, "bits", None) if model.output == "code" else None
+    return getattr(model.config, "bits", None) if model.binary else None
 
 
 def _slug(name: str) -> str:
