@@ -85,7 +85,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        state = "its last checkpoint is whole: resume goes on from there" if (folder / CHECKPOINT).exists() else "no checkpoint was written yet"  # fmt: skip
+        saved = (folder / CHECKPOINT).exists()
+        state = "resume goes on from its last checkpoint" if saved else "no checkpoint was written yet"
         reason = error.strerror or str(error)
         raise OSError(
             error.errno or errno.EIO, f"the run could not be written: {reason}; {state}", str(folder)

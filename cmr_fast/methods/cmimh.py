@@ -149,7 +149,7 @@ def permute_columns(means: Tensor) -> Tensor:
 
 def discriminator_loss(discriminator: nn.Module, means: Tensor) -> Tensor:
     """Cross entropy of D between `means` (B, L), label 1, and the same with shuffled columns, label 0 (Eq. 11)."""
-    real, fake = discriminator(means), discriminator(permute_columns(means))
+    real, fake = _full(discriminator(means)), _full(discriminator(permute_columns(means)))
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
@@ -247,14 +247,20 @@ class CMIMH(Retriever):
         logits = {m: _full(self.encoder[m](x)) for m, x in inputs.items()}
         means = {m: a.sigmoid() for m, a in logits.items()}
         samples = {m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()}
-        terms = {f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m]), x) for m, x in inputs.items()}
+        terms = {
+            f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m].to(x.dtype)), x)
+            for m, x in inputs.items()
+        }
         seen = means if c.critic_input == "means" else samples
-        embedded = {m: _full(self.critic[m](v)) for m, v in seen.items()}
+        embedded = {m: _full(self.critic[m](v.to(image.dtype))) for m, v in seen.items()}
         with torch.autocast(image.device.type, enabled=False):
             terms["mi"] = js_critic(embedded["image"], embedded["text"], marginals=c.marginals)
         terms["skl"] = symmetrised_kl(logits["image"], logits["text"])
         # D gives logits: log D / (1 - D) is its output
-        terms["ind"] = sum((self.discriminator[m](v).mean() for m, v in means.items()), start=terms["mi"].new_zeros(()))
+        terms["ind"] = sum(
+            (_full(self.discriminator[m](v.to(image.dtype))).mean() for m, v in means.items()),
+            start=terms["mi"].new_zeros(()),
+        )
         terms["bal"] = balance(means["image"]) + balance(means["text"])
         return terms, means
 
@@ -289,7 +295,9 @@ class CMIMH(Retriever):
             on = v >= 0.5
             log[f"constant_bits_{m}"] = (on.all(dim=0) | ~on.any(dim=0)).sum().to(v.dtype)
         if self.config.lambda_ind > 0:
-            fooled = [discriminator_loss(self.discriminator[m], v.detach()) for m, v in means.items()]
+            fooled = [
+                discriminator_loss(self.discriminator[m], v.detach().to(batch.image.dtype)) for m, v in means.items()
+            ]
             optimizers["discriminator"].zero_grad()
             backward(fooled[0] + fooled[1])
             self._clip(self.discriminator)
@@ -298,7 +306,7 @@ class CMIMH(Retriever):
         return log
 
     def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """Codes that die: bits that are the same for every row of a batch, or a critic at its floor for three epochs."""
+        """Codes that die: bits equal for every row of a batch, or a critic at its floor for three epochs."""
         rows = [row for row in history if "constant_bits_image" in row][-3:]
         if len(rows) < 3:
             return None

@@ -1,6 +1,7 @@
 """Quality of anything that encodes both modalities (trained methods and baselines alike), and of classifiers."""
 
 from collections.abc import Mapping, Sequence
+from math import log
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -121,7 +122,7 @@ def _evaluate(
 
 def _code_health(encoded: Mapping[Modality, Tensor]) -> dict[str, dict[str, float]]:
     shares = {m: (values >= 0).double().mean(dim=0) for m, values in encoded.items()}  # (bits,)
-    entropy = {m: torch.special.entr(torch.stack([p, 1 - p])).sum(dim=0) / torch.tensor(2.0).log() for m, p in shares.items()}  # fmt: skip
+    entropy = {m: torch.special.entr(torch.stack([p, 1 - p])).sum(0) / log(2) for m, p in shares.items()}
     return {
         "constant_bits": {m: int(((p == 0) | (p == 1)).sum()) for m, p in shares.items()},
         "mean_entropy": {m: float(e.mean()) for m, e in entropy.items()},

@@ -141,7 +141,7 @@ def _rounds(
             log.say(f"resumed {folder} after epoch {state.epoch}")
         if planned < schedule.rounds:
             log.say(
-                f"{folder} stopped early in epoch {state.epoch}, as patience {run.patience} asks; more epochs change nothing"
+                f"{folder} stopped early in epoch {state.epoch}, as patience {run.patience} asks; it stays so"
                 if state.done
                 else f"{folder} was planned for {planned} epochs and goes on to {schedule.rounds}: what follows the "
                 "progress of the training (learning rates) now follows the longer one"
@@ -221,7 +221,7 @@ def _dense(kind: type[Method], dataset: Any) -> Any:
         return dataset
     if issubclass(kind, Classifier):  # its answers are class ids
         raise InputError(
-            f"{dataset.name}: {len(ids)} classes with ids up to {int(ids[-1])} would need {dataset.num_classes} outputs; "
+            f"{dataset.name}: {len(ids)} classes, ids to {int(ids[-1])}, would need {dataset.num_classes} outputs; "
             "expected ids that count from 0 without gaps"
         )
     numbered = {n: replace(s, labels=torch.searchsorted(ids, s.labels)) for n, s in splits.items()}
@@ -256,8 +256,8 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
 class _Schedule:
     """How a training is cut into rounds: after each it is logged, validated and may be saved.
 
-    Of methods that count epochs a round is one. Of those that count steps it is `every` batches, which may begin and end
-    within a pass over the data.
+    Of methods that count epochs a round is one. Of those that count steps it is `every` batches, which may begin and
+    end within a pass over the data.
     """
 
     batch_size: int

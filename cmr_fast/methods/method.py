@@ -66,7 +66,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
-        """One line on a training that goes wrong without an error, from the rows of metrics.csv; None if all is well."""
+        """One line on a training that goes wrong without an error, from the rows of metrics.csv; None if well."""
         return None
 
     def validate(self, valid: Any) -> dict[str, float]:
@@ -174,5 +174,5 @@ class Run:
     history: list[dict[str, float]]
     """One row per epoch, as in metrics.csv."""
     results: dict[str, Any]
-    """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; "warnings" where
-    something went wrong without an error."""
+    """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; "warnings"
+    where something went wrong without an error."""

@@ -41,7 +41,7 @@ class InputScaling(nn.Module):
             return
         if self.kind in ("hellinger", "chi2") and bool((features < 0).any()):
             raise InputError(
-                f"{self.kind} input scaling is for histograms: it needs features of at least 0, got {float(features.min())}; "
+                f"{self.kind} input scaling needs features of at least 0, got {float(features.min())}; "
                 "expected raw or standard for these (a preset of another data set may have chosen it)"
             )
         mapped = self._map(features.to(self.mean.device, torch.float64))
