@@ -21,7 +21,8 @@ _FORMAT, _KEY = "cmr_fast/1", "cmr_fast"
 def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write `tensors` and `meta` (anything JSON holds) as one safetensors file; a kill leaves the previous file.
 
-    Equal contents give equal bytes: the header is JSON under one key, with the format, the `kind`, `meta` as JSON, and a digest
+    Equal contents give equal bytes: the header is JSON under one key, with the format,
+    the `kind`, `meta` as JSON, and a digest
     over all of them and the tensors.
     """
     whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

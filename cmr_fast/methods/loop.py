@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -309,8 +309,10 @@ def _round(
     model.train()
     sums: dict[str, Tensor] = {}
     count = 0
+    # the true precisions need no context: networks and data have the dtype, and Fabric's would change torch's default
+    mixed = "mixed" in str(fabric._precision.precision)
     for step, rows in schedule.batches(len(split), seed, number):
-        with fabric.autocast():
+        with fabric.autocast() if mixed else nullcontext():
             batch = split.select(rows.to(split.labels.device))
             logged = model.step(batch, optimizers, fabric.backward, step / schedule.total)
         count += 1
