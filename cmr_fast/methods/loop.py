@@ -85,12 +85,18 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
         return _refit(kind, config, dataset, run)
     rows, held_rows = len(dataset.train), 0
     if dataset.valid is None and run.valid_fraction > 0:
-        dataset = dataset.hold_out(run.valid_fraction, run.seed)
-        held_rows = rows - len(dataset.train)
+        held_rows = len(torch.arange(0, rows, 1 / run.valid_fraction))
+        if rows - held_rows >= 2:
+            try:
+                dataset = dataset.hold_out(run.valid_fraction, run.seed)
+            except InputError as error:
+                raise InputError(
+                    f"{error} (the validation split took {held_rows} of {rows} training rows; valid_fraction 0 takes none)"
+                ) from error
     unit, length = ("step", config.max_steps) if hasattr(config, "max_steps") else ("epoch", config.epochs)
     if length < 1 or config.batch_size < 2:
         raise InputError(f"at least 1 {unit} and a batch of 2, got {length} and {config.batch_size}")
-    if len(dataset.train) < 2:
+    if rows - held_rows < 2:
         taken = f", of which the validation split took {held_rows} (valid_fraction 0 takes none)" if held_rows else ""
         raise InputError(f"{dataset.name}: training needs at least two pairs, got {rows}{taken}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
