@@ -91,7 +91,7 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
                 dataset = dataset.hold_out(run.valid_fraction, run.seed)
             except InputError as error:
                 raise InputError(
-                    f"{error} (the validation split took {held_rows} of {rows} training rows; valid_fraction 0 takes none)"
+                    f"{error} (validation took {held_rows} of {rows} training rows; valid_fraction 0 takes none)"
                 ) from error
     unit, length = ("step", config.max_steps) if hasattr(config, "max_steps") else ("epoch", config.epochs)
     if length < 1 or config.batch_size < 2:
