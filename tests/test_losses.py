@@ -193,9 +193,19 @@ def test_triplet_margin_loss_refuses(options, message):
 def test_triplet_margin_loss_refuses_calls():
     x, labels = embeddings(6)
     for arguments, message in (
-        ({"labels": labels, "indices_tuple": (labels,) * 3}, "mining="),
+        ({"labels": labels, "indices_tuple": (labels,) * 2}, "a miner's .* got tuple of 2"),
+        ({"labels": labels, "indices_tuple": (labels, labels, labels[1:])}, r"got lengths \[6, 6, 5\]"),
+        ({"labels": labels, "indices_tuple": (labels, labels + 6, labels)}, "6 anchors and 6 others, got"),
+        ({"labels": labels, "indices_tuple": (labels.double(),) * 3}, "torch.float64 among them"),
         ({}, "labels must be given"),
-        ({"labels": labels, "ref_emb": x}, "together"),
+        ({"labels": labels, "ref_labels": labels}, "together"),
+        ({"labels": labels, "ref_emb": x[1:]}, r"labels of both must be \(6,\) and \(5,\)"),
+        ({"labels": labels, "ref_emb": x[:, 1:]}, "agree in width"),
+        ({"labels": labels[:, None]}, r"labels\[:, 0\]"),
+        ({"labels": ["a"] * 6}, "must be class ids .* got list of <U1"),
+        ({"labels": [0, [1]] * 3}, "must be class ids .* got list"),
+        ({"labels": [0.0, float("nan")] * 3}, "got NaN"),
+        ({"labels": [0, 1, 2]}, "a row for each of the 6"),
     ):
         with pytest.raises(InputError, match=message):
             TripletMarginLoss()(x, **arguments)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.losses._checks import as_number
 
 
 class _GradientReversal(torch.autograd.Function):
@@ -37,7 +38,11 @@ def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
     Tensor
         x, of the same shape, dtype and device.
     """
-    return cast(Tensor, _GradientReversal.apply(x, scale))
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InputError(
+            f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
+    return cast(Tensor, _GradientReversal.apply(x, as_number(scale, "scale")))
 
 
 class _Norms(torch.autograd.Function):
@@ -58,13 +63,13 @@ class _Norms(torch.autograd.Function):
         return tuple(w * s if need else None for w, s, need in zip(weights, scales, needed, strict=True))
 
 
-def frobenius(weights: Iterable[Tensor], *, squared: bool = False) -> Tensor:
+def frobenius(weights: Tensor | Iterable[Tensor], *, squared: bool = False) -> Tensor:
     """ACMR's L_reg (Eq. 7): the sum of the weights' Frobenius norms.
 
     Parameters
     ----------
-    weights : iterable of Tensor
-        Float, of any shapes, at least one.
+    weights : Tensor or iterable of Tensor
+        Float, of any shapes, at least one. A tensor is one weight, not its rows.
     squared : bool
         Sum the squares of the norms instead: the form of weight decay.
 
@@ -76,9 +81,13 @@ def frobenius(weights: Iterable[Tensor], *, squared: bool = False) -> Tensor:
     Raises
     ------
     InputError
-        Where there is no weight.
+        Where there is no weight, or one is no floating-point tensor.
     """
-    matrices = list(weights)
+    matrices = [weights] if isinstance(weights, Tensor) else list(weights)
+    for weight in matrices:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            seen = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise InputError(f"weights must be floating-point tensors, got {seen}")
     if not matrices:
         raise InputError("frobenius needs at least one weight, got none")
     if squared:
