@@ -37,8 +37,12 @@ def compare(rank, world):
     for local in (False, True):
         for gradient in (False, True):
             options = {"local_loss": local, "gather_with_grad": gradient, "rank": rank, "world_size": world}
-            want, got = (loss(**options).get_logits(*share(rank, world)) for loss in (theirs.ClipLoss, ClipLoss))
+            given = share(rank, world)
+            want, got = (loss(**options).get_logits(*given[:3]) for loss in (theirs.ClipLoss, ClipLoss))
             torch.testing.assert_close(got, want)
+            # one bias: theirs adds it twice to gathered logits, since those of the texts are a view
+            biased = ClipLoss(**options).get_logits(*given)
+            torch.testing.assert_close(biased, tuple(x + given[3] for x in want))
             labels = [loss(**options).get_ground_truth("cpu", len(want[0])) for loss in (theirs.ClipLoss, ClipLoss)]
             assert torch.equal(*labels)
             agree(halved(theirs.ClipLoss)(**options), halved(ClipLoss)(**options), rank, world, 3)
