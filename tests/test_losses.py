@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -206,6 +207,7 @@ def test_triplet_margin_loss_refuses_calls():
         ({"labels": [0, [1]] * 3}, "must be class ids .* got list"),
         ({"labels": [0.0, float("nan")] * 3}, "got NaN"),
         ({"labels": [0, 1, 2]}, "a row for each of the 6"),
+        ({"labels": np.ma.masked_equal(np.arange(6) % 2, 0)}, "got a masked array"),
     ):
         with pytest.raises(InputError, match=message):
             TripletMarginLoss()(x, **arguments)

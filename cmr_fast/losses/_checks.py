@@ -56,6 +56,8 @@ def check_features(x: Any, name: str) -> None:
 def as_labels(value: Any, name: str) -> Tensor:
     """Labels as a dense tensor of bool, integers or floats; arrays, lists, columns and sparse matrices are taken."""
     expected = f"{name} must be class ids (N,) or multi-hot (N, C), of numbers"
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise InputError(f"{expected}, got a masked array: leave the masked rows out")
     if not isinstance(value, Tensor):
         try:
             array = np.asarray(value.toarray() if hasattr(value, "toarray") else value)
