@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from cmr_fast.errors import InputError
 from cmr_fast.losses import TripletMarginLoss, acmr_triplet, frobenius, gradient_reversal, vse_plus_plus
@@ -121,6 +121,7 @@ def test_frobenius_gradient():
     a, b = torch.randn(3, 4, dtype=torch.float64).requires_grad_(), torch.randn(2, 1, dtype=torch.float64)
     for squared in (False, True):
         assert gradcheck(lambda a, s=squared: 0.3 * frobenius([a, b], squared=s), (a,))
+        assert gradgradcheck(lambda a, s=squared: 0.3 * frobenius([a, b], squared=s), (a,))
     nothing = torch.zeros(2, 2, requires_grad=True)
     frobenius([nothing, b]).backward()
     assert torch.equal(nothing.grad, torch.zeros(2, 2))

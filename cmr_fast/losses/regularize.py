@@ -55,10 +55,11 @@ class _Norms(torch.autograd.Function):
         return norms.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         norms, *weights = ctx.saved_tensors
-        scales = (gradient / norms).masked_fill(norms == 0, 0).unbind()
+        if torch.is_grad_enabled():  # for a second derivative: the norms as functions of the weights
+            norms = torch.stack([torch.linalg.vector_norm(weight) for weight in weights])
+        scales = (gradient / norms.masked_fill(norms == 0, torch.inf)).unbind()
         needed = ctx.needs_input_grad
         return tuple(w * s if need else None for w, s, need in zip(weights, scales, needed, strict=True))
 
@@ -76,7 +77,7 @@ def frobenius(weights: Tensor | Iterable[Tensor], *, squared: bool = False) -> T
     Returns
     -------
     Tensor
-        A scalar, differentiable once in the weights; the gradient of a weight of zeros is 0.
+        A scalar, differentiable in the weights; the gradient of a weight of zeros is 0.
 
     Raises
     ------
