@@ -147,7 +147,7 @@ class _Tiles:
         self.bf16 = image.dtype == torch.bfloat16
         rows, columns = min(ROWS, len(image)), min(COLUMNS, len(text))
         self.buffers = image.new_empty((panels.threads, rows * columns))
-        self.scratch = torch.empty((panels.threads, 2 * (columns + 15)), dtype=torch.float32)
+        self.scratch = torch.empty((panels.threads, self.native.infonce_scratch(columns)), dtype=torch.uint8)
 
     def similarities(self, panel: int, tile: int, slot: int, again: bool = False) -> tuple[Tensor, Tensor]:
         """(rows, columns) products, kept ones as they are, and a tensor of that shape for the gradient."""

@@ -164,7 +164,7 @@ class SearchTables:
         distances = torch.full((len(q), k), self.bits + 1, dtype=torch.int32)
         indices = torch.full((len(q), k), -1, dtype=torch.int64)
         done, cost = torch.zeros(len(q), dtype=torch.bool), torch.zeros(len(q), dtype=torch.float64)
-        workspace = torch.empty(native.multi_index_workspace(len(self), k, threads), dtype=torch.uint8)
+        workspace = torch.empty(native.multi_index_workspace(len(self), len(q), k, threads), dtype=torch.uint8)
         tables = [(first, length, *map(_address, arrays)) for first, length, *arrays in self._tables]
         native.multi_index_search(
             isa, len(self), self._codes.shape[1], self.bits, self._order.data_ptr(), _address(self._starts),

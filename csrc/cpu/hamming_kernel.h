@@ -18,6 +18,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstring>
 
@@ -26,8 +27,6 @@
 
 namespace cmr {
 namespace {
-
-constexpr int64_t kTileBytes = 16384;
 
 // gcc 12 may spill an AVX-512 mask with its own width and reload it with that of the integer it was converted to
 inline unsigned in_register(unsigned x) {
@@ -49,15 +48,15 @@ struct Scan {
     const int64_t words;  // per code
     word* const query_words;
     word* const planes;
-    int64_t tile_codes;
+    const int64_t tile_codes;
 
     explicit Scan(const HammingScan& scan)
         : job(scan),
           words(W ? W : (scan.nbytes + sizeof(word) - 1) / static_cast<int64_t>(sizeof(word))),
           query_words(reinterpret_cast<word*>(scan.scratch)),
-          planes(query_words + round_up(scan.num_queries * words, 64 / sizeof(word))) {
-        tile_codes =
-            std::max<int64_t>(kStep, kTileBytes / (words * static_cast<int64_t>(sizeof(word))) / kStep * kStep);
+          planes(reinterpret_cast<word*>(scan.scratch + scan_query_bytes(scan.num_queries, scan.nbytes, sizeof(word)))),
+          tile_codes(scan_tile_codes(scan.nbytes, sizeof(word), kStep)) {
+        static_assert(kStep <= kMaxStep && kMaxStep % kStep == 0, "scan_scratch_bytes reckons with kMaxStep");
         std::memset(query_words, 0, job.num_queries * words * sizeof(word));
         for (int64_t i = 0; i < job.num_queries; ++i)
             std::memcpy(query_words + i * words, job.queries + i * job.nbytes, job.nbytes);
@@ -67,6 +66,7 @@ struct Scan {
 
     // Word planes of codes [first, first + count): in place where a code is one word, else through scratch.
     const word* tile(int64_t first, int64_t count) const {
+        assert(count <= tile_codes);
         const uint8_t* rows = job.database + first * job.nbytes;
         if (W == 1 && job.nbytes == sizeof(word) && count % kStep == 0) return reinterpret_cast<const word*>(rows);
         const int64_t padded = round_up(count, kStep);
@@ -233,7 +233,11 @@ struct Scan {
         sink.emit(i, near, static_cast<uint32_t>(index), [&](int code) {
             const word* x = block + code / V::lanes * V::lanes * words + code % V::lanes;
             int bits = 0;
-            for (int64_t w = 0; w < (W ? W : words); ++w) bits += __builtin_popcountll(q[w] ^ x[w * V::lanes]);
+            for (int64_t w = 0; w < (W ? W : words); ++w) {
+                word code_word;  // codes read in place may lie at any address
+                std::memcpy(&code_word, x + w * V::lanes, sizeof code_word);
+                bits += __builtin_popcountll(q[w] ^ code_word);
+            }
             return static_cast<uint32_t>(bits);
         });
     }
@@ -371,7 +375,7 @@ template <class S>
 void seed_limits(const S& scan, int64_t k, int64_t capacity, TopK* states) {
     constexpr int64_t kPeriod = 32;
     const HammingScan& job = scan.job;
-    const int64_t chunk = 4 * S::kStep, stride = kPeriod * chunk;
+    const int64_t chunk = std::min(4 * S::kStep, scan.tile_codes), stride = kPeriod * chunk;
     if (k < 24 || job.n < 16 * stride || job.n < kPeriod * k) return;
     const double expected = static_cast<double>(k) / kPeriod;
     const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 4);

@@ -27,8 +27,12 @@ struct SoftmaxGradient {
     const float *grad, *pull;   // of the loss: times the softmax, and (over the sum of weights) times the weights
 };
 
+// Two arrays along the columns, padded to the widest vector.
+static constexpr int64_t info_nce_padded(int64_t cols) { return (cols + 15) / 16 * 16; }
+static constexpr int64_t info_nce_scratch(int64_t cols) { return 2 * info_nce_padded(cols) * 4; }
+
 struct InfonceKernel {
-    // scratch: twice the columns, rounded up to 16, floats
+    // scratch: info_nce_scratch(cols) bytes
     void (*forward)(const SimilarityTile&, const SoftmaxState& rows, const SoftmaxState& cols, float* scratch);
     // out (rows, cols) of the tile's type, may be the tile itself: gradient of the logits
     void (*gradient)(const SimilarityTile&, const SoftmaxGradient& rows, const SoftmaxGradient& cols, void* out);

@@ -170,7 +170,8 @@ template <class T, Positives kind, bool kRows, bool kCols>
 void forward_tile(const SimilarityTile& t, const SoftmaxState& rows, const SoftmaxState& cols, float* scratch) {
     constexpr float kLeast = -std::numeric_limits<float>::infinity();
     const T* const s = static_cast<const T*>(t.s);
-    const int64_t padded = (t.cols + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = info_nce_padded(t.cols);
+    static_assert(16 % kLanes == 0, "info_nce_padded reckons with 16 lanes");
     float *const most = scratch, *const sums = scratch + padded;
     if constexpr (kCols) std::fill_n(most, padded, kLeast), std::fill_n(sums, padded, 0.0f);
 

@@ -144,47 +144,56 @@ PYBIND11_MODULE(_cpu, m) {
     });
 
     m.def("triplet_workspace", &cmr::triplet_workspace);
-    m.def("triplet_weigh", [](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
-                              bool classes, float margin, int mining, int distance, bool wants_e, int64_t self,
-                              Address block, Address x_squares, Address y_squares, Address x_labels, Address y_labels,
-                              Address losses, Address triplets, Address open, Address row_sums, Address workspace) {
-        py::gil_scoped_release released;
-        cmr::triplet_margin(isa,
-                            {rows,
-                             candidates,
-                             {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)},
-                             self,
-                             static_cast<cmr::Distance>(distance),
-                             wants_e,
-                             at<float>(block),
-                             at<float>(x_squares),
-                             at<float>(y_squares),
-                             at<double>(losses),
-                             at<float>(row_sums),
-                             threads},
-                            {margin, static_cast<cmr::Mining>(mining), at<int64_t>(triplets), at<int64_t>(open)},
-                            at<uint8_t>(workspace));
-    });
-    m.def("triplet_acmr", [](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
-                             bool classes, float margin, Address near, Address far, int64_t first, bool wants_e,
-                             Address block, Address x_squares, Address y_squares, Address x_labels, Address y_labels,
-                             Address losses, Address row_sums, Address workspace) {
-        py::gil_scoped_release released;
-        cmr::triplet_acmr(isa,
-                          {rows,
-                           candidates,
-                           {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)},
-                           -1,
-                           cmr::Distance::euclidean,
-                           wants_e,
-                           at<float>(block),
-                           at<float>(x_squares),
-                           at<float>(y_squares),
-                           at<double>(losses),
-                           at<float>(row_sums),
-                           threads},
-                          {margin, at<float>(near), at<float>(far), first}, at<uint8_t>(workspace));
-    });
+    // points: (x, squared norms of x, y, those of y, width, whether distances come from differences alone)
+    using Points = std::tuple<Address, Address, Address, Address, int64_t, bool>;
+    const auto triplet_block = [](int64_t rows, int64_t candidates, const cmr::TripletLabels& labels, int64_t self,
+                                  cmr::Distance distance, bool wants_e, Address block, const Points& points,
+                                  Address losses, Address row_sums, Address close, int threads) {
+        const auto& [x, x_squares, y, y_squares, width, exact] = points;
+        return cmr::TripletBlock{rows,
+                                 candidates,
+                                 labels,
+                                 self,
+                                 distance,
+                                 wants_e,
+                                 exact,
+                                 at<float>(block),
+                                 at<float>(x_squares),
+                                 at<float>(y_squares),
+                                 at<float>(x),
+                                 at<float>(y),
+                                 width,
+                                 at<double>(losses),
+                                 at<float>(row_sums),
+                                 at<int64_t>(close),
+                                 threads};
+    };
+    m.def("triplet_weigh",
+          [triplet_block](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
+                          bool classes, float margin, int mining, int distance, bool wants_e, int64_t self,
+                          Address block, const Points& points, Address x_labels, Address y_labels, Address losses,
+                          Address triplets, Address open, Address row_sums, Address close, Address workspace) {
+              py::gil_scoped_release released;
+              cmr::triplet_margin(
+                  isa,
+                  triplet_block(rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, self,
+                                static_cast<cmr::Distance>(distance), wants_e, block, points, losses, row_sums, close,
+                                threads),
+                  {margin, static_cast<cmr::Mining>(mining), at<int64_t>(triplets), at<int64_t>(open)},
+                  at<uint8_t>(workspace));
+          });
+    m.def("triplet_acmr",
+          [triplet_block](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
+                          bool classes, float margin, Address near, Address far, int64_t first, bool wants_e,
+                          Address block, const Points& points, Address x_labels, Address y_labels, Address losses,
+                          Address row_sums, Address close, Address workspace) {
+              py::gil_scoped_release released;
+              cmr::triplet_acmr(
+                  isa,
+                  triplet_block(rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, -1,
+                                cmr::Distance::euclidean, wants_e, block, points, losses, row_sums, close, threads),
+                  {margin, at<float>(near), at<float>(far), first}, at<uint8_t>(workspace));
+          });
     m.def("triplet_acmr_factors",
           [](const std::string& isa, int threads, int64_t n, int64_t words, bool classes, Address labels,
              Address planes, double weight, bool mean, Address counts, Address near, Address far) {
@@ -230,6 +239,7 @@ PYBIND11_MODULE(_cpu, m) {
         const auto& [s, bf16, rows, cols, weights, diagonal] = t;
         return cmr::SimilarityTile{at<void>(s), bf16, rows, cols, scale, bias, at<float>(weights), diagonal};
     };
+    m.def("infonce_scratch", [](int64_t cols) { return cmr::info_nce_scratch(cols); });
     m.def("infonce_forward", [infonce_tile](const std::string& isa, const Tile& t, float scale, const Direction& rows,
                                             const Direction& cols, Address scratch) {
         py::gil_scoped_release released;

@@ -49,6 +49,14 @@ constexpr int64_t kPad = 128;  // what vector stores may write behind an array
 constexpr int64_t kSubgroup = 4;   // queries that share a transposed tile of codes
 constexpr int64_t kMaxGroup = 16;  // queries that share a chunk of the database while it is in cache
 
+// Sizes that ranking.cpp allocates by and kernels step by.
+static constexpr int64_t value_stride(int64_t chunk) { return chunk + kPad; }  // of a query's values
+static constexpr int64_t bit_words(int64_t chunk, int64_t chunks) { return chunks * (chunk / 64) + 1; }  // of a query
+static constexpr int64_t num_starts(int64_t levels) { return levels + 1; }              // of a chunk and a query
+static constexpr int64_t num_counts(int64_t levels) { return 4 * 2 * levels; }          // four tables of a query
+static constexpr int64_t sort_room(int64_t count) { return (count + kPad) / 64 * 64; }  // one of four parts
+static constexpr int64_t sort_bytes(int64_t chunk) { return 4 * sort_room(chunk) + 2 * kPad; }
+
 // What a kernel works in: one group of queries and its scratch, laid out by ranking.cpp.
 struct RankingGroup {
     const RankingShape* shape;
@@ -58,10 +66,10 @@ struct RankingGroup {
     int64_t chunks;
     uint8_t* scan;          // scan_scratch_bytes(kSubgroup, nbytes)
     int32_t* distances;     // (kSubgroup, tile)
-    uint16_t* values;       // (kSubgroup, chunk + kPad): 2 distance + relevant in index order, in bytes where they fit
+    uint16_t* values;       // (kSubgroup, value_stride) 2 distance + relevant in index order, in bytes where they fit
     uint32_t* labels;       // (label_words, chunk) planes of the chunk's labels
     uint32_t* q_labels;     // (num_queries, label_words)
-    uint8_t* sorting;       // 4 (chunk + kPad) + 2 kPad
+    uint8_t* sorting;       // sort_bytes(chunk)
     uint32_t* counts;       // (num_queries, 4, 2 levels) where not ordered, else (2, levels)
     uint64_t* bits;         // (num_queries, chunks * chunk / 64 + 1) relevance of each chunk, sorted by distance
     uint16_t* starts;       // (num_queries, chunks, levels + 1) where each distance begins in it

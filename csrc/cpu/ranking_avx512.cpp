@@ -185,7 +185,7 @@ struct Avx512 : Portable {
                      uint64_t* bits, uint16_t* starts) {
         const int base = lo & ~1, range = hi - base;
         if (range > 255) return Portable::sort(v, count, lo, hi, levels, buffer, counts, bits, starts);
-        const int64_t room = (count + kPad) / 64 * 64;
+        const int64_t room = sort_room(count);
         uint8_t *zeros = buffer, *ones = buffer + room, *from_zeros = nullptr, *from_ones = nullptr;
         int64_t num_zeros = 0, num_ones = 0;
         uint8_t* sorted = buffer;

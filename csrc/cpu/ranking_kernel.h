@@ -105,10 +105,15 @@ struct Portable {
     }
 };
 
-// Precisions at hits: adds 1-based hit number over rank, in a fixed order.
+// Precisions at hits: adds 1-based hit number over rank, in a fixed order. Few are added to one sum before that goes to
+// the sum of sums: at 10 million hits rounding stays below 1e-12.
 struct PrecisionSum {
-    double lanes[8] = {};
+    double lanes[8] = {}, sums[8] = {};
     int64_t hits = 0;
+
+    void fold() {
+        for (int l = 0; l < 8; ++l) sums[l] += lanes[l], lanes[l] = 0;
+    }
 
     void add32(const int32_t* rank, int64_t count) {  // count < 32 only at the end
         double h[4][8], p[4][8];
@@ -130,7 +135,7 @@ struct PrecisionSum {
     }
 
     double total() const {
-        return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+        return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     }
 };
 
@@ -150,8 +155,10 @@ PrecisionSum sum_precisions(const uint64_t* ranked, int64_t ranks, int64_t max_h
         for (; done + 32 <= waiting; done += 32) sum.add32(positions + done, 32);
         waiting -= done;
         std::memmove(positions, positions + done, waiting * sizeof(int32_t));
+        sum.fold();
     }
     if (waiting) sum.add32(positions, waiting);
+    sum.fold();
     return sum;
 }
 
@@ -180,7 +187,7 @@ struct Ranker {
     const RankingGroup& g;
     const RankingShape& s;
     const RankingData& data;
-    const int64_t levels, words, value_stride, chunk_words;
+    const int64_t levels, words, chunk_words;
     int64_t partner_before[kMaxGroup] = {};  // ties inside the partner's chunk
     int64_t partner_level[kMaxGroup] = {};
 
@@ -190,19 +197,18 @@ struct Ranker {
           data(*group.data),
           levels(s.levels()),
           words(s.label_words()),
-          value_stride(group.chunk + kPad),
           chunk_words(group.chunk / 64) {}
 
-    uint64_t* bits(int64_t i) const { return g.bits + i * (g.chunks * chunk_words + 1); }
-    uint16_t* starts(int64_t i, int64_t chunk) const { return g.starts + (i * g.chunks + chunk) * (levels + 1); }
-    uint32_t* histogram(int64_t i) const { return g.counts + i * 8 * levels; }
+    uint64_t* bits(int64_t i) const { return g.bits + i * bit_words(g.chunk, g.chunks); }
+    uint16_t* starts(int64_t i, int64_t chunk) const { return g.starts + (i * g.chunks + chunk) * num_starts(levels); }
+    uint32_t* histogram(int64_t i) const { return g.counts + i * num_counts(levels); }
 
     void run(decltype(HammingKernel::table) table) {
         for (int64_t i = 0; i < g.num_queries; ++i) {
             uint32_t* const wanted = g.q_labels + i * words;
             std::memset(wanted, 0, words * sizeof(uint32_t));
             std::memcpy(wanted, data.q_labels + (g.first_query + i) * s.label_bytes, s.label_bytes);
-            if (!s.ordered) std::fill(histogram(i), histogram(i) + 8 * levels, 0);
+            if (!s.ordered) std::fill(histogram(i), histogram(i) + num_counts(levels), 0);
         }
         for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
             const int64_t first = chunk * g.chunk, count = std::min(g.chunk, s.n - first);
@@ -247,7 +253,7 @@ struct Ranker {
             const bool direct = Ops::reads_codes(s);
             if (!direct) table({q, size, codes, tile, s.nbytes, g.scan}, g.distances, kTile);
             for (int64_t j = 0; j < size; ++j) {
-                Value* const to = v + j * value_stride + at;
+                Value* const to = v + j * value_stride(g.chunk) + at;
                 const uint32_t* const wanted = g.q_labels + (begin + j) * words;
                 if (direct)
                     Ops::values(q + j * s.nbytes, codes, s.nbytes, g.labels + at, g.chunk, words, s.classes, wanted,
@@ -259,7 +265,7 @@ struct Ranker {
         }
         for (int64_t j = 0; j < size; ++j) {
             const int64_t i = begin + j;
-            const Value* const mine = v + j * value_stride;
+            const Value* const mine = v + j * value_stride(g.chunk);
             if (data.partners) meet_partner(i, mine, first, count);
             if (s.ordered)
                 Ops::sort(mine, count, lo[j], hi[j], levels, g.sorting, g.counts, bits(i) + chunk * chunk_words,

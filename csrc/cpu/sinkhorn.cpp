@@ -44,12 +44,7 @@ int64_t slots(const SinkhornShape& s) { return std::max<int64_t>(1, std::min<int
 
 }  // namespace
 
-size_t sinkhorn_scratch(const SinkhornShape& s) {
-    const int64_t stride = s.stride();
-    const int64_t floats = (s.proximal ? 2 : 1) * s.rows() * stride + 6 * s.slots() + 9 * stride;
-    const int64_t doubles = 2 * s.slots() + 4 * stride;
-    return static_cast<size_t>((4 * floats + 8 * doubles + 24 * kAlign + kAlign - 1) / kAlign * kAlign);
-}
+size_t sinkhorn_scratch(const SinkhornShape& s) { return static_cast<size_t>(SinkhornScratch().lay_out(s, 0)); }
 
 size_t sinkhorn_workspace(const SinkhornShape& s) { return slots(s) * sinkhorn_scratch(s) + kAlign; }
 

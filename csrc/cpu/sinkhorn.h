@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 namespace cmr {
 
@@ -34,6 +35,36 @@ struct SinkhornData {
     int32_t* iterations;           // (problems,)
     float* errors;                 // (problems,) sum_i |sum_j plan_ij - mu_i|
 };
+
+namespace {  // each kernel file has its own
+
+// What one problem is worked in.
+struct SinkhornScratch {
+    float *kernel, *step;                                                       // (rows, stride); step: IPOT's
+    float *u, *u_next, *mu, *sums, *u_product, *u_logs;                         // slots each
+    float *v, *v_next, *nu, *columns, *x, *most, *v_product, *v_logs, *v_made;  // stride each
+    double *a, *a_next;                                                         // slots each
+    double *b, *b_next, *before, *from;                                         // stride each
+
+    // Lays all of it out from `base` on, an address that 64 divides; returns how many bytes it takes.
+    int64_t lay_out(const SinkhornShape& s, uintptr_t base) {
+        uintptr_t at = base;
+        const auto take = [&at](auto*& p, int64_t count) {
+            p = reinterpret_cast<std::decay_t<decltype(p)>>(at);
+            at += (static_cast<uintptr_t>(count) * sizeof *p + 63) / 64 * 64;
+        };
+        take(kernel, s.rows() * s.stride());
+        step = nullptr;
+        if (s.proximal) take(step, s.rows() * s.stride());
+        for (float** p : {&u, &u_next, &mu, &sums, &u_product, &u_logs}) take(*p, s.slots());
+        for (float** p : {&v, &v_next, &nu, &columns, &x, &most, &v_product, &v_logs, &v_made}) take(*p, s.stride());
+        for (double** p : {&a, &a_next}) take(*p, s.slots());
+        for (double** p : {&b, &b_next, &before, &from}) take(*p, s.stride());
+        return static_cast<int64_t>(at - base);
+    }
+};
+
+}  // namespace
 
 struct SinkhornKernel {
     void (*solve)(const SinkhornShape&, const SinkhornData&, int64_t problem, uint8_t* scratch);

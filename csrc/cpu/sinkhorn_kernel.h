@@ -40,13 +40,10 @@ constexpr float kFar = 1e12f, kTooFar = 1e14f, kFarStep = 1e8f;  // how far scal
 constexpr double kLogMost = 16, kLost = 55;                      // of IPOT, see above
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-struct Transport {
+struct Transport : SinkhornScratch {
     const SinkhornShape& s;
     const float *cost, *mass, *share;  // mu and nu as they were given
     const int64_t m, n, rows, slots, stride;
-    float *kernel, *step, *u, *u_next, *mu, *sums, *u_product, *u_logs, *v, *v_next, *nu, *columns, *x, *most,
-        *v_product, *v_logs, *v_made;
-    double *a, *a_next, *b, *b_next, *before, *from;
     double power = 0;        // p
     bool everywhere = true;  // all columns have mass
 
@@ -60,17 +57,7 @@ struct Transport {
           rows(s.rows()),
           slots(s.slots()),
           stride(s.stride()) {
-        const auto take = [&memory](auto*& p, int64_t count) {
-            p = reinterpret_cast<std::decay_t<decltype(p)>>(memory);
-            memory += (count * static_cast<int64_t>(sizeof *p) + 63) / 64 * 64;
-        };
-        take(kernel, rows * stride);
-        step = nullptr;
-        if (s.proximal) take(step, rows * stride);
-        for (float** p : {&u, &u_next, &mu, &sums, &u_product, &u_logs}) take(*p, slots);
-        for (float** p : {&v, &v_next, &nu, &columns, &x, &most, &v_product, &v_logs, &v_made}) take(*p, stride);
-        for (double** p : {&a, &a_next}) take(*p, slots);
-        for (double** p : {&b, &b_next, &before, &from}) take(*p, stride);
+        lay_out(s, reinterpret_cast<uintptr_t>(memory));
         std::fill(std::copy(mass, mass + m, mu), mu + slots, 0.0f);
         std::fill(std::copy(share, share + n, nu), nu + stride, 0.0f);
         for (double* p : {a, a_next}) std::fill(p, p + slots, 0.0);

@@ -23,14 +23,17 @@ struct TripletLabels {
 struct TripletBlock {
     int64_t rows, candidates;  // candidates < 2^24
     TripletLabels labels;
-    int64_t
-        self;  // the candidate that is row 0's own item, the next row's is the next one; -1: anchors are no candidates
+    int64_t self;  // the candidate that is row 0's own item, then the next one; -1: anchors are no candidates
     Distance distance;
     bool wants_e;                        // else the block is left as it is
+    bool exact;                          // every distance from differences: no products come in
     float* block;                        // (rows, candidates): inner products in, e out (triplet_kernel.h)
     const float *x_squares, *y_squares;  // (rows,), (candidates,) squared norms
-    double* losses;                      // (rows,)
-    float* row_sums;                     // (rows,) of e
+    const float *x, *y;                  // (rows, width), (candidates, width)
+    int64_t width;
+    double* losses;   // (rows,)
+    float* row_sums;  // (rows,) of e
+    int64_t* close;   // (rows,) pairs with a weight that are close (kClose)
     int threads;
 };
 
@@ -47,6 +50,8 @@ struct AcmrTerms {
     const float *near, *far;  // (candidates,)
     int64_t first;            // row 0's own index
 };
+
+constexpr float kClose = 1.0f / 64;  // squared distances up to this share of |x|^2 + |y|^2 come from differences
 
 constexpr int64_t kLanes = 16;  // of the sums: their order is the same on every instruction set
 
@@ -80,7 +85,7 @@ extern const TripletKernel triplet_neon;
 
 constexpr int64_t kTripletTile = 32;
 
-size_t triplet_workspace(int64_t candidates, int threads);
+size_t triplet_workspace(int64_t rows, int64_t candidates, int threads);
 void triplet_margin(const std::string& isa, const TripletBlock&, const TripletMargin&, uint8_t* workspace);
 void triplet_acmr(const std::string& isa, const TripletBlock&, const AcmrTerms&, uint8_t* workspace);
 

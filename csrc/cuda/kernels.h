@@ -83,6 +83,9 @@ struct TripletRows {
     int64_t self;  // the candidate that is row 0's own item; -1: anchors are no candidates
     float* block;  // (rows, candidates)
     const float *x_squares, *y_squares;
+    const float *x, *y;  // (rows, width), (candidates, width)
+    int64_t width;
+    bool exact;                          // every distance from differences: no products come in
     const int64_t *x_labels, *y_labels;  // (rows, words), (words, candidates)
     double* losses;                      // (rows,)
     int64_t *triplets, *open;            // (rows,)

@@ -6,6 +6,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -97,15 +98,35 @@ PYBIND11_MODULE(CMR_CUDA_MODULE, m) {
         check("hamming_table", hamming_table(queue, scan, at<int>(distances)));
     });
 
+    // points: (x, squared norms of x, y, those of y, width, whether distances come from differences alone)
+    using Points = std::tuple<Address, Address, Address, Address, int64_t, bool>;
     m.def("triplet_weigh",
           [](const Queue& queue, int64_t rows, int64_t candidates, int64_t words, bool classes, float margin,
-             int mining, int distance, bool wants_e, int64_t self, Address block, Address x_squares, Address y_squares,
+             int mining, int distance, bool wants_e, int64_t self, Address block, const Points& points,
              Address x_labels, Address y_labels, Address losses, Address triplets, Address open, Address row_sums) {
-              check("triplet_weigh",
-                    triplet_weigh(queue, {rows, candidates, words, classes, margin, mining, distance, wants_e, self,
-                                          at<float>(block), at<float>(x_squares), at<float>(y_squares),
-                                          at<int64_t>(x_labels), at<int64_t>(y_labels), at<double>(losses),
-                                          at<int64_t>(triplets), at<int64_t>(open), at<float>(row_sums)}));
+              const auto& [x, x_squares, y, y_squares, width, exact] = points;
+              check("triplet_weigh", triplet_weigh(queue, {rows,
+                                                           candidates,
+                                                           words,
+                                                           classes,
+                                                           margin,
+                                                           mining,
+                                                           distance,
+                                                           wants_e,
+                                                           self,
+                                                           at<float>(block),
+                                                           at<float>(x_squares),
+                                                           at<float>(y_squares),
+                                                           at<float>(x),
+                                                           at<float>(y),
+                                                           width,
+                                                           exact,
+                                                           at<int64_t>(x_labels),
+                                                           at<int64_t>(y_labels),
+                                                           at<double>(losses),
+                                                           at<int64_t>(triplets),
+                                                           at<int64_t>(open),
+                                                           at<float>(row_sums)}));
           });
 
     m.def("pgd_workspace", &pgd_workspace, "Bytes that an L2 step of samples of so many elements needs.");

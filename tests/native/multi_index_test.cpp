@@ -66,7 +66,7 @@ void check(const std::string& isa, int bits, int count, int64_t n, int64_t k, in
     const Tables tables(codes, n, bits, count, threads);
     std::vector<int32_t> distances(nq * k, -1);
     std::vector<int64_t> indices(nq * k, -1);
-    std::vector<uint8_t> done(nq), workspace(cmr::multi_index_workspace(n, k, threads));
+    std::vector<uint8_t> done(nq), workspace(cmr::multi_index_workspace(n, nq, k, threads));
     std::vector<double> cost(nq);
     cmr::multi_index_search(isa, tables.index, {q.data(), nq, k, threads, INFINITY}, distances.data(), indices.data(),
                             done.data(), cost.data(), workspace.data());
