@@ -1,4 +1,4 @@
-"""The picture in CONTRIBUTING.md holds: imports run downward, none in a circle, and the core asks for torch and numpy alone."""
+"""CONTRIBUTING.md's picture holds: imports run downward, none in a circle; the core asks for torch and numpy alone."""
 
 import ast
 import subprocess
@@ -18,7 +18,8 @@ FLOORS = (
     ("attacks",),
     ("methods",),
     ("reports",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 CORE = ("errors", "_files", "_terminal", "ops", "losses", "retrieval", "attacks")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

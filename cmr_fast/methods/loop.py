@@ -247,7 +247,8 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         refuse_used(folder)
     selection = train(kind, config, dataset, replace(run, out=folder / "selection", refit=False))
     if dataset.valid is not None:
-        dataset = replace(dataset, train=dataset.train.joined(dataset.valid), valid=None)
+        train_split: Any = dataset.train
+        dataset = replace(dataset, train=train_split.joined(dataset.valid), valid=None)
     best = selection.results["best_epoch"]
     if hasattr(config, "max_steps"):
         rows = read_json(folder / "selection" / CONFIG)["data"]["train"]

@@ -554,7 +554,7 @@ def _acmr_triplet(
     else:
         mine, planes = labels.contiguous(), _planes(labels)
         relevance = (1 if labels.ndim == 1 else labels.shape[1], labels.ndim == 1)
-        counts = torch.empty(size, dtype=torch.int64)
+        counts = torch.empty(size, dtype=torch.int64, device="cpu")
         sweep.native.triplet_acmr_factors(
             *sweep.head, size, *relevance, mine.data_ptr(), planes.data_ptr(), weight, mean, counts.data_ptr(),
             near.data_ptr(), far.data_ptr(),

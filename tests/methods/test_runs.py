@@ -35,9 +35,9 @@ def test_a_finished_run_goes_on_to_more_epochs_and_equals_the_longer_one(tmp_pat
 
 
 def test_a_run_folder_in_use_is_refused_and_its_holder_named(tmp_path):
-    with _runfolder.held(tmp_path / "run"):
-        with pytest.raises(InputError, match=r"in use, process \d+ on .* trains in it"):
-            train("acmr", SHORT, small_dataset(), quick(tmp_path / "run", resume=True))
+    in_use = pytest.raises(InputError, match=r"in use, process \d+ on .* trains in it")
+    with _runfolder.held(tmp_path / "run"), in_use:
+        train("acmr", SHORT, small_dataset(), quick(tmp_path / "run", resume=True))
     train("acmr", SHORT, small_dataset(), quick(tmp_path / "run", resume=True))
     assert not (tmp_path / "run" / ".lock").exists()
 

@@ -118,9 +118,23 @@ void check_margin(const std::string& isa, const Case& c, cmr::Mining mining, int
     std::vector<int64_t> triplets(rows), open(rows), close(rows);
     std::vector<uint8_t> workspace(cmr::triplet_workspace(rows, n, threads), 0xee);
     cmr::triplet_margin(isa,
-                        {rows, n, {c.words, c.classes, c.x_labels.data(), c.y_labels.data()}, c.self ? 0 : -1,
-                         cmr::Distance::squared, true, exact, block.data(), c.x_squares.data(), c.y_squares.data(),
-                         c.x.data(), c.y.data(), kWidth, losses.data(), sums.data(), close.data(), threads},
+                        {rows,
+                         n,
+                         {c.words, c.classes, c.x_labels.data(), c.y_labels.data()},
+                         c.self ? 0 : -1,
+                         cmr::Distance::squared,
+                         true,
+                         exact,
+                         block.data(),
+                         c.x_squares.data(),
+                         c.y_squares.data(),
+                         c.x.data(),
+                         c.y.data(),
+                         kWidth,
+                         losses.data(),
+                         sums.data(),
+                         close.data(),
+                         threads},
                         {kMargin, mining, triplets.data(), open.data()}, workspace.data());
     for (int64_t i = 0; i < rows; ++i) {
         const Row want = oracle(c, i, mining);
