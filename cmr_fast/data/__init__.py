@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cmr_fast.data.images import ImageDataset, Images, holds_images, load_images
+from cmr_fast.data._where import find
+from cmr_fast.data.catalogue import load_images
+from cmr_fast.data.images import ImageDataset, Images, holds_images
 from cmr_fast.data.native import save_pairs
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
@@ -34,7 +36,7 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
         raise InputError("no data set named: expected a path, a name under $CMR_FAST_DATA or 'shapes', got ''")
     if path_or_name == "shapes":
         return shapes.load(**_checked(shapes.load, "the built-in shapes", options))
-    path = _find(Path(path_or_name).expanduser())
+    path = find(Path(path_or_name).expanduser())
     if path.name.startswith("raw_features") and path.is_file():
         path = path.parent
     if path.is_dir() and any((path / name).is_file() for name in wikipedia.FILES["lda"]):
@@ -44,20 +46,6 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> PairedDataset:
     from cmr_fast.data import features as files
 
     return files.load(path, **_checked(files.load, "such files", options))
-
-
-def _find(path: Path) -> Path:
-    if path.exists():
-        return path
-    looked = [str(path)]
-    root = os.environ.get("CMR_FAST_DATA")
-    if root and not path.is_absolute():
-        below = Path(root).expanduser() / path
-        if below.exists():
-            return below
-        looked.append(str(below))
-    hint = "" if root else "; set CMR_FAST_DATA to a folder of data sets to use bare names"
-    raise InputError(f"no data at {' or '.join(looked)}; the built-in set is named 'shapes'{hint}")
 
 
 def _checked(loader: Callable[..., PairedDataset], what: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Labelled images for classifiers: CIFAR-10 and SVHN from their authors' files, and the built-in shapes."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,49 +91,19 @@ class ImageDataset:
         return replace(self, train=train, valid=valid)
 
 
-def load_images(
-    path_or_name: str | os.PathLike[str], *, train: int | None = None, test: int | None = None, seed: int = 0
-) -> ImageDataset:
-    """The labelled images at a path, or by name: "shapes" is built in, others lie under $CMR_FAST_DATA.
-
-    What lies there is found by looking:
-    data_batch_1 … data_batch_5, test_batch   CIFAR-10, the python version (also in a folder cifar-10-batches-py in it)
-    train_32x32.mat, test_32x32.mat           SVHN, the cropped digits; its label 10 is the digit 0
-
-    train, test    keep this many images of a split, drawn with `seed`, each class its share; None keeps all
-    Pickles are read by a reader that runs nothing. Raises InputError for files that are missing, cut short or of other
-    shapes than their authors' ones.
-    """
-    from cmr_fast.data import _find, shapes
-
-    if path_or_name == "shapes":
-        wanted = {"train": train, "test": test}
-        return shapes.load_images(seed=seed, **{split: n for split, n in wanted.items() if n is not None})
-    path = _find(Path(path_or_name).expanduser())
-    read = _reader(path)
-    if read is None:
-        there = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
-        raise InputError(
-            f"{path}: no labelled images found; looked for data_batch_1 (CIFAR-10, python version) and "
-            f"{SVHN_FILES[0]} (SVHN); it holds {', '.join(there[:8]) or 'nothing'}"
-        )
-    found = read()
-    return replace(found, train=_few(found.train, train, seed, "train"), test=_few(found.test, test, seed, "test"))
-
-
 def holds_images(path: Path) -> bool:
     """Whether `load_images` knows what lies there."""
-    return _reader(path) is not None
+    return reader(path) is not None
 
 
-def _reader(path: Path) -> Callable[[], ImageDataset] | None:
+def reader(path: Path) -> Callable[[], ImageDataset] | None:
     for folder in (path, path / "cifar-10-batches-py"):
         if (folder / CIFAR_TRAIN[0]).is_file():
             return lambda: _cifar10(folder)
     return (lambda: _svhn(path)) if (path / SVHN_FILES[0]).is_file() else None
 
 
-def _few(images: Images, count: int | None, seed: int, split: str) -> Images:
+def sample_of(images: Images, count: int | None, seed: int, split: str) -> Images:
     if count is None:
         return images
     if not 0 < count <= len(images):
