@@ -1,5 +1,6 @@
 """Data sets: pairs of image and text (`Pairs`, `PairedDataset`, `load`), and labelled images for classifiers (`Images`,
-`ImageDataset`, `load_images`)."""
+`ImageDataset`, `load_images`).
+"""
 
 import inspect
 import os

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from cmr_fast.data.pairs import held_out
+from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
 
 CIFAR_TRAIN, CIFAR_TEST = [f"data_batch_{number}" for number in range(1, 6)], "test_batch"
 SVHN_FILES = "train_32x32.mat", "test_32x32.mat"
 
 
-@dataclass(frozen=True)
-class Images:
+@dataclass(frozen=True, repr=False)
+class Images(Parts):
     """N images with a class each: image uint8 (N, 3, H, W), labels int64 (N,)."""
 
     image: Tensor
     labels: Tensor
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         image, labels = self.image, self.labels
@@ -34,13 +36,6 @@ class Images:
             )
         if len(labels) and int(labels.min()) < 0:
             raise InputError(f"class ids must be 0 or more, got {int(labels.min())}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: Tensor) -> "Images":
-        """The images at `rows` (int64 indices), in that order."""
-        return Images(self.image[rows], self.labels[rows])
 
     def sample(self, count: int, seed: int = 0) -> "Images":
         """`count` images, each class its share, in an order drawn with `seed`; all of them where there are no more."""
@@ -57,7 +52,7 @@ class Images:
         return self.image.float() / 255
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageDataset:
     """Train and test splits of labelled images, and what `hold_out` takes from train."""
 
@@ -78,6 +73,12 @@ class ImageDataset:
         highest = max(int(images.labels.max()) for images in splits.values() if images is not None)
         if self.class_names and highest >= len(self.class_names):
             raise InputError(f"{self.name}: class {highest}, but only {len(self.class_names)} class names")
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} {self.name}, {self.num_classes} classes"]
+        lines += [f"  {split:<6}{getattr(self, split)!r}" for split in ("train", "valid", "test")
+                  if getattr(self, split) is not None]  # fmt: skip
+        return "\n".join(lines)
 
     @property
     def num_classes(self) -> int:

@@ -6,50 +6,49 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
 
 MAX_CLASSES = 1_000_000
 
 
-@dataclass(frozen=True)
-class Pairs:
+@dataclass(frozen=True, repr=False)
+class Pairs(Parts):
     """N pairs; row i of `image` and entry i of `text` describe the same thing.
 
     image   float32 (N, Di) features, or uint8 (N, 3, H, W) raw images
-    text    float32 (N, Dt) features, or N tuples of captions
+    text    float32 (N, Dt) features, int64 (N, L) token ids, or N captions, each a string or a tuple of them
     labels  int64 (N,) class ids from 0, or uint8 (N, C) multi-hot
+    rows    int64 (N,), which rows of a split a batch holds; None of a split
     """
 
     image: Tensor
-    text: Tensor | Sequence[tuple[str, ...]]
+    text: Tensor | Sequence[str] | Sequence[tuple[str, ...]]
     labels: Tensor
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         sizes = {"image": len(self.image), "text": len(self.text), "labels": len(self.labels)}
         if len(set(sizes.values())) != 1:
             raise InputError(f"image, text and labels must have the same number of rows, got {sizes}")
         _check_labels(self.labels)
-        if isinstance(self.text, Tensor):
+        if isinstance(self.text, Tensor) and self.text.dtype == torch.int64:
+            if self.text.ndim != 2 or not self.text.shape[1]:
+                raise InputError(f"token ids must be int64 (N, L), got {tuple(self.text.shape)}")
+        elif isinstance(self.text, Tensor):
             _check_features(self.text, "text")
         if self.image.dtype != torch.uint8:
             _check_features(self.image, "image")
         elif self.image.ndim != 4 or self.image.shape[1] != 3:
             raise InputError(f"raw images must be uint8 (N, 3, H, W), got uint8 {tuple(self.image.shape)}")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: Tensor) -> "Pairs":
-        """The pairs at `rows` (int64 indices), in that order."""
-        text = self.text[rows] if isinstance(self.text, Tensor) else tuple(self.text[i] for i in rows.tolist())
-        return Pairs(self.image[rows], text, self.labels[rows])
-
     @property
     def multi_label(self) -> bool:
+        """Whether labels are multi-hot rows."""
         return self.labels.ndim == 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairedDataset:
     """Train, query and database splits. Queries of one modality rank the database of the other.
 
@@ -71,8 +70,8 @@ class PairedDataset:
         splits = [p for p in (self.train, self.valid, self.query, self.database) if p is not None]
         if self.valid is not None and len(self.valid) == 0:
             raise InputError(f"{self.name}: the valid split is empty, it needs at least one pair, or is None")
-        for what, shape in (("image", _width), ("text", _width), ("labels", _width)):
-            widths = {shape(getattr(p, what)) for p in splits}
+        for what in ("image", "text", "labels"):
+            widths = {_width(getattr(p, what)) for p in splits}
             if len(widths) != 1:
                 raise InputError(
                     f"{self.name}: {what} must have one width over all splits, got {sorted(map(str, widths))}"
@@ -88,6 +87,12 @@ class PairedDataset:
             raise InputError(
                 f"{self.name}: {len(self.class_names)} class names for labels of {self.num_classes} classes"
             )
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} {self.name}, {self.num_classes} classes"]
+        lines += [f"  {split:<9}{getattr(self, split)!r}" for split in ("train", "valid", "query", "database")
+                  if getattr(self, split) is not None]  # fmt: skip
+        return "\n".join(lines)
 
     @property
     def num_classes(self) -> int:
