@@ -9,7 +9,7 @@ Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Family:
+class Layout:
     """The names that a group of projects uses.
 
     words     split to the word that stands for it in names; "whole" for a set that is not split
@@ -31,14 +31,14 @@ class Family:
         return tuple(pattern.format(self.words[split]) for pattern in sorted(self.roles[role], key=behind))
 
 
-NATIVE = Family(
+NATIVE = Layout(
     "cmr_fast's own .npz",
     {"train": "train", "valid": "valid", "query": "query", "database": "database"},
     {"image": ("{}_image",), "text": ("{}_text",), "labels": ("{}_labels",)},
 )
-FAMILIES = (
+LAYOUTS = (
     NATIVE,
-    Family(
+    Layout(
         "one set without splits (DCMH, torchcmh, TA-DCH)",
         {"whole": ""},
         {
@@ -47,28 +47,28 @@ FAMILIES = (
             "labels": ("LAll", "labels", "label"),
         },
     ),
-    Family(
+    Layout(
         "MATLAB hashing code (MIRFLICKR.mat, WIKI.mat, raw_mir.mat)",
         {"train": "tr", "query": "te", "database": "db"},
         {"image": ("I_{}",), "text": ("T_{}",), "labels": ("L_{}",)},
         database="train",
     ),
-    Family(
+    Layout(
         "XMedia",
         {"train": "tr", "query": "te"},
         {"image": ("I_{}_CNN",), "text": ("T_{}_BOW",), "labels": ("{}ImgCat",), "text_labels": ("{}TxtCat",)},
     ),
-    Family(
+    Layout(
         "INRIA Websearch",
         {"train": "tr", "valid": "val", "query": "te"},
         {"image": ("{}_img",), "text": ("{}_txt",), "labels": ("{}_img_lab",), "text_labels": ("{}_txt_lab",)},
     ),
-    Family(
+    Layout(
         "DSCMR",
         {"train": "train", "valid": "valid", "query": "test"},
         {"image": ("{}_img",), "text": ("{}_txt",), "labels": ("{}_img_lab",), "text_labels": ("{}_txt_lab",)},
     ),
-    Family(
+    Layout(
         "SDML, MRL",
         {"train": "train", "valid": "valid", "query": "test"},
         {
@@ -78,12 +78,12 @@ FAMILIES = (
             "text_labels": ("{}_texts_labels",),
         },
     ),
-    Family(
+    Layout(
         "ACMR",
         {"train": "train", "query": "test"},
         {"image": ("{}_img_feats",), "text": ("{}_txt_vecs",), "labels": ("{}_labels",)},
     ),
-    Family(
+    Layout(
         "DLFH, UCCH",
         {"query": "Test", "database": "Database"},
         {"image": ("V{}", "X{}"), "text": ("Y{}",), "labels": ("{}L",)},
@@ -97,17 +97,17 @@ _NOT_DATA = {
 }
 
 
-def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[Family, dict[str, dict[str, str]]]:
-    """The family that arrays of these names belong to, and the name for each of its splits and roles.
+def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[Layout, dict[str, dict[str, str]]]:
+    """The layout that arrays of these names belong to, and the name for each of its splits and roles.
 
     wanted: role to the name that is to be taken for it where several would do; case does not matter in the files.
-    Raises InputError naming what is missing from the family that fits best.
+    Raises InputError naming what is missing from the layout that fits best.
     """
     folded = {key.casefold(): key for key in keys}
     here = ", ".join(sorted(folded.values())[:12]) + (", …" if len(folded) > 12 else "") or "nothing"
-    fits = [_fit(family, folded, wanted) for family in FAMILIES]
+    fits = [_fit(layout, folded, wanted) for layout in LAYOUTS]
     # the complete ones first, then by the number of arrays found
-    family, names, missing = max(fits, key=lambda fit: (not fit[2], sum(map(len, fit[1].values()))))
+    layout, names, missing = max(fits, key=lambda fit: (not fit[2], sum(map(len, fit[1].values()))))
     if missing:
         for signs, what in _NOT_DATA.items():
             if all(sign.casefold() in folded for sign in signs):
@@ -116,25 +116,25 @@ def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[Fa
             own = "image, text and labels, or train_image, train_text, …, query_labels"
             raise InputError(f"no known names among its arrays ({here}); the simplest layout is one .npz of {own}")
         raise InputError(
-            f"looks like {family.name}, but has no {', no '.join(missing)}; it holds {here}. "
+            f"looks like {layout.name}, but has no {', no '.join(missing)}; it holds {here}. "
             "If they are in other files, put these in one folder and give that"
         )
     for role, key in wanted.items():
         if key is not None and not any(key == chosen.get(role) for chosen in names.values()):
-            raise InputError(f"{role}={key!r} is not among the names for the {role} of {family.name}; it holds {here}")
-    return family, names
+            raise InputError(f"{role}={key!r} is not among the names for the {role} of {layout.name}; it holds {here}")
+    return layout, names
 
 
 def _fit(
-    family: Family, folded: Mapping[str, str], wanted: Mapping[str, str | None]
-) -> tuple[Family, dict[str, dict[str, str]], list[str]]:
-    """What a family finds of its names: split and role to name; and what it misses, in words."""
+    layout: Layout, folded: Mapping[str, str], wanted: Mapping[str, str | None]
+) -> tuple[Layout, dict[str, dict[str, str]], list[str]]:
+    """What a layout finds of its names: split and role to name; and what it misses, in words."""
     found: dict[str, dict[str, str]] = {}
     missing = []
-    for split in family.words:
+    for split in layout.words:
         chosen = {}
-        for role in family.roles:
-            names = family.names(split, role, wanted.get(role))
+        for role in layout.roles:
+            names = layout.names(split, role, wanted.get(role))
             there = [folded[name.casefold()] for name in names if name.casefold() in folded]
             if there:
                 chosen[role] = there[0]
@@ -143,5 +143,5 @@ def _fit(
         if chosen or split not in ("valid", "database"):
             lacking = [role for role in ("image", "text", "labels") if role not in chosen]
             what = "" if split == "whole" else f"{split} "
-            missing += [f"{what}{role} ({' or '.join(family.names(split, role))})" for role in lacking]
-    return family, found, missing
+            missing += [f"{what}{role} ({' or '.join(layout.names(split, role))})" for role in lacking]
+    return layout, found, missing

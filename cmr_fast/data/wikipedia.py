@@ -7,24 +7,40 @@ import numpy as np
 import torch
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.readers import read_arrays
 from cmr_fast.errors import InputError
 
 FILES = {"lda": ("raw_features.mat", "raw_features_with_tfidf.mat"), "tfidf": ("raw_features_with_tfidf.mat",)}
 LISTS = {"tr": "trainset_txt_img_cat.list", "te": "testset_txt_img_cat.list"}
 
 
+def holds(path: Path) -> bool:
+    """Whether the set lies in the folder."""
+    return any((path / name).is_file() for name in FILES["lda"])
+
+
 def load(path: str | os.PathLike[str], *, features: str = "lda") -> PairedDataset:
     """Read the folder of Rasiwasia et al. 2010: `raw_features.mat` or `raw_features_with_tfidf.mat`, and the lists.
 
-    image  float32 (N, 128): histogram of SIFT words, each row sums to 1
-    text   float32: `features="lda"` (N, 10) topic shares, each row sums to 1; `"tfidf"` (N, 1000) weighted words
-    labels int64 (N,), 0 to 9 (1 to 10 on disk), named by `categories.list` where it is there
+    Parameters
+    ----------
+    path : str or path
+        The folder.
+    features : {"lda", "tfidf"}
+        The text features.
 
-    The 693 test pairs are queries and database at once, as the papers do it. Raises InputError for files that are
-    missing, cut short, or of other lengths than the lists.
+    Returns
+    -------
+    PairedDataset
+        image float32 (N, 128): histogram of SIFT words, each row sums to 1; text float32, "lda" (N, 10) topic shares,
+        each row sums to 1, "tfidf" (N, 1000) weighted words; labels int64 (N,), 0 to 9 (1 to 10 on disk), named by
+        `categories.list` where it is there. The 693 test pairs are queries and database at once, as the papers do it.
+
+    Raises
+    ------
+    InputError
+        For files that are missing, cut short, or of other lengths than the lists.
     """
-    from cmr_fast.data.readers import read_arrays
-
     if features not in FILES:
         raise InputError(f"features must be one of {', '.join(FILES)} for Wikipedia, got {features!r}")
     folder = Path(path)

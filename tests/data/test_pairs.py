@@ -28,7 +28,7 @@ def test_features_must_be_finite(bad, modality):
 
 
 @pytest.mark.parametrize(
-    "values", [torch.zeros(2, dtype=torch.float32), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 1)]
+    "values", [torch.zeros(2, dtype=torch.float32), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 3, 1)]
 )
 def test_features_must_be_a_matrix_of_floats(values):
     with pytest.raises(InputError, match=r"must be floats \(N, dim\)"):
