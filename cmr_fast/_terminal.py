@@ -1,6 +1,5 @@
 """Tables on standard output, and on a terminal's standard error a sign that something goes on."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,14 +18,27 @@ def new_table(*columns: str) -> "Table":
 
 
 def show(title: str, table: "Table") -> None:
-    """Print a table under its title, in its natural width where the output is not a terminal."""
+    """Print a table under its title; numbers (columns to the right) are never cut or broken.
+
+    Where the output is not a terminal, one line a row. On a terminal, words wrap; one too narrow for the longest word
+    of each column and for the numbers wraps lines itself.
+    """
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=200)
-    console.print(title, style="bold", highlight=False, markup=False)
-    console.print(table)
+    unbounded = console.options.update(width=1 << 16)
+    for column in table.columns:
+        if column.justify == "right":
+            column.no_wrap = True
+            widths = [Measurement.get(console, unbounded, cell).maximum for cell in (column.header, *column.cells)]
+            column.min_width = max(widths)
+        else:
+            column.overflow = "fold"
+    needed = Measurement.get(console, unbounded, table)
+    console = Console(width=max(console.width, needed.minimum) if console.is_terminal else max(1, needed.maximum))
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print(table, crop=False)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from cmr_fast.errors import InputError
 from cmr_fast.losses import TripletMarginLoss, acmr_triplet, frobenius, gradient_reversal, vse_plus_plus
@@ -120,6 +121,7 @@ def test_frobenius_gradient():
     a, b = torch.randn(3, 4, dtype=torch.float64).requires_grad_(), torch.randn(2, 1, dtype=torch.float64)
     for squared in (False, True):
         assert gradcheck(lambda a, s=squared: 0.3 * frobenius([a, b], squared=s), (a,))
+        assert gradgradcheck(lambda a, s=squared: 0.3 * frobenius([a, b], squared=s), (a,))
     nothing = torch.zeros(2, 2, requires_grad=True)
     frobenius([nothing, b]).backward()
     assert torch.equal(nothing.grad, torch.zeros(2, 2))
@@ -193,9 +195,20 @@ def test_triplet_margin_loss_refuses(options, message):
 def test_triplet_margin_loss_refuses_calls():
     x, labels = embeddings(6)
     for arguments, message in (
-        ({"labels": labels, "indices_tuple": (labels,) * 3}, "mining="),
+        ({"labels": labels, "indices_tuple": (labels,) * 2}, "a miner's .* got tuple of 2"),
+        ({"labels": labels, "indices_tuple": (labels, labels, labels[1:])}, r"got lengths \[6, 6, 5\]"),
+        ({"labels": labels, "indices_tuple": (labels, labels + 6, labels)}, "6 anchors and 6 others, got"),
+        ({"labels": labels, "indices_tuple": (labels.double(),) * 3}, "torch.float64 among them"),
         ({}, "labels must be given"),
-        ({"labels": labels, "ref_emb": x}, "together"),
+        ({"labels": labels, "ref_labels": labels}, "together"),
+        ({"labels": labels, "ref_emb": x[1:]}, r"labels of both must be \(6,\) and \(5,\)"),
+        ({"labels": labels, "ref_emb": x[:, 1:]}, "agree in width"),
+        ({"labels": labels[:, None]}, r"labels\[:, 0\]"),
+        ({"labels": ["a"] * 6}, "must be class ids .* got list of <U1"),
+        ({"labels": [0, [1]] * 3}, "must be class ids .* got list"),
+        ({"labels": [0.0, float("nan")] * 3}, "got NaN"),
+        ({"labels": [0, 1, 2]}, "a row for each of the 6"),
+        ({"labels": np.ma.masked_equal(np.arange(6) % 2, 0)}, "got a masked array"),
     ):
         with pytest.raises(InputError, match=message):
             TripletMarginLoss()(x, **arguments)

@@ -2,12 +2,12 @@
 
 import re
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmr_fast._terminal import busy, new_table, show
-from cmr_fast.cli._commands import record_source
+from cmr_fast.cli.common import record_source
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,12 +34,45 @@ TELLS_ALL = re.compile("picture of|image shows|dark background")
 """The caption of five that names every object of a scene."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole way on built-in data: train ACMR and CMIMH, index, search, attack, evaluate, report. About a minute.
+
+    Example:  cmr-fast demo --out my-demo
+    """
+
+    out: Path = Path("cmr-fast-demo")
+    """Folder for the demo's results; every run makes its own numbered folder in it."""
+    seed: int = 0
+    """Seed of the data, the weights and the batches."""
+
+    def __call__(self) -> None:
+        demo(self.out, seed=self.seed)
+
+
 def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | None = None) -> Path:
     """Train ACMR and CMIMH on the built-in shapes, index and search codes, attack, evaluate, report; prints as it goes.
 
-    out      folder that gets a new folder run-1, run-2, … at every call; nothing that is there is touched
-    epochs   for both methods, None for the demo's own; count: scenes in all splits, None for the data set's default
-    Returns the new folder. Raises InputError where `out` is a file.
+    Parameters
+    ----------
+    out
+        Folder that gets a new folder run-1, run-2, … at every call; nothing that is there is touched.
+    seed
+        Of the data, the weights and the batches.
+    epochs
+        For both methods; None: the demo's own.
+    count
+        Scenes in all splits; None: the data set's default.
+
+    Returns
+    -------
+    Path
+        The new folder.
+
+    Raises
+    ------
+    InputError
+        Where `out` is a file.
     """
     from cmr_fast.data import load, save_pairs
     from cmr_fast.methods import METHODS
@@ -84,7 +117,8 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
 
 def by_cca(dataset: "PairedDataset") -> "PairedDataset":
     """The data set with CCA's variates for features, learnt on its training split: CMIMH's inputs, which are 1024
-    principal components in the paper, where the data are more."""
+    principal components in the paper, where the data are more.
+    """
     import torch
 
     from cmr_fast.data import Pairs
@@ -142,12 +176,12 @@ def search_in_words(model: Any, dataset: "PairedDataset", raw: "PairedDataset", 
         table = new_table("", "", "", "")
         table.show_header = False
         wanted = dataset.query.labels[query]
-        for found, distance in zip(ids[query].tolist(), distances[query].tolist(), strict=True):
-            if found < 0:
+        for row, distance in zip(ids[query].tolist(), distances[query].tolist(), strict=True):
+            if row < 0:
                 continue
-            shared = (wanted & dataset.database.labels[found]).nonzero()[:, 0].tolist()
+            shared = (wanted & dataset.database.labels[row]).nonzero()[:, 0].tolist()
             names = ", ".join(dataset.class_names[label] for label in shared)
-            picture = next(caption for caption in raw.database.text[found] if TELLS_ALL.search(caption))
+            picture = next(caption for caption in raw.database.text[row] if TELLS_ALL.search(caption))
             table.add_row("  →", picture, f"distance {distance}", f"shares {names}" if names else "shares nothing")
         show(f'"{raw.query.text[query][0]}"', table)
 
@@ -158,21 +192,21 @@ def attack_queries(model: Any, dataset: "PairedDataset", count: int = 100, share
 
     from cmr_fast.attacks.ranking import ATTACKS, recall_under_attack
     from cmr_fast.ops.labels import share_label
-    from cmr_fast.reports import recall as robust_recall
+    from cmr_fast.reports import recall
 
     rows = torch.arange(min(count, len(dataset.query)))
     relevant = share_label(dataset.query.labels[rows], dataset.database.labels)
     rows = rows[relevant.any(dim=1)]
-    encoder, gallery = robust_recall.queried(model, dataset.database.text)
+    encoder, gallery = recall.queried(model, dataset.database.text)
     x, bounds = dataset.query.image, (float(dataset.query.image.min()), float(dataset.query.image.max()))
-    few = {name: ATTACKS[name] for name in ("PGD-20 ce", "APGD-50 dlr")}
+    attacks = {name: ATTACKS[name] for name in ("PGD-20 ce", "APGD-50 dlr")}
     with busy("attacking"):
-        found = recall_under_attack(
-            encoder, x[rows], gallery, relevant[rows], eps=share * (bounds[1] - bounds[0]), bounds=bounds, attacks=few,
-            batch=count, check=False, progress=False,
+        result = recall_under_attack(
+            encoder, x[rows], gallery, relevant[rows], eps=share * (bounds[1] - bounds[0]), bounds=bounds,
+            attacks=attacks, batch=count, check=False, progress=False,
         )  # fmt: skip
-    table = new_table("a relevant text among the first", *(str(k) for k in found.clean))
-    for name, left in found.rows():
+    table = new_table("a relevant text among the first", *(str(k) for k in result.clean))
+    for name, left in result.rows():
         table.add_row(name, *(f"{value:.0%}" for value in left.values()))
     print()
     show(

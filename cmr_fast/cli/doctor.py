@@ -1,9 +1,11 @@
 """What this installation can do, and why: versions, processor, instruction set, backends per op, extras, data."""
 
+import json
 import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,24 @@ VARIABLES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Versions, instruction set, the backends of each op, extras and data: what is there, what is not, and why.
+
+    Example:  cmr-fast doctor --json
+    """
+
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        report = examine()
+        if self.json:
+            print(json.dumps(report, indent=2))
+        else:
+            print_report(report)
+
+
 def examine() -> dict[str, Any]:
     """Everything that `cmr-fast doctor` prints, as JSON values. Never raises for something that is merely absent."""
     import torch
@@ -43,10 +63,10 @@ def examine() -> dict[str, Any]:
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
         "libraries": {name: _version(name) for name in _requirements("")},
         "cpu": _cpu() | {"torch_threads": torch.get_num_threads()},
-        "gpu": _gpu(torch),
-        "instruction_set": _instruction_set(_dispatch),
+        "gpu": _gpu(),
+        "instruction_set": _instruction_set(),
         "ops": {
-            op: {device: _backends(_dispatch, torch, op, device, names) for device, names in devices.items()}
+            op: {device: _backends(op, device, names) for device, names in devices.items()}
             for op, devices in _dispatch.BACKENDS.items()
         },
         "extras": {extra: {name: _version(name) for name in _requirements(extra)} for extra in _extras()},
@@ -98,7 +118,9 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _gpu(torch: Any) -> dict[str, Any]:
+def _gpu() -> dict[str, Any]:
+    import torch
+
     if torch.cuda.is_available():
         return {
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -108,9 +130,11 @@ def _gpu(torch: Any) -> dict[str, Any]:
     return {"devices": [], "why": why}
 
 
-def _instruction_set(dispatch: Any) -> dict[str, Any]:
+def _instruction_set() -> dict[str, Any]:
     """`runs`: the one that native CPU ops use, None where there is no native module; `why`; `available` best first."""
-    module = dispatch.native()
+    from cmr_fast.ops import _dispatch
+
+    module = _dispatch.native()
     if isinstance(module, ImportError):
         return {
             "runs": None,
@@ -119,7 +143,7 @@ def _instruction_set(dispatch: Any) -> dict[str, Any]:
         }
     available = list(module.available_isas())
     try:
-        runs = dispatch.choose_isa()
+        runs = _dispatch.choose_isa()
     except ValueError as error:
         return {"runs": None, "why": str(error), "available": available}
     forced = os.environ.get("CMR_FAST_ISA")
@@ -127,14 +151,18 @@ def _instruction_set(dispatch: Any) -> dict[str, Any]:
     return {"runs": runs, "why": why, "available": available}
 
 
-def _backends(dispatch: Any, torch: Any, op: str, device: str, names: tuple[str, ...]) -> dict[str, Any]:
+def _backends(op: str, device: str, names: tuple[str, ...]) -> dict[str, Any]:
     """Which backend would run `op`, and for each candidate 'available' or the reason why not."""
+    import torch
+
+    from cmr_fast.ops import _dispatch
+
     if device == "cuda" and not torch.cuda.is_available():
-        why = {name: dispatch.unavailable(name, device) or "no CUDA device here" for name in names}
+        why = {name: _dispatch.unavailable(name, device) or "no CUDA device here" for name in names}
         return {"runs": None, "candidates": why}
-    candidates = {name: dispatch.unavailable(name, device) or "available" for name in names}
+    candidates = {name: _dispatch.unavailable(name, device) or "available" for name in names}
     try:
-        return {"runs": dispatch.choose_backend(op, device), "candidates": candidates}
+        return {"runs": _dispatch.choose_backend(op, device), "candidates": candidates}
     except ValueError as error:
         return {"runs": None, "candidates": candidates, "error": str(error)}
 
@@ -153,14 +181,14 @@ def _data() -> dict[str, Any]:
     return {"root": root, "sets": sorted(p.name for p in folder.iterdir() if p.is_dir()), "why": "CMR_FAST_DATA"}
 
 
-def print_report(found: dict[str, Any]) -> None:
-    """`examine()` for people."""
+def print_report(report: dict[str, Any]) -> None:
+    """What `examine` returned, for people."""
     from cmr_fast._terminal import new_table, show
 
-    python, cpu, isa, gpu, data = (found[name] for name in ("python", "cpu", "instruction_set", "gpu", "data"))
+    python, cpu, isa, gpu, data = (report[name] for name in ("python", "cpu", "instruction_set", "gpu", "data"))
     head = new_table("", "")
     head.show_header = False
-    head.add_row("installed in", found["cmr_fast"]["path"])
+    head.add_row("installed in", report["cmr_fast"]["path"])
     head.add_row("python", f"{python['version']}  {python['executable']}")
     head.add_row("system", python["system"])
     head.add_row("processor", f"{cpu['model']}, {cpu['usable_processors']} usable")
@@ -169,23 +197,23 @@ def print_report(found: dict[str, Any]) -> None:
     head.add_row("  to choose from", ", ".join(isa["available"]) or "none")
     head.add_row("GPU", f"{', '.join(gpu['devices']) or 'none'}: {gpu['why']}")
     head.add_row("data", f"{data['root'] or 'none'}: {', '.join(data['sets']) or data['why']}")
-    for name, value in found["environment"].items():
+    for name, value in report["environment"].items():
         head.add_row(f"  {name}", value)
-    libraries = ", ".join(f"{name} {seen or '[red]missing[/red]'}" for name, seen in found["libraries"].items())
+    libraries = ", ".join(f"{name} {seen or '[red]missing[/red]'}" for name, seen in report["libraries"].items())
     head.add_row("libraries", libraries or "not known: cmr-fast is not installed as a package (pip install .)")
-    show("cmr-fast " + found["cmr_fast"]["version"], head)
+    show("cmr-fast " + report["cmr_fast"]["version"], head)
 
     ops = new_table("op", "device", "runs", "candidates, in order of preference")
-    for op, devices in found["ops"].items():
+    for op, devices in report["ops"].items():
         for device, backend in devices.items():
             reasons = "; ".join(f"{name}: {why}" for name, why in backend["candidates"].items())
             ops.add_row(op, device, f"[bold]{backend['runs'] or 'none'}[/bold]", backend.get("error") or reasons)
     show("\nBackends", ops)
 
     extras = new_table("extra", "state", "packages")
-    for name, packages in found["extras"].items():
+    for name, packages in report["extras"].items():
         missing = [package for package, seen in packages.items() if seen is None]
         state = f'missing {", ".join(missing)}: pip install "cmr-fast\\[{name}]"' if missing else "installed"
         extras.add_row(name, state, ", ".join(f"{p} {v}" for p, v in packages.items() if v))
-    if found["extras"]:
+    if report["extras"]:
         show("\nOptional extras", extras)

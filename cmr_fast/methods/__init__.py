@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from cmr_fast.methods.loop import Method
+    from cmr_fast.methods.method import Method
 
-_CLASSES = {"acmr": "ACMR", "cmimh": "CMIMH", "scatter": "Scatter"}
+_CLASSES = {
+    "acmr": ("acmr", "ACMR"),
+    "cmimh": ("cmimh", "CMIMH"),
+    "scatter": ("scatter", "Scatter"),
+    "madry": ("scatter", "Madry"),
+    "plain": ("scatter", "Plain"),
+    "random-targeted": ("scatter", "RandomTargeted"),
+}
 
 
 class _Methods(Mapping[str, "type[Method]"]):
@@ -18,7 +25,8 @@ class _Methods(Mapping[str, "type[Method]"]):
     def __getitem__(self, name: str) -> "type[Method]":
         if name not in _CLASSES:
             raise InputError(f"unknown method {name!r}, expected one of {', '.join(_CLASSES)}")
-        return getattr(import_module(f"cmr_fast.methods.{name}"), _CLASSES[name])
+        module, kind = _CLASSES[name]
+        return getattr(import_module(f"cmr_fast.methods.{module}"), kind)
 
     def __iter__(self) -> Iterator[str]:
         return iter(_CLASSES)

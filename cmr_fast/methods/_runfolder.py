@@ -1,45 +1,96 @@
 """A run folder's config.json: what a run is, and whether another may go on in its place."""
 
+import errno
+import fcntl
 import json
+import os
 import platform
 import shutil
-import zlib
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from cmr_fast.methods.loop import Dataset, Method, RunConfig
+    from cmr_fast.methods.method import Dataset, Method, RunConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
+RESULTS = "results.json"
+CONFIG = "config.json"
+LOCK = ".lock"
 
 
-def claim(folder: Path, described: dict[str, Any], resume: bool) -> None:
+def claim(folder: Path, described: dict[str, Any], resume: bool, kind: "type[Method]") -> None:
     """Create the run folder and its config.json, or check that a resumed run is the one that was begun there."""
     if not resume:
         refuse_used(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: a run folder is needed here, this is a file")
-    config = folder / "config.json"
-    if folder.exists():
+    config = folder / CONFIG
+    if resume:
         for aside in folder.glob(".*.*"):  # what write_aside had not yet renamed when the run was killed
             aside.unlink()
         if config.exists():
-            same(folder, read_json(config), described)
+            same(folder, read_json(config), described, kind, longer=(folder / RESULTS).exists())
             return
         if any((folder / name).exists() for name in (CHECKPOINT, MODEL)):
             raise InputError(f"{folder}: config.json is missing, so this run cannot be resumed")
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(config, described)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Create the run folder and keep other processes from writing it meanwhile.
+
+    Raises InputError, which says who holds it, where another process (or thread) does.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a run folder is needed here, this is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                break  # a file system without locks
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise InputError(f"{folder}: in use, {holder} trains in it; wait for its end, or stop it first") from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the holder of before has just removed the file
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """An error of the operating system while a run is written names the folder, and what is still there."""
+    try:
+        yield
+    except OSError as error:
+        saved = (folder / CHECKPOINT).exists()
+        state = "resume goes on from its last checkpoint" if saved else "no checkpoint was written yet"
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno or errno.EIO, f"the run could not be written: {reason}; {state}", str(folder)
+        ) from error
 
 
 @contextmanager
@@ -61,46 +112,52 @@ def refuse_used(folder: Path) -> None:
     """Refuse a file, and a folder that holds anything."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a run folder is needed here, this is a file")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise InputError(f"{folder}: not empty and would be overwritten; resume this run, or name another folder")
 
 
-def same(where: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to resume with another method, config, seed or data set; name the first thing that differs."""
+def same(
+    where: Path, stored: dict[str, Any], wanted: dict[str, Any], kind: "type[Method]", longer: bool = False
+) -> None:
+    """Refuse to resume with another method, config, seed or data set; name the first thing that differs.
+
+    A setting that the stored run knew nothing of had its default. longer: the run may be made longer than it was.
+    """
+    from cmr_fast.methods.method import RunConfig
+
+    defaults = {"config": _defaults(kind.Config), "run": _defaults(RunConfig), "data": {}}
     if stored.get("method") != wanted["method"]:
         raise InputError(f"{where}: a run of {stored.get('method')}, it cannot be resumed with {wanted['method']}")
     for part in ("config", "run", "data"):
-        before, now = stored.get(part, {}), json.loads(json.dumps(wanted[part]))
+        before, now = defaults[part] | stored.get(part, {}), json.loads(json.dumps(wanted[part]))
         for name in sorted(set(before) | set(now)):
-            if name not in _FREE and before.get(name) != now.get(name):
+            if name in _FREE or before.get(name) == now.get(name):
+                continue
+            if not (longer and part == "config" and name in _LENGTH and now[name] > before[name]):
                 raise InputError(
                     f"{where}: cannot be resumed, {part} {name} was {before.get(name)!r} and is now {now.get(name)!r}"
                 )
 
 
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    values = {f.name: f.default for f in fields(kind) if f.default is not MISSING and not isinstance(f.default, Path)}
+    return dict(json.loads(json.dumps(values)))
+
+
+_LENGTH = {"epochs", "max_steps"}
 _FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
 
 
 def describe(kind: "type[Method]", config: Any, dataset: "Dataset", run: "RunConfig") -> dict[str, Any]:
     sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split, None)) is not None}
-    data = {"name": dataset.name, "num_classes": dataset.num_classes, "crc32": _crc(dataset.train)} | sizes
-    data |= {name: getattr(dataset, name) for name in kind.sizes}
+    data = {"name": dataset.name, "num_classes": dataset.num_classes, "crc32": dataset.train.fingerprint()} | sizes
+    data |= {name: getattr(dataset, name) for name in kind.init_arguments}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     settings = {"out": str(run.out)} | {f.name: getattr(run, f.name) for f in fields(run) if f.name != "out"}
     return {"method": kind.name, "config": asdict(config), "run": settings, "data": data, "versions": versions}
 
 
 _SPLITS = ("train", "valid", "query", "database", "test")
-
-
-def _crc(pairs: Any) -> int:
-    """A checksum of the labels and of up to 1000 training rows: tells data sets of one shape apart."""
-    few = pairs.select(torch.arange(0, len(pairs), max(1, len(pairs) // 1000)))
-    value = zlib.crc32(pairs.labels.numpy().tobytes())
-    for part in [getattr(few, f.name) for f in fields(few) if f.name != "labels"]:
-        raw = part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
-        value = zlib.crc32(raw, value)
-    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -99,7 +99,7 @@ def _csv_rows(history: list[dict[str, float]], *, with_header: bool, start: int 
     if not history:
         return ""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]), restval="", lineterminator=os.linesep)
+    writer = csv.DictWriter(text, list(history[0]), restval="", extrasaction="ignore", lineterminator=os.linesep)
     if with_header:
         writer.writeheader()
     writer.writerows(history[start:])

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses import acmr_triplet, frobenius, gradient_reversal
+from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.evaluation import Modality
 from cmr_fast.methods.grid import GridSearch, grid_search
-from cmr_fast.methods.loop import Method, Modality, RunConfig
+from cmr_fast.methods.method import Retriever, RunConfig
 from cmr_fast.methods.scaling import InputScaling, Scaling
 
 PAPER_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -84,6 +86,7 @@ class ACMRConfig:
     """Scaling of text features: raw, standard, hellinger or chi2."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         whole = ("epochs", "dim", "image_hidden", "text_hidden", "modality_hidden", "inner_steps")
         for name, least in [(name, 1) for name in whole] + [("batch_size", 2)]:
             if getattr(self, name) < least:
@@ -135,16 +138,16 @@ _WIKIPEDIA = ACMRConfig(
 )
 
 
-class ACMR(Method):
+class ACMR(Retriever):
     """Two projectors into one subspace, a modality classifier that they learn to confuse, and label classifiers."""
 
     name = "acmr"
-    output = "embedding"
     Config: ClassVar[type[Any]] = ACMRConfig
     presets: ClassVar[dict[str, Any]] = {
         "wikipedia": _WIKIPEDIA,
         "wikipedia-tfidf": replace(_WIKIPEDIA, text_rate=1.0),
     }
+    preset_data: ClassVar[dict[str, str]] = dict.fromkeys(presets, "wikipedia")
 
     def __init__(self, config: ACMRConfig, image_dim: int, text_dim: int, num_classes: int) -> None:
         super().__init__(config, image_dim, text_dim, num_classes)

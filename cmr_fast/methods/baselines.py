@@ -1,19 +1,18 @@
 """Cross-modal baselines at the price of a call: CCA, CCA-ITQ, PCA sign, random.
 
-Every one has `fit(train) -> self` and, like a trained method, `encode(modality, features)`, `output` ("embedding" or
-"code"), `metric` and `name`. Codes come as logits (N, bits): bit = logit >= 0. The work is done in float64 on the CPU.
+Every one has `fit(train) -> self` and, like a trained method, `encode(modality, features)`, `binary`,
+`metric` and `name`. Codes come as logits (N, bits): bit = logit >= 0. The work is done in float64 on the CPU.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.methods.evaluation import MODALITIES, Modality
 
-Modality = Literal["image", "text"]
-MODALITIES: tuple[Modality, ...] = ("image", "text")
 SCALES = ("each", "global")
 
 
@@ -25,7 +24,7 @@ class Baseline:
     """
 
     name: ClassVar[str]
-    output: ClassVar[str] = "code"
+    binary: ClassVar[bool] = True
     metric: ClassVar[str] = "hamming"
 
     def __init__(self, *, scale: str = "each", seed: int = 0) -> None:
@@ -81,7 +80,7 @@ class CCA(Baseline):
     """
 
     name = "cca"
-    output = "embedding"
+    binary = False
     metric = "cosine"
 
     def __init__(

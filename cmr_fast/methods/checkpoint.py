@@ -1,5 +1,6 @@
 """Tensors and JSON in one safetensors file that is whole, of the right kind and unchanged, or refused."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,19 +15,24 @@ from torch import Tensor
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
 
-_FORMAT = "cmr_fast/1"
+_FORMAT, _KEY = "cmr_fast/1", "cmr_fast"
 
 
 def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write `tensors` and `meta` (anything JSON holds) as one safetensors file; a kill leaves the previous file.
 
-    The header carries the format, the `kind`, `meta` as JSON, and a digest over all of them and the tensors.
+    Equal contents give equal bytes: the header is JSON under one key, with the format,
+    the `kind`, `meta` as JSON, and a digest
+    over all of them and the tensors.
     """
     whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(meta)
     header = {"format": _FORMAT, "kind": kind, "meta": text, "digest": _digest(kind, text, whole)}
     with write_aside(path) as aside:
-        save_file(whole, aside, metadata=header)
+        try:  # one key: safetensors writes several in any order
+            save_file(whole, aside, metadata={_KEY: json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from error
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,6 +46,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             header = opened.metadata() or {}
+            header = json.loads(header[_KEY]) if _KEY in header else header  # files of before had four keys
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{file}: half-written or not a safetensors file ({error})") from error

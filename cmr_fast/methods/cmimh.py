@@ -13,7 +13,7 @@ and, in a step of their own, the discriminators' cross entropy between m and m w
 h = 1[a >= 0].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -23,12 +23,11 @@ from torch.nn import functional as F
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.loop import Method
+from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.evaluation import Modality
+from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.ops.infonce import js_critic
-
-Modality = Literal["image", "text"]
-
 
 _NOT_NEGATIVE = (
     *("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal", "reconstruction_weight"),
@@ -85,10 +84,13 @@ class CMIMHConfig:
     0 never clips (not in the paper, where nothing bounds T and D)."""
     batch_size: int = 128
     """Pairs per step (IV-A)."""
+    init: Literal["torch", "he"] = "torch"
+    """Initial weights: torch's own, or He's normal ones, which leave the start sooner (IV-A gives none)."""
     epochs: int = 100
     """Passes over the training split (not given in the paper)."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("bits", "hidden", "critic_hidden", "critic_dim", "epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -103,10 +105,14 @@ class CMIMHConfig:
             "critic_input": ("means", "samples"),
             "straight_through": ("logits", "means"),
             "inputs": SCALINGS,
+            "init": ("torch", "he"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+_MI_FLOOR = 1e-3
 
 
 def sample_bernoulli(logits: Tensor, straight_through: str = "logits") -> Tensor:
@@ -143,7 +149,7 @@ def permute_columns(means: Tensor) -> Tensor:
 
 def discriminator_loss(discriminator: nn.Module, means: Tensor) -> Tensor:
     """Cross entropy of D between `means` (B, L), label 1, and the same with shuffled columns, label 0 (Eq. 11)."""
-    real, fake = discriminator(means), discriminator(permute_columns(means))
+    real, fake = _full(discriminator(means)), _full(discriminator(permute_columns(means)))
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
@@ -187,16 +193,17 @@ _WIKIPEDIA = CMIMHConfig(
 )
 
 
-class CMIMH(Method):
+class CMIMH(Retriever):
     """The encoders, decoders, critics and discriminators of both modalities, and one batch's two updates."""
 
     name: ClassVar[str] = "cmimh"
-    output: ClassVar[Literal["embedding", "code"]] = "code"
+    binary: ClassVar[bool] = True
     Config: ClassVar[type] = CMIMHConfig
     presets: ClassVar[dict[str, Any]] = {
         "wikipedia": _WIKIPEDIA,
         "wikipedia-tfidf": replace(_WIKIPEDIA, inputs="hellinger", pca_dim=50, reconstruction_weight=40.0, epochs=40),
     }
+    preset_data: ClassVar[dict[str, str]] = dict.fromkeys(presets, "wikipedia")
 
     def __init__(self, config: CMIMHConfig, image_dim: int, text_dim: int, num_classes: int = 0) -> None:
         super().__init__(config, image_dim, text_dim, num_classes)
@@ -210,6 +217,11 @@ class CMIMH(Method):
         self.decoder = nn.ModuleDict({m: mlp(bits, hidden, w, relu) for m, w in widths.items()})
         self.critic = nn.ModuleDict({m: mlp(bits, narrow, config.critic_dim, leaky) for m in dims})
         self.discriminator = nn.ModuleDict({m: mlp(bits, narrow, 1, leaky) for m in dims})
+        if config.init == "he":
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                    nn.init.zeros_(layer.bias)
 
     def fit_inputs(self, train: Pairs) -> None:
         """Fit centring, PCA and scaling on the training split; labels are not looked at."""
@@ -235,14 +247,20 @@ class CMIMH(Method):
         logits = {m: _full(self.encoder[m](x)) for m, x in inputs.items()}
         means = {m: a.sigmoid() for m, a in logits.items()}
         samples = {m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()}
-        terms = {f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m]), x) for m, x in inputs.items()}
+        terms = {
+            f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m].to(x.dtype)), x)
+            for m, x in inputs.items()
+        }
         seen = means if c.critic_input == "means" else samples
-        embedded = {m: _full(self.critic[m](v)) for m, v in seen.items()}
+        embedded = {m: _full(self.critic[m](v.to(image.dtype))) for m, v in seen.items()}
         with torch.autocast(image.device.type, enabled=False):
             terms["mi"] = js_critic(embedded["image"], embedded["text"], marginals=c.marginals)
         terms["skl"] = symmetrised_kl(logits["image"], logits["text"])
         # D gives logits: log D / (1 - D) is its output
-        terms["ind"] = sum((self.discriminator[m](v).mean() for m, v in means.items()), start=terms["mi"].new_zeros(()))
+        terms["ind"] = sum(
+            (_full(self.discriminator[m](v.to(image.dtype))).mean() for m, v in means.items()),
+            start=terms["mi"].new_zeros(()),
+        )
         terms["bal"] = balance(means["image"]) + balance(means["text"])
         return terms, means
 
@@ -273,14 +291,34 @@ class CMIMH(Method):
         self.discriminator.requires_grad_(True)
 
         log = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        for m, v in means.items():
+            on = v >= 0.5
+            log[f"constant_bits_{m}"] = (on.all(dim=0) | ~on.any(dim=0)).sum().to(v.dtype)
         if self.config.lambda_ind > 0:
-            fooled = [discriminator_loss(self.discriminator[m], v.detach()) for m, v in means.items()]
+            fooled = [
+                discriminator_loss(self.discriminator[m], v.detach().to(batch.image.dtype)) for m, v in means.items()
+            ]
             optimizers["discriminator"].zero_grad()
             backward(fooled[0] + fooled[1])
             self._clip(self.discriminator)
             optimizers["discriminator"].step()
             log["discriminator"] = (fooled[0] + fooled[1]).detach()
         return log
+
+    def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """Codes that die: bits equal for every row of a batch, or a critic at its floor for three epochs."""
+        rows = [row for row in history if "constant_bits_image" in row][-3:]
+        if len(rows) < 3:
+            return None
+        still = max(min(row[f"constant_bits_{m}"] for row in rows) for m in self.inputs)
+        advice = "try the default config (not another data set's preset), a lower lr, or init='he'"
+        if still >= max(1.0, self.config.bits / 4):
+            return f"codes are dying: {still:.0f} of {self.config.bits} bits are the same for every row; {advice}"
+        if self.config.lambda_mi > 0 and max(row["mi"] for row in rows) < _MI_FLOOR:
+            return (
+                f"codes learn nothing in common: mutual information {rows[-1]['mi']:.2g}, the critic's floor; {advice}"
+            )
+        return None
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, D) raw features -> logits (N, bits); the code's bit is logit >= 0."""

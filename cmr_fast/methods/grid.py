@@ -11,7 +11,8 @@ from cmr_fast._files import write_aside
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
-from cmr_fast.methods.loop import Method, RunConfig, train
+from cmr_fast.methods.loop import train
+from cmr_fast.methods.method import Method, RunConfig
 
 
 @dataclass(frozen=True)

@@ -4,42 +4,41 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmr_fast.data.images import ImageDataset
-from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods._runfolder import (
     CHECKPOINT,
+    CONFIG,
     MODEL,
+    RESULTS,
     claim,
     describe,
+    disk_errors,
     forgotten_if_refused,
+    held,
+    read_json,
     refuse_used,
     same,
     write_json,
 )
 from cmr_fast.methods._runlog import RunLog
-from cmr_fast.methods.evaluation import (
-    Modality,
-    averaged,
-    encode_all,
-    evaluate_model,
-    final_results,
-    validate,
-)
+from cmr_fast.methods.evaluation import Modality, averaged, encode_all, evaluate_model
+from cmr_fast.methods.method import Classifier, Dataset, Method, Retriever, Run, RunConfig
 
 __all__ = [
+    "Classifier",
     "Method",
     "Modality",
+    "Retriever",
     "Run",
     "RunConfig",
     "averaged",
@@ -49,120 +48,6 @@ __all__ = [
     "save_model",
     "train",
 ]
-
-
-Dataset = PairedDataset | ImageDataset
-
-
-class Method(nn.Module):
-    """Base of every trained method: its networks, its optimizers, one batch of its algorithm, and its encoder.
-
-    Whatever a run needs to go on after a kill lives in parameters, buffers and optimizers; the loop stores these.
-    Buffers get their final shape in `__init__`.
-    """
-
-    name: ClassVar[str]
-    output: ClassVar[Literal["embedding", "code", "logits"]]
-    """embedding: compared by `metric`; code: compared by Hamming distance of the bits `encode(...) >= 0`; logits: a
-    classifier of images, trained on an ImageDataset."""
-    metric: str = "cosine"
-    Config: ClassVar[type[Any]]
-    """A frozen dataclass with at least `epochs` and `batch_size`; the paper's values are the defaults."""
-    sizes: ClassVar[tuple[str, ...]] = ("image_dim", "text_dim", "num_classes")
-    """What `__init__` takes beside the config: properties of the data set, attributes of the method."""
-    validated: tuple[str, ...] = ("valid_i2t", "valid_t2i", "valid_map")
-    """What `validate` returns; the weights with the highest value of the last one are kept, of
-    equals those with the highest of the one before it."""
-    presets: ClassVar[dict[str, Any]] = {}
-    """Configs chosen by validation on a data set, by name; `cmr-fast train --preset` starts from one."""
-
-    def __init__(self, config: Any, image_dim: int, text_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.image_dim, self.text_dim, self.num_classes = image_dim, text_dim, num_classes
-
-    def fit_inputs(self, train: Any) -> None:
-        """Learn input statistics from the training split alone and keep them as buffers."""
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizers, by the name that `step` uses."""
-        raise NotImplementedError
-
-    def step(
-        self,
-        batch: Any,
-        optimizers: dict[str, torch.optim.Optimizer],
-        backward: Callable[[Tensor], None],
-        progress: float,
-    ) -> dict[str, Tensor]:
-        """Every update for one batch of Pairs, or of Images. progress goes from 0 (first batch) to 1 (end of training).
-
-        Returns the scalars to log, detached; each must be finite.
-        """
-        raise NotImplementedError
-
-    def encode(self, modality: Modality, features: Tensor) -> Tensor:
-        """(N, dim) features -> (N, d) embeddings, or (N, bits) values whose signs are the code."""
-        raise NotImplementedError
-
-    def validate(self, valid: Any) -> dict[str, float]:
-        """The `validated` scores of a validation split; higher is better."""
-        return validate(self, valid)
-
-    def measure(self, dataset: Any) -> dict[str, Any]:
-        """The final scores for results.json, on the splits that training has not seen."""
-        return final_results(self, dataset)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """How a run goes, whatever the method."""
-
-    out: Path = Path("runs/latest")
-    """Folder that the run writes; it must not exist yet, or be empty, unless resume is given."""
-    seed: int = 0
-    """Seed of the weights, the batches and the validation split."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true"
-    """Arithmetic of the training steps, by Lightning Fabric's names."""
-    resume: bool = False
-    """Go on from the run folder's checkpoint; starts afresh where there is none yet."""
-    valid_fraction: float = 0.1
-    """Share of the training split held out for early stopping, if the data set has no validation split; 0 for none."""
-    patience: int = 20
-    """Stop after this many epochs without a better validation score; 0 never stops early."""
-    eval_every: int = 1
-    """Epochs between validations."""
-    refit: bool = False
-    """Once the best epoch is known, train anew that long on train and validation together, and keep that model. The
-    first training is then in the run folder's `selection`."""
-    checkpoint_seconds: float = 5.0
-    """Write the checkpoint at the first epoch end this long after the last one; 0 writes it every epoch."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves them as they are. Sums may differ in the last bit between thread counts."""
-    quiet: bool = False
-    """Print nothing."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.valid_fraction < 1:
-            raise InputError(f"valid_fraction must be at least 0 and below 1, got {self.valid_fraction}")
-        for name, least in (("patience", 0), ("eval_every", 1), ("threads", 0), ("seed", 0), ("checkpoint_seconds", 0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    path: Path
-    model: Method
-    """The weights of the best epoch by validation; of the last epoch where there is no validation split."""
-    history: list[dict[str, float]]
-    """One row per epoch, as in metrics.csv."""
-    results: dict[str, Any]
-    """What results.json holds: results["all"] and results["topk_hits@50"], each with i2t, t2i and average."""
 
 
 @dataclass
@@ -193,17 +78,27 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
     config = kind.Config() if config is None else config
     if not isinstance(config, kind.Config):
         raise InputError(f"{kind.name} needs a {kind.Config.__name__} config, got {type(config).__name__}")
-    wanted = ImageDataset if kind.output == "logits" else PairedDataset
-    if not isinstance(dataset, wanted):
-        raise InputError(f"{kind.name} is trained on a {wanted.__name__}, got a {type(dataset).__name__}")
+    if not isinstance(dataset, kind.dataset):
+        raise InputError(f"{kind.name} is trained on a {kind.dataset.__name__}, got a {type(dataset).__name__}")
+    dataset = _dense(kind, dataset)
     if run.refit:
         return _refit(kind, config, dataset, run)
+    rows, held_rows = len(dataset.train), 0
     if dataset.valid is None and run.valid_fraction > 0:
-        dataset = dataset.hold_out(run.valid_fraction, run.seed)
-    if config.epochs < 1 or config.batch_size < 2:
-        raise InputError(f"at least 1 epoch and a batch of 2, got {config.epochs} and {config.batch_size}")
-    if len(dataset.train) < 2:
-        raise InputError(f"{dataset.name}: training needs at least two pairs, got {len(dataset.train)}")
+        held_rows = len(torch.arange(0, rows, 1 / run.valid_fraction))
+        if rows - held_rows >= 2:
+            try:
+                dataset = dataset.hold_out(run.valid_fraction, run.seed)
+            except InputError as error:
+                raise InputError(
+                    f"{error} (validation took {held_rows} of {rows} training rows; valid_fraction 0 takes none)"
+                ) from error
+    unit, length = ("step", config.max_steps) if hasattr(config, "max_steps") else ("epoch", config.epochs)
+    if length < 1 or config.batch_size < 2:
+        raise InputError(f"at least 1 {unit} and a batch of 2, got {length} and {config.batch_size}")
+    if rows - held_rows < 2:
+        taken = f", of which the validation split took {held_rows} (valid_fraction 0 takes none)" if held_rows else ""
+        raise InputError(f"{dataset.name}: training needs at least two pairs, got {rows}{taken}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with torch.random.fork_rng(devices=range(devices)), _threads(run.threads):
         return _train(kind, config, dataset, run)
@@ -212,45 +107,72 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
 def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
     fabric = _fabric(run)
     _reseed(run.seed, 0)
-    model = kind(config, *(getattr(dataset, name) for name in kind.sizes))
+    model = kind(config, *(getattr(dataset, name) for name in kind.init_arguments))
     model.fit_inputs(dataset.train)
     fabric.setup_module(model)
     plain = model.optimizers()
     optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
 
     folder = Path(run.out)
-    described = describe(kind, config, dataset, run)
-    claim(folder, described, run.resume)
+    if not run.resume:
+        refuse_used(folder)
+    with disk_errors(folder), forgotten_if_refused(folder, fresh=not run.resume), held(folder):
+        return _rounds(fabric, model, optimizers, dataset, run, describe(kind, config, dataset, run))
+
+
+def _rounds(
+    fabric: Any, model: Method, optimizers: dict[str, Any], dataset: Dataset, run: RunConfig, described: dict[str, Any]
+) -> Run:
+    """Every round that is left, the weights of the best one, and its scores."""
+    folder, kind, config = Path(run.out), type(model), model.config
+    claim(folder, described, run.resume, kind)
+    weight = next(model.parameters())
+    split = dataset.train.to(weight.device, weight.dtype)
+    schedule = _Schedule.of(config, len(split), run)
     state = _State()
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] | None = None
+    planned = schedule.rounds
     if run.resume and (folder / CHECKPOINT).exists():
-        state, history, best = _restore(folder / CHECKPOINT, model, optimizers, described)
+        state, history, best, before = _restore(folder / CHECKPOINT, model, optimizers, described)
+        planned = _Schedule.of(before, len(split), run).rounds
+        if planned < schedule.rounds and state.epoch == planned:
+            state.done = False
+        write_json(folder / CONFIG, described)
     saved_at = time.monotonic()
-    pairs = _to(dataset.train, model)
-    monitor, title = model.validated[-1], f"{kind.name} on {dataset.name}"
-    with (
-        forgotten_if_refused(folder, fresh=not run.resume),
-        RunLog(folder, history, config.epochs, title, monitor, run.quiet) as log,
-    ):
+    monitor, title = model.monitor[-1], f"{kind.name} on {dataset.name}"
+    trouble: str | None = None
+    with RunLog(folder, history, schedule.rounds, title, monitor, run.quiet) as log:
         if state.epoch:
             log.say(f"resumed {folder} after epoch {state.epoch}")
+        if planned < schedule.rounds:
+            log.say(
+                f"{folder} stopped early in epoch {state.epoch}, as patience {run.patience} asks; it stays so"
+                if state.done
+                else f"{folder} was planned for {planned} epochs and goes on to {schedule.rounds}: what follows the "
+                "progress of the training (learning rates) now follows the longer one"
+            )
+        if note := _preset_of_other_data(kind, config, dataset.name):
+            log.say(note)
         while not state.done:
             started = time.perf_counter()
             state.epoch += 1
-            means = _epoch(fabric, model, optimizers, pairs, config, run.seed, state.epoch, log.within)
+            means = _round(fabric, model, optimizers, split, schedule, run.seed, state.epoch, log.within)
             row = {"epoch": state.epoch} | means
-            last = state.epoch == config.epochs
+            last = state.epoch == schedule.rounds
             if dataset.valid is not None:
-                scores = dict.fromkeys(model.validated, math.nan)
+                scores = dict.fromkeys(model.monitor, math.nan)
                 if state.epoch % run.eval_every == 0 or last:
                     scores = model.validate(dataset.valid)
-                    ranked = [scores[name] for name in reversed(model.validated)]
+                    ranked = [scores[name] for name in reversed(model.monitor)]
                     if ranked > state.best_scores:
                         state.best_scores, state.best_epoch = ranked, state.epoch
                         best = _snapshot(model)
                 row |= scores
             log.epoch(row | {"seconds": time.perf_counter() - started})
+            said, trouble = trouble, model.trouble(history)
+            if trouble and not said:
+                log.say(f"epoch {state.epoch}: {trouble}")
             waited = state.epoch - state.best_epoch
             stop_early = dataset.valid is not None and run.patience > 0 and waited >= run.patience
             state.done = last or stop_early
@@ -271,10 +193,49 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         "best_epoch": state.best_epoch,
         monitor: state.best_scores[0] if best is not None else None,
         "train_seconds": sum(row["seconds"] for row in history),
-    } | model.measure(dataset)
-    save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described})
-    write_json(folder / "results.json", results)
+    } | model.test(dataset)
+    if warning := model.trouble(history):
+        results["warnings"] = [warning]
+    settings = {name: value for name, value in described["run"].items() if name not in _PLACE}
+    save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described | {"run": settings}})
+    write_json(folder / RESULTS, results)
     return Run(folder, model, history, results)
+
+
+_PLACE = ("out", "resume", "quiet", "checkpoint_seconds")  # where and how, not what: equal runs write equal models
+
+
+def _preset_of_other_data(kind: type[Method], config: Any, data: str) -> str | None:
+    """What to say where all that a preset chose for one data set is used on another."""
+    default = asdict(kind.Config())
+    for name, source in kind.preset_data.items():
+        chosen = {k: v for k, v in asdict(kind.presets[name]).items() if v != default[k] and k != "epochs"}
+        if not data.startswith(source) and all(getattr(config, k) == v for k, v in chosen.items()):
+            return f"preset {name} was chosen by validation on {source}; on {data} compare it with the default config"
+    return None
+
+
+def _dense(kind: type[Method], dataset: Any) -> Any:
+    """The data set with class ids numbered through, where most numbers up to the largest are no class."""
+    splits = {
+        n: s for n in ("train", "valid", "query", "database", "test") if (s := getattr(dataset, n, None)) is not None
+    }
+    if dataset.class_names or any(split.labels.ndim != 1 for split in splits.values()):
+        return dataset
+    ids = torch.cat([split.labels for split in splits.values()]).unique()
+    if dataset.num_classes <= max(1000, 2 * len(ids)):
+        return dataset
+    if issubclass(kind, Classifier):  # its answers are class ids
+        raise InputError(
+            f"{dataset.name}: {len(ids)} classes, ids to {int(ids[-1])}, would need {dataset.num_classes} outputs; "
+            "expected ids that count from 0 without gaps"
+        )
+    numbered = {n: replace(s, labels=torch.searchsorted(ids, s.labels)) for n, s in splits.items()}
+    for name, split in splits.items():  # one object stays one
+        for other in numbered:
+            if splits[other] is split:
+                numbered[other] = numbered[name]
+    return replace(dataset, **numbered)
 
 
 def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
@@ -286,43 +247,93 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         refuse_used(folder)
     selection = train(kind, config, dataset, replace(run, out=folder / "selection", refit=False))
     if dataset.valid is not None:
-        dataset = replace(dataset, train=_joined(dataset.train, dataset.valid), valid=None)
-    config = replace(config, epochs=selection.results["best_epoch"])
+        train_split: Any = dataset.train
+        dataset = replace(dataset, train=train_split.joined(dataset.valid), valid=None)
+    best = selection.results["best_epoch"]
+    if hasattr(config, "max_steps"):
+        rows = read_json(folder / "selection" / CONFIG)["data"]["train"]
+        every = _Schedule.of(config, rows, run).every
+        config = replace(config, max_steps=min(config.max_steps, best * every))
+    else:
+        config = replace(config, epochs=best)
     return train(kind, config, dataset, replace(run, valid_fraction=0.0, refit=False, resume=True))
 
 
-def _joined(a: Any, b: Any) -> Any:
-    """Two splits as one, part by part."""
-    parts = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
-    both = {name: torch.cat([x, y]) if isinstance(x, Tensor) else (*x, *y) for name, (x, y) in parts.items()}
-    return type(a)(**both)
+@dataclass(frozen=True)
+class _Schedule:
+    """How a training is cut into rounds: after each it is logged, validated and may be saved.
+
+    Of methods that count epochs a round is one. Of those that count steps it is `every` batches, which may begin and
+    end within a pass over the data.
+    """
+
+    batch_size: int
+    per_pass: int
+    """Batches of a pass; a last one of a single row is left out."""
+    every: int
+    total: int
+    by_steps: bool
+
+    @classmethod
+    def of(cls, config: Any, rows: int, run: RunConfig) -> "_Schedule":
+        per_pass = max(1, rows // config.batch_size + (rows % config.batch_size > 1))
+        by_steps = hasattr(config, "max_steps")
+        if run.round_steps and not by_steps:
+            raise InputError(f"round_steps is for methods that count steps, expected 0, got {run.round_steps}")
+        every = (run.round_steps or per_pass) if by_steps else per_pass
+        return cls(
+            config.batch_size, per_pass, every, config.max_steps if by_steps else config.epochs * every, by_steps
+        )
+
+    @property
+    def rounds(self) -> int:
+        return math.ceil(self.total / self.every)
+
+    def batches(self, rows: int, seed: int, number: int) -> Iterator[tuple[int, Tensor]]:
+        """(step from 0 over the whole training, rows of the split) of round `number`, from 1."""
+        first = (number - 1) * self.every
+        if not self.by_steps:  # by the random state, which the round began with
+            for place, batch in enumerate(self._kept(torch.randperm(rows))):
+                yield first + place, batch
+            return
+        order: list[Tensor] = []
+        for step in range(first, min(first + self.every, self.total)):
+            done, place = divmod(step, self.per_pass)
+            if not order or place == 0:
+                order = self._kept(torch.randperm(rows, generator=torch.Generator().manual_seed(_mixed(seed, done, 1))))
+            yield step, order[place]
+
+    def _kept(self, order: Tensor) -> list[Tensor]:
+        return [batch for batch in order.split(self.batch_size) if len(batch) > 1]
 
 
-def _epoch(
-    fabric: Any, model: Method, optimizers: dict[str, Any], pairs: Any, config: Any, seed: int, epoch: int,
-    tell: Callable[[float], None],
+def _round(
+    fabric: Any, model: Method, optimizers: dict[str, Any], split: Any, schedule: _Schedule, seed: int, number: int,
+    advance: Callable[[float], None],
 ) -> dict[str, float]:  # fmt: skip
-    """One pass over the training split; returns the mean of each logged scalar."""
-    _reseed(seed, epoch)
+    """An epoch, or so many steps; returns the mean of each logged scalar."""
+    _reseed(seed, number)
     model.train()
-    order = torch.randperm(len(pairs))
-    batches = [rows for rows in order.split(config.batch_size) if len(rows) > 1]
     sums: dict[str, Tensor] = {}
-    for number, rows in enumerate(batches):
-        progress = (epoch - 1 + number / len(batches)) / config.epochs
-        with fabric.autocast():
-            logged = model.step(pairs.select(rows.to(pairs.labels.device)), optimizers, fabric.backward, progress)
-        tell(epoch - 1 + (number + 1) / len(batches))
+    count = 0
+    # the true precisions need no context: networks and data have the dtype, and Fabric's would change torch's default
+    mixed = "mixed" in str(fabric._precision.precision)
+    for step, rows in schedule.batches(len(split), seed, number):
+        with fabric.autocast() if mixed else nullcontext():
+            batch = split.select(rows.to(split.labels.device))
+            logged = model.step(batch, optimizers, fabric.backward, step / schedule.total)
+        count += 1
+        advance((step + 1) / schedule.every)
         for name, value in logged.items():
             sums[name] = sums[name] + value if name in sums else value
-    means = {name: float(value) / len(batches) for name, value in sums.items()}
+    means = {name: float(value) / count for name, value in sums.items()}
     wrong = [name for name, value in means.items() if not math.isfinite(value)]
     wrong += [
         f"parameter {name}" for name, value in model.named_parameters() if not wrong and not value.isfinite().all()
     ]
     if wrong:
         raise InputError(
-            f"{model.name}: {wrong[0]} is no longer finite in epoch {epoch}; a checkpoint, if there is one, holds an "
+            f"{model.name}: {wrong[0]} is no longer finite in epoch {number}; a checkpoint, if there is one, holds an "
             "earlier epoch. Expected finite losses: lower the learning rate or the weight of that term"
         )
     return means
@@ -341,7 +352,7 @@ def load_model(path: str | os.PathLike[str]) -> Method:
     tensors, meta = checkpoint.load(file, "model")
     kind = METHODS[meta["method"]]
     config = _config_from(kind, meta["config"], file)
-    model = kind(config, *(meta[name] for name in kind.sizes))
+    model = kind(config, *(meta[name] for name in kind.init_arguments))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -352,7 +363,7 @@ def load_model(path: str | os.PathLike[str]) -> Method:
 def save_model(path: str | os.PathLike[str], model: Method, extra: dict[str, Any] | None = None) -> None:
     """Write a model that `load_model` reads; extra is stored beside the config."""
     meta = {"method": model.name, "config": asdict(model.config)}
-    meta |= {name: getattr(model, name) for name in model.sizes}
+    meta |= {name: getattr(model, name) for name in model.init_arguments}
     checkpoint.save(path, "model", model.state_dict(), meta | (extra or {}))
 
 
@@ -377,9 +388,9 @@ def _save(
 
 def _restore(
     path: Path, model: Method, optimizers: dict[str, Any], described: dict[str, Any]
-) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None]:
+) -> tuple[_State, list[dict[str, float]], dict[str, Tensor] | None, Any]:
     tensors, meta = checkpoint.load(path, "checkpoint")
-    same(path, meta["described"], described)
+    same(path, meta["described"], described, type(model), longer=meta["state"].get("done", False))
     if set(meta["state"]) != {f.name for f in fields(_State)}:
         raise InputError(f"{path}: written by another version of cmr_fast, expected one of this version; begin anew")
     model.load_state_dict(_under("model.", tensors))
@@ -387,7 +398,8 @@ def _restore(
         optimizer.load_state_dict(
             checkpoint.unflatten_optimizer(f"optimizer.{name}", tensors, meta["optimizers"][name])
         )
-    return _State(**meta["state"]), meta["history"], _under("best.", tensors) or None
+    before = _config_from(type(model), meta["described"]["config"], path)
+    return _State(**meta["state"]), meta["history"], _under("best.", tensors) or None, before
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -396,18 +408,6 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _snapshot(model: Method) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _to(split: Any, model: Method) -> Any:
-    """The split on the model's device, features in its dtype."""
-    weight = next(model.parameters())
-
-    def move(values: Any) -> Any:
-        if not isinstance(values, Tensor):
-            return values
-        return values.to(weight.device, weight.dtype if values.is_floating_point() else None)
-
-    return type(split)(**{f.name: move(getattr(split, f.name)) for f in fields(split)})
 
 
 def _fabric(run: RunConfig) -> Any:
@@ -424,7 +424,11 @@ def _fabric(run: RunConfig) -> Any:
 
 
 def _reseed(seed: int, epoch: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    torch.manual_seed(_mixed(seed, epoch))
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager

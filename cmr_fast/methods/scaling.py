@@ -17,7 +17,8 @@ class InputScaling(nn.Module):
 
     raw        as they come
     standard   each feature to mean 0 and deviation 1 over the training split
-    hellinger  signed square root, then standard: Euclidean distance of histograms becomes Hellinger's
+    hellinger  square root, then standard: Euclidean distance of histograms becomes Hellinger's; features must not be
+               negative
     chi2       the explicit map of the additive chi-square kernel (Vedaldi and Zisserman, 2012; 3 values a feature),
                then standard; features must not be negative
     """
@@ -38,8 +39,11 @@ class InputScaling(nn.Module):
         """Set mean and scale from the training features (N, dim). A feature that never varies becomes 0."""
         if self.kind == "raw":
             return
-        if self.kind == "chi2" and bool((features < 0).any()):
-            raise InputError(f"chi2 input scaling needs features of at least 0, got {float(features.min())}")
+        if self.kind in ("hellinger", "chi2") and bool((features < 0).any()):
+            raise InputError(
+                f"{self.kind} input scaling needs features of at least 0, got {float(features.min())}; "
+                "expected raw or standard for these (a preset of another data set may have chosen it)"
+            )
         mapped = self._map(features.to(self.mean.device, torch.float64))
         deviation = mapped.std(0, correction=0)
         varies = deviation > 1e-12 * mapped.abs().amax(0).clamp(min=1e-300)

@@ -8,7 +8,7 @@ The presets that begin with "small" train a network for a CPU: seconds to minute
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from math import cos, pi
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +21,10 @@ from cmr_fast.attacks.pgd import PGD, Targeted
 from cmr_fast.attacks.scatter import FeatureScatter
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.errors import InputError
-from cmr_fast.methods.loop import Method
-
-CHUNK = 500  # images a forward pass, in evaluation
+from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.evaluation import accuracy
+from cmr_fast.methods.method import Classifier
+from cmr_fast.models.wide_resnet import WideResNet
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ScatterConfig:
     """How many of the held-out images are validated on."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.depth < 10 or (self.depth - 4) % 6 or self.width < 1:
             raise InputError(f"depth must be 10, 16, 22, 28, … and width 1 or more, got {self.depth} and {self.width}")
         if not 0 <= self.smoothing < 1:
@@ -101,52 +103,6 @@ class ScatterConfig:
             )
 
 
-class Block(nn.Module):
-    """Batch norm, ReLU, convolution, twice, and the input added: a pre-activation residual block."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        same = inputs == outputs and stride == 1
-        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.norm1(x))
-        y = self.conv2(F.relu(self.norm2(self.conv1(active))))
-        return y + (x if self.shortcut is None else self.shortcut(active))
-
-
-class WideResNet(nn.Module):
-    """WRN-depth-width for pixels (B, 3, H, W) from 0 to 1, which it maps to [-1, 1] -> logits (B, K)."""
-
-    def __init__(self, depth: int, width: int, num_classes: int) -> None:
-        super().__init__()
-        channels, blocks = [16, 16 * width, 32 * width, 64 * width], (depth - 4) // 6
-        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        stages = []
-        for stage in range(3):
-            inputs, outputs = channels[stage : stage + 2]
-            for number in range(blocks):
-                stages.append(Block(outputs if number else inputs, outputs, 2 if stage and not number else 1))
-        self.blocks = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(channels[3])
-        self.head = nn.Linear(channels[3], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.head.bias)
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the last layer sees, (B, 64 width)."""
-        x = self.blocks(self.stem(2 * x - 1))
-        return F.relu(self.norm(x)).mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-
 class Features(nn.Module):
     """A network up to its last layer, to be attacked there."""
 
@@ -158,30 +114,70 @@ class Features(nn.Module):
         return self.net.features(x)
 
 
-_MADRY = ScatterConfig(perturb="madry", steps=7, alpha=2 / 255, smoothing=0.0)
-_SMALL = ScatterConfig(depth=10, width=1, epochs=30, batch_size=60, schedule="cosine")
-_SMALL_MADRY = replace(_SMALL, perturb="madry", steps=7, alpha=2 / 255, smoothing=0.0)
+@dataclass(frozen=True)
+class MadryConfig(ScatterConfig):
+    """PGD training (Madry et al. 2018) of the same network: 7 steps of 2/255, hard labels."""
+
+    perturb: Literal["scatter", "madry", "random_targeted", "none"] = "madry"
+    """What training images are replaced by; fixed by the name of the method."""
+    alpha: float = 2 / 255
+    """Step of the perturbation."""
+    steps: int = 7
+    """Steps of the perturbation."""
+    smoothing: float = 0.0
+    """What the labels give to the other classes; 0 for hard labels."""
 
 
-class Scatter(Method):
-    """A classifier and one batch of its training."""
+@dataclass(frozen=True)
+class RandomTargetedConfig(MadryConfig):
+    """Madry's, each image moved towards a random other class."""
+
+    perturb: Literal["scatter", "madry", "random_targeted", "none"] = "random_targeted"
+    """What training images are replaced by; fixed by the name of the method."""
+
+
+@dataclass(frozen=True)
+class PlainConfig(MadryConfig):
+    """Training on the images as they are."""
+
+    perturb: Literal["scatter", "madry", "random_targeted", "none"] = "none"
+    """What training images are replaced by; fixed by the name of the method."""
+
+
+def _small(kind: type[ScatterConfig]) -> ScatterConfig:
+    return kind(depth=10, width=1, epochs=30, batch_size=60, schedule="cosine")
+
+
+def _as_scatter(config: ScatterConfig) -> ScatterConfig:
+    return ScatterConfig(**asdict(config))
+
+
+_SMALL = _small(ScatterConfig)
+
+
+class Scatter(Classifier):
+    """A classifier and one batch of its training, by what `config.perturb` names."""
 
     name: ClassVar[str] = "scatter"
-    output: ClassVar[Literal["embedding", "code", "logits"]] = "logits"
     Config: ClassVar[type] = ScatterConfig
-    sizes: ClassVar[tuple[str, ...]] = ("num_classes",)
+    fixed: ClassVar[str | None] = None
+    """The one `perturb` of a trainer that is called what it is."""
     presets: ClassVar[dict[str, Any]] = {
         "small": _SMALL,
-        "small-madry": _SMALL_MADRY,
-        "small-random-targeted": replace(_SMALL_MADRY, perturb="random_targeted"),
-        "small-plain": replace(_SMALL_MADRY, perturb="none"),
-        "madry": _MADRY,
-        "random-targeted": replace(_MADRY, perturb="random_targeted"),
-        "plain": replace(_MADRY, perturb="none"),
+        "small-madry": _as_scatter(_small(MadryConfig)),
+        "small-random-targeted": _as_scatter(_small(RandomTargetedConfig)),
+        "small-plain": _as_scatter(_small(PlainConfig)),
+        "madry": _as_scatter(MadryConfig()),
+        "random-targeted": _as_scatter(RandomTargetedConfig()),
+        "plain": _as_scatter(PlainConfig()),
     }
 
     def __init__(self, config: ScatterConfig, num_classes: int) -> None:
-        super().__init__(config, image_dim=0, text_dim=0, num_classes=num_classes)
+        super().__init__(config, num_classes)
+        if self.fixed is not None and config.perturb != self.fixed:
+            raise InputError(
+                f"{self.name} has perturb = {self.fixed!r}, got {config.perturb!r}: scatter takes any of them"
+            )
         self.config: ScatterConfig = config
         # smoothing as torch has it gives delta / K to every class, the true one too
         self.smoothing = config.smoothing * num_classes / (num_classes - 1) if num_classes > 1 else 0.0
@@ -193,7 +189,7 @@ class Scatter(Method):
         self.net = WideResNet(config.depth, config.width, num_classes)
         self.net.to(memory_format=torch.channels_last)
         robust = config.perturb != "none" and config.valid_steps > 0
-        self.validated = ("valid_accuracy", "valid_robust") if robust else ("valid_accuracy",)
+        self.monitor = ("valid_accuracy", "valid_robust") if robust else ("valid_accuracy",)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) from 0 to 1 -> logits (B, K)."""
@@ -227,7 +223,7 @@ class Scatter(Method):
         optimizer, c = optimizers["net"], self.config
         for group in optimizer.param_groups:
             group["lr"] = c.lr * _rate(c, progress)
-        x = batch.pixels()
+        x = batch.pixels().to(next(self.parameters()).dtype)
         if c.augment:
             x = augmented(x, c.flip)
         attack = self.perturbation()
@@ -247,21 +243,48 @@ class Scatter(Method):
 
     def validate(self, valid: Images) -> dict[str, float]:
         """Accuracy on `valid_images` images, and under PGD with `valid_steps` steps of eps / 4."""
-        few = valid.sample(self.config.valid_images)
-        found = {"valid_accuracy": accuracy(self, few)}
-        if "valid_robust" in self.validated:
-            found["valid_robust"] = accuracy(self, few, self._pgd(self.config.valid_steps))
-        return found
+        sample = valid.sample(self.config.valid_images)
+        scores = {"valid_accuracy": accuracy(self, sample)}
+        if "valid_robust" in self.monitor:
+            scores["valid_robust"] = accuracy(self, sample, self._pgd(self.config.valid_steps))
+        return scores
 
-    def measure(self, dataset: ImageDataset) -> dict[str, Any]:
+    def test(self, dataset: ImageDataset) -> dict[str, Any]:
         """Accuracy on the test split, and under PGD-20 on 500 images of it; `cmr-fast report` asks much more."""
-        few = dataset.test.sample(500)
-        robust = accuracy(self, few, self._pgd(20))
-        return {"accuracy": accuracy(self, dataset.test), "pgd20_accuracy": robust, "pgd20_images": len(few)}
+        sample = dataset.test.sample(500)
+        robust = accuracy(self, sample, self._pgd(20))
+        return {"accuracy": accuracy(self, dataset.test), "pgd20_accuracy": robust, "pgd20_images": len(sample)}
 
     def _pgd(self, steps: int) -> PGD:
         eps = self.config.eps
         return PGD(self, eps, eps / 4 if eps else 1.0, steps, check=False, progress=False)
+
+
+class Madry(Scatter):
+    """Madry's PGD training."""
+
+    name: ClassVar[str] = "madry"
+    Config: ClassVar[type] = MadryConfig
+    fixed: ClassVar[str | None] = "madry"
+    presets: ClassVar[dict[str, Any]] = {"small": _small(MadryConfig)}
+
+
+class RandomTargeted(Scatter):
+    """PGD training towards random other classes."""
+
+    name: ClassVar[str] = "random-targeted"
+    Config: ClassVar[type] = RandomTargetedConfig
+    fixed: ClassVar[str | None] = "random_targeted"
+    presets: ClassVar[dict[str, Any]] = {"small": _small(RandomTargetedConfig)}
+
+
+class Plain(Scatter):
+    """Training without perturbation."""
+
+    name: ClassVar[str] = "plain"
+    Config: ClassVar[type] = PlainConfig
+    fixed: ClassVar[str | None] = "none"
+    presets: ClassVar[dict[str, Any]] = {"small": _small(PlainConfig)}
 
 
 def _rate(c: ScatterConfig, progress: float) -> float:
@@ -283,19 +306,3 @@ def augmented(x: Tensor, flip: bool, pad: int = 4) -> Tensor:
         columns = torch.where(turned[:, None], columns.flip(1), columns)
     samples, channels = (torch.arange(n, device=x.device) for n in x.shape[:2])
     return padded[samples[:, None, None, None], channels[:, None, None], rows, columns[:, None, None, :]]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images, attack: Attack | None = None) -> float:
-    """The share of images that a classifier in evaluation mode has right, perturbed by `attack` where there is one."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    right = 0
-    for number, rows in enumerate(torch.arange(len(images)).split(CHUNK)):
-        part = images.select(rows.to(images.labels.device))
-        x, y = part.pixels().to(device), part.labels.to(device)
-        if attack is not None:
-            x = attack(x, y, index=torch.arange(len(x)) + number * CHUNK)
-        right += int((model(x).argmax(dim=1) == y).sum())
-    model.train(training)
-    return right / len(images)

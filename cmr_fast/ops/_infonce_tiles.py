@@ -120,9 +120,10 @@ class _Panels:
     def run(self, body: Callable[[int, int], None]) -> None:
         """body(panel, slot), slot < threads; raises what the first body to fail raises."""
         panels = itertools.count()
+        inference = torch.is_inference_mode_enabled()  # of this thread alone; tensors made here are written to there
 
         def work(slot: int) -> None:
-            with torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad():
                 while (panel := next(panels)) < len(self.rows):
                     try:
                         body(panel, slot)
@@ -147,7 +148,8 @@ class _Tiles:
         self.bf16 = image.dtype == torch.bfloat16
         rows, columns = min(ROWS, len(image)), min(COLUMNS, len(text))
         self.buffers = image.new_empty((panels.threads, rows * columns))
-        self.scratch = torch.empty((panels.threads, 2 * (columns + 15)), dtype=torch.float32)
+        scratch = self.native.infonce_scratch(columns)
+        self.scratch = torch.empty((panels.threads, scratch), dtype=torch.uint8, device=image.device)
 
     def similarities(self, panel: int, tile: int, slot: int, again: bool = False) -> tuple[Tensor, Tensor]:
         """(rows, columns) products, kept ones as they are, and a tensor of that shape for the gradient."""
@@ -207,9 +209,10 @@ class _Gradients:
     def __init__(self, tiles: _Tiles) -> None:
         self.tiles, self.panels = tiles, tiles.panels
         self.image = torch.empty_like(tiles.image)
-        self.text = torch.zeros(tiles.text.shape, dtype=torch.float32)
+        self.text = torch.zeros(tiles.text.shape, dtype=torch.float32, device=tiles.text.device)
         self.dots = [0.0] * len(self.panels.rows)
-        self.sums = torch.empty((self.panels.threads, min(ROWS, len(self.image)), self.image.shape[1]))
+        shape = (self.panels.threads, min(ROWS, len(self.image)), self.image.shape[1])
+        self.sums = torch.empty(shape, dtype=torch.float32, device=self.image.device)
 
     def panel(self, panel: int, slot: int, gradient: Callable[[int], Tensor]) -> None:
         """Add panel's tiles, whose gradient is gradient(tile)."""
@@ -267,7 +270,7 @@ def cpp_sigmoid(
     panels = _Panels(len(image), len(text), threads)
     tiles = _Tiles(image, text, scale, pairs, image.new_empty(0), panels)
     gradients = _Gradients(tiles) if wants_gradients else None
-    sums = torch.zeros((len(panels.rows), len(panels.columns), 3), dtype=torch.float64)
+    sums = torch.zeros((len(panels.rows), len(panels.columns), 3), dtype=torch.float64, device="cpu")
     shift = float(bias)
 
     def body(panel: int, slot: int) -> None:

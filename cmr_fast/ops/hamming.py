@@ -136,7 +136,7 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
         q, db = q.contiguous(), db.contiguous()
         native, isa = _dispatch.native(), _dispatch.choose_isa()
         shape = (len(q), len(db), db.shape[1], k, _dispatch.choose_threads(threads))
-        workspace = torch.empty(native.hamming_topk_workspace(isa, *shape), dtype=torch.uint8)
+        workspace = torch.empty(native.hamming_topk_workspace(isa, *shape), dtype=torch.uint8, device="cpu")
         native.hamming_topk(
             isa, q.data_ptr(), db.data_ptr(), *shape, distances.data_ptr(), indices.data_ptr(), workspace.data_ptr()
         )
@@ -162,12 +162,15 @@ def _range(
         native, isa = _dispatch.native(), _dispatch.choose_isa()
         shape = (len(q), len(db), db.shape[1], radius, _dispatch.choose_threads(threads))
         splits = native.hamming_range_splits(*shape)
-        offsets = torch.zeros(len(q) * splits + 1, dtype=torch.int64)
-        workspace = torch.empty(native.hamming_range_workspace(isa, *shape), dtype=torch.uint8)
+        offsets = torch.zeros(len(q) * splits + 1, dtype=torch.int64, device="cpu")
+        workspace = torch.empty(native.hamming_range_workspace(isa, *shape), dtype=torch.uint8, device="cpu")
         native.hamming_range_count(isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), workspace.data_ptr())
         torch.cumsum(offsets, 0, out=offsets)
         total = int(offsets[-1])
-        distances, indices = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.int64)
+        distances, indices = (
+            torch.empty(total, dtype=torch.int32, device="cpu"),
+            torch.empty(total, dtype=torch.int64, device="cpu"),
+        )
         native.hamming_range_fill(
             isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), distances.data_ptr(), indices.data_ptr(),
             workspace.data_ptr(),

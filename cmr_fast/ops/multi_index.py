@@ -161,10 +161,15 @@ class SearchTables:
     def _search(self, q: Tensor, k: int, threads: int | None, effort: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         native, isa, threads = _native(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
         q = q.contiguous()
-        distances = torch.full((len(q), k), self.bits + 1, dtype=torch.int32)
-        indices = torch.full((len(q), k), -1, dtype=torch.int64)
-        done, cost = torch.zeros(len(q), dtype=torch.bool), torch.zeros(len(q), dtype=torch.float64)
-        workspace = torch.empty(native.multi_index_workspace(len(self), k, threads), dtype=torch.uint8)
+        distances = torch.full((len(q), k), self.bits + 1, dtype=torch.int32, device="cpu")
+        indices = torch.full((len(q), k), -1, dtype=torch.int64, device="cpu")
+        done, cost = (
+            torch.zeros(len(q), dtype=torch.bool, device="cpu"),
+            torch.zeros(len(q), dtype=torch.float64, device="cpu"),
+        )
+        workspace = torch.empty(
+            native.multi_index_workspace(len(self), len(q), k, threads), dtype=torch.uint8, device="cpu"
+        )
         tables = [(first, length, *map(_address, arrays)) for first, length, *arrays in self._tables]
         native.multi_index_search(
             isa, len(self), self._codes.shape[1], self.bits, self._order.data_ptr(), _address(self._starts),
@@ -215,10 +220,14 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     queries, counted = unpack_codes(database[rows], bits), unpack_codes(database[some], bits)
     parts, scale = _substrings(bits, n, None), n / len(some)
     per_query, per_lookup, per_bucket, per_word, per_survivor = _native().multi_index_costs()
-    cost = torch.full((len(rows), 1), per_query, dtype=torch.float64)
+    cost = torch.full((len(rows), 1), per_query, dtype=torch.float64, device="cpu")
     for number, (first, length) in enumerate(parts):
-        here = torch.arange(first, first + length)
-        window = torch.arange(first - min(64, bits - length), first) % bits if bits > 64 else torch.arange(bits)
+        here = torch.arange(first, first + length, device="cpu")
+        window = (
+            torch.arange(first - min(64, bits - length), first, device="cpu") % bits
+            if bits > 64
+            else torch.arange(bits, device="cpu")
+        )
         apart = hamming_distances(pack_codes(queries[:, here]), pack_codes(counted[:, here]), threads=1)
         left = hamming_distances(pack_codes(queries[:, window]), pack_codes(counted[:, window]), threads=1)
         for radius in range(length + 1):
@@ -228,7 +237,7 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
             met = apart == radius
             words = met.sum(dim=1, keepdim=True) * scale
             buckets = math.comb(length, radius)
-            full = torch.minimum(words, torch.tensor(buckets, dtype=torch.float64))
+            full = torch.minimum(words, torch.tensor(buckets, dtype=torch.float64, device="cpu"))
             price = buckets * per_lookup + full * per_bucket
             if len(parts) > 1:
                 near = left <= reach - (radius if bits > 64 else 0)
@@ -292,7 +301,7 @@ def _empty(count: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised, on huge pages where the system grants them: small ones cost a third of the time of a search."""
     size = count * dtype.itemsize
     if size < _HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype)
+        return torch.empty(count, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)

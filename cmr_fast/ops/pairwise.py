@@ -297,8 +297,8 @@ class _NativeTiles:
         self.s, self.options = s, (positive, squared, gradient)
         self.native, self.isa = _dispatch.native(), _dispatch.choose_isa()
         self.threads = _dispatch.choose_threads(threads)
-        self.sums = torch.empty(rows, dtype=torch.float64)
-        self.total = torch.zeros((), dtype=torch.float64)
+        self.sums = torch.empty(rows, dtype=torch.float64, device="cpu")
+        self.total = torch.zeros((), dtype=torch.float64, device="cpu")
         if f_labels is not None and g_labels is not None:
             self.classes = f_labels.ndim == 1
             self.mine, theirs = _words(f_labels), _words(g_labels)

@@ -148,7 +148,7 @@ def _ranking(
             len(q), len(db), db.shape[1], 4 if classes else db_labels.shape[1], classes, order, curves, k, cut,
             _dispatch.choose_threads(threads),
         )  # fmt: skip
-        workspace = torch.empty(native.ranking_workspace(*shape), dtype=torch.uint8)
+        workspace = torch.empty(native.ranking_workspace(*shape), dtype=torch.uint8, device="cpu")
         inputs = (q, db, q_labels, db_labels)
         native.ranking(
             isa, *shape, *(x.data_ptr() for x in inputs), 0 if partners is None else partners.data_ptr(),

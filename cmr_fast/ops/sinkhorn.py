@@ -251,7 +251,7 @@ def _sinkhorn(
         )
         return plan.to(cost.dtype), iterations, errors
     native, threads = _dispatch.native(), _dispatch.choose_threads(threads)
-    workspace = torch.empty(native.sinkhorn_workspace(*cost.shape, proximal, threads), dtype=torch.uint8)
+    workspace = torch.empty(native.sinkhorn_workspace(*cost.shape, proximal, threads), dtype=torch.uint8, device="cpu")
     native.sinkhorn(
         _dispatch.choose_isa(), *cost.shape, *options, threads, costs.data_ptr(), *mass, *results, workspace.data_ptr()
     )

@@ -29,6 +29,9 @@ REDUCTIONS = ("mean", "mean_nonzero", "sum")
 MAX_ITEMS = 1 << 24  # weights are counts, and float32 counts exactly up to here
 MAX_CUDA_CANDIDATES = 4096  # a row is sorted in shared memory
 _BLOCK = {"cpp": 1 << 22, "cuda": 1 << 24, "torch": 1 << 20}  # distances held at once
+_EXACT = 25  # up to so many rows torch.cdist takes differences
+_CLOSE = 1 / 64  # squared distances up to this share of |x|^2 + |y|^2 are made from differences: kClose of the kernels
+_SAMPLE = 17  # rows that the origin is chosen by
 
 
 def triplet_margin(
@@ -63,7 +66,7 @@ def triplet_margin(
 
     A batch without a triplet (no positives, no negatives, nothing at all) gives 0 and a gradient of zeros. The hinge
     is open where d(a, n) < d(a, p) + margin, rounded to the dtype: a tie counts nothing and has no gradient. Of equal
-    distances, mining takes the lower index. Distances that vanish within rounding have a gradient of 0.
+    distances, mining takes the lower index. Distances of 0 have a gradient of 0.
     """
     anchors, was_numpy = as_tensor(x, "x")
     candidates = None if other is None else as_tensor(other, "other")[0]
@@ -132,7 +135,7 @@ def acmr_triplet(
     mean   per anchor, mean relevant D + weight * mean irrelevant hinge (what a triplet contributes on average), then
            the mean over anchors that have a triplet, summed over both directions; 0 if there is no triplet
 
-    Distances that vanish within rounding have a gradient of 0, and so has a hinge at its kink.
+    Distances of 0 have a gradient of 0, and so has a hinge at its kink.
     """
     image, text = as_tensor(image, "image")[0], as_tensor(text, "text")[0]
     if image.ndim != 2 or image.shape != text.shape:
@@ -236,36 +239,50 @@ def _unfit(x: Tensor, candidates: int) -> dict[str, str]:
     return unfit
 
 
-# weigh(rows, block): inner products of a block of anchors with all candidates in; e in their place, its row sums back
+# weigh(rows, block): inner products of a block of anchors with all candidates in (nothing where the sweep is exact); e
+# in their place, its row sums back
 Weigh = Callable[[slice, Tensor], Tensor]
 
 
 class _Sweep:
     """Blocks of anchors against all candidates: products, weights, and the gradient that these give.
 
-    Where distances are Euclidean the origin is moved amid the points: distances do not change, and the expansion of
-    their squares keeps its digits.
+    Squared distances are |x|^2 + |y|^2 - 2 x y; where that is up to _CLOSE of |x|^2 + |y|^2 its digits are lost, and
+    they are made again from differences. Batches of which torch.cdist takes differences are `exact`: so do we. The
+    origin is moved only along coordinates whose values lie far from 0 beside their spread, and to one of these values,
+    so that the difference is exact: equal distances stay equal, and a few far rows do not move it.
     """
 
     def __init__(self, x: Tensor, other: Tensor | None, backend: str, distance: int, threads: int | None) -> None:
         self.same, self.dot, self.backend = other is None, distance == 2, backend
         y = x if other is None else other
-        if not self.dot and len(x) and len(y):
-            origin = x.mean(0) if other is None else (x.mean(0) + y.mean(0)) / 2
-            x, y = x - origin, y if other is None else y - origin
+        self.exact = not self.dot and max(len(x), len(y)) <= _EXACT
+        if not self.dot and not self.exact and len(x) and len(y):
+            origin = _origin(x, y)
+            if origin is not None:
+                x, y = x - origin, y if other is None else y - origin
         self.x = x.contiguous()
         self.y = self.x if self.same else y.contiguous()
         self.x_squares = self.x.square().sum(1)
         self.y_squares = self.x_squares if self.same else self.y.square().sum(1)
         self.rows = max(1, min(len(x), _BLOCK[backend] // max(1, len(y))))
+        self.close = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # close pairs of a row that have a weight
         self.head: tuple[Any, ...] = ()
         if backend == "cpp":
             self.native, self.head = _dispatch.native(), (_dispatch.choose_isa(), _dispatch.choose_threads(threads))
-            self.workspace = torch.empty(self.native.triplet_workspace(len(y), self.head[1]), dtype=torch.uint8)
+            size = self.native.triplet_workspace(self.rows, len(y), self.head[1])
+            self.workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
         elif backend == "cuda":
             device = hamming_cuda.device_of(x)
             self.native = _dispatch.native_cuda()
             self.head = (self.native.Queue(device.index, device.stream),)
+
+    def points(self, rows: slice) -> tuple[int, int, int, int, int, bool]:
+        """A block's anchors and the candidates, as native code takes them."""
+        return (
+            self.x[rows].data_ptr(), self.x_squares[rows].data_ptr(), self.y.data_ptr(), self.y_squares.data_ptr(),
+            self.x.shape[1], self.exact,
+        )  # fmt: skip
 
     def run(self, weigh: Weigh, grad_x: Tensor, grad_other: Tensor) -> None:
         """Weigh every block; fill the gradients that have rows."""
@@ -276,12 +293,37 @@ class _Sweep:
         buffer = self.x.new_empty((self.rows, len(self.y)))
         for first in range(0, len(self.x), self.rows):
             rows = slice(first, min(first + self.rows, len(self.x)))
-            block = torch.mm(self.x[rows], self.y.T, out=buffer[: rows.stop - first])
+            block = buffer[: rows.stop - first]
+            if not self.exact:
+                torch.mm(self.x[rows], self.y.T, out=block)
             sums = weigh(rows, block)
-            if self.same and len(grad_x):
+            if not len(grad_x) and not len(grad_other):
+                continue
+            if self.exact or (self.x.device.type == "cpu" and not self.dot and bool(self.close[rows].any())):
+                self._pull_close(rows, block, grad_x, grad_other)
+            elif self.same:
                 self._pull_same(rows, block, sums, grad_x)
-            elif len(grad_x) or len(grad_other):
+            else:
                 self._pull(rows, block, sums, grad_x, grad_other)
+
+    def _pull_close(self, rows: slice, e: Tensor, grad_x: Tensor, grad_other: Tensor) -> None:
+        """_pull where some x_i - y_j are small beside x_i: what e_ij x_i and e_ij y_j leave of each other is kept."""
+        if self.x.dtype == torch.float32:
+            e, x, y = e.double(), self.x[rows].double(), self.y.double()
+            to_x, to_y = e.sum(1, keepdim=True) * x - e @ y, e.sum(0)[:, None] * y - e.T @ x
+        else:
+            to_x, to_y = torch.zeros_like(self.x[rows]), torch.zeros_like(self.y)
+            step = max(1, _BLOCK["torch"] // max(1, self.y.numel()))
+            for i in range(0, len(e), step):
+                pulls = e[i : i + step, :, None] * (self.x[rows][i : i + step, None] - self.y)
+                to_x[i : i + step] = pulls.sum(1)
+                to_y -= pulls.sum(0)
+        if len(grad_x):
+            grad_x[rows] += to_x
+        if self.same and len(grad_x):
+            grad_x += to_y
+        elif len(grad_other):
+            grad_other += to_y
 
     def _pull(self, rows: slice, e: Tensor, sums: Tensor, grad_x: Tensor, grad_other: Tensor) -> None:
         """Gradient of sum_ij w_ij d(x_i, y_j) with e_ij = w_ij / d_ij (euclidean), 2 w_ij (squared) or w_ij (dot):
@@ -319,11 +361,35 @@ class _Sweep:
         """Squared Euclidean, or minus the products."""
         if self.dot:
             return -products
-        return (self.x_squares[rows, None] + self.y_squares).sub_(products, alpha=2)
+        step = max(1, _BLOCK["torch"] // max(1, self.x.shape[1]))
+        if self.exact:
+            return (self.x[rows, None] - self.y).square_().sum(2)
+        both = self.x_squares[rows, None] + self.y_squares
+        d2 = both - 2 * products
+        close = self.is_close(rows, d2)
+        if self.same:
+            d2.diagonal(rows.start).fill_(0)
+            close.diagonal(rows.start).fill_(False)
+        if d2.device.type != "cpu":  # which pairs are close is not asked there: the caller would wait for the device
+            return d2.masked_fill_(d2 <= 4 * torch.finfo(d2.dtype).eps * both, 0)
+        for pairs in close.nonzero().split(step):
+            i, j = pairs.unbind(1)
+            d2[i, j] = (self.x[rows][i] - self.y[j]).square_().sum(1)
+        return d2
 
-    def floor(self, rows: slice) -> Tensor:
-        """Squares below this are rounding: such a distance has no direction."""
-        return 4 * torch.finfo(self.x.dtype).eps * (self.x_squares[rows, None] + self.y_squares)
+    def is_close(self, rows: slice, d2: Tensor) -> Tensor:
+        """Which squared distances are small beside the squares that they are the difference of."""
+        return d2 <= _CLOSE * (self.x_squares[rows, None] + self.y_squares)
+
+
+def _origin(x: Tensor, y: Tensor) -> Tensor | None:
+    """(d,) the median of some rows along coordinates where it is more than twice the median deviation, 0 elsewhere."""
+    rows = torch.cat([v[:: -(-len(v) // _SAMPLE)] for v in (x, y)]) if y is not x else x[:: -(-len(x) // _SAMPLE)]
+    middle = len(rows) // 2
+    origin = rows.sort(dim=0).values[middle]
+    spread = (rows - origin).abs_().sort(dim=0).values[middle]
+    origin = torch.where(origin.abs() > 2 * spread, origin, 0)
+    return origin if origin.device.type != "cpu" or bool(origin.any()) else None
 
 
 def _outputs(x: Tensor, other: Tensor | None, grad_x: bool, grad_other: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,9 +422,10 @@ def _triplet_margin(
     if chosen == "torch":
 
         def weigh(rows: slice, block: Tensor) -> Tensor:
-            d2 = sweep.distances(rows, block)
-            vanishing = d2 <= sweep.floor(rows) if distance == 0 else None
-            d = d2 if distance == 2 else d2.clamp_(min=0)
+            d = sweep.distances(rows, block)
+            close = sweep.is_close(rows, d) if distance != 2 else None
+            if distance != 2:
+                d = d.clamp_(min=0)
             if distance == 0:
                 d = d.sqrt_()
             positive = _relevant(labels[rows], their_labels)
@@ -366,8 +433,10 @@ def _triplet_margin(
             if other is None:
                 positive.diagonal(rows.start).fill_(False)
             w, losses[rows], counts[0, rows], counts[1, rows] = _weights(d, positive, negative, margin, mining)
-            if vanishing is not None:
-                w = (w / d).masked_fill_(vanishing, 0)
+            if close is not None:
+                sweep.close[rows] = (close & (w != 0)).sum(1)
+            if distance == 0:
+                w = torch.where(d == 0, 0, w / d)
             elif distance == 1:
                 w = w * 2
             block.copy_(w)
@@ -377,14 +446,13 @@ def _triplet_margin(
         words = 1 if labels.ndim == 1 else labels.shape[1]
         sums = x.new_empty(len(x))
         shape = (len(y), words, labels.ndim == 1, margin, mining, distance, needs_grad_x or needs_grad_other)
-        tail = (sweep.workspace.data_ptr(),) if chosen == "cpp" else ()
 
         def weigh(rows: slice, block: Tensor) -> Tensor:
+            tail = (sweep.close[rows].data_ptr(), sweep.workspace.data_ptr()) if chosen == "cpp" else ()
             sweep.native.triplet_weigh(
                 *sweep.head, len(block), *shape, rows.start if other is None else -1, block.data_ptr(),
-                sweep.x_squares[rows].data_ptr(), sweep.y_squares.data_ptr(), mine[rows].data_ptr(),
-                planes.data_ptr(), losses[rows].data_ptr(), counts[0, rows].data_ptr(), counts[1, rows].data_ptr(),
-                sums[rows].data_ptr(), *tail,
+                sweep.points(rows), mine[rows].data_ptr(), planes.data_ptr(), losses[rows].data_ptr(),
+                counts[0, rows].data_ptr(), counts[1, rows].data_ptr(), sums[rows].data_ptr(), *tail,
             )  # fmt: skip
             return sums[rows]
 
@@ -473,19 +541,20 @@ def _acmr_triplet(
 
         def weigh(rows: slice, block: Tensor) -> Tensor:
             d2 = sweep.distances(rows, block)
-            vanishing = d2 <= sweep.floor(rows)
+            close = sweep.is_close(rows, d2)
             d = d2.clamp_(min=0).sqrt_()
             pull, push = near[rows, None] + near, far[rows, None] + far
             relevant = _relevant(labels[rows], labels)
             hinge = (margin - d).clamp(min=0)
             losses[rows] = torch.where(relevant, pull * d, push * hinge).double().sum(1)
             w = torch.where(relevant, pull, torch.where(hinge > 0, -push, 0))
-            block.copy_((w / d).masked_fill_(vanishing, 0))
+            sweep.close[rows] = (close & (w != 0)).sum(1)
+            block.copy_(torch.where(d == 0, 0, w / d))
             return block.sum(1)
     else:
         mine, planes = labels.contiguous(), _planes(labels)
         relevance = (1 if labels.ndim == 1 else labels.shape[1], labels.ndim == 1)
-        counts = torch.empty(size, dtype=torch.int64)
+        counts = torch.empty(size, dtype=torch.int64, device="cpu")
         sweep.native.triplet_acmr_factors(
             *sweep.head, size, *relevance, mine.data_ptr(), planes.data_ptr(), weight, mean, counts.data_ptr(),
             near.data_ptr(), far.data_ptr(),
@@ -494,9 +563,9 @@ def _acmr_triplet(
         def weigh(rows: slice, block: Tensor) -> Tensor:
             sweep.native.triplet_acmr(
                 *sweep.head, len(block), size, *relevance, margin, near.data_ptr(), far.data_ptr(), rows.start,
-                needs_grad_image or needs_grad_text, block.data_ptr(), sweep.x_squares[rows].data_ptr(),
-                sweep.y_squares.data_ptr(), mine[rows].data_ptr(), planes.data_ptr(), losses[rows].data_ptr(),
-                sums[rows].data_ptr(), sweep.workspace.data_ptr(),
+                needs_grad_image or needs_grad_text, block.data_ptr(), sweep.points(rows), mine[rows].data_ptr(),
+                planes.data_ptr(), losses[rows].data_ptr(), sums[rows].data_ptr(), sweep.close[rows].data_ptr(),
+                sweep.workspace.data_ptr(),
             )  # fmt: skip
             return sums[rows]
 

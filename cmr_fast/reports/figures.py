@@ -88,9 +88,9 @@ def plot_losses(
             axis.set_axis_off()
         for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
             for number, (name, values) in enumerate(lines.items()):
-                there = np.isfinite(values)
-                look = _look(number) | {"marker": "o" if there.sum() <= 12 else ""}
-                axis.plot(np.asarray(epochs)[there], values[there], label=name, **look)
+                known = np.isfinite(values)
+                look = _look(number) | {"marker": "o" if known.sum() <= 12 else ""}
+                axis.plot(np.asarray(epochs)[known], values[known], label=name, **look)
             axis.set_title(panel)
             axis.set_xlabel("epoch")
             axis.set_xlim(min(epochs) - 0.02 * len(epochs), max(epochs) + 0.02 * len(epochs))
@@ -156,9 +156,9 @@ def plot_tsne(
             classes = np.concatenate([labels, labels])
             for number in np.unique(classes):
                 name = class_names[number] if number < len(class_names) else f"class {number}"
-                there = classes == number
+                members = classes == number
                 colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-                axes[1].scatter(*points[there].T, c=colour, s=9, alpha=0.75, linewidths=0, label=name)
+                axes[1].scatter(*points[members].T, c=colour, s=9, alpha=0.75, linewidths=0, label=name)
             axes[1].set_title("by class")
         for axis in axes:
             axis.set(xticks=[], yticks=[])

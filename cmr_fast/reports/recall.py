@@ -20,7 +20,7 @@ from cmr_fast.attacks.pgd import PGD
 from cmr_fast.attacks.ranking import ATTACKS, Ranker, RecallUnderAttack, ranking_ce, recall_under_attack
 from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.reports import figures
-from cmr_fast.reports.retrieval import write_page
+from cmr_fast.reports.page import write_page
 
 SLACK = 0.02  # of R@1: what an attack without gradients may find beyond PGD by chance
 FACTORS = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 32.0)

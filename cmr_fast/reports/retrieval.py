@@ -1,19 +1,19 @@
 """Results tables and the papers' figures from trained runs: scores, PNG files and an index page."""
 
 import csv
-import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
+from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_many
 from cmr_fast.reports import figures
+from cmr_fast.reports.page import write_page
 
 if TYPE_CHECKING:
     from cmr_fast.data.pairs import PairedDataset
@@ -26,57 +26,38 @@ _CHEAP_CCA = 2048  # CCA takes an eigendecomposition of each feature covariance
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one data set, {"i2t", "t2i"} each: mAP(all), mAP@50 over the hits found, tie-aware curves."""
+    """One model on one data set: a row of the results table, and the curves of a report.
+
+    Parameters
+    ----------
+    name, data
+        Of the model and the data set.
+    whole, top
+        mAP(all), and mAP@50 over the hits, {"i2t", "t2i", "average"} each.
+    curves
+        {"i2t", "t2i"} under tie-aware ranking; empty where no curves are drawn.
+    """
 
     name: str
     data: str
-    whole: "Mapping[str, RetrievalResult]"
-    top: "Mapping[str, RetrievalResult]"
-    curves: "Mapping[str, RetrievalResult]"
+    whole: Mapping[str, float]
+    top: Mapping[str, float]
+    curves: "Mapping[str, RetrievalResult]" = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, data: str, results: Mapping[str, Any]) -> "Score":
+        """The row of what `final_results` measured, as results.json of a run holds it."""
+        return cls(name, data, results["all"], results[f"topk_hits@{CUT}"])
 
     def numbers(self) -> tuple[float, ...]:
         """I2T, T2I, average under mAP(all), then the same under mAP@50 (hits)."""
-        both = [(float(found["i2t"].map), float(found["t2i"].map)) for found in (self.whole, self.top)]
-        return tuple(value for i2t, t2i in both for value in (i2t, t2i, (i2t + t2i) / 2))
+        return tuple(means[what] for means in (self.whole, self.top) for what in ("i2t", "t2i", "average"))
 
 
 COLUMNS = (
     *("I2T mAP(all)", "T2I mAP(all)", "average mAP(all)"),
     *(f"I2T mAP@{CUT} hits", f"T2I mAP@{CUT} hits", f"average mAP@{CUT} hits"),
 )
-
-
-def evaluate_many(
-    model: Any, dataset: "PairedDataset", settings: Sequence[Mapping[str, Any]]
-) -> "list[dict[str, RetrievalResult] | InputError]":
-    """`evaluate_model` under several settings (k, convention, ties), each side encoded once.
-
-    A setting that the metrics refuse gives its InputError in that place.
-    """
-    from cmr_fast.methods.evaluation import Modality, encode_all
-    from cmr_fast.ops import pack_codes
-    from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
-
-    modalities: tuple[Modality, ...] = ("image", "text")
-    query = {m: encode_all(model, m, getattr(dataset.query, m)) for m in modalities}
-    database = query
-    if dataset.database is not dataset.query:
-        database = {m: encode_all(model, m, getattr(dataset.database, m)) for m in modalities}
-    labels = dataset.query.labels, dataset.database.labels
-
-    def compare(asked: Modality, answered: Modality, setting: Mapping[str, Any]) -> "RetrievalResult":
-        if model.output == "embedding":
-            return evaluate_embeddings(query[asked], database[answered], *labels, metric=model.metric, **setting)
-        codes, base = (pack_codes(side, threshold=0.0) for side in (query[asked], database[answered]))
-        return evaluate_codes(codes, base, *labels, bits=query[asked].shape[1], **setting)
-
-    found: list[dict[str, RetrievalResult] | InputError] = []
-    for setting in settings:
-        try:
-            found.append({"i2t": compare("image", "text", setting), "t2i": compare("text", "image", setting)})
-        except InputError as error:
-            found.append(error)
-    return found
 
 
 def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
@@ -86,12 +67,13 @@ def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
         {"convention": "topk_hits", "k": CUT},
         {"ties": "tie_aware"},
     ]
-    found = []
+    results = []
     for result in evaluate_many(model, dataset, settings):
         if isinstance(result, InputError):
             raise result
-        found.append(result)
-    return Score(name, dataset.name, *found)
+        results.append(result)
+    whole, top, curves = results
+    return Score(name, dataset.name, averaged(whole), averaged(top), curves)
 
 
 def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple[str, Any]]:
@@ -100,14 +82,14 @@ def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple
 
     models = list(models)
     code_bits = sorted({bits for model in models if (bits := _bits(model))})
-    found: list[tuple[str, Any]] = []
+    baselines: list[tuple[str, Any]] = []
     if max(dataset.image_dim, dataset.text_dim) <= _CHEAP_CCA:
-        if any(model.output == "embedding" for model in models):
+        if any(not model.binary for model in models):
             dim = min(7, dataset.image_dim, dataset.text_dim)
-            found.append((f"CCA, {dim} dims", CCA(dim).fit(dataset.train)))
-        found += [(f"CCA-ITQ, {bits} bits", CCAITQ(bits).fit(dataset.train)) for bits in code_bits]
+            baselines.append((f"CCA, {dim} dims", CCA(dim).fit(dataset.train)))
+        baselines += [(f"CCA-ITQ, {bits} bits", CCAITQ(bits).fit(dataset.train)) for bits in code_bits]
     bits = code_bits[0] if code_bits else 64
-    return [*found, (f"random, {bits} bits", Random(bits).fit(dataset.train))]
+    return [*baselines, (f"random, {bits} bits", Random(bits).fit(dataset.train))]
 
 
 def print_results(scores: Sequence[Score], title: str) -> None:
@@ -140,12 +122,30 @@ def write_report(
     tsne_points: int = TSNE_POINTS,
     force: bool = False,
 ) -> list[Score]:
-    """Figures, results.csv, README.md and index.html in the folder `out`; returns the rows of the table.
+    """Write figures, results.csv, README.md and index.html to a folder.
 
-    runs     (run folder, its model, its data set) each; runs on one data set share their curves
-    tsne_points   pairs in each t-SNE, 0 for none
-    force    write over the files of an earlier report; anything else in the folder stays as it is
-    Raises InputError where `out` holds a report already (without force) or is a file.
+    Parameters
+    ----------
+    runs
+        (run folder, its model, its data set) each; runs on one data set share their curves.
+    out
+        The folder.
+    with_baselines
+        CCA, CCA-ITQ and random beside the runs.
+    tsne_points
+        Pairs in each t-SNE, 0 for none.
+    force
+        Write over the files of an earlier report; anything else in the folder stays as it is.
+
+    Returns
+    -------
+    list of Score
+        The rows of the table.
+
+    Raises
+    ------
+    InputError
+        Where `out` holds a report already (without force) or is a file, and where there are no runs.
     """
     if not runs:
         raise InputError("a report needs at least one run, got none")
@@ -188,7 +188,9 @@ def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "")
         drawn.append((file, f"{caption}, {data}"))
 
     def precision(ks: np.ndarray) -> dict[str, dict[str, figures.Curve]]:
-        return {s.name: {d: (ks, np.asarray(found.precision_at(ks))) for d, found in s.curves.items()} for s in scores}
+        return {
+            s.name: {d: (ks, np.asarray(result.precision_at(ks))) for d, result in s.curves.items()} for s in scores
+        }
 
     last = min(1000, database)
     scope = np.unique(np.linspace(min(50, last), last, 40).astype(int))
@@ -197,11 +199,11 @@ def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "")
     ks = np.unique(np.geomspace(1, last, 40).astype(int))
     caption = "Precision at K (CMIMH, Fig. 4)"
     figure(f"precision-at-k{suffix}.png", caption, precision(ks), "K (items shown)", "precision at K", log_x=True)
-    by_rank = {s.name: {d: _by_rank(found) for d, found in s.curves.items()} for s in scores}
+    by_rank = {s.name: {d: _by_rank(result) for d, result in s.curves.items()} for s in scores}
     figure(f"precision-recall{suffix}.png", "Precision-recall by rank (CMIMH, Fig. 5)", by_rank, "recall", "precision")
     coded = [s for s in scores if s.curves["i2t"].metric == "hamming"]
     if coded:
-        by_radius = {s.name: {d: _by_radius(found) for d, found in s.curves.items()} for s in coded}
+        by_radius = {s.name: {d: _by_radius(result) for d, result in s.curves.items()} for s in coded}
         caption = "Precision-recall by Hamming radius (mean over queries)"
         figure(f"precision-recall-radius{suffix}.png", caption, by_radius, "recall", "precision")
     return drawn
@@ -225,13 +227,11 @@ def draw_run(
         figures.plot_losses(out / file, f"Training of {name}, {dataset.name}", history["epoch"].tolist(), panels)
         drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
     if min(tsne_points, len(dataset.query)) >= 5:
-        from cmr_fast.methods.evaluation import encode_all
-
         rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
         points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
-        if model.output == "embedding" and model.metric == "cosine":
+        if not model.binary and model.metric == "cosine":
             points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
-        elif model.output == "code":
+        elif model.binary:
             points = {m: np.where(x >= 0, 1.0, -1.0) for m, x in points.items()}
         labels = None if dataset.query.multi_label else dataset.query.labels.numpy()[rows]
         file = f"tsne{suffix}.png"
@@ -279,67 +279,6 @@ def write_index(out: Path, scores: Sequence[Score], pages: Sequence[tuple[str, s
     write_page(out, "Results", ["model", "data", *COLUMNS], rows, note, pages)
 
 
-def write_page(
-    out: Path, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str,
-    pages: Sequence[tuple[str, str]], words: Sequence[str] = (), table: str = "results.csv",
-) -> None:  # fmt: skip
-    """`table` (CSV), README.md and index.html: words to read first, the table, its note, (file, caption)s."""
-    with write_aside(out / table) as aside, open(aside, "w", newline="") as text:
-        csv.writer(text).writerows([head, *rows])
-    text_columns = sum(not any(c.isdigit() for c in cell) for cell in rows[0]) if rows else 0
-    aligned = [head, ["---"] * text_columns + ["---:"] * (len(head) - text_columns), *rows]
-    lines = [
-        f"# {title}",
-        "",
-        *(f"- {line}" for line in words),
-        *([""] if words else []),
-        *map(_row, aligned),
-        "",
-        note,
-        "",
-    ]
-    for file, caption in pages:
-        lines += [f"## {caption}", "", f"![{caption}]({file})", ""]
-    with write_aside(out / "README.md") as aside:
-        aside.write_text("\n".join(lines))
-    cells = "".join(f"<tr>{_cells('td', row)}</tr>\n" for row in rows)
-    body = "".join(_FIGURE.format(file=html.escape(file), caption=html.escape(caption)) for file, caption in pages)
-    said = "".join(f"<li>{html.escape(line)}</li>\n" for line in words)
-    with write_aside(out / "index.html") as aside:
-        aside.write_text(
-            _PAGE.format(
-                title=html.escape(title), said=f"<ul>{said}</ul>\n" if said else "", head=_cells("th", head),
-                cells=cells, note=note, body=body, first=text_columns + 1,
-            )
-        )  # fmt: skip
-
-
-_FIGURE = '<figure><img src="{file}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>cmr-fast report</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; }}
-td:nth-child(n+{first}) {{ text-align: right; font-variant-numeric: tabular-nums; }}
-figure {{ margin: 2rem 0; }} img {{ max-width: 100%; height: auto; }} figcaption {{ color: #555; }}
-</style>
-<h1>{title}</h1>
-{said}<table><tr>{head}</tr>
-{cells}</table>
-<p>{note}</p>
-{body}</html>
-"""
-
-
-def _cells(tag: str, values: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
     """Short names: method, bits, seed; the folder's name too where two would be the same."""
     names = []
@@ -353,7 +292,7 @@ def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
 
 
 def _bits(model: Any) -> int | None:
-    return getattr(model.config, "bits", None) if model.output == "code" else None
+    return getattr(model.config, "bits", None) if model.binary else None
 
 
 def _slug(name: str) -> str:
@@ -369,5 +308,5 @@ def _by_rank(result: "RetrievalResult") -> figures.Curve:
 
 def _by_radius(result: "RetrievalResult") -> figures.Curve:
     curve = result.precision_recall_by_radius(average="macro", empty="skip")
-    there = np.isfinite(curve.precision)
-    return curve.recall[there], curve.precision[there]
+    defined = np.isfinite(curve.precision)
+    return curve.recall[defined], curve.precision[defined]

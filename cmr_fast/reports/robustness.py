@@ -32,7 +32,7 @@ from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.data.images import Images
 from cmr_fast.errors import InputError
 from cmr_fast.reports import figures
-from cmr_fast.reports.retrieval import write_page
+from cmr_fast.reports.page import write_page
 
 STANDARD = (
     *("clean", "fgsm", "pgd20", "pgd100x5", "cw20", "cw100x5", "apgd-ce", "apgd-dlr", "apgd-t"),

@@ -87,14 +87,38 @@ def harmonic_numbers(n: int) -> np.ndarray:
     return table
 
 
+def _harmonic_steps(
+    before: np.ndarray | int, m: np.ndarray | int, harmonic: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """dH = sum_{i=1..m} 1 / (N + i) and m - (N + 1) dH = sum (i - 1) / (N + i), N = before, without cancellation."""
+    n, m = np.asarray(before, dtype=np.float64), np.asarray(m, dtype=np.float64)
+    low = np.minimum(n, 63).astype(np.int64)
+    table = harmonic if len(harmonic) else harmonic_numbers(0)
+    last = len(table) - 1
+    direct = table[np.minimum(low + m.astype(np.int64), last)] - table[np.minimum(low, last)]
+    a = np.maximum(n, 64)  # from here on by the expansion of H_n - log(n) in 1 / n
+    end = a + m
+    x = m / a
+    r = x / (2 + x)
+    power, series = r * r * r, np.zeros_like(r)
+    for i in range(3, 31, 2):
+        series, power = series + power / i, power * r * r
+    beyond = np.where(x < 0.5, x * x / (2 + x) - 2 * series, x - np.log1p(x))  # x - log(1 + x)
+    rest = m * (a + end) / (12 * (a * end) ** 2) - (1 / a**4 - 1 / end**4) / 120 + (1 / a**6 - 1 / end**6) / 252
+    dh = np.log1p(x) - m / (2 * a * end) + rest
+    spread = a * beyond + m / (2 * end) - a * rest - dh  # m - a dH - dH
+    small = n < 64
+    return np.where(small, direct, dh), np.where(small, m - (n + 1) * direct, spread)
+
+
 def precision_sums(groups: Groups, ranks: np.ndarray, harmonic: np.ndarray) -> np.ndarray:
     """E[sum of precisions at the hits among a group's first `ranks` ranks], (G,) float64; 0 <= ranks <= size."""
     if groups.single:
         return ranks * ((groups.hits_before + 1) / (groups.before + 1))
     n, r = groups.size, groups.relevant
-    dh = harmonic[groups.before + ranks] - harmonic[groups.before]
+    dh, spread = _harmonic_steps(groups.before, ranks, harmonic)
     b = (r - 1) / np.maximum(n - 1, 1)
-    return r / n * ((groups.hits_before + 1) * dh + b * (ranks - (groups.before + 1) * dh))
+    return r / n * ((groups.hits_before + 1) * dh + b * spread)
 
 
 def mixed(groups: Groups, ranks: np.ndarray) -> np.ndarray:
@@ -109,9 +133,9 @@ def sum_over_hits(n: int, r: int, before: int, hits_before: int, m: int, earlier
     """
     x = np.arange(max(0, m - (n - r)), min(m, r) + 1)
     p = _weights((r - x[:-1]) * (m - x[:-1]) / ((x[:-1] + 1) * (n - r - m + x[:-1] + 1)))
-    dh = harmonic[before + m] - harmonic[before]
+    dh, spread = _harmonic_steps(before, m, harmonic)
     b = (x - 1) / max(m - 1, 1)
-    sums = x / m * ((hits_before + 1) * dh + b * (m - (before + 1) * dh))
+    sums = x / m * ((hits_before + 1) * dh + b * spread)
     hits = hits_before + x
     return float(p @ np.where(hits > 0, (earlier + sums) / np.maximum(hits, 1), 0.0))
 

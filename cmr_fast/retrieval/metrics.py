@@ -38,7 +38,6 @@ __all__ = ["CONVENTIONS", "METRICS", "TIES", "RetrievalResult", "evaluate_codes"
 
 METRICS = ("cosine", "l2", "ip")
 _BLOCK = 1 << 21  # query x database cells held at once, 8 bytes each or less
-_GRID = 1 << 38  # embedding scores are compared as integers on this grid
 
 
 def evaluate_codes(
@@ -126,30 +125,33 @@ def evaluate_embeddings(
     query, database    (Q, d) and (N, d), finite numbers
     metric             "cosine" (a zero vector is at 0 from everything), "l2", or "ip" (largest inner product first)
 
-    Scores are computed in float64, and those that agree to 2^-38 of the largest that the query could have are tied,
-    so equal rows tie whatever the order of summation.
+    Scores are computed in float64. Equal rows tie, and so do neighbours in the ranking that differ by no more than the
+    rounding of their own sums: (d + 4) * 2^-52 of the distance, or of |q| |x|. No row changes what others score.
     """
     if metric not in METRICS:
         raise InputError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     x, y = check_embeddings(query, database)
     if metric == "cosine":
+        # by the largest element first, so that no square underflows
+        x, y = (v / torch.where(v == 0, 0, v).abs().amax(dim=1, keepdim=True).clamp_min(5e-324) for v in (x, y))
         x, y = (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) for v in (x, y))
-    elif metric == "l2":
-        centre = y.mean(dim=0)
-        x, y = x - centre, y - centre
-    y_norms = y.norm(dim=1)
-    longest = y_norms.max()
+    rounding = (y.shape[1] + 4) * torch.finfo(y.dtype).eps
+    different, place = torch.unique(y, dim=0, return_inverse=True)  # equal rows have one score
+    norms = different.norm(dim=1)
 
     def scores(rows: slice) -> np.ndarray:
         block = x[rows]
-        norms = block.norm(dim=1, keepdim=True)
-        products = block @ y.T
         if metric == "l2":
-            far, bound = y_norms**2 - 2 * products, longest**2 + 2 * norms * longest  # less |x|^2: one order
+            far = torch.cdist(block, different, compute_mode="donot_use_mm_for_euclid_dist")
+            error = rounding * far
         else:
-            far, bound = -products, norms * longest
-        unit = _GRID / torch.where(bound > 0, bound, 1.0)
-        return (far * unit).round_().long().cpu().numpy()
+            far, error = -(block @ different.T), rounding * block.norm(dim=1, keepdim=True) * norms
+        order = far.argsort(dim=1)
+        far, error = far.gather(1, order), error.gather(1, order)
+        apart = far[:, 1:] - far[:, :-1] > torch.minimum(error[:, 1:], error[:, :-1])
+        keys = torch.zeros_like(order)
+        keys.scatter_(1, order[:, 1:], apart.long().cumsum(1))
+        return keys[:, place].cpu().numpy()
 
     labels = Labels(q_labels, db_labels, len(x), len(y))
     asked = _ask(labels, k, convention, ties, pairs)
@@ -287,7 +289,7 @@ def _partner_alone(size: np.ndarray, before: np.ndarray) -> Groups:
 def _ranked_relevance(keys: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """(B, N) keys and relevance -> relevance in the order of (key, index)."""
     index_bits = keys.shape[1].bit_length()
-    if keys.dtype.itemsize <= 2 or _GRID.bit_length() + 2 + index_bits > 62:
+    if keys.dtype.itemsize <= 2 or 2 * index_bits > 61:
         # a row at a time stays in cache; numpy's stable sort counts (radix) where keys have 8 or 16 bits
         out = np.empty_like(relevant)
         for i, row in enumerate(keys):

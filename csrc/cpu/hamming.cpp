@@ -2,7 +2,6 @@
 #include "hamming.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -12,13 +11,11 @@
 namespace cmr {
 namespace {
 
-constexpr int64_t kAlign = 64;
+constexpr int64_t kAlign = kScratchAlign;
 constexpr int64_t kMaxBits = 4096;
-constexpr int64_t kStateBytes = 8 << 20;       // top-k buffers of one task
-constexpr int64_t kMinSplit = 1 << 16;         // codes, below which splitting the database costs more than it gives
+constexpr int64_t kStateBytes = 8 << 20;         // top-k buffers of one task
+constexpr int64_t kMinSplit = 1 << 16;           // codes, below which splitting the database costs more than it gives
 constexpr int64_t kMaxSplit = int64_t{1} << 31;  // indices inside a split are 32 bits wide
-
-std::atomic<const char*> last_isa{"none"};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
@@ -55,9 +52,12 @@ struct Plan {
 HammingScan scan_of(const Plan& plan, const HammingShape& s, const uint8_t* q, const uint8_t* db, int64_t task,
                     uint8_t* scratch) {
     const int64_t first_query = task / plan.splits * plan.group, first = task % plan.splits * plan.split;
-    return {q + first_query * s.nbytes, std::min(plan.group, s.num_queries - first_query),
-            db + first * s.nbytes,      std::max<int64_t>(0, std::min(plan.split, s.n - first)),
-            s.nbytes,                   scratch};
+    return {q + first_query * s.nbytes,
+            std::min(plan.group, s.num_queries - first_query),
+            db + first * s.nbytes,
+            std::max<int64_t>(0, std::min(plan.split, s.n - first)),
+            s.nbytes,
+            scratch};
 }
 
 int slots(const HammingShape& s, const Plan& plan) {
@@ -70,11 +70,12 @@ Plan topk_plan(const HammingShape& s) {
 }
 
 struct TopKMemory {
+    int64_t capacity, kept;  // keys of one query: while it scans, and of one range afterwards
     int64_t scratch, states, keys, slot, counts, partial, total;
 
     TopKMemory(const HammingShape& s, const Plan& plan) {
-        const int64_t capacity = topk_capacity(plan.split, s.k_or_radius);
-        const int64_t kept = std::min(s.k_or_radius, plan.split);
+        capacity = topk_capacity(plan.split, s.k_or_radius);
+        kept = std::min(s.k_or_radius, plan.split);
         scratch = align(scan_scratch_bytes(plan.group, s.nbytes));
         states = align(plan.group * static_cast<int64_t>(sizeof(TopK)));
         keys = align(plan.group * capacity * static_cast<int64_t>(sizeof(uint64_t)));
@@ -97,20 +98,27 @@ struct Part {
     int64_t base;
 };
 
-void write_sorted(const Part* parts, int64_t num_parts, int64_t k, int64_t bits, int32_t* distances, int64_t* indices) {
+// part(p) is asked for each of them twice.
+template <class PartOf>
+void write_sorted(int64_t num_parts, const PartOf& part, int64_t k, int64_t bits, int32_t* distances,
+                  int64_t* indices) {
     int64_t place[kMaxBits + 2];
     std::fill(place, place + bits + 2, 0);
-    for (int64_t p = 0; p < num_parts; ++p)
-        for (uint32_t i = 0; i < parts[p].count; ++i) ++place[(parts[p].keys[i] >> 32) + 1];
+    for (int64_t p = 0; p < num_parts; ++p) {
+        const Part from = part(p);
+        for (uint32_t i = 0; i < from.count; ++i) ++place[(from.keys[i] >> 32) + 1];
+    }
     for (int64_t d = 0; d <= bits; ++d) place[d + 1] += place[d];
-    for (int64_t p = 0; p < num_parts; ++p)
-        for (uint32_t i = 0; i < parts[p].count; ++i) {
-            const uint64_t key = parts[p].keys[i];
+    for (int64_t p = 0; p < num_parts; ++p) {
+        const Part from = part(p);
+        for (uint32_t i = 0; i < from.count; ++i) {
+            const uint64_t key = from.keys[i];
             const int64_t at = place[key >> 32]++;
             if (at >= k) continue;
             distances[at] = static_cast<int32_t>(key >> 32);
-            indices[at] = parts[p].base + static_cast<int64_t>(key & 0xffffffffu);
+            indices[at] = from.base + static_cast<int64_t>(key & 0xffffffffu);
         }
+    }
 }
 
 Plan range_plan(const HammingShape& s) { return Plan(s, kRangeGroup); }
@@ -121,23 +129,7 @@ uint32_t clamp_radius(const HammingShape& s) {
 
 }  // namespace
 
-const char* hamming_last_isa() { return last_isa.load(); }
-void hamming_set_last_isa(const std::string& isa) {
-    const char* name = "none";
-    for (const char* known : kIsas)
-        if (isa == known) name = known;
-    last_isa.store(name);
-}
-
-int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes) {
-    const int64_t words = ceil_div(nbytes, 8);
-    // the queries in words, and one tile of word planes (at least one step of 64 codes)
-    return align(num_queries * words * 8) + 2 * kAlign + std::max<int64_t>(16384, 64 * words * 8) + 16384;
-}
-
-int64_t topk_capacity(int64_t n, int64_t k) {
-    return std::min(n, k + std::max<int64_t>(k, 64)) + kScanSlack;
-}
+int64_t topk_capacity(int64_t n, int64_t k) { return std::min(n, k + std::max<int64_t>(k, 64)) + kScanSlack; }
 
 void topk_compact(TopK& state, int64_t k) {
     if (state.count < k) return;
@@ -161,13 +153,13 @@ void topk_compact(TopK& state, int64_t k) {
 
 size_t hamming_topk_workspace(const HammingShape& s) { return TopKMemory(s, topk_plan(s)).total; }
 
-void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s, int32_t* distances,
-                  int64_t* indices, uint8_t* workspace) {
+void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s,
+                  int32_t* distances, int64_t* indices, uint8_t* workspace) {
     const HammingKernel& kernel = kernel_for(isa);
     const Plan plan = topk_plan(s);
     const TopKMemory memory(s, plan);
     const int64_t k = s.k_or_radius, bits = 8 * s.nbytes;
-    const int64_t capacity = topk_capacity(plan.split, k), kept = std::min(k, plan.split);
+    const int64_t capacity = memory.capacity, kept = memory.kept;
     uint8_t* const base = aligned(workspace);
     uint32_t* const counts = reinterpret_cast<uint32_t*>(base + slots(s, plan) * memory.slot);
     uint64_t* const partial = reinterpret_cast<uint64_t*>(base + slots(s, plan) * memory.slot + memory.counts);
@@ -184,8 +176,8 @@ void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, c
         for (int64_t i = 0; i < job.num_queries; ++i) {
             const int64_t query = first_query + i;
             if (plan.splits == 1) {
-                const Part part{states[i].keys, states[i].count, 0};
-                write_sorted(&part, 1, k, bits, distances + query * k, indices + query * k);
+                const auto whole = [&](int64_t) { return Part{states[i].keys, states[i].count, 0}; };
+                write_sorted(1, whole, k, bits, distances + query * k, indices + query * k);
             } else {
                 counts[query * plan.splits + split] = states[i].count;
                 std::memcpy(partial + (query * plan.splits + split) * kept, states[i].keys,
@@ -195,10 +187,11 @@ void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, c
     });
     if (plan.splits == 1) return;
     parallel_for(s.num_queries, s.threads, [&](int64_t query, int) {
-        std::vector<Part> parts(plan.splits);
-        for (int64_t p = 0; p < plan.splits; ++p)
-            parts[p] = {partial + (query * plan.splits + p) * kept, counts[query * plan.splits + p], p * plan.split};
-        write_sorted(parts.data(), plan.splits, k, bits, distances + query * k, indices + query * k);
+        const auto part = [&](int64_t p) {
+            const int64_t at = query * plan.splits + p;
+            return Part{partial + at * kept, counts[at], p * plan.split};
+        };
+        write_sorted(plan.splits, part, k, bits, distances + query * k, indices + query * k);
     });
 }
 
@@ -252,9 +245,10 @@ void hamming_distances(const std::string& isa, const uint8_t* q, const uint8_t* 
     const HammingKernel& kernel = kernel_for(isa);
     const HammingShape s{num_queries, n, nbytes, 0, threads};
     const Plan plan = range_plan(s);
-    parallel_for(plan.tasks(), threads, [&](int64_t task, int) {
-        std::vector<uint8_t> scratch(align(scan_scratch_bytes(plan.group, nbytes)) + kAlign);
-        const HammingScan job = scan_of(plan, s, q, db, task, aligned(scratch.data()));
+    const int64_t slot_bytes = align(scan_scratch_bytes(plan.group, nbytes));
+    std::vector<uint8_t> scratch(slots(s, plan) * slot_bytes + kAlign);
+    parallel_for(plan.tasks(), threads, [&](int64_t task, int slot) {
+        const HammingScan job = scan_of(plan, s, q, db, task, aligned(scratch.data()) + slot * slot_bytes);
         kernel.table(job, out + task / plan.splits * plan.group * n + task % plan.splits * plan.split, n);
     });
 }

@@ -7,14 +7,38 @@
 
 namespace cmr {
 
+// The scratch of a scan: the queries in words, then one tile of word planes. Kernels lay it out by these and callers
+// allocate by scan_scratch_bytes. Each file has its own copy: none may take one compiled for another instruction set.
+constexpr int64_t kScratchAlign = 64;
+constexpr int64_t kTileBytes = 16384;  // of word planes, which stay in the first-level cache
+constexpr int64_t kMaxStep = 64;       // codes that a kernel looks at in one step, at most; a tile has at least these
+
+static constexpr int64_t scan_code_bytes(int64_t nbytes, int64_t word) { return (nbytes + word - 1) / word * word; }
+static constexpr int64_t scan_query_bytes(int64_t num_queries, int64_t nbytes, int64_t word) {
+    return (num_queries * scan_code_bytes(nbytes, word) + kScratchAlign - 1) / kScratchAlign * kScratchAlign;
+}
+// Codes of a tile, for a kernel of `step` codes.
+static constexpr int64_t scan_tile_codes(int64_t nbytes, int64_t word, int64_t step) {
+    const int64_t codes = kTileBytes / scan_code_bytes(nbytes, word) / step * step;
+    return codes < step ? step : codes;
+}
+static constexpr int64_t scan_plane_bytes(int64_t nbytes, int64_t word, int64_t step) {
+    return scan_tile_codes(nbytes, word, step) * scan_code_bytes(nbytes, word);
+}
+// Enough for words of 1 to 8 bytes and steps of up to kMaxStep.
+static constexpr int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes) {
+    const int64_t least = scan_plane_bytes(nbytes, 8, kMaxStep), planes = least < kTileBytes ? kTileBytes : least;
+    return scan_query_bytes(num_queries, nbytes, 8) + planes;
+}
+
 // One query group against one range of the database. All memory belongs to the caller.
 struct HammingScan {
-    const uint8_t* queries;   // (num_queries, nbytes)
+    const uint8_t* queries;  // (num_queries, nbytes)
     int64_t num_queries;
     const uint8_t* database;  // (n, nbytes): the range only
     int64_t n;                // < 2^32
     int64_t nbytes;
-    uint8_t* scratch;         // scan_scratch_bytes(num_queries, nbytes), 64-byte aligned
+    uint8_t* scratch;  // scan_scratch_bytes(num_queries, nbytes), 64-byte aligned
 };
 
 // What a top-k scan keeps of one query: keys (distance << 32 | index) in index order, room for `capacity` of them.
@@ -47,14 +71,10 @@ extern const HammingKernel hamming_neon;
 #endif
 
 constexpr int64_t kRangeGroup = 64;  // queries of one range task
-constexpr int64_t kScanSlack = 64;  // keys that one step of a scan may append before it looks at the capacity
+constexpr int64_t kScanSlack = 64;   // keys that one step of a scan may append before it looks at the capacity
 
-int64_t scan_scratch_bytes(int64_t num_queries, int64_t nbytes);
 int64_t topk_capacity(int64_t n, int64_t k);
 void topk_compact(TopK& state, int64_t k);
-
-const char* hamming_last_isa();
-void hamming_set_last_isa(const std::string& isa);
 
 struct HammingShape {
     int64_t num_queries, n, nbytes;

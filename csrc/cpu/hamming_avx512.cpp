@@ -13,7 +13,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx512bitalg,avx2,popcnt,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx512bitalg,avx2,popcnt,bmi,bmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vpopcntdq,avx512bitalg,avx2,popcnt,bmi,bmi2")
 #endif
@@ -49,9 +51,12 @@ struct Avx512x64 : Avx512 {
             _mm512_storeu_si512(out, _mm512_permutex2var_epi64(x, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), y));
             _mm512_storeu_si512(out + 8, _mm512_permutex2var_epi64(x, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15), y));
         } else {
-            const __m512i low = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13), high = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
-            const __m512i a = _mm512_permutex2var_epi64(row(0), low, row(1)), b = _mm512_permutex2var_epi64(row(2), low, row(3));
-            const __m512i c = _mm512_permutex2var_epi64(row(0), high, row(1)), d = _mm512_permutex2var_epi64(row(2), high, row(3));
+            const __m512i low = _mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13),
+                          high = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
+            const __m512i a = _mm512_permutex2var_epi64(row(0), low, row(1)),
+                          b = _mm512_permutex2var_epi64(row(2), low, row(3));
+            const __m512i c = _mm512_permutex2var_epi64(row(0), high, row(1)),
+                          d = _mm512_permutex2var_epi64(row(2), high, row(3));
             _mm512_storeu_si512(out, _mm512_shuffle_i64x2(a, b, 0x44));
             _mm512_storeu_si512(out + 8, _mm512_shuffle_i64x2(a, b, 0xee));
             _mm512_storeu_si512(out + 16, _mm512_shuffle_i64x2(c, d, 0x44));

@@ -2,10 +2,10 @@
 //
 // Maths      distance(q, x) = sum over words w of popcount(q[w] xor x[w]); the answer is the stable order by
 //            (distance, index).
-// Layout     Word planes of 8-, 16- (where the instruction set counts such lanes), 32- or 64-bit words: V::lanes codes side by side, word 0 of all of them, then word 1, ... A register holds one
-//            word of V::lanes codes, so there is no horizontal addition. Codes of exactly one word already lie so;
-//            others are transposed tile by tile into scratch that stays in the first-level cache, once for all
-//            queries of the group.
+// Layout     Word planes of 8-, 16- (where the instruction set counts such lanes), 32- or 64-bit words: V::lanes codes
+//            side by side, word 0 of all of them, then word 1, ... A register holds one word of V::lanes codes, so
+//            there is no horizontal addition. Codes of exactly one word already lie so; others are transposed tile by
+//            tile into scratch that stays in the first-level cache, once for all queries of the group.
 // Loop       tile of the database > kQueries queries in registers > kBlocks vectors. Each query keeps the k-th
 //            distance seen so far as its limit; the minimum over kBlocks vectors is compared with it once, and the
 //            branch is taken only where something is nearer, which after the first few thousand codes is rare.
@@ -18,15 +18,15 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstring>
 
 #include "hamming.h"
+#include "isa.h"
 
 namespace cmr {
 namespace {
-
-constexpr int64_t kTileBytes = 16384;
 
 // gcc 12 may spill an AVX-512 mask with its own width and reload it with that of the integer it was converted to
 inline unsigned in_register(unsigned x) {
@@ -45,17 +45,18 @@ struct Scan {
     static constexpr int64_t kStep = kBlocks * V::lanes;
 
     const HammingScan& job;
-    const int64_t words;   // per code
+    const int64_t words;  // per code
     word* const query_words;
     word* const planes;
-    int64_t tile_codes;
+    const int64_t tile_codes;
 
     explicit Scan(const HammingScan& scan)
         : job(scan),
           words(W ? W : (scan.nbytes + sizeof(word) - 1) / static_cast<int64_t>(sizeof(word))),
           query_words(reinterpret_cast<word*>(scan.scratch)),
-          planes(query_words + round_up(scan.num_queries * words, 64 / sizeof(word))) {
-        tile_codes = std::max<int64_t>(kStep, kTileBytes / (words * static_cast<int64_t>(sizeof(word))) / kStep * kStep);
+          planes(reinterpret_cast<word*>(scan.scratch + scan_query_bytes(scan.num_queries, scan.nbytes, sizeof(word)))),
+          tile_codes(scan_tile_codes(scan.nbytes, sizeof(word), kStep)) {
+        static_assert(kStep <= kMaxStep && kMaxStep % kStep == 0, "scan_scratch_bytes reckons with kMaxStep");
         std::memset(query_words, 0, job.num_queries * words * sizeof(word));
         for (int64_t i = 0; i < job.num_queries; ++i)
             std::memcpy(query_words + i * words, job.queries + i * job.nbytes, job.nbytes);
@@ -65,6 +66,7 @@ struct Scan {
 
     // Word planes of codes [first, first + count): in place where a code is one word, else through scratch.
     const word* tile(int64_t first, int64_t count) const {
+        assert(count <= tile_codes);
         const uint8_t* rows = job.database + first * job.nbytes;
         if (W == 1 && job.nbytes == sizeof(word) && count % kStep == 0) return reinterpret_cast<const word*>(rows);
         const int64_t padded = round_up(count, kStep);
@@ -89,7 +91,8 @@ struct Scan {
             for (int64_t i = 0; i < count; ++i) {
                 word* out = planes + i / V::lanes * V::lanes * words + i % V::lanes;
                 const uint8_t* row = rows + i * job.nbytes;
-                for (int64_t w = 0; w < whole; ++w) std::memcpy(out + w * V::lanes, row + w * sizeof(word), sizeof(word));
+                for (int64_t w = 0; w < whole; ++w)
+                    std::memcpy(out + w * V::lanes, row + w * sizeof(word), sizeof(word));
                 word last = 0;
                 std::memcpy(&last, row + whole * sizeof(word), rest);
                 out[whole * V::lanes] = last;
@@ -114,7 +117,8 @@ struct Scan {
     // Calls sink.emit for every code nearer than its query's limit; sink.limit(i) may tighten on the way.
     template <class Sink>
     void run(Sink& sink) const {
-        for (int64_t first = 0; first < job.n; first += tile_codes) run_tile(sink, first, std::min(tile_codes, job.n - first));
+        for (int64_t first = 0; first < job.n; first += tile_codes)
+            run_tile(sink, first, std::min(tile_codes, job.n - first));
     }
 
     template <class Sink>
@@ -216,18 +220,24 @@ struct Scan {
 
     // A step that holds something near: all of it in one mask, then hit by hit from the words of the code.
     template <class Sink>
-    __attribute__((noinline)) void collect(Sink& sink, const word* block, int64_t index, int64_t valid, int64_t i) const {
+    __attribute__((noinline)) void collect(Sink& sink, const word* block, int64_t index, int64_t valid,
+                                           int64_t i) const {
         const word* q = query_words + i * words;
         const reg limit = V::splat(static_cast<word>(sink.limit(i)));
         uint64_t near = 0;
 #pragma GCC unroll 8
         for (int u = 0; u < kBlocks; ++u)
-            near |= static_cast<uint64_t>(V::bits(V::less(distance(q, block + u * words * V::lanes), limit))) << u * V::lanes;
+            near |= static_cast<uint64_t>(V::bits(V::less(distance(q, block + u * words * V::lanes), limit)))
+                    << u * V::lanes;
         if (valid < kStep) near &= (uint64_t{1} << valid) - 1;
         sink.emit(i, near, static_cast<uint32_t>(index), [&](int code) {
             const word* x = block + code / V::lanes * V::lanes * words + code % V::lanes;
             int bits = 0;
-            for (int64_t w = 0; w < (W ? W : words); ++w) bits += __builtin_popcountll(q[w] ^ x[w * V::lanes]);
+            for (int64_t w = 0; w < (W ? W : words); ++w) {
+                word code_word;  // codes read in place may lie at any address
+                std::memcpy(&code_word, x + w * V::lanes, sizeof code_word);
+                bits += __builtin_popcountll(q[w] ^ code_word);
+            }
             return static_cast<uint32_t>(bits);
         });
     }
@@ -347,7 +357,7 @@ struct FillSink {
 // Runs `body` with the scan specialised for the code length: one word of 8, 16 or 32 bits, then 64-bit words.
 template <class V8, class V16, class V32, class V64, class Body>
 void specialise(const HammingScan& job, const char* isa, Body&& body) {
-    hamming_set_last_isa(isa);
+    set_last_isa(isa);
     const int64_t words = (job.nbytes + 7) / 8;
     if (job.nbytes == 1) body(Scan<V8, 1>(job));
     else if (job.nbytes == 2) body(Scan<V16, 1>(job));
@@ -365,7 +375,7 @@ template <class S>
 void seed_limits(const S& scan, int64_t k, int64_t capacity, TopK* states) {
     constexpr int64_t kPeriod = 32;
     const HammingScan& job = scan.job;
-    const int64_t chunk = 4 * S::kStep, stride = kPeriod * chunk;
+    const int64_t chunk = std::min(4 * S::kStep, scan.tile_codes), stride = kPeriod * chunk;
     if (k < 24 || job.n < 16 * stride || job.n < kPeriod * k) return;
     const double expected = static_cast<double>(k) / kPeriod;
     const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 4);
@@ -403,38 +413,38 @@ void search(const S& scan, int64_t k, int64_t capacity, TopK* states) {
     for (int64_t i = 0; i < job.num_queries; ++i) topk_compact(states[i], k);
 }
 
-#define CMR_HAMMING_KERNEL(NAME, ISA, V8, V16, V32, V64)                                                                       \
-    namespace {                                                                                                       \
-    void topk(const HammingScan& job, int64_t k, int64_t capacity, TopK* states) {                                    \
-        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) { search(scan, k, capacity, states); });                 \
-    }                                                                                                                 \
-    void count(const HammingScan& job, uint32_t radius, int64_t* counts, int64_t stride) {                            \
-        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
-            CountSink sink{radius, counts, stride};                                                                   \
-            scan.run(sink);                                                                                           \
-        });                                                                                                           \
-    }                                                                                                                 \
-    void fill(const HammingScan& job, uint32_t radius, const int64_t* offsets, int64_t stride, int64_t base,          \
-              int32_t* distances, int64_t* indices) {                                                                 \
-        int64_t at[kRangeGroup];                                                                                      \
-        for (int64_t i = 0; i < job.num_queries; ++i) at[i] = offsets[i * stride];                                    \
-        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
-            FillSink sink{radius, at, base, distances, indices};                                                      \
-            scan.run(sink);                                                                                           \
-        });                                                                                                           \
-    }                                                                                                                 \
-    int64_t arithmetic(const HammingScan& job, int64_t rounds, uint64_t* checksum) {                                  \
-        int64_t pairs = 0;                                                                                            \
-        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                                        \
-            *checksum += scan.arithmetic(rounds);                                                                     \
-            pairs = scan.arithmetic_pairs(rounds);                                                                    \
-        });                                                                                                           \
-        return pairs;                                                                                                 \
-    }                                                                                                                 \
-    void table(const HammingScan& job, int32_t* out, int64_t row_stride) {                                            \
-        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) { scan.table(out, row_stride); });                       \
-    }                                                                                                                 \
-    }                                                                                                                 \
+#define CMR_HAMMING_KERNEL(NAME, ISA, V8, V16, V32, V64)                                                       \
+    namespace {                                                                                                \
+    void topk(const HammingScan& job, int64_t k, int64_t capacity, TopK* states) {                             \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) { search(scan, k, capacity, states); }); \
+    }                                                                                                          \
+    void count(const HammingScan& job, uint32_t radius, int64_t* counts, int64_t stride) {                     \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                        \
+            CountSink sink{radius, counts, stride};                                                            \
+            scan.run(sink);                                                                                    \
+        });                                                                                                    \
+    }                                                                                                          \
+    void fill(const HammingScan& job, uint32_t radius, const int64_t* offsets, int64_t stride, int64_t base,   \
+              int32_t* distances, int64_t* indices) {                                                          \
+        int64_t at[kRangeGroup];                                                                               \
+        for (int64_t i = 0; i < job.num_queries; ++i) at[i] = offsets[i * stride];                             \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                        \
+            FillSink sink{radius, at, base, distances, indices};                                               \
+            scan.run(sink);                                                                                    \
+        });                                                                                                    \
+    }                                                                                                          \
+    int64_t arithmetic(const HammingScan& job, int64_t rounds, uint64_t* checksum) {                           \
+        int64_t pairs = 0;                                                                                     \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) {                                        \
+            *checksum += scan.arithmetic(rounds);                                                              \
+            pairs = scan.arithmetic_pairs(rounds);                                                             \
+        });                                                                                                    \
+        return pairs;                                                                                          \
+    }                                                                                                          \
+    void table(const HammingScan& job, int32_t* out, int64_t row_stride) {                                     \
+        specialise<V8, V16, V32, V64>(job, ISA, [&](const auto& scan) { scan.table(out, row_stride); });       \
+    }                                                                                                          \
+    }                                                                                                          \
     const HammingKernel NAME{ISA, topk, count, fill, table, arithmetic};
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "hamming.h"
-#include "infonce.h"
+#include "info_nce.h"
 #include "isa.h"
 #include "multi_index.h"
 #include "pairwise.h"
@@ -37,15 +37,16 @@ cmr::RankingShape ranking_shape(int64_t nq, int64_t n, int64_t nbytes, int64_t l
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Native CPU kernels of cmr_fast.";
     m.def("available_isas", &cmr::available_isas, "Instruction sets of this build and processor, best first.");
-    m.def("last_isa", &cmr::hamming_last_isa, "The instruction set whose kernel ran last.");
+    m.def("last_isa", &cmr::last_isa, "The instruction set whose kernel ran last.");
 
-    m.def("reset_last_isa", [] { cmr::hamming_set_last_isa("none"); }, "Forget it, so that a test sees what runs next.");
+    m.def("reset_last_isa", [] { cmr::set_last_isa("none"); }, "Forget it, so that a test sees what runs next.");
 
-    m.def("hamming_topk_workspace", [](const std::string&, int64_t nq, int64_t n, int64_t nbytes, int64_t k, int threads) {
-        return cmr::hamming_topk_workspace({nq, n, nbytes, k, threads});
-    });
-    m.def("hamming_topk", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes, int64_t k,
-                             int threads, Address distances, Address indices, Address workspace) {
+    m.def("hamming_topk_workspace",
+          [](const std::string&, int64_t nq, int64_t n, int64_t nbytes, int64_t k, int threads) {
+              return cmr::hamming_topk_workspace({nq, n, nbytes, k, threads});
+          });
+    m.def("hamming_topk", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes,
+                             int64_t k, int threads, Address distances, Address indices, Address workspace) {
         py::gil_scoped_release released;
         cmr::hamming_topk(isa, at<uint8_t>(q), at<uint8_t>(db), {nq, n, nbytes, k, threads}, at<int32_t>(distances),
                           at<int64_t>(indices), at<uint8_t>(workspace));
@@ -57,50 +58,51 @@ PYBIND11_MODULE(_cpu, m) {
           [](const std::string&, int64_t nq, int64_t n, int64_t nbytes, int64_t radius, int threads) {
               return cmr::hamming_range_workspace({nq, n, nbytes, radius, threads});
           });
-    m.def("hamming_range_count", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes,
-                                    int64_t radius, int threads, Address offsets, Address workspace) {
+    m.def("hamming_range_count", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n,
+                                    int64_t nbytes, int64_t radius, int threads, Address offsets, Address workspace) {
         py::gil_scoped_release released;
         cmr::hamming_range_count(isa, at<uint8_t>(q), at<uint8_t>(db), {nq, n, nbytes, radius, threads},
                                  at<int64_t>(offsets), at<uint8_t>(workspace));
     });
-    m.def("hamming_range_fill", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes,
-                                   int64_t radius, int threads, Address offsets, Address distances, Address indices,
-                                   Address workspace) {
-        py::gil_scoped_release released;
-        cmr::hamming_range_fill(isa, at<uint8_t>(q), at<uint8_t>(db), {nq, n, nbytes, radius, threads},
-                                at<int64_t>(offsets), at<int32_t>(distances), at<int64_t>(indices),
-                                at<uint8_t>(workspace));
-    });
+    m.def("hamming_range_fill",
+          [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes, int64_t radius,
+             int threads, Address offsets, Address distances, Address indices, Address workspace) {
+              py::gil_scoped_release released;
+              cmr::hamming_range_fill(isa, at<uint8_t>(q), at<uint8_t>(db), {nq, n, nbytes, radius, threads},
+                                      at<int64_t>(offsets), at<int32_t>(distances), at<int64_t>(indices),
+                                      at<uint8_t>(workspace));
+          });
     m.def(
         "hamming_arithmetic",
         [](const std::string& isa, int64_t nbytes, int64_t rounds) {
             py::gil_scoped_release released;
             return cmr::hamming_arithmetic(isa, nbytes, rounds);
         },
-        "xor, popcount and add alone on cached codes; returns the number of pairs. The limit that bench/ compares with.");
+        "xor, popcount and add alone on cached codes; returns the number of pairs. The limit that bench/ compares "
+        "with.");
     m.def("hamming_distances", [](const std::string& isa, Address q, Address db, int64_t nq, int64_t n, int64_t nbytes,
                                   int threads, Address out) {
         py::gil_scoped_release released;
         cmr::hamming_distances(isa, at<uint8_t>(q), at<uint8_t>(db), nq, n, nbytes, threads, at<int32_t>(out));
     });
-    m.def("ranking_workspace", [](int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes, bool ordered,
-                                  bool curves, int64_t k, int cut, int threads) {
+    m.def("ranking_workspace", [](int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes,
+                                  bool ordered, bool curves, int64_t k, int cut, int threads) {
         return cmr::ranking_workspace(
             ranking_shape(nq, n, nbytes, label_bytes, classes, ordered, curves, k, cut, threads));
     });
-    m.def("ranking", [](const std::string& isa, int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes,
-                        bool ordered, bool curves, int64_t k, int cut, int threads, Address q, Address db,
-                        Address q_labels, Address db_labels, Address partners, Address items, Address relevant,
-                        Address sums, Address hits, Address first, Address tied_before, Address hit_steps,
-                        Address recall_steps, Address workspace) {
-        py::gil_scoped_release released;
-        cmr::ranking(isa, ranking_shape(nq, n, nbytes, label_bytes, classes, ordered, curves, k, cut, threads),
-                     {at<uint8_t>(q), at<uint8_t>(db), at<uint8_t>(q_labels), at<uint8_t>(db_labels),
-                      at<int64_t>(partners), at<int64_t>(items), at<int64_t>(relevant), at<double>(sums),
-                      at<int64_t>(hits), at<int64_t>(first), at<int64_t>(tied_before), at<int64_t>(hit_steps),
-                      at<double>(recall_steps)},
-                     at<uint8_t>(workspace));
-    });
+    m.def("ranking",
+          [](const std::string& isa, int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes,
+             bool ordered, bool curves, int64_t k, int cut, int threads, Address q, Address db, Address q_labels,
+             Address db_labels, Address partners, Address items, Address relevant, Address sums, Address hits,
+             Address first, Address tied_before, Address hit_steps, Address recall_steps, Address workspace) {
+              py::gil_scoped_release released;
+              cmr::ranking(isa, ranking_shape(nq, n, nbytes, label_bytes, classes, ordered, curves, k, cut, threads),
+                           {at<uint8_t>(q), at<uint8_t>(db), at<uint8_t>(q_labels), at<uint8_t>(db_labels),
+                            at<int64_t>(partners), at<int64_t>(items), at<int64_t>(relevant), at<double>(sums),
+                            at<int64_t>(hits), at<int64_t>(first), at<int64_t>(tied_before), at<int64_t>(hit_steps),
+                            at<double>(recall_steps)},
+                           at<uint8_t>(workspace));
+          });
 
     m.attr("multi_index_entry_bytes") = cmr::kEntryBytes;
     m.def("multi_index_order", [](Address codes, int64_t n, int64_t nbytes, int bits, int key_bits, int threads,
@@ -120,13 +122,14 @@ PYBIND11_MODULE(_cpu, m) {
                                at<uint32_t>(offsets), at<uint8_t>(entries), at<uint32_t>(groups), at<uint64_t>(words));
     });
     m.def("multi_index_scan_cost", &cmr::multi_index_scan_cost);
-    m.def("multi_index_costs", &cmr::multi_index_costs, "Of a query, a look-up, a bucket, a word of it and a word let through.");
+    m.def("multi_index_costs", &cmr::multi_index_costs,
+          "Of a query, a look-up, a bucket, a word of it and a word let through.");
 
     m.def("multi_index_workspace", &cmr::multi_index_workspace);
     // tables: (first bit, bits, offsets, groups or 0, words or 0) each
-    m.def("multi_index_search", [](const std::string& isa, int64_t n, int64_t nbytes, int bits, Address order, Address starts,
-                                   Address different, const std::vector<std::array<Address, 5>>& tables, Address q,
-                                   int64_t nq, int64_t k, int threads, double effort, Address distances,
+    m.def("multi_index_search", [](const std::string& isa, int64_t n, int64_t nbytes, int bits, Address order,
+                                   Address starts, Address different, const std::vector<std::array<Address, 5>>& tables,
+                                   Address q, int64_t nq, int64_t k, int threads, double effort, Address distances,
                                    Address indices, Address done, Address cost, Address workspace) {
         py::gil_scoped_release released;
         std::vector<cmr::SubstringTable> each;
@@ -141,50 +144,78 @@ PYBIND11_MODULE(_cpu, m) {
     });
 
     m.def("triplet_workspace", &cmr::triplet_workspace);
-    m.def("triplet_weigh", [](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
-                              bool classes, float margin, int mining, int distance, bool wants_e, int64_t self,
-                              Address block, Address x_squares, Address y_squares, Address x_labels, Address y_labels,
-                              Address losses, Address triplets, Address open, Address row_sums, Address workspace) {
-        py::gil_scoped_release released;
-        cmr::triplet_margin(isa,
-                            {rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, self,
-                             static_cast<cmr::Distance>(distance), wants_e, at<float>(block), at<float>(x_squares),
-                             at<float>(y_squares), at<double>(losses), at<float>(row_sums), threads},
-                            {margin, static_cast<cmr::Mining>(mining), at<int64_t>(triplets), at<int64_t>(open)},
-                            at<uint8_t>(workspace));
-    });
-    m.def("triplet_acmr", [](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
-                             bool classes, float margin, Address near, Address far, int64_t first, bool wants_e,
-                             Address block, Address x_squares, Address y_squares, Address x_labels, Address y_labels,
-                             Address losses, Address row_sums, Address workspace) {
-        py::gil_scoped_release released;
-        cmr::triplet_acmr(isa,
-                          {rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, -1,
-                           cmr::Distance::euclidean, wants_e, at<float>(block), at<float>(x_squares),
-                           at<float>(y_squares), at<double>(losses), at<float>(row_sums), threads},
-                          {margin, at<float>(near), at<float>(far), first}, at<uint8_t>(workspace));
-    });
-    m.def("triplet_acmr_factors", [](const std::string& isa, int threads, int64_t n, int64_t words, bool classes,
-                                     Address labels, Address planes, double weight, bool mean, Address counts,
-                                     Address near, Address far) {
-        py::gil_scoped_release released;
-        cmr::triplet_acmr_factors(isa, {words, classes, at<int64_t>(labels), at<int64_t>(planes)}, n, weight, mean,
-                                  threads, at<int64_t>(counts), at<float>(near), at<float>(far));
-    });
+    // points: (x, squared norms of x, y, those of y, width, whether distances come from differences alone)
+    using Points = std::tuple<Address, Address, Address, Address, int64_t, bool>;
+    const auto triplet_block = [](int64_t rows, int64_t candidates, const cmr::TripletLabels& labels, int64_t self,
+                                  cmr::Distance distance, bool wants_e, Address block, const Points& points,
+                                  Address losses, Address row_sums, Address close, int threads) {
+        const auto& [x, x_squares, y, y_squares, width, exact] = points;
+        return cmr::TripletBlock{rows,
+                                 candidates,
+                                 labels,
+                                 self,
+                                 distance,
+                                 wants_e,
+                                 exact,
+                                 at<float>(block),
+                                 at<float>(x_squares),
+                                 at<float>(y_squares),
+                                 at<float>(x),
+                                 at<float>(y),
+                                 width,
+                                 at<double>(losses),
+                                 at<float>(row_sums),
+                                 at<int64_t>(close),
+                                 threads};
+    };
+    m.def("triplet_weigh",
+          [triplet_block](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
+                          bool classes, float margin, int mining, int distance, bool wants_e, int64_t self,
+                          Address block, const Points& points, Address x_labels, Address y_labels, Address losses,
+                          Address triplets, Address open, Address row_sums, Address close, Address workspace) {
+              py::gil_scoped_release released;
+              cmr::triplet_margin(
+                  isa,
+                  triplet_block(rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, self,
+                                static_cast<cmr::Distance>(distance), wants_e, block, points, losses, row_sums, close,
+                                threads),
+                  {margin, static_cast<cmr::Mining>(mining), at<int64_t>(triplets), at<int64_t>(open)},
+                  at<uint8_t>(workspace));
+          });
+    m.def("triplet_acmr",
+          [triplet_block](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
+                          bool classes, float margin, Address near, Address far, int64_t first, bool wants_e,
+                          Address block, const Points& points, Address x_labels, Address y_labels, Address losses,
+                          Address row_sums, Address close, Address workspace) {
+              py::gil_scoped_release released;
+              cmr::triplet_acmr(
+                  isa,
+                  triplet_block(rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, -1,
+                                cmr::Distance::euclidean, wants_e, block, points, losses, row_sums, close, threads),
+                  {margin, at<float>(near), at<float>(far), first}, at<uint8_t>(workspace));
+          });
+    m.def("triplet_acmr_factors",
+          [](const std::string& isa, int threads, int64_t n, int64_t words, bool classes, Address labels,
+             Address planes, double weight, bool mean, Address counts, Address near, Address far) {
+              py::gil_scoped_release released;
+              cmr::triplet_acmr_factors(isa, {words, classes, at<int64_t>(labels), at<int64_t>(planes)}, n, weight,
+                                        mean, threads, at<int64_t>(counts), at<float>(near), at<float>(far));
+          });
     m.def("triplet_symmetrise", [](const std::string& isa, int threads, int64_t n, Address e, Address row_sums) {
         py::gil_scoped_release released;
         cmr::triplet_symmetrise(isa, n, threads, at<float>(e), at<float>(row_sums));
     });
-    m.def("pairwise", [](const std::string& isa, Address theta, int64_t rows, int64_t columns, int kind, Address row_labels,
-                         Address labels, int64_t words, int64_t label_stride, Address s, int64_t s_stride,
-                         double positive, bool squared, bool gradient, Address row_sums, Address total, int threads) {
-        py::gil_scoped_release released;
-        cmr::pairwise(isa,
-                      {at<float>(theta), rows, columns, static_cast<cmr::Similarity>(kind), at<int32_t>(row_labels),
-                       at<int32_t>(labels), words, label_stride, at<void>(s), s_stride, static_cast<float>(positive),
-                       squared, gradient, at<double>(row_sums), at<double>(total)},
-                      threads);
-    });
+    m.def("pairwise",
+          [](const std::string& isa, Address theta, int64_t rows, int64_t columns, int kind, Address row_labels,
+             Address labels, int64_t words, int64_t label_stride, Address s, int64_t s_stride, double positive,
+             bool squared, bool gradient, Address row_sums, Address total, int threads) {
+              py::gil_scoped_release released;
+              cmr::pairwise(isa,
+                            {at<float>(theta), rows, columns, static_cast<cmr::Similarity>(kind),
+                             at<int32_t>(row_labels), at<int32_t>(labels), words, label_stride, at<void>(s), s_stride,
+                             static_cast<float>(positive), squared, gradient, at<double>(row_sums), at<double>(total)},
+                            threads);
+          });
     // values: (address, per_sample, per_channel) of alpha, eps, low and high
     m.def("pgd_step", [](const std::string& isa, int64_t samples, int64_t channels, int64_t inner, Address x,
                          Address gradient, Address origin, const std::array<std::array<int64_t, 3>, 4>& values,
@@ -208,6 +239,7 @@ PYBIND11_MODULE(_cpu, m) {
         const auto& [s, bf16, rows, cols, weights, diagonal] = t;
         return cmr::SimilarityTile{at<void>(s), bf16, rows, cols, scale, bias, at<float>(weights), diagonal};
     };
+    m.def("infonce_scratch", [](int64_t cols) { return cmr::info_nce_scratch(cols); });
     m.def("infonce_forward", [infonce_tile](const std::string& isa, const Tile& t, float scale, const Direction& rows,
                                             const Direction& cols, Address scratch) {
         py::gil_scoped_release released;
@@ -224,19 +256,20 @@ PYBIND11_MODULE(_cpu, m) {
         };
         cmr::infonce_kernel(isa).gradient(infonce_tile(t, scale, 0), state(rows), state(cols), at<void>(out));
     });
-    m.def("infonce_sigmoid", [infonce_tile](const std::string& isa, const Tile& t, float scale, float bias, float positive,
-                                            float negative, Address sums, Address out) {
+    m.def("infonce_sigmoid", [infonce_tile](const std::string& isa, const Tile& t, float scale, float bias,
+                                            float positive, float negative, Address sums, Address out) {
         py::gil_scoped_release released;
-        cmr::infonce_kernel(isa).sigmoid(infonce_tile(t, scale, bias), positive, negative, at<double>(sums), at<void>(out));
+        cmr::infonce_kernel(isa).sigmoid(infonce_tile(t, scale, bias), positive, negative, at<double>(sums),
+                                         at<void>(out));
     });
 
     m.def("sinkhorn_workspace", [](int64_t problems, int64_t m, int64_t n, bool proximal, int threads) {
         return cmr::sinkhorn_workspace({problems, m, n, 1, 1, 0, cmr::Stop::marginals, proximal, 1, threads});
     });
-    m.def("sinkhorn", [](const std::string& isa, int64_t problems, int64_t m, int64_t n, double inverse, int64_t max_iter,
-                         double tol, int stop, bool proximal, int64_t inner, int threads, Address cost, Address mu,
-                         int64_t mu_stride, Address nu, int64_t nu_stride, Address plan, Address iterations,
-                         Address errors, Address workspace) {
+    m.def("sinkhorn", [](const std::string& isa, int64_t problems, int64_t m, int64_t n, double inverse,
+                         int64_t max_iter, double tol, int stop, bool proximal, int64_t inner, int threads,
+                         Address cost, Address mu, int64_t mu_stride, Address nu, int64_t nu_stride, Address plan,
+                         Address iterations, Address errors, Address workspace) {
         py::gil_scoped_release released;
         cmr::sinkhorn(isa,
                       {problems, m, n, inverse, max_iter, tol, static_cast<cmr::Stop>(stop), proximal, inner, threads},

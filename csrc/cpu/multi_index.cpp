@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "multi_index_kernel.h"
 #include "parallel.h"
@@ -62,23 +62,39 @@ double multi_index_scan_cost(const std::string& isa, int64_t n, int64_t nbytes, 
            static_cast<double>(std::min(k, n / 64)) * kCostSelect;
 }
 
-std::array<double, 5> multi_index_costs() {
-    return {kCostQuery, kCostLookup, kCostBucket, kCostWord, kCostSurvivor};
-}
+std::array<double, 5> multi_index_costs() { return {kCostQuery, kCostLookup, kCostBucket, kCostWord, kCostSurvivor}; }
 
-size_t multi_index_workspace(int64_t n, int64_t k, int threads) {
-    return static_cast<size_t>(std::max(1, threads)) * Nearest::room(std::min(k, n)) * sizeof(uint64_t);
+namespace {
+
+// Queries that share an account are a task.
+struct SearchPlan {
+    int64_t group, tasks, room;  // room: keys of one slot
+    int64_t slots;
+
+    SearchPlan(int64_t n, int64_t num_queries, int64_t k, int threads) {
+        const int64_t share = threads > 1 ? num_queries / (4 * threads) : num_queries;
+        group = std::max<int64_t>(1, std::min(share, kQueryGroup));
+        tasks = (num_queries + group - 1) / group;
+        room = Nearest::room(std::min(k, n));
+        slots = std::max<int64_t>(1, std::min<int64_t>(threads, tasks));
+    }
+};
+
+}  // namespace
+
+size_t multi_index_workspace(int64_t n, int64_t num_queries, int64_t k, int threads) {
+    const SearchPlan plan(n, num_queries, k, threads);
+    return static_cast<size_t>(plan.slots * plan.room) * sizeof(uint64_t);
 }
 
 void multi_index_search(const std::string& isa, const MultiIndex& index, const MultiIndexSearch& s, int32_t* distances,
                         int64_t* indices, uint8_t* done, double* cost, uint8_t* workspace) {
     const MultiIndexKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(kernel.isa);
-    const int64_t kept = std::min(s.k, index.n), room = Nearest::room(kept);
+    set_last_isa(kernel.isa);
+    const SearchPlan plan(index.n, s.num_queries, s.k, s.threads);
+    const int64_t kept = std::min(s.k, index.n), group = plan.group, room = plan.room;
     const double scan = multi_index_scan_cost(isa, index.n, index.nbytes, s.num_queries, s.k);
-    const int64_t share = s.threads > 1 ? s.num_queries / (4 * s.threads) : s.num_queries;
-    const int64_t group = std::max<int64_t>(1, std::min(share, kQueryGroup));
-    parallel_for((s.num_queries + group - 1) / group, s.threads, [&](int64_t task, int slot) {
+    parallel_for(plan.tasks, s.threads, [&](int64_t task, int slot) {
         const int64_t first = task * group, last = std::min(first + group, s.num_queries);
         double account = s.effort * scan * static_cast<double>(last - first);
         for (int64_t i = first; i < last; ++i) {
@@ -132,11 +148,18 @@ void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, Entry* entr
         const Entry entry = entry_of(i);
         entries[cursor[entry.key >> shift]++] = entry;
     }
-    parallel_for(partitions, threads, [&](int64_t p, int) {
-        const uint32_t first = begin[p], last = p + 1 < partitions ? begin[p + 1] : static_cast<uint32_t>(n);
-        std::vector<Entry> sorted(last - first);
+    const auto end_of = [&](int64_t p) { return p + 1 < partitions ? begin[p + 1] : static_cast<uint32_t>(n); };
+    int64_t largest = 0;
+    for (int64_t p = 0; p < partitions; ++p) largest = std::max<int64_t>(largest, end_of(p) - begin[p]);
+    // a copy for each thread, or for all ranges where that is less
+    const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(threads, partitions));
+    const bool by_slot = slots * largest < n;
+    const std::unique_ptr<Entry[]> copies(new Entry[by_slot ? slots * largest : n]);
+    parallel_for(partitions, threads, [&](int64_t p, int slot) {
+        const uint32_t first = begin[p], last = end_of(p);
+        Entry* const sorted = copies.get() + (by_slot ? slot * largest : first);
         for (uint32_t i = first; i < last; ++i) sorted[offsets[entries[i].key + 1]++ - first] = entries[i];
-        finish(sorted.data(), first, last);
+        finish(sorted, first, last);
     });
 }
 
@@ -153,8 +176,7 @@ void multi_index_order(const uint8_t* codes, int64_t n, int64_t nbytes, int bits
     }
     const Window window(bits, 0, key_bits);
     const auto entry_of = [&](int64_t i) {
-        return Entry{window.of(code_at(i), nbytes, bits), static_cast<uint32_t>(i),
-                     static_cast<uint32_t>(key_of(i))};
+        return Entry{window.of(code_at(i), nbytes, bits), static_cast<uint32_t>(i), static_cast<uint32_t>(key_of(i))};
     };
     const bool whole = bits - key_bits <= 64;  // key and word are all of the code
     const auto less = [&](const Entry& a, const Entry& b) {

@@ -19,8 +19,8 @@ struct SubstringTable {
 struct MultiIndex {
     int64_t n, nbytes;  // n < 2^31
     int bits;
-    const uint32_t* order;   // (n) indices, equal codes together and in index order
-    const uint32_t* starts;  // (groups + 1) into order; null: every code is different
+    const uint32_t* order;     // (n) indices, equal codes together and in index order
+    const uint32_t* starts;    // (groups + 1) into order; null: every code is different
     const uint8_t* different;  // (groups, nbytes) the codes of the groups; null up to 64 bits: words hold them
     const SubstringTable* tables;
     int num_tables;
@@ -85,10 +85,9 @@ struct MultiIndexSearch {
 };
 
 // The cost of scanning, per query of a batch of num_queries, in the model's nanoseconds.
-double multi_index_scan_cost(const std::string& isa, int64_t n, int64_t nbytes, int64_t num_queries,
-                             int64_t k);
+double multi_index_scan_cost(const std::string& isa, int64_t n, int64_t nbytes, int64_t num_queries, int64_t k);
 std::array<double, 5> multi_index_costs();
-size_t multi_index_workspace(int64_t n, int64_t k, int threads);
+size_t multi_index_workspace(int64_t n, int64_t num_queries, int64_t k, int threads);
 // done[i] = 1: row i of distances and indices is final. 0: given up, the row is untouched. cost[i]: what it spent.
 void multi_index_search(const std::string& isa, const MultiIndex&, const MultiIndexSearch&, int32_t* distances,
                         int64_t* indices, uint8_t* done, double* cost, uint8_t* workspace);

@@ -15,7 +15,8 @@
 #include "multi_index.h"  // before the switch: what it defines is shared with the other units
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx2,popcnt,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vpopcntdq,avx2,popcnt,bmi,bmi2"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vpopcntdq,avx2,popcnt,bmi,bmi2")
 #endif

@@ -37,8 +37,8 @@ constexpr int kChunk = 256;      // words filtered before the limit is looked at
 // What things cost in nanoseconds, fitted to searches of 0.5 to 20 M codes of 64 bits, clustered and random, k = 10 and
 // 100, by 3 to 5 tables: within a third of the time taken.
 constexpr double kCostQuery = 1000;
-constexpr double kCostLookup = 10;    // a bucket's place
-constexpr double kCostBucket = 40;    // its first line, where it is not empty
+constexpr double kCostLookup = 10;  // a bucket's place
+constexpr double kCostBucket = 40;  // its first line, where it is not empty
 constexpr double kCostWord = 0.75;
 constexpr double kCostSurvivor = 65;  // a word that is near enough to look the code up
 constexpr double kCostTaken = 8;      // an equal code after the first

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -26,7 +25,7 @@ const PairwiseKernel& kernel_for(const std::string& isa) {
 
 void pairwise(const std::string& isa, const PairwiseTile& tile, int threads) {
     const PairwiseKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
     const int64_t rows = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, tile.columns));
     parallel_for((tile.rows + rows - 1) / rows, threads,
                  [&](int64_t task, int) { kernel.rows(tile, task * rows, std::min(tile.rows, (task + 1) * rows)); });

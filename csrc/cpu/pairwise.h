@@ -17,13 +17,13 @@ struct PairwiseTile {
     const int32_t* row_labels;  // labels: (rows, words) multi-hot bits; classes: (rows,) ids, words 1
     const int32_t* labels;      // (words, label_stride) planes of the columns' words, at the tile's first column
     int64_t words, label_stride;
-    const void* s;              // bytes or floats: (rows, columns) from here, rows s_stride apart
+    const void* s;  // bytes or floats: (rows, columns) from here, rows s_stride apart
     int64_t s_stride;
-    float positive;             // similarity of a relevant pair; what s is multiplied by
-    bool squared;               // SSAH's form, else the negative log-likelihood
-    bool gradient;              // else theta is left as it is
-    double* row_sums;           // (rows,) scratch
-    double* total;              // the tile's sum is added here
+    float positive;    // similarity of a relevant pair; what s is multiplied by
+    bool squared;      // SSAH's form, else the negative log-likelihood
+    bool gradient;     // else theta is left as it is
+    double* row_sums;  // (rows,) scratch
+    double* total;     // the tile's sum is added here
 };
 
 struct PairwiseKernel {

@@ -24,7 +24,8 @@ struct SharedLabels {
     Vec positive;
     Vec operator()(int64_t j, int64_t n) const {
         Vec::mask found = Vec::shares(labels + j, n, mine[0]);
-        for (int64_t w = 1; w < words; ++w) found = Vec::either(found, Vec::shares(labels + w * stride + j, n, mine[w]));
+        for (int64_t w = 1; w < words; ++w)
+            found = Vec::either(found, Vec::shares(labels + w * stride + j, n, mine[w]));
         return Vec::select(found, positive, Vec::of(0));
     }
 };
@@ -83,7 +84,9 @@ void pairwise_rows(const PairwiseTile& t, int64_t first, int64_t last) {
                                       : pairwise_row<false>(theta, t.columns, t.gradient, similar);
         };
         switch (t.kind) {
-            case Similarity::labels: run(SharedLabels{t.row_labels + i * t.words, t.labels, t.words, t.label_stride, positive}); break;
+            case Similarity::labels:
+                run(SharedLabels{t.row_labels + i * t.words, t.labels, t.words, t.label_stride, positive});
+                break;
             case Similarity::classes: run(SameClass{t.row_labels[i], t.labels, positive}); break;
             case Similarity::bytes: run(ByteMatrix{static_cast<const uint8_t*>(t.s) + i * t.s_stride, positive}); break;
             case Similarity::floats: run(FloatMatrix{static_cast<const float*>(t.s) + i * t.s_stride, positive}); break;

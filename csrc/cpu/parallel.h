@@ -2,12 +2,16 @@
 //
 // parallel_for(tasks, threads, body) calls body(task, slot) for task in [0, tasks); at most `threads` calls run at a
 // time and each of those has its own slot in [0, threads). The caller works too, so one thread never touches the pool.
+// Bodies allocate nothing. Should one throw all the same, no further task begins, and the first exception is the
+// caller's once all helpers are out of its body; where threads cannot be had, those that are there do the work.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -39,23 +43,17 @@ public:
         auto job = std::make_shared<Job>();
         job->tasks = tasks;
         job->body = &body;
-        if (helpers > 0) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(workers_.size()) < helpers) {
-                workers_.emplace_back([this] { work(); });
-                workers_.back().detach();
-            }
-            for (int i = 1; i <= helpers; ++i) queue_.emplace_back(job, i);
-        }
-        for (int i = 0; i < helpers; ++i) wake_.notify_one();
+        const int asked = helpers > 0 ? ask(job, helpers) : 0;
+        for (int i = 0; i < asked; ++i) wake_.notify_one();
         job->drain(0);
-        if (helpers > 0) {
+        if (asked > 0) {
             std::unique_lock<std::mutex> lock(mutex_);
             // helpers that never woke are not waited for
             for (auto it = queue_.begin(); it != queue_.end();)
                 it = it->first == job ? queue_.erase(it) : std::next(it);
             job->done.wait(lock, [&] { return job->running == 0; });
         }
+        if (job->error) std::rethrow_exception(job->error);
     }
 
 private:
@@ -65,11 +63,39 @@ private:
         const std::function<void(int64_t, int)>* body = nullptr;
         int running = 0;  // helpers inside drain, guarded by the pool's mutex
         std::condition_variable done;
+        std::atomic<bool> failed{false};
+        std::exception_ptr error;  // of whoever set `failed`
 
-        void drain(int slot) {
-            for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) (*body)(task, slot);
+        void drain(int slot) noexcept {
+            try {
+                for (int64_t task; !failed.load(std::memory_order_relaxed) &&
+                                   (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+                    (*body)(task, slot);
+            } catch (...) {
+                if (!failed.exchange(true)) error = std::current_exception();
+            }
         }
     };
+
+    // Queues the job for up to `helpers` workers; returns for how many.
+    int ask(const std::shared_ptr<Job>& job, int helpers) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        int asked = 0;
+        try {
+            while (static_cast<int>(workers_.size()) < helpers) {
+                workers_.reserve(workers_.size() + 1);  // so that a thread that has begun is not lost
+                workers_.emplace_back([this] { work(); });
+                workers_.back().detach();
+            }
+        } catch (...) {  // no memory or no thread to be had
+        }
+        try {
+            for (; asked < std::min<int>(helpers, static_cast<int>(workers_.size())); ++asked)
+                queue_.emplace_back(job, asked + 1);
+        } catch (...) {
+        }
+        return asked;
+    }
 
     static ThreadPool*& current() {
         static ThreadPool* pool = nullptr;  // never destroyed: detached workers may outlive main

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -35,14 +34,14 @@ void over_samples(int64_t samples, int64_t elements, int threads, const Body& bo
 
 void pgd_step(const std::string& isa, const PgdStep& step) {
     const PgdKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
     over_samples(step.samples, step.channels * step.inner, step.threads,
                  [&](int64_t first, int64_t last) { kernel.step(step, first, last); });
 }
 
 void pgd_noise(const std::string& isa, const PgdNoise& noise) {
     const PgdKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
     over_samples(noise.samples, noise.count, noise.threads,
                  [&](int64_t first, int64_t last) { kernel.noise(noise, first, last); });
 }

@@ -16,9 +16,9 @@
 // Bound: memory. The L-inf step moves 16 bytes an element (three reads, a write), eager 68 in seven passes. L2 reads g
 // three times and x and origin twice, while a sample is in cache.
 //
-// Versions tried: loops that the compiler vectorises run the L-inf step at the speed of memory (95% of a stream of the
-// same bytes), so each instruction set compiles this file. For the sums of L2 an array of partial sums stayed in memory,
-// and float64 throughout cost conversions: both were two to five times slower than registers of floats.
+// Versions tried: loops that the compiler vectorises run the L-inf step at the speed of memory (95% of a stream of
+// the same bytes), so each instruction set compiles this file. For the sums of L2 an array of partial sums stayed in
+// memory, and float64 throughout cost conversions: both were two to five times slower than registers of floats.
 #pragma once
 
 #include <algorithm>
@@ -133,23 +133,24 @@ struct PgdLoops {
         return sum;
     }
 
-    static void shrink(float* __restrict x, const float* __restrict origin, int64_t n, float factor, float low, float high) {
-        for (int64_t i = 0; i < n; ++i)
-            x[i] = lesser(greater(origin[i] + (x[i] - origin[i]) * factor, low), high);
+    static void shrink(float* __restrict x, const float* __restrict origin, int64_t n, float factor, float low,
+                       float high) {
+        for (int64_t i = 0; i < n; ++i) x[i] = lesser(greater(origin[i] + (x[i] - origin[i]) * factor, low), high);
     }
 
     static uint32_t l2_sample(const PgdStep& s, int64_t sample) {
         const int64_t n = s.channels * s.inner, at = sample * n;
         const uint32_t most = largest(s.gradient + at, n);
         if (most >= 0x7f800000u) return 1;
-        // a power of two that brings the largest element near 1: squares neither overflow nor vanish, and nothing rounds
+        // a power of two that brings the largest element near 1: squares neither overflow nor vanish, nothing rounds
         const float unit = std::ldexp(1.0f, std::clamp(127 - static_cast<int>(most >> 23), -126, 126));
         const double norm = std::sqrt(squares(s.gradient + at, n, unit)), eps = s.eps(sample, 0);
         const float scale = most ? static_cast<float>(s.alpha(sample, 0) / norm) : 0.0f;
         const double distance = std::sqrt(move(s.x + at, s.gradient + at, s.origin + at, n, scale, unit));
         const float factor = distance > eps ? static_cast<float>(eps / distance) : 1.0f;
         for (int64_t c = 0; c < s.channels; ++c)
-            shrink(s.x + at + c * s.inner, s.origin + at + c * s.inner, s.inner, factor, s.low(sample, c), s.high(sample, c));
+            shrink(s.x + at + c * s.inner, s.origin + at + c * s.inner, s.inner, factor, s.low(sample, c),
+                   s.high(sample, c));
         return 0;
     }
 

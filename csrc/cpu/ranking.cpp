@@ -12,8 +12,8 @@ namespace cmr {
 namespace {
 
 constexpr int64_t kAlign = 64;
-constexpr int64_t kGroupBytes = 8 << 20;   // what a task keeps of its queries until the database is through
-constexpr int64_t kCurveRanks = 8192;      // ranks of one task of the curves
+constexpr int64_t kGroupBytes = 8 << 20;  // what a task keeps of its queries until the database is through
+constexpr int64_t kCurveRanks = 8192;     // ranks of one task of the curves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
@@ -41,8 +41,8 @@ struct Plan {
         const int64_t levels = s.levels();
         chunk = std::min(kChunk, std::max<int64_t>(64, ceil_div(s.n, 64) * 64));
         chunks = ceil_div(s.n, chunk);
-        const int64_t bits_bytes = (chunks * chunk / 64 + 1) * 8, starts_bytes = chunks * (levels + 1) * 2;
-        const int64_t counts_bytes = 8 * levels * 4;
+        const int64_t bits_bytes = bit_words(chunk, chunks) * 8, starts_bytes = chunks * num_starts(levels) * 2;
+        const int64_t counts_bytes = num_counts(levels) * 4;
         const int64_t per_query = s.ordered ? bits_bytes + starts_bytes : counts_bytes;
         const int64_t fair = s.threads > 1 ? ceil_div(s.num_queries, 4 * s.threads) : s.num_queries;
         group = std::max<int64_t>(1, std::min({kMaxGroup, fair, kGroupBytes / per_query}));
@@ -56,10 +56,10 @@ struct Plan {
         };
         scan = place(scan_scratch_bytes(kSubgroup, s.nbytes));
         distances = place(kSubgroup * kTile * 4);
-        values = place(kSubgroup * (chunk + kPad) * 2);
+        values = place(kSubgroup * value_stride(chunk) * 2);
         labels = place((s.label_words() * chunk + kPad) * 4);
         q_labels = place(group * s.label_words() * 4);
-        sorting = place(4 * (chunk + kPad) + 2 * kPad);
+        sorting = place(sort_bytes(chunk));
         counts = place(s.ordered ? 2 * levels * 4 : group * counts_bytes);
         bits = place(s.ordered ? group * bits_bytes : 0);
         starts = place(s.ordered ? group * starts_bytes : 0);

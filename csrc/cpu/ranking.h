@@ -8,7 +8,11 @@
 
 namespace cmr {
 
-enum class Cut : int { rank = 0, relevant = 1, hits = 2 };  // first k ranks; first min(k, R) ranks; first min(k, R) hits
+enum class Cut : int {
+    rank = 0,
+    relevant = 1,
+    hits = 2
+};  // first k ranks; first min(k, R) ranks; first min(k, R) hits
 
 struct RankingShape {
     int64_t num_queries, n, nbytes;  // n < 2^31
@@ -27,7 +31,7 @@ struct RankingShape {
 
 // All memory belongs to the caller.
 struct RankingData {
-    const uint8_t *q, *db;               // (num_queries, nbytes), (n, nbytes)
+    const uint8_t *q, *db;                // (num_queries, nbytes), (n, nbytes)
     const uint8_t *q_labels, *db_labels;  // (num_queries, label_bytes), (n, label_bytes)
     const int64_t* partners;              // (num_queries,) database rows, or null
     int64_t *items, *relevant;            // (num_queries, levels)
@@ -39,30 +43,39 @@ struct RankingData {
     double* recall_steps;                 // (n,) their 1 / R, summed in the order of queries
 };
 
-constexpr int64_t kChunk = 16384;   // codes sorted at once: 16-bit values and two byte copies stay in the second-level cache
-constexpr int64_t kPad = 128;       // what vector stores may write behind an array
-constexpr int64_t kSubgroup = 4;    // queries that share a transposed tile of codes
-constexpr int64_t kMaxGroup = 16;   // queries that share a chunk of the database while it is in cache
+constexpr int64_t kChunk =
+    16384;                     // codes sorted at once: 16-bit values and two byte copies stay in the second-level cache
+constexpr int64_t kPad = 128;  // what vector stores may write behind an array
+constexpr int64_t kSubgroup = 4;   // queries that share a transposed tile of codes
+constexpr int64_t kMaxGroup = 16;  // queries that share a chunk of the database while it is in cache
+
+// Sizes that ranking.cpp allocates by and kernels step by.
+static constexpr int64_t value_stride(int64_t chunk) { return chunk + kPad; }  // of a query's values
+static constexpr int64_t bit_words(int64_t chunk, int64_t chunks) { return chunks * (chunk / 64) + 1; }  // of a query
+static constexpr int64_t num_starts(int64_t levels) { return levels + 1; }              // of a chunk and a query
+static constexpr int64_t num_counts(int64_t levels) { return 4 * 2 * levels; }          // four tables of a query
+static constexpr int64_t sort_room(int64_t count) { return (count + kPad) / 64 * 64; }  // one of four parts
+static constexpr int64_t sort_bytes(int64_t chunk) { return 4 * sort_room(chunk) + 2 * kPad; }
 
 // What a kernel works in: one group of queries and its scratch, laid out by ranking.cpp.
 struct RankingGroup {
     const RankingShape* shape;
     const RankingData* data;
     int64_t first_query, num_queries;
-    int64_t chunk;         // codes, a multiple of 64
+    int64_t chunk;  // codes, a multiple of 64
     int64_t chunks;
-    uint8_t* scan;         // scan_scratch_bytes(kSubgroup, nbytes)
-    int32_t* distances;    // (kSubgroup, tile)
-    uint16_t* values;      // (kSubgroup, chunk + kPad): 2 distance + relevant in index order, in bytes where they fit
-    uint32_t* labels;      // (label_words, chunk) planes of the chunk's labels
-    uint32_t* q_labels;    // (num_queries, label_words)
-    uint8_t* sorting;      // 4 (chunk + kPad) + 2 kPad
-    uint32_t* counts;      // (num_queries, 4, 2 levels) where not ordered, else (2, levels)
-    uint64_t* bits;        // (num_queries, chunks * chunk / 64 + 1) relevance of each chunk, sorted by distance
-    uint16_t* starts;      // (num_queries, chunks, levels + 1) where each distance begins in it
-    uint64_t* ranked;      // relevance in rank order, ranked_words + 1 a query
+    uint8_t* scan;          // scan_scratch_bytes(kSubgroup, nbytes)
+    int32_t* distances;     // (kSubgroup, tile)
+    uint16_t* values;       // (kSubgroup, value_stride) 2 distance + relevant in index order, in bytes where they fit
+    uint32_t* labels;       // (label_words, chunk) planes of the chunk's labels
+    uint32_t* q_labels;     // (num_queries, label_words)
+    uint8_t* sorting;       // sort_bytes(chunk)
+    uint32_t* counts;       // (num_queries, 4, 2 levels) where not ordered, else (2, levels)
+    uint64_t* bits;         // (num_queries, chunks * chunk / 64 + 1) relevance of each chunk, sorted by distance
+    uint16_t* starts;       // (num_queries, chunks, levels + 1) where each distance begins in it
+    uint64_t* ranked;       // relevance in rank order, ranked_words + 1 a query
     int64_t ranked_stride;  // 0: the queries of a group share one row
-    int32_t* positions;    // kPositions
+    int32_t* positions;     // kPositions
 };
 
 constexpr int64_t kTile = 2048;

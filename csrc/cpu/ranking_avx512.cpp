@@ -12,7 +12,10 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vbmi,avx512vbmi2,avx2,popcnt,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(                                                                                       \
+    __attribute__((                                                                                                 \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vbmi,avx512vbmi2,avx2,popcnt,bmi,bmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vbmi,avx512vbmi2,avx2,popcnt,bmi,bmi2")
 #endif
@@ -29,11 +32,15 @@ struct Avx512 : Portable {
     struct OneWord {
         __m512i wanted;
         OneWord(const uint32_t* label, int64_t, int64_t) : wanted(_mm512_set1_epi32(static_cast<int>(label[0]))) {}
-        __mmask16 operator()(const uint32_t* at) const { return _mm512_test_epi32_mask(_mm512_loadu_si512(at), wanted); }
+        __mmask16 operator()(const uint32_t* at) const {
+            return _mm512_test_epi32_mask(_mm512_loadu_si512(at), wanted);
+        }
     };
     struct Class : OneWord {
         using OneWord::OneWord;
-        __mmask16 operator()(const uint32_t* at) const { return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(at), wanted); }
+        __mmask16 operator()(const uint32_t* at) const {
+            return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(at), wanted);
+        }
     };
     struct ManyWords {
         const uint32_t* wanted;
@@ -42,7 +49,8 @@ struct Avx512 : Portable {
         __mmask16 operator()(const uint32_t* at) const {
             __mmask16 found = 0;
             for (int64_t w = 0; w < words; ++w)
-                found |= _mm512_test_epi32_mask(_mm512_loadu_si512(at + w * plane), _mm512_set1_epi32(static_cast<int>(wanted[w])));
+                found |= _mm512_test_epi32_mask(_mm512_loadu_si512(at + w * plane),
+                                                _mm512_set1_epi32(static_cast<int>(wanted[w])));
             return found;
         }
     };
@@ -62,12 +70,12 @@ struct Avx512 : Portable {
 
     static bool reads_codes(const RankingShape& s) { return s.nbytes <= 8; }
 
-    // 64 codes at a time, each in a lane of kLane bytes (kFull: it fills the lane): kLane registers of counts are shifted
-    // together to 64 bytes, and one permutation puts them in order.
+    // 64 codes at a time, each in a lane of kLane bytes (kFull: it fills the lane): kLane registers of counts are
+    // shifted together to 64 bytes, and one permutation puts them in order.
     template <int kLane, bool kFull>
-    static void values_in_lanes(const uint8_t* q, const uint8_t* codes, int64_t nbytes, const uint32_t* labels, int64_t plane,
-                                int64_t words, bool classes, const uint32_t* wanted, int64_t count, uint8_t* v, int& lo,
-                                int& hi) {
+    static void values_in_lanes(const uint8_t* q, const uint8_t* codes, int64_t nbytes, const uint32_t* labels,
+                                int64_t plane, int64_t words, bool classes, const uint32_t* wanted, int64_t count,
+                                uint8_t* v, int& lo, int& hi) {
         constexpr int kLanes = 64 / kLane;
         alignas(64) uint8_t ordered[64], spread[64], asked[64] = {};
         uint64_t held = 0;
@@ -84,8 +92,9 @@ struct Avx512 : Portable {
             const auto block = [&](int64_t i, const uint8_t* from, __mmask64 valid) {
                 const auto twice = [&](int k) {  // 2 distance in byte k of each lane
                     const uint8_t* const at = from + k * kLanes * (kFull ? kLane : nbytes);
-                    const __m512i code = kFull ? _mm512_loadu_si512(at)
-                                               : _mm512_maskz_permutexvar_epi8(held, lanes, _mm512_maskz_loadu_epi8(row, at));
+                    const __m512i code =
+                        kFull ? _mm512_loadu_si512(at)
+                              : _mm512_maskz_permutexvar_epi8(held, lanes, _mm512_maskz_loadu_epi8(row, at));
                     const __m512i x = _mm512_xor_si512(query, code);
                     const __m512i d = kLane == 8 ? _mm512_popcnt_epi64(x) : _mm512_popcnt_epi32(x);
                     return _mm512_slli_epi64(d, static_cast<unsigned>(8 * k + 1));
@@ -118,7 +127,8 @@ struct Avx512 : Portable {
     }
 
     static void values(const uint8_t* q, const uint8_t* codes, int64_t nbytes, const uint32_t* labels, int64_t plane,
-                       int64_t words, bool classes, const uint32_t* wanted, int64_t count, uint8_t* v, int& lo, int& hi) {
+                       int64_t words, bool classes, const uint32_t* wanted, int64_t count, uint8_t* v, int& lo,
+                       int& hi) {
         const auto run = [&](auto in_lanes) {
             in_lanes(q, codes, nbytes, labels, plane, words, classes, wanted, count, v, lo, hi);
         };
@@ -143,8 +153,7 @@ struct Avx512 : Portable {
                 most = _mm512_mask_max_epi32(most, valid, most, value);
                 if constexpr (sizeof(Value) == 1)
                     _mm_storeu_si128(reinterpret_cast<__m128i*>(v + i), _mm512_cvtepi32_epi8(value));
-                else
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(v + i), _mm512_cvtepi32_epi16(value));
+                else _mm256_storeu_si256(reinterpret_cast<__m256i*>(v + i), _mm512_cvtepi32_epi16(value));
             }
         });
         lo = _mm512_reduce_min_epi32(least);
@@ -176,7 +185,7 @@ struct Avx512 : Portable {
                      uint64_t* bits, uint16_t* starts) {
         const int base = lo & ~1, range = hi - base;
         if (range > 255) return Portable::sort(v, count, lo, hi, levels, buffer, counts, bits, starts);
-        const int64_t room = (count + kPad) / 64 * 64;
+        const int64_t room = sort_room(count);
         uint8_t *zeros = buffer, *ones = buffer + room, *from_zeros = nullptr, *from_ones = nullptr;
         int64_t num_zeros = 0, num_ones = 0;
         uint8_t* sorted = buffer;
@@ -192,9 +201,11 @@ struct Avx512 : Portable {
                     if (i < count) split(load(v, i, base), first(count - i), b, z, o);
                 } else {
                     int64_t i = 0;
-                    for (; i + 64 <= num_zeros; i += 64) split(_mm512_loadu_si512(from_zeros + i), ~uint64_t{0}, b, z, o);
+                    for (; i + 64 <= num_zeros; i += 64)
+                        split(_mm512_loadu_si512(from_zeros + i), ~uint64_t{0}, b, z, o);
                     if (i < num_zeros) split(_mm512_loadu_si512(from_zeros + i), first(num_zeros - i), b, z, o);
-                    for (i = 0; i + 64 <= num_ones; i += 64) split(_mm512_loadu_si512(from_ones + i), ~uint64_t{0}, b, z, o);
+                    for (i = 0; i + 64 <= num_ones; i += 64)
+                        split(_mm512_loadu_si512(from_ones + i), ~uint64_t{0}, b, z, o);
                     if (i < num_ones) split(_mm512_loadu_si512(from_ones + i), first(num_ones - i), b, z, o);
                 }
                 num_zeros = z - zeros, num_ones = o - ones;
@@ -228,7 +239,8 @@ struct Avx512 : Portable {
             0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
             22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
             44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-        const __m512i lanes = _mm512_maskz_compress_epi8(word, _mm512_load_si512(kLane)), from = _mm512_set1_epi32(base);
+        const __m512i lanes = _mm512_maskz_compress_epi8(word, _mm512_load_si512(kLane)),
+                      from = _mm512_set1_epi32(base);
         const auto store = [&](int part, __m128i sixteen) {
             _mm512_storeu_si512(out + 16 * part, _mm512_add_epi32(from, _mm512_cvtepu8_epi32(sixteen)));
         };
@@ -244,7 +256,8 @@ struct Avx512 : Portable {
 #pragma GCC unroll 8
         for (int part = 0; part < 8; ++part) {
             const __m512d sum = _mm512_loadu_pd(sums + 8 * part);
-            _mm512_storeu_pd(sums + 8 * part, _mm512_mask_add_pd(sum, static_cast<__mmask8>(word >> (8 * part)), sum, w));
+            _mm512_storeu_pd(sums + 8 * part,
+                             _mm512_mask_add_pd(sum, static_cast<__mmask8>(word >> (8 * part)), sum, w));
         }
     }
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -45,18 +44,13 @@ int64_t slots(const SinkhornShape& s) { return std::max<int64_t>(1, std::min<int
 
 }  // namespace
 
-size_t sinkhorn_scratch(const SinkhornShape& s) {
-    const int64_t stride = s.stride();
-    const int64_t floats = (s.proximal ? 2 : 1) * s.rows() * stride + 6 * s.slots() + 9 * stride;
-    const int64_t doubles = 2 * s.slots() + 4 * stride;
-    return static_cast<size_t>((4 * floats + 8 * doubles + 24 * kAlign + kAlign - 1) / kAlign * kAlign);
-}
+size_t sinkhorn_scratch(const SinkhornShape& s) { return static_cast<size_t>(SinkhornScratch().lay_out(s, 0)); }
 
 size_t sinkhorn_workspace(const SinkhornShape& s) { return slots(s) * sinkhorn_scratch(s) + kAlign; }
 
 void sinkhorn(const std::string& isa, const SinkhornShape& s, const SinkhornData& data, uint8_t* workspace) {
     const SinkhornKernel& kernel = kernel_for(isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
     uint8_t* const base = workspace + (kAlign - reinterpret_cast<uintptr_t>(workspace) % kAlign) % kAlign;
     const int64_t scratch = static_cast<int64_t>(sinkhorn_scratch(s));
     parallel_for(s.problems, s.threads, [&](int64_t problem, int slot) {

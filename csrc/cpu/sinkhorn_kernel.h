@@ -13,8 +13,9 @@
 //            that takes them out of [1e-14, 1e14] is thrown away and made in logarithms. So what K loses to underflow
 //            (below 1e-38) is below 1e-14 of a plan, whatever reg is. Exponents are differences in double, so C / reg
 //            may be in the thousands.
-//            IPOT's K loses a factor exp(-C / beta) a step; it is made anew before that adds up to e^55, and a step that
-//            scales by more than 1e8, or all of them where C / beta varies by more than 16, are made in logarithms.
+//            IPOT's K loses a factor exp(-C / beta) a step; it is made anew before that adds up to e^55, and a step
+//            that scales by more than 1e8, or all of them where C / beta varies by more than 16, are made in
+//            logarithms.
 // Zero mass  a row without mass has a = -inf and u = 0 and takes no part, a column neither, from the start; so do the
 //            rows that fill up a group of four.
 // Layout     K (rows, stride): rows a multiple of 4, stride of 16, zeros where nothing is. A 64 x 64 problem takes
@@ -36,32 +37,27 @@ namespace cmr {
 namespace {
 
 constexpr float kFar = 1e12f, kTooFar = 1e14f, kFarStep = 1e8f;  // how far scalings may go
-constexpr double kLogMost = 16, kLost = 55;                       // of IPOT, see above
+constexpr double kLogMost = 16, kLost = 55;                      // of IPOT, see above
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-struct Transport {
+struct Transport : SinkhornScratch {
     const SinkhornShape& s;
     const float *cost, *mass, *share;  // mu and nu as they were given
     const int64_t m, n, rows, slots, stride;
-    float *kernel, *step, *u, *u_next, *mu, *sums, *u_product, *u_logs, *v, *v_next, *nu, *columns, *x, *most, *v_product, *v_logs, *v_made;
-    double *a, *a_next, *b, *b_next, *before, *from;
-    double power = 0;  // p
+    double power = 0;        // p
     bool everywhere = true;  // all columns have mass
 
     Transport(const SinkhornShape& shape, const SinkhornData& data, int64_t problem, uint8_t* memory)
-        : s(shape), cost(data.cost + problem * s.m * s.n), mass(data.mu + problem * data.mu_stride),
-          share(data.nu + problem * data.nu_stride), m(s.m), n(s.n), rows(s.rows()), slots(s.slots()), stride(s.stride()) {
-        const auto take = [&memory](auto*& p, int64_t count) {
-            p = reinterpret_cast<std::decay_t<decltype(p)>>(memory);
-            memory += (count * static_cast<int64_t>(sizeof *p) + 63) / 64 * 64;
-        };
-        take(kernel, rows * stride);
-        step = nullptr;
-        if (s.proximal) take(step, rows * stride);
-        for (float** p : {&u, &u_next, &mu, &sums, &u_product, &u_logs}) take(*p, slots);
-        for (float** p : {&v, &v_next, &nu, &columns, &x, &most, &v_product, &v_logs, &v_made}) take(*p, stride);
-        for (double** p : {&a, &a_next}) take(*p, slots);
-        for (double** p : {&b, &b_next, &before, &from}) take(*p, stride);
+        : s(shape),
+          cost(data.cost + problem * s.m * s.n),
+          mass(data.mu + problem * data.mu_stride),
+          share(data.nu + problem * data.nu_stride),
+          m(s.m),
+          n(s.n),
+          rows(s.rows()),
+          slots(s.slots()),
+          stride(s.stride()) {
+        lay_out(s, reinterpret_cast<uintptr_t>(memory));
         std::fill(std::copy(mass, mass + m, mu), mu + slots, 0.0f);
         std::fill(std::copy(share, share + n, nu), nu + stride, 0.0f);
         for (double* p : {a, a_next}) std::fill(p, p + slots, 0.0);
@@ -171,7 +167,8 @@ struct Transport {
                 }
             }
             Vec::ratios4(dot, mu + i, sums + i, u_next + i);
-            const Vec w[4] = {Vec::of(u_next[i]), Vec::of(u_next[i + 1]), Vec::of(u_next[i + 2]), Vec::of(u_next[i + 3])};
+            const Vec w[4] = {Vec::of(u_next[i]), Vec::of(u_next[i + 1]), Vec::of(u_next[i + 2]),
+                              Vec::of(u_next[i + 3])};
             for (int64_t j = 0; j < stride; j += Vec::lanes) {
                 const Vec even = Vec::fma(Vec::load(k[0] + j), w[0], Vec::load(k[1] + j) * w[1]);
                 const Vec odd = Vec::fma(Vec::load(k[2] + j), w[2], Vec::load(k[3] + j) * w[3]);
@@ -202,7 +199,8 @@ struct Transport {
         Vec sum = Vec::of(0);
         for (int64_t i = 0; i < slots; i += Vec::lanes) {
             const Vec mass = Vec::load(mu + i), now = Vec::load(u + i);
-            const Vec by = s.stop == Stop::marginals ? now * Vec::load(sums + i) - mass : log(Vec::load(u_next + i) / now);
+            const Vec by =
+                s.stop == Stop::marginals ? now * Vec::load(sums + i) - mass : log(Vec::load(u_next + i) / now);
             sum = sum + Vec::select(Vec::of(0) < mass, by.abs(), Vec::of(0));
         }
         return s.stop == Stop::marginals ? sum.sum() : sum.sum() / s.inverse;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "hamming.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -19,7 +18,7 @@ int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
 const TripletKernel& kernel_for(const std::string& isa) {
     if (!has_isa(isa)) throw std::invalid_argument("this processor or build has no instruction set " + isa);
-    hamming_set_last_isa(isa);
+    set_last_isa(isa.c_str());
 #if defined(__x86_64__)
     if (is_avx512(isa)) return triplet_avx512;
     if (isa == "avx2") return triplet_avx2;
@@ -44,29 +43,41 @@ struct Layout {
     }
 
     TripletScratch at(uint8_t* base) const {
-        return {reinterpret_cast<float*>(base + d),         reinterpret_cast<int32_t*>(base + kind),
-                reinterpret_cast<float*>(base + weights),   reinterpret_cast<int32_t*>(base + ranks),
-                reinterpret_cast<uint64_t*>(base + keys),   reinterpret_cast<uint64_t*>(base + other),
+        return {reinterpret_cast<float*>(base + d),       reinterpret_cast<int32_t*>(base + kind),
+                reinterpret_cast<float*>(base + weights), reinterpret_cast<int32_t*>(base + ranks),
+                reinterpret_cast<uint64_t*>(base + keys), reinterpret_cast<uint64_t*>(base + other),
                 reinterpret_cast<float*>(base + tree),    reinterpret_cast<uint32_t*>(base + counts)};
     }
+};
+
+// Rows of one task, how many tasks, and how many of them at once.
+struct Plan {
+    int64_t step, tasks;
+    int slots;
+
+    Plan(int64_t rows, int64_t candidates, int threads)
+        : step(std::max<int64_t>(1, kTaskItems / std::max<int64_t>(1, candidates))),
+          tasks(ceil_div(rows, step)),
+          slots(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)))) {}
 };
 
 // body(row, scratch) for every row of a block
 template <class Body>
 void for_rows(const TripletBlock& b, uint8_t* workspace, const Body& body) {
     const Layout layout(b.candidates);
-    uint8_t* const base = reinterpret_cast<uint8_t*>(align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace))));
-    const int64_t step = std::max<int64_t>(1, kTaskItems / std::max<int64_t>(1, b.candidates));
-    parallel_for(ceil_div(b.rows, step), b.threads, [&](int64_t task, int slot) {
+    uint8_t* const base =
+        reinterpret_cast<uint8_t*>(align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace))));
+    const Plan plan(b.rows, b.candidates, b.threads);
+    parallel_for(plan.tasks, b.threads, [&](int64_t task, int slot) {
         const TripletScratch scratch = layout.at(base + slot * layout.slot);
-        for (int64_t row = task * step; row < std::min(b.rows, (task + 1) * step); ++row) body(row, scratch);
+        for (int64_t row = task * plan.step; row < std::min(b.rows, (task + 1) * plan.step); ++row) body(row, scratch);
     });
 }
 
 }  // namespace
 
-size_t triplet_workspace(int64_t candidates, int threads) {
-    return static_cast<size_t>(std::max(1, threads) * Layout(candidates).slot + kAlign);
+size_t triplet_workspace(int64_t rows, int64_t candidates, int threads) {
+    return static_cast<size_t>(Plan(rows, candidates, threads).slots * Layout(candidates).slot + kAlign);
 }
 
 void triplet_margin(const std::string& isa, const TripletBlock& b, const TripletMargin& m, uint8_t* workspace) {

@@ -1,5 +1,5 @@
-// Margin losses over triplets: from a block of anchors' inner products with all candidates to the weight of each distance
-// in the loss, in place. See triplet_kernel.h for the maths, the layout and the bound.
+// Margin losses over triplets: from a block of anchors' inner products with all candidates to the weight of each
+// distance in the loss, in place. See triplet_kernel.h for the maths, the layout and the bound.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ enum class Distance : int { euclidean = 0, squared = 1, dot = 2 };  // dot: minu
 
 // Who shares a label with whom: class ids, or words of packed multi-hot labels.
 struct TripletLabels {
-    int64_t words;          // of a row; 1 for class ids
+    int64_t words;  // of a row; 1 for class ids
     bool classes;
     const int64_t* anchors;     // (rows, words)
     const int64_t* candidates;  // (words, candidates)
@@ -23,13 +23,17 @@ struct TripletLabels {
 struct TripletBlock {
     int64_t rows, candidates;  // candidates < 2^24
     TripletLabels labels;
-    int64_t self;         // the candidate that is row 0's own item, the next row's is the next one; -1: anchors are no candidates
+    int64_t self;  // the candidate that is row 0's own item, then the next one; -1: anchors are no candidates
     Distance distance;
-    bool wants_e;         // else the block is left as it is
-    float* block;         // (rows, candidates): inner products in, e out (triplet_kernel.h)
+    bool wants_e;                        // else the block is left as it is
+    bool exact;                          // every distance from differences: no products come in
+    float* block;                        // (rows, candidates): inner products in, e out (triplet_kernel.h)
     const float *x_squares, *y_squares;  // (rows,), (candidates,) squared norms
-    double* losses;       // (rows,)
-    float* row_sums;      // (rows,) of e
+    const float *x, *y;                  // (rows, width), (candidates, width)
+    int64_t width;
+    double* losses;   // (rows,)
+    float* row_sums;  // (rows,) of e
+    int64_t* close;   // (rows,) pairs with a weight that are close (kClose)
     int threads;
 };
 
@@ -47,12 +51,14 @@ struct AcmrTerms {
     int64_t first;            // row 0's own index
 };
 
+constexpr float kClose = 1.0f / 64;  // squared distances up to this share of |x|^2 + |y|^2 come from differences
+
 constexpr int64_t kLanes = 16;  // of the sums: their order is the same on every instruction set
 
 // What one row is worked in, laid out by triplet.cpp; `candidates` rounded up to lanes each, and more where said.
 struct TripletScratch {
     float* d;
-    int32_t* kind;     // 1 relevant, 0 not, 2 the anchor itself
+    int32_t* kind;  // 1 relevant, 0 not, 2 the anchor itself
     float* weights;
     int32_t* ranks;
     uint64_t *keys, *other;
@@ -79,14 +85,14 @@ extern const TripletKernel triplet_neon;
 
 constexpr int64_t kTripletTile = 32;
 
-size_t triplet_workspace(int64_t candidates, int threads);
+size_t triplet_workspace(int64_t rows, int64_t candidates, int threads);
 void triplet_margin(const std::string& isa, const TripletBlock&, const TripletMargin&, uint8_t* workspace);
 void triplet_acmr(const std::string& isa, const TripletBlock&, const AcmrTerms&, uint8_t* workspace);
 
 // near and far of AcmrTerms for n pairs with these labels. mean: per anchor the mean over its positives and over its
 // negatives, then the mean over the anchors that have both; else the sum over all triplets. counts (n,) is scratch.
-void triplet_acmr_factors(const std::string& isa, const TripletLabels&, int64_t n, double weight, bool mean, int threads,
-                          int64_t* counts, float* near, float* far);
+void triplet_acmr_factors(const std::string& isa, const TripletLabels&, int64_t n, double weight, bool mean,
+                          int threads, int64_t* counts, float* near, float* far);
 
 // (n, n) e -> e + e^T in place, and its row sums.
 void triplet_symmetrise(const std::string& isa, int64_t n, int threads, float* e, float* row_sums);

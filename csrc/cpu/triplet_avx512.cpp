@@ -14,7 +14,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt,bmi,bmi2,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(                                                                                   \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt,bmi,bmi2,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt,bmi,bmi2,prefer-vector-width=512")
 #endif
@@ -36,7 +38,8 @@ struct Avx512 : Portable {
         else {
             constexpr int half = 8 * registers;
             const __mmask16 upper = _mm512_test_epi32_mask(at, _mm512_set1_epi32(half));
-            return _mm512_mask_blend_ps(upper, look_up<registers / 2>(table, at), look_up<registers / 2>(table + half, at));
+            return _mm512_mask_blend_ps(upper, look_up<registers / 2>(table, at),
+                                        look_up<registers / 2>(table + half, at));
         }
     }
 
@@ -102,7 +105,8 @@ struct Avx512 : Portable {
             const auto store = [&](__m256i limit, __m256i at, int from) {
                 const __m512i key =
                     _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(limit), 32), _mm512_cvtepu32_epi64(at));
-                _mm512_mask_storeu_epi64(keys + count + from, static_cast<__mmask8>(first(std::max(0, size - from))), key);
+                _mm512_mask_storeu_epi64(keys + count + from, static_cast<__mmask8>(first(std::max(0, size - from))),
+                                         key);
             };
             store(_mm512_castsi512_si256(limits), _mm512_castsi512_si256(indices), 0);
             if (size > 8) store(_mm512_extracti64x4_epi64(limits, 1), _mm512_extracti64x4_epi64(indices, 1), 8);

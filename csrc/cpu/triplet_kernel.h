@@ -10,6 +10,9 @@
 // Layout     A row of inner products in (torch made them, block by block), e out in its place: w / d for Euclidean
 //            distances, 2 w for squared ones, w for dot. Then the gradient of the block is sums of e and products e Y
 //            and e^T X, which torch does. A row and its scratch take about 60 bytes a candidate and stay in the cache.
+// Distances  |x|^2 + |y|^2 - 2 x y keeps its digits where that is not small beside |x|^2 + |y|^2. Where it is (kClose),
+//            and in batches of which eager torch takes differences, so do we, in float64: equal distances stay equal,
+//            a far row costs the others nothing, and 0 is 0.
 // Sort       64-bit keys (limit in order-preserving bits, index), least significant byte first, bytes that are the same
 //            in all keys skipped; up to 32 keys by insertion.
 // Rank       Branch-free binary search in the limits, padded with infinity to 2^L - 1 and stored as a tree, level after
@@ -54,7 +57,8 @@ struct Portable {
     static void rank(const float* tree, int levels, const float* d, int64_t n, int32_t* ranks) {
         for (int64_t j = 0; j < n; ++j) {
             int32_t node = 1;
-            for (int level = 0; level < levels; ++level) node = 2 * node + (equal ? tree[node] <= d[j] : tree[node] < d[j]);
+            for (int level = 0; level < levels; ++level)
+                node = 2 * node + (equal ? tree[node] <= d[j] : tree[node] < d[j]);
             ranks[j] = node - (1 << levels);
         }
     }
@@ -134,41 +138,73 @@ struct Triplet {
         }
     }
 
+    // Of rows as they are given; the sum is float64.
+    static float squared_difference(const float* x, const float* y, int64_t width) {
+        double lanes[kLanes] = {};
+        by_lanes(width, [&](int64_t first, int64_t count) CMR_INLINE {
+            for (int64_t l = 0; l < count; ++l) {
+                const double difference = static_cast<double>(x[first + l]) - static_cast<double>(y[first + l]);
+                lanes[l] += difference * difference;
+            }
+        });
+        return static_cast<float>(total(lanes));
+    }
+
     static void distances(const TripletBlock& b, int64_t row, float* d) {
         const float* const product = b.block + row * b.candidates;
         if (b.distance == Distance::dot) {
             for (int64_t j = 0; j < b.candidates; ++j) d[j] = -product[j];
             return;
         }
+        const float* const x = b.x + row * b.width;
         const float mine = b.x_squares[row];
-        for (int64_t j = 0; j < b.candidates; ++j) {
-            const float squared = (mine + b.y_squares[j]) - 2 * product[j];
-            d[j] = squared < 0 ? 0 : squared;  // NaN stays
+        const int64_t own = b.self >= 0 ? b.self + row : -1;
+        if (b.exact) {
+            for (int64_t j = 0; j < b.candidates; ++j)
+                d[j] = j == own ? 0 : squared_difference(x, b.y + j * b.width, b.width);
+        } else {
+            by_lanes(b.candidates, [&](int64_t first, int64_t count) CMR_INLINE {
+                int32_t any = 0;
+                for (int64_t l = 0; l < count; ++l) {
+                    const int64_t j = first + l;
+                    const float both = mine + b.y_squares[j], squared = both - 2 * product[j];
+                    d[j] = squared < 0 ? 0 : squared;  // NaN stays
+                    any |= squared <= kClose * both;
+                }
+                if (!any) return;
+                for (int64_t j = first; j < first + count; ++j) {
+                    if (j == own) d[j] = 0;
+                    else if (d[j] <= kClose * (mine + b.y_squares[j]))
+                        d[j] = squared_difference(x, b.y + j * b.width, b.width);
+                }
+            });
         }
         if (b.distance == Distance::euclidean)
             for (int64_t j = 0; j < b.candidates; ++j) d[j] = std::sqrt(d[j]);
     }
 
-    // The block's row becomes e; returns its sum. Squares at or below the rounding of their expansion have no direction.
+    // The block's row becomes e; returns its sum. A distance of 0 has no direction.
     static float finish(const TripletBlock& b, int64_t row, const float* w, const float* d) {
         float* const e = b.block + row * b.candidates;
         const float mine = b.x_squares[row];
+        const bool root = b.distance == Distance::euclidean, squares = b.distance == Distance::squared;
         double lanes[kLanes] = {};
+        int32_t close[kLanes] = {};
         by_lanes(b.candidates, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) {
                 const int64_t j = first + l;
                 float value = w[j];
-                if (b.distance == Distance::euclidean) {
-                    const float squares = mine + b.y_squares[j];
-                    const bool vanishes = squares - 2 * e[j] <= 4 * std::numeric_limits<float>::epsilon() * squares;
-                    value = vanishes ? 0 : value / d[j];
-                } else if (b.distance == Distance::squared) {
-                    value = 2 * value;
-                }
+                if (root) value = d[j] == 0 ? 0 : value / d[j];
+                else if (squares) value = 2 * value;
+                const float squared = root ? d[j] * d[j] : d[j];
+                close[l] += (value != 0) & (squared <= 2 * kClose * (mine + b.y_squares[j]));
                 e[j] = value;
                 lanes[l] += value;
             }
         });
+        b.close[row] = 0;
+        if (b.distance != Distance::dot)
+            for (const int32_t lane : close) b.close[row] += lane;
         return static_cast<float>(total(lanes));
     }
 
@@ -273,8 +309,7 @@ struct Triplet {
         });
         int64_t found = 0;
         for (int64_t l = 1; l < kLanes; ++l)
-            if (at[l] >= 0 &&
-                (at[found] < 0 || best[l] < best[found] || (best[l] == best[found] && at[l] < at[found])))
+            if (at[l] >= 0 && (at[found] < 0 || best[l] < best[found] || (best[l] == best[found] && at[l] < at[found])))
                 found = l;
         return at[found];
     }
@@ -397,8 +432,8 @@ struct Triplet {
     }
 };
 
-#define CMR_TRIPLET_KERNEL(name, Ops)                                                                          \
-    const TripletKernel name = {Triplet<Ops>::margin, Triplet<Ops>::acmr, Triplet<Ops>::count_relevant,        \
+#define CMR_TRIPLET_KERNEL(name, Ops)                                                                   \
+    const TripletKernel name = {Triplet<Ops>::margin, Triplet<Ops>::acmr, Triplet<Ops>::count_relevant, \
                                 Triplet<Ops>::symmetrise, Triplet<Ops>::sum};
 
 }  // namespace

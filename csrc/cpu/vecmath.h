@@ -65,7 +65,8 @@ struct Vec {
     }
     // sums[i] = the sum of x[i], ratios[i] = mass[i] / sums[i], 0 where there is no mass: four at a time
     static void ratios4(const Vec (&x)[4], const float* mass, float* sums, float* ratios) {
-        const __m128 s = _mm_hadd_ps(_mm_hadd_ps(quarter(x[0]), quarter(x[1])), _mm_hadd_ps(quarter(x[2]), quarter(x[3])));
+        const __m128 s =
+            _mm_hadd_ps(_mm_hadd_ps(quarter(x[0]), quarter(x[1])), _mm_hadd_ps(quarter(x[2]), quarter(x[3])));
         const __m128 of = _mm_loadu_ps(mass);
         _mm_storeu_ps(sums, s);
         _mm_storeu_ps(ratios, _mm_and_ps(_mm_div_ps(of, s), _mm_cmplt_ps(_mm_setzero_ps(), of)));
@@ -119,7 +120,8 @@ struct Vec {
     }
     static mask shares(const int32_t* p, int64_t n, int32_t x) {
         const __m256i both = _mm256_and_si256(words(p, n), _mm256_set1_epi32(x));
-        return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_cmpeq_epi32(both, _mm256_setzero_si256()), _mm256_set1_epi32(-1)));
+        return _mm256_castsi256_ps(
+            _mm256_xor_si256(_mm256_cmpeq_epi32(both, _mm256_setzero_si256()), _mm256_set1_epi32(-1)));
     }
     static mask none() { return _mm256_setzero_ps(); }
     static mask either(mask a, mask b) { return _mm256_or_ps(a, b); }
@@ -138,7 +140,8 @@ struct Vec {
     }
     void split(Vec& exponent, Vec& mantissa) const {
         const mask tiny = _mm256_cmp_ps(v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);  // subnormal: times 2^23
-        const __m256i bits = _mm256_castps_si256(_mm256_blendv_ps(v, _mm256_mul_ps(v, _mm256_set1_ps(8388608.0f)), tiny));
+        const __m256i bits =
+            _mm256_castps_si256(_mm256_blendv_ps(v, _mm256_mul_ps(v, _mm256_set1_ps(8388608.0f)), tiny));
         const __m256i power = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127));
         exponent.v = _mm256_sub_ps(_mm256_cvtepi32_ps(power), _mm256_and_ps(tiny, _mm256_set1_ps(23)));
         mantissa.v = _mm256_castsi256_ps(
@@ -152,7 +155,8 @@ struct Vec {
     }
     // sums[i] = the sum of x[i], ratios[i] = mass[i] / sums[i], 0 where there is no mass: four at a time
     static void ratios4(const Vec (&x)[4], const float* mass, float* sums, float* ratios) {
-        const __m128 s = _mm_hadd_ps(_mm_hadd_ps(quarter(x[0]), quarter(x[1])), _mm_hadd_ps(quarter(x[2]), quarter(x[3])));
+        const __m128 s =
+            _mm_hadd_ps(_mm_hadd_ps(quarter(x[0]), quarter(x[1])), _mm_hadd_ps(quarter(x[2]), quarter(x[3])));
         const __m128 of = _mm_loadu_ps(mass);
         _mm_storeu_ps(sums, s);
         _mm_storeu_ps(ratios, _mm_and_ps(_mm_div_ps(of, s), _mm_cmplt_ps(_mm_setzero_ps(), of)));
@@ -275,7 +279,8 @@ inline Vec polynomial(Vec x, const float (&c)[n]) {  // c[0] x^(n-1) + ... + c[n
 }
 
 inline Vec exp(Vec x) {
-    static constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    static constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                  4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     x = Vec::min(Vec::of(89.0f), Vec::max(Vec::of(-110.0f), x));
     const Vec n = Vec::round(x * Vec::of(1.44269504f));
     const Vec r = Vec::fma(n, Vec::of(2.12194440e-4f), Vec::fma(n, Vec::of(-0.693359375f), x));
@@ -283,12 +288,15 @@ inline Vec exp(Vec x) {
 }
 
 inline Vec log1p_unit(Vec x) {
-    static constexpr float c[] = {-3.176057e-3f, 1.9542528e-2f, -5.6373615e-2f, 1.05436236e-1f, -1.5269667e-1f, 1.9663274e-1f, -2.4951616e-1f, 3.332971e-1f, -4.9999893e-1f, 1.0f};
+    static constexpr float c[] = {-3.176057e-3f, 1.9542528e-2f,  -5.6373615e-2f, 1.05436236e-1f, -1.5269667e-1f,
+                                  1.9663274e-1f, -2.4951616e-1f, 3.332971e-1f,   -4.9999893e-1f, 1.0f};
     return x * polynomial(x, c);
 }
 
 inline Vec log(Vec x) {
-    static constexpr float c[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+    static constexpr float c[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                  -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                  2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
     Vec n, m;
     x.split(n, m);
     const Vec::mask high = Vec::of(1.41421356f) < m;

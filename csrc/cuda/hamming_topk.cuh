@@ -48,10 +48,8 @@ __device__ __noinline__ static ListState compact(uint64_t* keys, int count, int 
     int cut = 0, most = limit - 1;  // cut: the smallest distance that k keys are within
     while (cut < most) {
         const int middle = (cut + most) / 2;
-        if (count_up_to(keys, count, middle) >= k)
-            most = middle;
-        else
-            cut = middle + 1;
+        if (count_up_to(keys, count, middle) >= k) most = middle;
+        else cut = middle + 1;
     }
     int at_cut = static_cast<int>(k) - count_up_to(keys, count, cut - 1), kept = 0;
     for (int first = 0; first < count; first += 32) {

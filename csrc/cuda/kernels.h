@@ -83,6 +83,9 @@ struct TripletRows {
     int64_t self;  // the candidate that is row 0's own item; -1: anchors are no candidates
     float* block;  // (rows, candidates)
     const float *x_squares, *y_squares;
+    const float *x, *y;  // (rows, width), (candidates, width)
+    int64_t width;
+    bool exact;                          // every distance from differences: no products come in
     const int64_t *x_labels, *y_labels;  // (rows, words), (words, candidates)
     double* losses;                      // (rows,)
     int64_t *triplets, *open;            // (rows,)
@@ -120,10 +123,10 @@ struct TransportProblems {
     int64_t problems, m, n;
     double inverse;  // 1 / reg, or 1 / beta
     int64_t max_iter;
-    double tol;     // below it a problem is done; 0: never
-    int stop;       // marginals, potentials
+    double tol;  // below it a problem is done; 0: never
+    int stop;    // marginals, potentials
     bool proximal;
-    int64_t inner;  // IPOT's inner iterations
+    int64_t inner;                 // IPOT's inner iterations
     const float *cost, *mu, *nu;   // (problems, m, n); (problems, m) and (problems, n), or one row for all
     int64_t mu_stride, nu_stride;  // 0: one row
     float* plan;                   // (problems, m, n)

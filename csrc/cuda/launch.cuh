@@ -14,7 +14,8 @@
 namespace cmr::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kSharedBytes = 48 << 10;  // what a block gets on every device
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid, in x
+constexpr int kSharedBytes = 48 << 10;       // what a block gets on every device
 
 __device__ inline int lane_id() { return threadIdx.x % 32; }
 __device__ inline unsigned lanes_below() { return (1u << lane_id()) - 1; }
@@ -69,6 +70,7 @@ template <class... P, class... A>
 const char* launch(void (*kernel)(P...), [[maybe_unused]] const Queue& queue, int64_t blocks, int threads,
                    int shared_bytes, A... arguments) {
     if (blocks == 0) return nullptr;
+    if (blocks > kMostBlocks) return "more blocks than a grid can have";
 #ifdef __CUDACC__
     const OnDevice here(queue.device);
     if (here.error()) return here.error();

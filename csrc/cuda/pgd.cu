@@ -21,7 +21,7 @@ namespace cmr::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWide = 4;                      // elements of one load
+constexpr int kWide = 4;  // elements of one load
 constexpr int64_t kPart = 2 * kThreads * kWide;
 
 __device__ inline float lesser(float a, float b) { return a < b ? a : b; }
@@ -45,8 +45,7 @@ __device__ inline void load(float (&to)[kWide], const float* from, int count, bo
 }
 
 __device__ inline void store(float* to, const float (&from)[kWide], int count, bool aligned) {
-    if (aligned && count == kWide)
-        *reinterpret_cast<float4*>(to) = {from[0], from[1], from[2], from[3]};
+    if (aligned && count == kWide) *reinterpret_cast<float4*>(to) = {from[0], from[1], from[2], from[3]};
     else
         for (int i = 0; i < kWide; ++i)
             if (i < count) to[i] = from[i];
@@ -74,9 +73,7 @@ struct Place {
         read();
     }
 
-    __device__ void read() {
-        alpha = value(s.alpha), eps = value(s.eps), low = value(s.low), high = value(s.high);
-    }
+    __device__ void read() { alpha = value(s.alpha), eps = value(s.eps), low = value(s.low), high = value(s.high); }
 
     __device__ float value(const PgdValue& v) const {
         return __ldg(v.at + sample * v.per_sample + channel * v.per_channel);
@@ -241,9 +238,9 @@ int64_t pgd_workspace(int64_t samples, int64_t elements) {
 const char* pgd_step(const Queue& queue, const PgdStep& step, void* workspace) {
     const int64_t elements = step.channels * step.inner;
     if (step.samples * elements == 0) return nullptr;
-    const bool aligned = aligned_to_a_load(reinterpret_cast<uintptr_t>(step.x) |
-                                           reinterpret_cast<uintptr_t>(step.gradient) |
-                                           reinterpret_cast<uintptr_t>(step.origin));
+    const bool aligned =
+        aligned_to_a_load(reinterpret_cast<uintptr_t>(step.x) | reinterpret_cast<uintptr_t>(step.gradient) |
+                          reinterpret_cast<uintptr_t>(step.origin));
     if (!step.l2) {
         set_last_kernel("linf");
         const int64_t threads = (step.samples * elements + kWide - 1) / kWide;

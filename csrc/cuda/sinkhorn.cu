@@ -22,16 +22,16 @@ namespace cmr::cuda {
 namespace {
 
 constexpr int kMostThreads = 1024;
-constexpr float kFar = 1e12f;  // how far scalings may go
+constexpr float kFar = 1e12f;      // how far scalings may go
 enum { kMarginals, kPotentials };  // TransportProblems::stop
 
 struct Layout {
     int threads;
-    int lanes;           // that share a row of K v
-    int width, groups;   // of K^T u: columns at once, threads that share one
-    int stride;          // of K
+    int lanes;          // that share a row of K v
+    int width, groups;  // of K^T u: columns at once, threads that share one
+    int stride;         // of K
     bool shared_kernel;
-    int bytes;           // of shared memory
+    int bytes;  // of shared memory
 };
 
 __device__ float warp_sum(float x) {
@@ -57,12 +57,28 @@ struct Transport {
     double power = 0;  // p
 
     __device__ Transport(const TransportProblems& problems, const Layout& given)
-        : p(problems), layout(given), m(static_cast<int>(p.m)), n(static_cast<int>(p.n)), tid(threadIdx.x),
-          warp(tid / 32), warps(layout.threads / 32), lane(lane_id()), cost(p.cost + int64_t{blockIdx.x} * m * n),
-          mu(p.mu + blockIdx.x * p.mu_stride), nu(p.nu + blockIdx.x * p.nu_stride),
-          plan(p.plan + int64_t{blockIdx.x} * m * n), a(reinterpret_cast<double*>(shared_memory())), b(a + m),
-          before(b + n), u(reinterpret_cast<float*>(before + n)), u_next(u + m), v(u_next + m), v_next(v + n),
-          partial(v_next + n), sums(partial + layout.threads), kernel(kSharedKernel ? sums + 32 : plan) {}
+        : p(problems),
+          layout(given),
+          m(static_cast<int>(p.m)),
+          n(static_cast<int>(p.n)),
+          tid(threadIdx.x),
+          warp(tid / 32),
+          warps(layout.threads / 32),
+          lane(lane_id()),
+          cost(p.cost + int64_t{blockIdx.x} * m * n),
+          mu(p.mu + blockIdx.x * p.mu_stride),
+          nu(p.nu + blockIdx.x * p.nu_stride),
+          plan(p.plan + int64_t{blockIdx.x} * m * n),
+          a(reinterpret_cast<double*>(shared_memory())),
+          b(a + m),
+          before(b + n),
+          u(reinterpret_cast<float*>(before + n)),
+          u_next(u + m),
+          v(u_next + m),
+          v_next(v + n),
+          partial(v_next + n),
+          sums(partial + layout.threads),
+          kernel(kSharedKernel ? sums + 32 : plan) {}
 
     // after a barrier; the next sum comes after another
     __device__ float block_total() const {
@@ -128,10 +144,8 @@ struct Transport {
             if (mass == 0) continue;
             far |= is_far(scaling);
             if (p.tol == 0) continue;
-            if (p.stop == kMarginals)
-                moved += fabsf((first ? static_cast<float>(exp(-a[i])) : u[i]) * sum - mass);
-            else
-                moved += static_cast<float>(fabs(first ? a[i] + logf(scaling) : logf(scaling / u[i])) / p.inverse);
+            if (p.stop == kMarginals) moved += fabsf((first ? static_cast<float>(exp(-a[i])) : u[i]) * sum - mass);
+            else moved += static_cast<float>(fabs(first ? a[i] + logf(scaling) : logf(scaling / u[i])) / p.inverse);
         }
         moved = warp_sum(moved);
         __syncthreads();  // of the sums before: all have read them
@@ -188,8 +202,8 @@ struct Transport {
             if (lane != 0) continue;
             const double lse = most + log(static_cast<double>(sum)), mass = mu[i], was = a[i];
             a[i] = log(mass) - lse;
-            moved += static_cast<float>(p.stop == kMarginals ? fabs(exp(was + lse) - mass)
-                                                             : fabs(a[i] - was) / p.inverse);
+            moved +=
+                static_cast<float>(p.stop == kMarginals ? fabs(exp(was + lse) - mass) : fabs(a[i] - was) / p.inverse);
         }
         const float change = block_sum(moved);
         const int column = tid % layout.width, group = tid / layout.width;
@@ -213,8 +227,7 @@ struct Transport {
             if (live && group == 0) {
                 for (int g = 1; g < layout.groups; ++g) sum += partial[g * layout.width + column];
                 const bool nothing = nu[j] == 0 || most == -INFINITY;
-                b[j] = nothing ? -INFINITY
-                               : log(static_cast<double>(nu[j])) - (most + log(static_cast<double>(sum)));
+                b[j] = nothing ? -INFINITY : log(static_cast<double>(nu[j])) - (most + log(static_cast<double>(sum)));
             }
             __syncthreads();
         }
@@ -293,8 +306,8 @@ struct Transport {
 };
 
 template <bool kSharedKernel>
-__global__ void __launch_bounds__(kMostThreads) transport_kernel(const TransportProblems problems,
-                                                                 const Layout layout) {
+__global__ void __launch_bounds__(kMostThreads)
+    transport_kernel(const TransportProblems problems, const Layout layout) {
     Transport<kSharedKernel>(problems, layout).solve();
 }
 

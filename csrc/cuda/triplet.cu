@@ -1,8 +1,8 @@
 // Margin losses over triplets on the GPU: from a block of anchors' inner products with all candidates to the weight of
 // each distance in the loss, in place. The maths is that of csrc/cpu/triplet_kernel.h.
 //
-// Layout   One block of threads an anchor. Distances are made again from the row of inner products whenever they are
-//          needed, so shared memory holds only the sorted side: up to 4096 keys (distance or limit in order-preserving
+// Layout   One block of threads an anchor. Squared distances take the place of the inner products, and their roots are
+//          made whenever they are needed, so shared memory holds only the sorted side: up to 4096 keys (distance or limit in order-preserving
 //          bits, index) and as many counters, 48 KB.
 // Sort     Bitonic, of the keys padded to a power of two. Keys are gathered in any order; sorted, they are in one.
 // Weights  all: the positives are sorted. A negative's rank is a binary search in their limits; ranks are counted with
@@ -19,9 +19,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostSorted = 4096;
+constexpr float kClose = 1.0f / 64;  // as on the CPU
 constexpr uint64_t kNone = ~uint64_t{0};
-enum { kAll, kHard, kHardNegative };           // TripletRows::mining, semihard is the other
-enum { kEuclidean, kSquared, kDot };           // TripletRows::distance
+enum { kAll, kHard, kHardNegative };  // TripletRows::mining, semihard is the other
+enum { kEuclidean, kSquared, kDot };  // TripletRows::distance
 
 __device__ inline uint32_t ordered_bits(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -57,24 +58,40 @@ struct Row {
         return shared;
     }
 
-    // sqrt, sums and products that are rounded one by one: as on the CPU, never contracted
-    __device__ float squared(int64_t j) const {
-        return __fsub_rn(__fadd_rn(squares, p.y_squares[j]), __fmul_rn(2.0f, values[j]));
+    // Of rows as they are given; the sum is float64.
+    __device__ float squared_difference(int64_t j) const {
+        const float *const x = p.x + row * p.width, *const y = p.y + j * p.width;
+        double sum = 0;
+        for (int64_t k = 0; k < p.width; ++k) {
+            const double difference = static_cast<double>(x[k]) - static_cast<double>(y[k]);
+            sum += difference * difference;
+        }
+        return static_cast<float>(sum);
     }
 
-    __device__ float distance(int64_t j) const {
-        if (p.distance == kDot) return -values[j];
-        float d = squared(j);
-        d = d < 0 ? 0 : d;
-        return p.distance == kEuclidean ? __fsqrt_rn(d) : d;
+    // Products become squared distances in their place, or minus the products. A thread reads none but its own.
+    // Sums and products are rounded one by one: as on the CPU, never contracted.
+    __device__ void prepare() const {
+        for (int64_t j = threadIdx.x; j < p.candidates; j += kThreads) {
+            if (p.distance == kDot) {
+                values[j] = -values[j];
+                continue;
+            }
+            const float both = __fadd_rn(squares, p.y_squares[j]);
+            float d2 = p.exact ? 0.0f : __fsub_rn(both, __fmul_rn(2.0f, values[j]));
+            if (p.exact || d2 <= __fmul_rn(kClose, both))
+                d2 = p.self >= 0 && j == p.self + row ? 0.0f : squared_difference(j);
+            values[j] = d2;
+        }
     }
 
-    __device__ float e(int64_t j, float weight) const {
+    __device__ float distance(int64_t j) const { return p.distance == kEuclidean ? __fsqrt_rn(values[j]) : values[j]; }
+
+    // A distance of 0 has no direction.
+    __device__ float e(float d, float weight) const {
         if (p.distance == kDot) return weight;
         if (p.distance == kSquared) return 2 * weight;
-        const float both = __fadd_rn(squares, p.y_squares[j]), d2 = squared(j);
-        if (d2 <= 4 * 1.1920929e-7f * both) return 0;
-        return __fdiv_rn(weight, __fsqrt_rn(d2 < 0 ? 0 : d2));
+        return d == 0 ? 0 : __fdiv_rn(weight, d);
     }
 };
 
@@ -96,10 +113,8 @@ __device__ int keys_below(const uint64_t* keys, int count, uint64_t key) {
     int low = 0, high = count;
     while (low < high) {
         const int middle = (low + high) / 2;
-        if (keys[middle] < key)
-            low = middle + 1;
-        else
-            high = middle;
+        if (keys[middle] < key) low = middle + 1;
+        else high = middle;
     }
     return low;
 }
@@ -109,10 +124,8 @@ __device__ int values_up_to(const uint64_t* keys, int count, float d) {
     int low = 0, high = count;
     while (low < high) {
         const int middle = (low + high) / 2;
-        if (value_of(keys[middle]) <= d)
-            low = middle + 1;
-        else
-            high = middle;
+        if (value_of(keys[middle]) <= d) low = middle + 1;
+        else high = middle;
     }
     return low;
 }
@@ -200,7 +213,7 @@ __device__ void finish(const Row& row, double* scratch, const Weight& weight) {
         loss += static_cast<double>(w) * static_cast<double>(kind == 1 ? __fadd_rn(d, row.p.margin) : d);
         open += w > 0 ? w : 0;
         if (row.p.wants_e) {
-            const float e = row.e(j, w);
+            const float e = row.e(d, w);
             row.values[j] = e;
             sum += e;
         }
@@ -220,6 +233,7 @@ __global__ void __launch_bounds__(kThreads) all_kernel(const TripletRows params,
     uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory());
     int* const counts = reinterpret_cast<int*>(keys + most);
     const Row row(params, blockIdx.x);
+    row.prepare();
     const int positives = gather(row, 1, params.margin, keys, counts);
     for (int64_t j = threadIdx.x; j < params.candidates; j += kThreads)
         if (row.kind(j) == 0) {
@@ -241,6 +255,7 @@ __global__ void __launch_bounds__(kThreads) semihard_kernel(const TripletRows pa
     uint64_t* const keys = reinterpret_cast<uint64_t*>(shared_memory());
     int* const counts = reinterpret_cast<int*>(keys + most);
     const Row row(params, blockIdx.x);
+    row.prepare();
     const int negatives = gather(row, 0, 0, keys, counts);
     const auto open = [&](int next, float d) {
         return next < negatives && value_of(keys[next]) < __fadd_rn(d, params.margin);
@@ -264,6 +279,7 @@ __global__ void __launch_bounds__(kThreads) hardest_kernel(const TripletRows par
     uint64_t* const scratch = reinterpret_cast<uint64_t*>(shared_memory());
     const bool one = params.mining == kHard;
     const Row row(params, blockIdx.x);
+    row.prepare();
     const uint64_t nearest = extreme(row, 0, false, scratch), farthest = extreme(row, 1, true, scratch);
     const float least = value_of(nearest);
     // whether positive j is in a triplet, and whether that is open

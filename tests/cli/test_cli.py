@@ -76,7 +76,7 @@ def test_training_prints_the_results_beside_baselines_and_what_to_type_next(data
 
 
 def test_the_commands_that_training_names_work(runs, capsys):
-    from cmr_fast.cli._commands import next_commands
+    from cmr_fast.cli.train import next_commands
 
     for method, run in runs.items():
         for line in next_commands(run, codes=method == "cmimh"):
@@ -273,7 +273,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cmr_fast.cli._commands.load_data", interrupt)
+    monkeypatch.setattr("cmr_fast.cli.train.load_pairs", interrupt)
     assert main(["train", "acmr", "--data", "a b", "--out", "here"]) == 130
     assert "cmr-fast train acmr --data 'a b' --out here --resume" in capsys.readouterr().err
 
@@ -282,7 +282,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def defect(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cmr_fast.cli._commands.load_data", defect)
+    monkeypatch.setattr("cmr_fast.cli.train.load_pairs", defect)
     with pytest.raises(ZeroDivisionError):
         main(["train", "acmr"])
 
@@ -306,3 +306,38 @@ def test_python_m_runs_the_same_program():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 2 and done.stderr == "error: nowhere.cmrx: no such file or folder\n"
+
+
+def test_without_the_extra_one_line_names_it(tmp_path):
+    """With torch and numpy alone, as `pip install cmr-fast` gives them."""
+    missing = ("tyro", "rich", "scipy", "h5py", "safetensors", "sklearn", "lightning", "tensorboard", "matplotlib")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\nfrom cmr_fast.cli import main\n"
+    for argv in ([], ["--help"], ["train", "acmr"], ["doctor"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code + f"sys.exit(main({argv!r}))"], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and 'pip install "cmr-fast[train]"' in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_flags_that_a_command_would_not_use_are_refused(runs, tmp_path, capsys):
+    run = runs["acmr"]
+    for flags in (["--fast"], ["--attacks", "pgd5"], ["--save", tmp_path / "x.npz"]):
+        assert f"{flags[0]} is for classifiers" in refused(capsys, "attack", run, *flags)
+    for flags in (["--fast"], ["--images", 9], ["--eps", 0.1], ["--attacks", "pgd5"], ["--surrogate", run]):
+        assert f"{flags[0]} is for classifiers" in refused(capsys, "report", run, "--out", tmp_path / "r", *flags)
+    assert "--bits is for codes from files" in refused(capsys, "evaluate", run, "--bits", 8)
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "80", "300"])
+def test_numbers_are_whole_however_narrow_the_terminal(runs, tmp_path, capsys, monkeypatch, columns):
+    ran(capsys, "evaluate", runs["acmr"], "--out", tmp_path / "table.json")
+    row = json.loads((tmp_path / "table.json").read_text())[0]
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    out = ran(capsys, "evaluate", runs["acmr"])
+    assert "\x1b[" in out and "…" not in out
+    assert all(f"{row[name]:.4f}" in out for name in ("I2T", "T2I", "average"))
+    monkeypatch.delenv("FORCE_COLOR")
+    plain = ran(capsys, "evaluate", runs["acmr"])
+    assert "all  " in plain and any(line.endswith(f"{row['average']:.4f}") for line in plain.splitlines())

@@ -5,6 +5,7 @@ import pytest
 
 from cmr_fast.cli import main
 from cmr_fast.methods import METHODS
+from cmr_fast.methods.method import Classifier
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -13,7 +14,7 @@ def test_preset_sets_the_defaults_and_flags_change_them(method, tmp_path):
     assert kind.presets, "every method brings the settings of its table"
     name, preset = next(iter(kind.presets.items()))
     out = tmp_path / "run"
-    sizes = ["train=60", "test=20"] if kind.output == "logits" else ["count=200"]
+    sizes = ["train=60", "test=20"] if issubclass(kind, Classifier) else ["count=200"]
     command = ["train", method, "--preset", name, "--options", *sizes, "--epochs", "1", "--batch-size", "20"]
     assert main([*command, "--out", str(out), "--quiet"]) == 0
     stored = json.loads((out / "config.json").read_text())["config"]

@@ -81,7 +81,7 @@ def test_itq_keeps_cosines_and_undoes_a_rotation_of_corners():
 def test_codes_have_the_bits_asked_for_and_repeat(name, bits):
     train = correlated(300)
     first, second = (BASELINES[name](bits=bits, seed=5).fit(train) for _ in range(2))
-    assert (first.output, first.metric, first.name) == ("code", "hamming", name)
+    assert (first.binary, first.metric, first.name) == (True, "hamming", name)
     for modality, features in (("image", train.image), ("text", train.text)):
         logits = first.encode(modality, features)
         assert logits.shape == (300, bits) and logits.dtype == torch.float32

@@ -15,7 +15,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods.acmr import ACMR
 from cmr_fast.methods.grid import grid_search
-from cmr_fast.methods.loop import Method, RunConfig, encode_all, evaluate_model, load_model, save_model, train
+from cmr_fast.methods.loop import Retriever, RunConfig, encode_all, evaluate_model, load_model, save_model, train
 
 
 def quick(out, **changes):
@@ -383,7 +383,7 @@ def test_precisions_train(tmp_path):
 
 def test_codes_are_compared_by_hamming_distance(tmp_path):
     class Coding(ACMR):
-        output = "code"
+        binary = True
 
     run = train(Coding, replace(ACMR_SMALL, epochs=2), small_dataset(), quick(tmp_path / "run"))
     data = small_dataset()
@@ -396,11 +396,11 @@ def test_codes_are_compared_by_hamming_distance(tmp_path):
 
 
 def test_unknown_method_and_wrong_config_are_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown method 'acmrr', expected one of acmr, cmimh, scatter"):
+    with pytest.raises(InputError, match="unknown method 'acmrr', expected one of acmr, cmimh, scatter, madry"):
         METHODS["acmrr"]
     with pytest.raises(InputError, match="ACMRConfig"):
         train("acmr", {"epochs": 3}, small_dataset(), quick(tmp_path / "run"))
-    assert list(METHODS) == ["acmr", "cmimh", "scatter"]
+    assert list(METHODS) == ["acmr", "cmimh", "scatter", "madry", "plain", "random-targeted"]
 
 
 def test_grid_search_picks_by_validation_and_tells_of_no_test_score(tmp_path):
@@ -439,8 +439,8 @@ class MinimalConfig:
 
 
 def test_a_minimal_method_runs(tmp_path):
-    class Minimal(Method):
-        name, output, Config = "minimal", "embedding", MinimalConfig
+    class Minimal(Retriever):
+        name, Config = "minimal", MinimalConfig
 
         def __init__(self, *sizes):
             super().__init__(*sizes)

@@ -174,7 +174,7 @@ def test_learning_rate_schedules(data):
         ({"depth": 11}, "depth must be"),
         ({"smoothing": 1.0}, "smoothing must be"),
         ({"steps": 0}, "steps must be"),
-        ({"eps": -0.1}, "eps must be"),
+        ({"eps": -0.1}, "eps and alpha are of pixels"),
         ({"ot_group": -1}, "ot_group must be"),
     ],
 )

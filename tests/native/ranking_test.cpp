@@ -22,8 +22,8 @@ uint64_t next() {
 
 void require(bool ok, const char* what, const std::string& isa, const cmr::RankingShape& s) {
     if (ok) return;
-    std::printf("%s differs: %s, %lld bytes, n = %lld, %lld label bytes, k = %lld\n", what, isa.c_str(), (long long)s.nbytes,
-                (long long)s.n, (long long)s.label_bytes, (long long)s.k);
+    std::printf("%s differs: %s, %lld bytes, n = %lld, %lld label bytes, k = %lld\n", what, isa.c_str(),
+                (long long)s.nbytes, (long long)s.n, (long long)s.label_bytes, (long long)s.k);
     std::exit(1);
 }
 
@@ -34,12 +34,17 @@ struct Case {
 
     Case(int64_t nq, int64_t n, int64_t nbytes, int64_t label_bytes, bool classes, int kind)
         : s{nq, n, nbytes, label_bytes, classes, true, true, std::max<int64_t>(1, n), cmr::Cut::rank, 1},
-          q(nq * nbytes), db(n * nbytes), ql(nq * label_bytes), dl(n * label_bytes), partners(nq) {
+          q(nq * nbytes),
+          db(n * nbytes),
+          ql(nq * label_bytes),
+          dl(n * label_bytes),
+          partners(nq) {
         for (auto* codes : {&q, &db})
             for (uint8_t& byte : *codes) byte = static_cast<uint8_t>(kind == 0 ? next() : kind == 1 ? next() & 1 : 7);
         for (auto* labels : {&ql, &dl})
             for (size_t i = 0; i < labels->size(); ++i)
-                (*labels)[i] = static_cast<uint8_t>(classes ? (i % 4 ? 0 : next() % 3) : next() & next() & next() & next());
+                (*labels)[i] =
+                    static_cast<uint8_t>(classes ? (i % 4 ? 0 : next() % 3) : next() & next() & next() & next());
         for (int64_t& partner : partners) partner = n ? static_cast<int64_t>(next() % n) : 0;
     }
 };
@@ -51,13 +56,14 @@ struct Result {
 
 Result run(const std::string& isa, const Case& c, cmr::RankingShape s) {
     const int64_t cells = s.num_queries * s.levels(), nq = s.num_queries;
-    Result r{std::vector<int64_t>(cells, -1), std::vector<int64_t>(cells, -1), std::vector<int64_t>(nq), std::vector<int64_t>(nq),
-             std::vector<int64_t>(nq), std::vector<int64_t>(s.n), std::vector<double>(nq), std::vector<double>(s.n)};
+    Result r{std::vector<int64_t>(cells, -1), std::vector<int64_t>(cells, -1), std::vector<int64_t>(nq),
+             std::vector<int64_t>(nq),        std::vector<int64_t>(nq),        std::vector<int64_t>(s.n),
+             std::vector<double>(nq),         std::vector<double>(s.n)};
     std::vector<uint8_t> workspace(cmr::ranking_workspace(s), 0xee);
     cmr::ranking(isa, s,
                  {c.q.data(), c.db.data(), c.ql.data(), c.dl.data(), s.n ? c.partners.data() : nullptr, r.items.data(),
-                  r.relevant.data(), r.sums.data(), r.hits.data(), r.first.data(), r.tied_before.data(), r.hit_steps.data(),
-                  r.recall_steps.data()},
+                  r.relevant.data(), r.sums.data(), r.hits.data(), r.first.data(), r.tied_before.data(),
+                  r.hit_steps.data(), r.recall_steps.data()},
                  workspace.data());
     return r;
 }
@@ -65,8 +71,9 @@ Result run(const std::string& isa, const Case& c, cmr::RankingShape s) {
 Result expect(const Case& c) {
     const cmr::RankingShape& s = c.s;
     const int64_t cells = s.num_queries * s.levels(), nq = s.num_queries;
-    Result r{std::vector<int64_t>(cells), std::vector<int64_t>(cells), std::vector<int64_t>(nq), std::vector<int64_t>(nq),
-             std::vector<int64_t>(nq), std::vector<int64_t>(s.n), std::vector<double>(nq), std::vector<double>(s.n)};
+    Result r{std::vector<int64_t>(cells), std::vector<int64_t>(cells), std::vector<int64_t>(nq),
+             std::vector<int64_t>(nq),    std::vector<int64_t>(nq),    std::vector<int64_t>(s.n),
+             std::vector<double>(nq),     std::vector<double>(s.n)};
     for (int64_t i = 0; i < nq; ++i) {
         std::vector<int> d(s.n), rel(s.n);
         std::vector<int64_t> order(s.n);
@@ -130,7 +137,8 @@ int main() {
     for (int64_t nbytes : {1, 3, 4, 6, 8, 9, 16, 20, 32, 40, 512})
         for (int64_t n : {0, 1, 33, 64, 700})
             for (int kind = 0; kind < 3; ++kind)
-                for (int64_t label_bytes : {1, 3, 4, 10}) check(Case(kind == 0 ? 11 : 3, n, nbytes, label_bytes, false, kind));
+                for (int64_t label_bytes : {1, 3, 4, 10})
+                    check(Case(kind == 0 ? 11 : 3, n, nbytes, label_bytes, false, kind));
     check(Case(5, 700, 8, 4, true, 0));
     check(Case(5, 700, 4, 4, true, 1));
     for (int64_t nbytes : {2, 8, 64}) check(Case(9, 40001, nbytes, 3, false, 0));

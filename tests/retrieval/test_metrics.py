@@ -376,16 +376,6 @@ def test_signs_rank_like_their_codes(metric, ties):
     np.testing.assert_allclose(by_code.precision_at(range(1, 301)), by_sign.precision_at(range(1, 301)), atol=1e-12)
 
 
-def test_order_of_scores_without_packing(monkeypatch):
-    """Databases too large to sort (score, index) as one integer are sorted stably instead."""
-    rng = np.random.default_rng(13)
-    x, y = rng.integers(-1, 2, (5, 3)).astype(float), rng.integers(-1, 2, (60, 3)).astype(float)
-    labels = rng.integers(0, 3, 5), rng.integers(0, 3, 60)
-    packed = evaluate_embeddings(x, y, *labels, metric="ip").ap
-    monkeypatch.setattr(metrics, "_GRID", 1 << 60)
-    np.testing.assert_array_equal(packed, evaluate_embeddings(x, y, *labels, metric="ip").ap)
-
-
 def test_zero_vectors_and_nothing_to_find():
     labels = np.array([1, 1])
     result = evaluate_embeddings(np.zeros((2, 3)), np.zeros((2, 3)), labels, labels)

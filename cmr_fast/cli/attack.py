@@ -1,0 +1,177 @@
+"""`cmr-fast attack`: what attacks leave of a classifier's accuracy, or of a retriever's R@K."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from cmr_fast._files import write_aside
+from cmr_fast.cli.common import (
+    DataFlags,
+    check_output,
+    check_report_folder,
+    is_classifier,
+    load_run,
+    makes_codes,
+    open_run,
+    refuse_flags,
+)
+from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cmr_fast.methods.loop import Method
+    from cmr_fast.reports.robustness import Settings
+
+EPS = 8 / 255
+DEFAULT = ("clean", "pgd20", "apgd-dlr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(DataFlags):
+    """Attack a trained run: what is left of a classifier's accuracy, or of a retriever's R@K with images as queries.
+
+    Example:  cmr-fast attack runs/scatter-cifar10-seed0 --attacks clean pgd20 apgd-dlr cw100x5
+
+    Attacks on classifiers:  clean, fgsm, pgdN, cwN, mifgsmN, targetedN, apgd-ce, apgd-dlr, apgd-t, local-search,
+    square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps; xR after a name makes R restarts.
+    """
+
+    trained: Positional[Path]
+    """Run folder, or model.safetensors."""
+    attacks: tuple[str, ...] = ()
+    """Names as above. None: clean, pgd20 and apgd-dlr. A retriever is attacked by PGD and APGD on the ranking, and
+    takes no names."""
+    eps: float | None = None
+    """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
+    8/255."""
+    images: int = 500
+    """Test images to attack, each class its share and always the same; of a retriever the first queries."""
+    restarts: int | None = None
+    """Random starts of each attack on a retriever. None: 1. Of a classifier's attack they are in its name."""
+    surrogate: Path | None = None
+    """A run that the transfer attacks are crafted on; the victim itself is refused."""
+    save: Path | None = None
+    """An .npz for the images, their labels, and the adversarial images of the last attack, float32 from 0 to 1."""
+    out: Path | None = None
+    """Of a classifier: a folder that keeps finished attacks, so that the command goes on where it was stopped. Of a
+    retriever: a folder for the report, with plots and a verdict."""
+    batch: int = 250
+    """Images a batch."""
+    seed: int = 0
+    """Seed of the random starts."""
+    fast: bool = False
+    """Of a classifier: gradients in bfloat16; success is decided in float32."""
+    force: bool = False
+    """Overwrite the file to save, or an earlier report."""
+
+    def __call__(self) -> None:
+        if self.save is not None:
+            if self.save.suffix != ".npz" or not self.save.parent.is_dir():
+                raise InputError(f"{self.save}: expected the name of an .npz in a folder that is there")
+            check_output(self.save, self.force)
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out}: is a file, expected a folder to write")
+        model = load_run(self.trained)
+        if is_classifier(model):
+            self._classifier(model)
+        else:
+            self._retriever(model)
+
+    def _classifier(self, model: "Method") -> None:
+        from cmr_fast.reports import robustness
+
+        refuse_flags(
+            {"restarts": self.restarts},
+            f"is for retrievers; of a classifier's attack it is in the name, like pgd20x{self.restarts}",
+        )
+        attacks = self.attacks or DEFAULT
+        robustness.check_names(attacks)
+        if not any(name.startswith("transfer-") for name in attacks):
+            refuse_flags({"surrogate": self.surrogate}, f"is for transfer attacks; none of {' '.join(attacks)} is one")
+        dataset = self.images_of(model, self.trained)
+        eps = eps_of(model, self.eps)
+        settings = robustness.Settings(eps=eps, images=self.images, batch=self.batch, seed=self.seed, fast=self.fast)
+        x, y = robustness.pixels_of(dataset.test, settings.images)
+        surrogate = load_surrogate(self.surrogate)
+        outcomes = robustness.attack_all(
+            model, x, y, attacks, settings, surrogate=surrogate, keep=self.out, title="attacking"
+        )
+        title = f"{self.trained}: {len(x)} test images of {dataset.name}, eps {eps * 255:.3g}/255"
+        robustness.print_outcomes(title, {"accuracy": outcomes})
+        if self.save is not None:
+            _save(self.save, attacks[-1], model, x, y, settings, surrogate)
+
+    def _retriever(self, model: "Method") -> None:
+        """Image features are the queries, all texts of the database the gallery."""
+        import torch
+
+        from cmr_fast.ops.labels import share_label
+        from cmr_fast.reports import recall
+
+        refuse_flags(
+            {"save": self.save, "attacks": self.attacks, "fast": self.fast},
+            "is for classifiers; a retriever is attacked by PGD and APGD on the ranking",
+        )
+        share = EPS if self.eps is None else self.eps
+        if not 0 < share <= 1:
+            raise InputError(f"--eps must be above 0 and at most 1, a share of the features' range, got {share}")
+        if self.out is not None:
+            check_report_folder(self.out, self.force)
+        dataset = self.pairs_of(model, self.trained)
+        query, database = dataset.query, dataset.database
+        rows = torch.arange(min(self.images, len(query)))
+        relevant = share_label(query.labels[rows], database.labels)
+        mask = relevant.any(dim=1)
+        x = query.image[rows].float()[mask]
+        low, high = float(query.image.min()), float(query.image.max())
+        surrogate = None
+        if self.surrogate is not None:
+            other = open_run(self.surrogate, self)[0]
+            if makes_codes(other) != makes_codes(model):
+                kinds = ["codes" if makes_codes(m) else "embeddings" for m in (other, model)]
+                raise InputError(f"{self.surrogate}: makes {kinds[0]}, expected {kinds[1]} as the victim does")
+            surrogate = recall.queried(other, database.text)
+        encoder, gallery = recall.queried(model, database.text)
+        result = recall.examine(
+            encoder, x, gallery, relevant[mask],
+            eps=share * (high - low), bounds=(low, high), restarts=1 if self.restarts is None else self.restarts,
+            surrogate=surrogate, codes=makes_codes(model), batch=self.batch, seed=self.seed, check=False,
+        )  # fmt: skip
+        title = f"{model.name} on {dataset.name}, image features within {share:.3g} of their range"
+        recall.print_report(result, f"{title}: {len(x)} queries, {len(database)} texts, clean")
+        if self.out is not None:
+            recall.write_report({model.name: result}, self.out, title, share * (high - low))
+            print(f"\nReport: {self.out / 'index.html'}")
+
+
+def eps_of(model: "Method", given: float | None) -> float:
+    """The radius that is given, else what the classifier was trained with, else 8/255."""
+    return given if given is not None else getattr(model.config, "eps", 0.0) or EPS
+
+
+def load_surrogate(path: Path | None) -> "Method | None":
+    """The classifier that transfer attacks are crafted on."""
+    if path is None:
+        return None
+    model = load_run(path)
+    if not is_classifier(model):
+        raise InputError(f"{path}: a retriever ({model.name}), expected a classifier as the surrogate")
+    return model
+
+
+def _save(
+    path: Path, attack: str, model: "Method", x: Any, y: Any, settings: "Settings", surrogate: "Method | None"
+) -> None:
+    import numpy as np
+    import torch
+
+    from cmr_fast.reports import robustness
+
+    name = robustness.split_restarts(attack)[0]
+    atk = robustness.attack_named(name, model, settings, settings.seed, surrogate)
+    rows = torch.arange(len(x)).split(settings.batch)
+    adversarial = x if atk is None else torch.cat([atk(x[r], y[r], index=r) for r in rows])
+    with write_aside(path) as aside, open(aside, "wb") as file:
+        np.savez(file, images=x.numpy(), labels=y.numpy(), adversarial=adversarial.numpy())
+    print(f"{path}: {len(x)} images and what {name} made of them")

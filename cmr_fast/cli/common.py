@@ -1,0 +1,189 @@
+"""What several commands share: the data flags, and opening runs, data sets and files. Imports wait in functions."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmr_fast._files import write_aside
+from cmr_fast._terminal import busy
+from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cmr_fast.data.images import ImageDataset
+    from cmr_fast.data.pairs import PairedDataset, Pairs
+    from cmr_fast.methods.loop import Method
+
+SOURCE = "data.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Which data; a command that takes a run takes the run's own where nothing is given."""
+
+    data: str | None = None
+    """Data set: `shapes`, a folder or file, or a name under $CMR_FAST_DATA. None: the run's own."""
+    features: str | None = None
+    """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the run's own."""
+    options: tuple[str, ...] = ()
+    """Other options of the data set's loader, as name=value (see help(cmr_fast.data.load), for images load_images)."""
+
+    def loader_options(self) -> dict[str, Any]:
+        """The loader's options that --features and --options give."""
+        options: dict[str, Any] = {} if self.features is None else {"features": self.features}
+        for text in self.options:
+            name, equals, value = text.partition("=")
+            if not (name.isidentifier() and equals):
+                raise InputError(f"--options expects name=value, got {text!r}")
+            options[name] = int(value) if value.isdecimal() else value
+        return options
+
+    def source(self, trained: Path) -> tuple[str, dict[str, Any]]:
+        """Where the data of the run at `trained` came from, and the loader's options; the flags go first."""
+        from cmr_fast.methods._runfolder import read_json
+
+        recorded = folder_of(trained) / SOURCE
+        source: dict[str, Any] = read_json(recorded) if recorded.is_file() else {"data": None, "options": {}}
+        if not {"data", "options"} <= set(source):
+            raise InputError(f"{recorded}: damaged, expected data and options, got {', '.join(source) or 'nothing'}")
+        if self.data is None and source["data"] is None:
+            raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
+        options = source["options"] if self.data is None else {}
+        return self.data or source["data"], options | self.loader_options()
+
+    def pairs_of(self, model: "Method", trained: Path) -> "PairedDataset":
+        """The pairs to use the retriever `model` of the run `trained` on. InputError where they do not fit it."""
+        if is_classifier(model):
+            raise InputError(
+                f"{trained}: a classifier, expected a retriever; `cmr-fast attack` and `report` measure it"
+            )
+        dataset = load_pairs(*self.source(trained))
+        for name in ("image", "text"):
+            needed, seen = getattr(model, f"{name}_dim"), getattr(dataset, f"{name}_dim")
+            if needed != seen:
+                raise InputError(
+                    f"{trained}: expects {name} features of {needed} dimensions, {dataset.name} has {seen}"
+                )
+        return dataset
+
+    def images_of(self, model: "Method", trained: Path) -> "ImageDataset":
+        """The images to use the classifier `model` of the run `trained` on. InputError where they do not fit it."""
+        if not is_classifier(model):
+            raise InputError(f"{trained}: a retriever ({model.name}), expected a classifier (scatter)")
+        dataset = load_labelled_images(*self.source(trained))
+        if dataset.num_classes != model.num_classes:
+            raise InputError(f"{trained}: has {model.num_classes} classes, {dataset.name} has {dataset.num_classes}")
+        return dataset
+
+
+def is_classifier(model: "Method | type[Method]") -> bool:
+    from cmr_fast.methods.method import Classifier
+
+    return issubclass(model if isinstance(model, type) else type(model), Classifier)
+
+
+def makes_codes(model: "Method") -> bool:
+    return bool(getattr(model, "binary", False))
+
+
+def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
+    from cmr_fast.data import load
+
+    with busy(f"reading {data}"):
+        return load(data, **options)
+
+
+def load_labelled_images(data: str, options: Mapping[str, Any]) -> "ImageDataset":
+    from cmr_fast.data import load_images
+
+    known = ("train", "test", "seed")
+    if unknown := [name for name in options if name not in known]:
+        raise InputError(f"labelled images take no option {unknown[0]!r}; they take {', '.join(known)}")
+    if wrong := [name for name, value in options.items() if not isinstance(value, int)]:
+        raise InputError(f"{wrong[0]} must be an integer, got {options[wrong[0]]!r}")
+    with busy(f"reading {data}"):
+        return load_images(data, **options)
+
+
+def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
+    """Note in a run folder where its data came from, so that later commands find them."""
+    where = str(Path(data).resolve()) if Path(data).exists() else data
+    with write_aside(run / SOURCE) as aside:
+        aside.write_text(json.dumps({"data": where, "options": dict(options)}) + "\n")
+
+
+def load_run(trained: Path) -> "Method":
+    """The model of a run folder or model file."""
+    from cmr_fast.methods.loop import load_model
+
+    check_exists(trained)
+    return load_model(trained)
+
+
+def open_run(trained: Path, flags: DataFlags) -> "tuple[Method, PairedDataset]":
+    """The retriever of a run and the pairs that `flags` ask for."""
+    model = load_run(trained)
+    return model, flags.pairs_of(model, trained)
+
+
+def folder_of(trained: Path) -> Path:
+    """The run folder, of itself or of the model file in it."""
+    return trained if trained.is_dir() else trained.parent
+
+
+def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":
+    """The pairs of a split; train and valid as the run at `trained` divided them."""
+    config = folder_of(trained) / "config.json"
+    if split in ("train", "valid") and dataset.valid is None and config.is_file():
+        run = json.loads(config.read_text())["run"]
+        if run["valid_fraction"] > 0:
+            dataset = dataset.hold_out(run["valid_fraction"], run["seed"])
+    pairs = getattr(dataset, split)
+    if pairs is None:
+        raise InputError(f"{dataset.name}: has no {split} split, and {trained} held none out")
+    return pairs
+
+
+def check_exists(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse to write over a file; --force allows it."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists already; --force overwrites it")
+
+
+def check_report_folder(out: Path, force: bool) -> None:
+    """Refuse a file where a report's folder is to be, and a report that is there; --force allows the second."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a folder to write")
+    if (out / "README.md").exists() and not force:
+        raise InputError(f"{out}: holds a report already; --force writes over it")
+
+
+def refuse_flags(given: Mapping[str, Any], why: str) -> None:
+    """InputError for the first flag of `given` with a value, which the command would not use."""
+    for name, value in given.items():
+        if value is not None and value is not False and value != ():
+            raise InputError(f"--{name.replace('_', '-')} {why}")
+
+
+def read_array(path: Path) -> "np.ndarray":
+    """A .npy file, mapped into memory; nothing in it is executed."""
+    import numpy as np
+
+    check_exists(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy array of numbers ({error})") from error
+    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        raise InputError(f"{path}: expected one .npy array, got {type(array).__name__}")
+    return array

@@ -1,0 +1,62 @@
+"""`cmr-fast index`: an index from files of any size, read in blocks, in memory that does not grow with them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from cmr_fast._terminal import counting
+from cmr_fast.cli.codes import nbytes_of, open_codes
+from cmr_fast.cli.common import check_output, read_array
+from cmr_fast.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Build a Hamming index from packed codes (uint8 .npy files, as `encode` writes them), or append to one.
+
+    Example:  cmr-fast index images.npy more.npy --out db.cmrx
+
+    Example:  cmr-fast index today.npy --out db.cmrx --append
+    """
+
+    codes: Positional[tuple[Path, ...]]
+    """.npy files, uint8 (N, bytes), whose rows are numbered on; index files and faiss's IndexBinaryFlat or IDMap files,
+    which bring their ids."""
+    out: Path
+    """The index file to write."""
+    append: bool = False
+    """Add to the index file there. It stays whole whatever happens."""
+    ids: Path | None = None
+    """int64 (N,) .npy of your own ids, one per row of all files together. None: 0, 1, 2, …"""
+    bits: int | None = None
+    """Code length. None: that of the first file, 8 x bytes for .npy."""
+    force: bool = False
+    """Overwrite the output file."""
+
+    def __call__(self) -> None:
+        from cmr_fast.retrieval.index import HammingIndex
+
+        if not self.append:
+            check_output(self.out, self.force)
+        elif self.bits is not None:
+            raise InputError("--bits is for a new index: one that is appended to knows its own")
+        bits = HammingIndex.load(self.out).bits if self.append else self.bits
+        sources = [open_codes(path, bits) for path in self.codes]
+        wanted = -(-bits // 8) if bits else nbytes_of(sources[0])
+        for path, source in zip(self.codes, sources, strict=True):
+            if nbytes_of(source) != wanted:
+                raise InputError(
+                    f"{path}: codes have {nbytes_of(source)} bytes, expected {wanted}; one index holds one code length"
+                )
+        ids = None if self.ids is None else read_array(self.ids)
+        total = sum(map(len, sources))
+        if ids is not None and (ids.ndim != 1 or len(ids) != total or ids.dtype.kind not in "iu"):
+            raise InputError(f"{self.ids}: expected {total} integer ids, one per code, got {ids.dtype} {ids.shape}")
+        with counting(total, "appending" if self.append else "indexing") as progress:
+            if self.append:
+                HammingIndex.append(self.out, sources, ids, progress=progress)
+            else:
+                HammingIndex.build(self.out, sources, ids, bits=bits, progress=progress)
+        built = HammingIndex.load(self.out)
+        print(f"{self.out}: {built.ntotal} codes of {built.bits} bits")

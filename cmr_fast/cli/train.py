@@ -1,0 +1,149 @@
+"""`cmr-fast train METHOD`: its flags are the data, the method's config and the run's."""
+
+import inspect
+import sys
+from dataclasses import dataclass, field, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cmr_fast._terminal import busy, new_table, show
+from cmr_fast.cli.common import DataFlags, is_classifier, load_labelled_images, load_pairs, makes_codes, record_source
+from cmr_fast.errors import InputError
+from cmr_fast.methods import METHODS
+
+if TYPE_CHECKING:
+    from cmr_fast.data.pairs import PairedDataset
+    from cmr_fast.methods.loop import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData(DataFlags):
+    """What to train on."""
+
+    data: str = "shapes"
+    """`shapes` (built in), a folder or file of a known layout, or a name under $CMR_FAST_DATA."""
+    features: str | None = None
+    """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
+    preset: str = "paper"
+    """Settings to start from, which the flags below then change: `paper`, or what was chosen by validation on a data
+    set (see Presets above), with which the tables in bench/results repeat."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a method of the papers, then measure it beside the baselines.
+
+    Example:  cmr-fast train acmr --data PATH --epochs 50 --out runs/first
+    """
+
+    method: ClassVar[str]
+    source: TrainingData
+    config: Any
+    run: Any
+
+    def __call__(self) -> None:
+        from cmr_fast.data.pairs import PairedDataset
+        from cmr_fast.methods.loop import train
+
+        options = self.source.loader_options()
+        load = load_labelled_images if is_classifier(METHODS[self.method]) else load_pairs
+        dataset = load(self.source.data, options)
+        if _wants_a_gpu(self.config):
+            print(
+                f"WRN-{self.config.depth}-{self.config.width} on a CPU takes hours an epoch; --preset small is for one",
+                file=sys.stderr,
+            )
+        out = str(self.run.out).replace("<data>", dataset.name).replace("<seed>", str(self.run.seed))
+        run = train(self.method, self.config, dataset, replace(self.run, out=Path(out)))
+        record_source(run.path, self.source.data, options)
+        if self.run.quiet:
+            return
+        if is_classifier(run.model):
+            _print_classifier(run)
+        else:
+            assert isinstance(dataset, PairedDataset)
+            _print_retriever(run, dataset, self.config.epochs)
+
+
+def flags_of(method: str, preset: str = "paper") -> type[Train]:
+    """`Train` for one method, its defaults those of a preset."""
+    from cmr_fast.methods.loop import RunConfig
+
+    kind = METHODS[method]
+    presets = {"paper": kind.Config(), **kind.presets}
+    if preset not in presets:
+        raise InputError(f"--preset of {method} must be one of {', '.join(presets)}, got {preset!r}")
+    paper = (inspect.getdoc(sys.modules[kind.__module__]) or "").partition("\n\n")[0].replace("\n", " ")
+    settings = RunConfig(out=Path(f"runs/{method}-<data>-seed<seed>"))
+    flags = make_dataclass(
+        f"Train{kind.__name__}",
+        [
+            ("source", TrainingData, TrainingData()),
+            ("config", kind.Config, field(default_factory=lambda: presets[preset])),
+            ("run", RunConfig, settings),
+        ],
+        bases=(Train,),
+        namespace={"method": method},
+        frozen=True,
+    )
+    example = f"cmr-fast train {method} --data PATH --epochs 50 --seed 1 --out runs/first"
+    flags.__doc__ = f"{paper}\n\nExample:  {example}\n\nPresets:  {', '.join(presets)}"
+    return flags
+
+
+def preset_in(arguments: list[str]) -> str:
+    """The value of --preset: it sets the defaults of the flags that tyro is about to read."""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag == "--preset":
+            return value
+        if flag.startswith("--preset="):
+            return flag.partition("=")[2]
+    return TrainingData.preset
+
+
+def next_commands(run: Path, codes: bool) -> list[str]:
+    """Commands to type after the training of a retriever, each of which works as it stands."""
+    bits = "" if codes else " --bits"
+    return [
+        f"cmr-fast evaluate {run} --convention every --k 50",
+        f"cmr-fast encode {run} --modality image --split database{bits} --out {run}/images.npy",
+        f"cmr-fast encode {run} --modality text --split query{bits} --out {run}/queries.npy",
+        f"cmr-fast index {run}/images.npy --out {run}/images.cmrx",
+        f"cmr-fast search {run}/images.cmrx {run}/queries.npy --k 10 --out {run}/hits.csv",
+        f"cmr-fast report {run} --out {run}/report",
+    ]
+
+
+def _wants_a_gpu(config: Any) -> bool:
+    import torch
+
+    return getattr(config, "depth", 0) * getattr(config, "width", 0) > 80 and not torch.cuda.is_available()
+
+
+def _print_retriever(run: "Run", dataset: "PairedDataset", epochs: int) -> None:
+    from cmr_fast.methods.evaluation import final_results
+    from cmr_fast.reports.retrieval import Score, baselines_for, print_results
+
+    rows = [Score.of(run.results["method"], dataset.name, run.results)]
+    with busy("measuring the baselines"):
+        for name, model in baselines_for([run.model], dataset):
+            rows.append(Score.of(name, dataset.name, final_results(model, dataset)))
+    print_results(rows, title=f"{dataset.name}: {len(dataset.query)} queries, {len(dataset.database)} in the database")
+    best, ended = run.results.get("best_epoch"), run.results["epochs"]
+    early = f", training stopped early after epoch {ended} of {epochs}" if ended < epochs else ""
+    print(f"\nRun folder: {run.path}" + (f" (weights of epoch {best}, the best by validation{early})" if best else ""))
+    print("Next:")
+    for line in next_commands(run.path, codes=makes_codes(run.model)):
+        print(f"  {line}")
+
+
+def _print_classifier(run: "Run") -> None:
+    table = new_table("accuracy on the test split", "")
+    results = run.results
+    table.add_row("clean", f"{results['accuracy']:.1%}")
+    table.add_row(f"PGD-20, {results['pgd20_images']} images", f"{results['pgd20_accuracy']:.1%}")
+    show(f"{results['method']} on {results['data']}", table)
+    print(f"\nRun folder: {run.path} (weights of epoch {results['best_epoch']})")
+    print("PGD alone certifies nothing. Next:")
+    print(f"  cmr-fast attack {run.path} --attacks clean pgd20 apgd-dlr apgd-t")
+    print(f"  cmr-fast report {run.path} --out {run.path}/report")

@@ -1,0 +1,178 @@
+"""What the loop trains: a method, its settings, and what a finished run holds. No paper's algorithm is here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cmr_fast.data.images import ImageDataset
+from cmr_fast.data.pairs import PairedDataset
+from cmr_fast.errors import InputError
+from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.evaluation import Modality, accuracy, final_results, validate
+
+Dataset = PairedDataset | ImageDataset
+
+
+class Method(nn.Module):
+    """Base of every trained method: its networks, its optimizers and one batch of its algorithm.
+
+    Whatever a run needs to go on after a kill lives in parameters, buffers and optimizers; the loop stores these.
+    Buffers get their final shape in `__init__`. Subclasses are `Retriever`s or `Classifier`s.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Any]]
+    """A frozen dataclass with `batch_size` and `epochs`; the paper's values are the defaults. A method whose paper
+    counts steps has `max_steps` instead of epochs: batches in all, whatever the data."""
+    dataset: ClassVar[type[Any]]
+    """What it is trained on."""
+    init_arguments: ClassVar[tuple[str, ...]]
+    """What `__init__` takes beside the config: properties of the data set, attributes of the method."""
+    monitor: tuple[str, ...]
+    """What `validate` returns; the weights with the highest value of the last one are kept, of equals those with the
+    highest of the one before it."""
+    presets: ClassVar[dict[str, Any]] = {}
+    """Configs by name; `cmr-fast train --preset` starts from one."""
+    preset_data: ClassVar[dict[str, str]] = {}
+    """Of the presets that were chosen by validation on one data set: preset -> the data set's name."""
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+
+    def fit_inputs(self, train: Any) -> None:
+        """Learn input statistics from the training split alone and keep them as buffers."""
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers, by the name that `step` uses."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        batch: Any,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Every update for one batch: a split of the data set's kind that knows its `rows` of the training split.
+
+        progress goes from 0 (first batch) to 1 (end of training). Returns the scalars to log, detached; each must be
+        finite.
+        """
+        raise NotImplementedError
+
+    def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """One line on a training that goes wrong without an error, from the rows of metrics.csv; None if well."""
+        return None
+
+    def validate(self, valid: Any) -> dict[str, float]:
+        """The `monitor` scores of a validation split; higher is better."""
+        raise NotImplementedError
+
+    def test(self, dataset: Any) -> dict[str, Any]:
+        """The final scores for results.json, on the splits that training has not seen."""
+        raise NotImplementedError
+
+
+class Retriever(Method):
+    """A method that encodes images and texts into one space, trained on a PairedDataset."""
+
+    dataset: ClassVar[type[Any]] = PairedDataset
+    init_arguments: ClassVar[tuple[str, ...]] = ("image_dim", "text_dim", "num_classes")
+    monitor: tuple[str, ...] = ("valid_i2t", "valid_t2i", "valid_map")
+    binary: ClassVar[bool] = False
+    """Whether the signs of `encode(...)` are a code, compared by Hamming distance; else embeddings, by `metric`."""
+    metric: str = "cosine"
+
+    def __init__(self, config: Any, image_dim: int, text_dim: int, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.image_dim, self.text_dim = image_dim, text_dim
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, dim) features -> (N, d) embeddings, or (N, bits) values whose signs are the code."""
+        raise NotImplementedError
+
+    def validate(self, valid: Any) -> dict[str, float]:
+        """mAP(all) of the validation split, each pair a query over the whole split, both ways and their mean."""
+        return validate(self, valid)
+
+    def test(self, dataset: Any) -> dict[str, Any]:
+        """mAP of the query and database splits over the whole ranking and at 50 hits."""
+        return final_results(self, dataset)
+
+
+class Classifier(Method):
+    """A method that classifies images, trained on an ImageDataset; called with pixels it returns logits."""
+
+    dataset: ClassVar[type[Any]] = ImageDataset
+    init_arguments: ClassVar[tuple[str, ...]] = ("num_classes",)
+    monitor: tuple[str, ...] = ("valid_accuracy",)
+
+    def validate(self, valid: Any) -> dict[str, float]:
+        """Accuracy on the validation split."""
+        return {"valid_accuracy": accuracy(self, valid)}
+
+    def test(self, dataset: Any) -> dict[str, Any]:
+        """Accuracy on the test split."""
+        return {"accuracy": accuracy(self, dataset.test)}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run goes, whatever the method."""
+
+    out: Path = Path("runs/latest")
+    """Folder that the run writes; it must not exist yet, or be empty, unless resume is given."""
+    seed: int = 0
+    """Seed of the weights, the batches and the validation split."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """Arithmetic of the training steps, by Lightning Fabric's names."""
+    resume: bool = False
+    """Go on from the run folder's checkpoint; starts afresh where there is none yet."""
+    valid_fraction: float = 0.1
+    """Share of the training split held out for early stopping, if the data set has no validation split; 0 for none."""
+    patience: int = 20
+    """Stop after this many epochs without a better validation score; 0 never stops early."""
+    eval_every: int = 1
+    """Epochs (of a method that counts steps: rounds) between validations."""
+    round_steps: int = 0
+    """Of a method that counts steps: how many make a round, after which it is logged, validated and may be saved. 0:
+    one pass over the training split."""
+    refit: bool = False
+    """Once the best epoch is known, train anew that long on train and validation together, and keep that model. The
+    first training is then in the run folder's `selection`."""
+    checkpoint_seconds: float = 5.0
+    """Write the checkpoint at the first epoch end this long after the last one; 0 writes it every epoch."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves them as they are. Sums may differ in the last bit between thread counts."""
+    quiet: bool = False
+    """Print nothing."""
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        if not 0 <= self.valid_fraction < 1:
+            raise InputError(f"valid_fraction must be at least 0 and below 1, got {self.valid_fraction}")
+        for name in ("patience", "eval_every", "threads", "seed", "checkpoint_seconds", "round_steps"):
+            least = 1 if name == "eval_every" else 0
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    model: Method
+    """The weights of the best epoch by validation; of the last epoch where there is no validation split."""
+    history: list[dict[str, float]]
+    """One row per epoch, as in metrics.csv."""
+    results: dict[str, Any]
+    """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; "warnings"
+    where something went wrong without an error."""

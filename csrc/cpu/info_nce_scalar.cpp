@@ -1,0 +1,5 @@
+#include "info_nce_kernel.h"
+
+namespace cmr {
+CMR_INFONCE_KERNEL(infonce_scalar)
+}

@@ -1,0 +1,116 @@
+"""`cmr-fast index` and `cmr-fast search` over files of several kinds, in blocks."""
+
+import numpy as np
+import pytest
+
+from cmr_fast.cli import main, search
+from cmr_fast.retrieval.index import HammingIndex
+
+CODES = np.random.default_rng(0).integers(0, 256, (300, 4), dtype=np.uint8)
+QUERIES = np.random.default_rng(1).integers(0, 256, (23, 4), dtype=np.uint8)
+
+
+def ran(capsys, *argv):
+    assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    assert main([str(a) for a in argv]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", CODES[:200])
+    np.save("b.npy", CODES[200:])
+    np.save("q.npy", QUERIES)
+    return tmp_path
+
+
+def test_an_index_grows_by_files(folder, capsys):
+    assert "200 codes of 32 bits" in ran(capsys, "index", "a.npy", "--out", "x.cmrx")
+    assert "300 codes of 32 bits" in ran(capsys, "index", "b.npy", "--out", "x.cmrx", "--append")
+    assert "300 codes" in ran(capsys, "index", "a.npy", "b.npy", "--out", "y.cmrx")
+    for name in ("x.cmrx", "y.cmrx"):
+        index = HammingIndex.load(name)
+        np.testing.assert_array_equal(index.codes, CODES)
+        np.testing.assert_array_equal(index.ids, np.arange(300))
+    np.save("ids.npy", np.arange(100)[::-1] + 1000)
+    ran(capsys, "index", "b.npy", "--out", "y.cmrx", "--append", "--ids", "ids.npy")
+    assert HammingIndex.load("y.cmrx").ids[300:].tolist() == list(range(1099, 999, -1))
+    before = (folder / "y.cmrx").read_bytes()
+    assert "ids must be new" in refused(capsys, "index", "b.npy", "--out", "y.cmrx", "--append", "--ids", "ids.npy")
+    assert "knows its own" in refused(capsys, "index", "b.npy", "--out", "y.cmrx", "--append", "--bits", 32)
+    assert "no index file" in refused(capsys, "index", "b.npy", "--out", "none.cmrx", "--append")
+    np.save("wide.npy", np.zeros((3, 8), np.uint8))
+    assert "8 bytes, expected 4" in refused(capsys, "index", "wide.npy", "--out", "y.cmrx", "--append")
+    assert (folder / "y.cmrx").read_bytes() == before
+
+
+def test_index_and_faiss_files_bring_their_ids(folder, capsys):
+    index = HammingIndex(32)
+    index.add(CODES[:50], np.arange(50)[::-1] * 2)
+    index.save("mine.cmrx")
+    index.to_faiss("theirs.faiss")
+    ran(capsys, "index", "theirs.faiss", "b.npy", "--out", "x.cmrx")
+    assert HammingIndex.load("x.cmrx").ids.tolist() == [*range(98, -1, -2), *range(99, 199)]
+    assert "in the index already" in refused(capsys, "index", "mine.cmrx", "theirs.faiss", "--out", "y.cmrx")
+    ran(capsys, "search", "theirs.faiss", "mine.cmrx", "--k", 1, "--out", "hits.npz")
+    with np.load("hits.npz") as hits:
+        np.testing.assert_array_equal(hits["ids"][:, 0], index.ids)
+        assert (hits["distances"] == 0).all()
+    short = HammingIndex(12)
+    short.add(CODES[:9, :2] & 15)
+    short.to_faiss("short.faiss")
+    ran(capsys, "index", "short.faiss", "--out", "short.cmrx", "--bits", 12)
+    assert HammingIndex.load("short.cmrx").bits == 12
+
+
+@pytest.mark.parametrize("k", [1, 7, 400])
+def test_searched_in_blocks_as_at_once(folder, capsys, monkeypatch, k):
+    monkeypatch.setattr(search, "_QUERIES", 6)
+    monkeypatch.setattr(search, "_HITS", 30)
+    ran(capsys, "index", "a.npy", "b.npy", "--out", "x.cmrx")
+    index = HammingIndex(32)
+    index.add(CODES)
+    distances, ids = index.search(QUERIES, k)
+    out = ran(capsys, "search", "x.cmrx", "q.npy", "--k", k, "--show", 9, "--out", "hits.npz")
+    assert "and 14 more queries" in out
+    rows = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [row[0] for row in rows] == [str(i) for i in range(9)]
+    assert [row[1] for row in rows] == [str(i) for i in ids[:9, 0]]
+    with np.load("hits.npz") as hits:
+        np.testing.assert_array_equal(hits["distances"], distances)
+        np.testing.assert_array_equal(hits["ids"], ids)
+        assert (hits["distances"].dtype, hits["ids"].dtype) == (np.int32, np.int64)
+    ran(capsys, "search", "x.cmrx", "q.npy", "--k", k, "--out", "hits.csv")
+    table = np.loadtxt("hits.csv", delimiter=",", skiprows=1, dtype=np.int64)
+    real = ids >= 0
+    np.testing.assert_array_equal(table[:, 2], ids[real])
+    np.testing.assert_array_equal(table[:, 3], distances[real])
+    np.testing.assert_array_equal(table[:, 0], np.nonzero(real)[0])
+    assert "--out FILE searches all" in ran(capsys, "search", "x.cmrx", "q.npy", "--show", 2)
+
+
+def test_a_damaged_index_is_one_line(folder, capsys):
+    ran(capsys, "index", "a.npy", "--out", "x.cmrx")
+    data = bytearray((folder / "x.cmrx").read_bytes())
+    data[8192 + 100] ^= 4
+    (folder / "x.cmrx").write_bytes(data)
+    assert "is damaged: 1 of 1 blocks" in refused(capsys, "search", "x.cmrx", "q.npy")
+    assert "is damaged" in refused(capsys, "index", "x.cmrx", "--out", "y.cmrx")
+    assert not (folder / "y.cmrx").exists()
+
+
+def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    ran(capsys, "index", "a.npy", "--out", "x.cmrx")
+    before = (folder / "x.cmrx").read_bytes()
+    monkeypatch.setattr("os.pwrite", full)
+    for extra in ("--append", "--force"):
+        assert "No space left" in refused(capsys, "index", "b.npy", "--out", "x.cmrx", extra)
+    assert (folder / "x.cmrx").read_bytes() == before
