@@ -30,7 +30,7 @@ LOADERS = [
     Loader(wikipedia.holds, wikipedia.load, "pairs", "Wikipedia", "raw_features.mat (Wikipedia)"),
     Loader(
         cifar_svhn.holds_cifar10, cifar_svhn.load_cifar10, "images", "CIFAR-10",
-        "data_batch_1 (CIFAR-10, python version)",
+        "data_batch_1 (CIFAR-10, python or MATLAB version)",
     ),
     Loader(cifar_svhn.holds_svhn, cifar_svhn.load_svhn, "images", "SVHN", "train_32x32.mat (SVHN)"),
     Loader(lambda path: True, features.load, "pairs", "such files", "files of features"),
@@ -85,7 +85,7 @@ def load_images(
 
     What lies there is found by looking:
 
-    - data_batch_1 … data_batch_5, test_batch: CIFAR-10, the python version (also in a folder cifar-10-batches-py)
+    - data_batch_1 … data_batch_5, test_batch: CIFAR-10, python or MATLAB version (also in its cifar-10-batches-py or -mat)
     - train_32x32.mat, test_32x32.mat: SVHN, the cropped digits; its label 10 is the digit 0
 
     Parameters
@@ -134,18 +134,31 @@ def _find(path_or_name: str | os.PathLike[str]) -> Path:
         raise InputError(f"expected a path, or a name as text, got {type(path_or_name).__name__}")
     if not os.fspath(path_or_name):
         raise InputError("no data set named: expected a path, a name under $CMR_FAST_DATA or 'shapes', got ''")
-    path = Path(path_or_name).expanduser()
-    if path.exists():
-        return path
-    looked = [str(path)]
-    root = os.environ.get("CMR_FAST_DATA")
-    if root and not path.is_absolute():
-        below = Path(root).expanduser() / path
-        if below.exists():
-            return below
-        looked.append(str(below))
+    try:
+        path = Path(path_or_name).expanduser()
+        looked = [path]
+        root = os.environ.get("CMR_FAST_DATA")
+        if root and not path.is_absolute():
+            looked.append(Path(root).expanduser() / path)
+        for place in looked:
+            if place.exists():
+                return _readable(place)
+    except (OSError, RuntimeError, TypeError) as error:  # a name too long, a loop of links, no such user, bytes
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"no data at {path_or_name!r}: {reason}") from error
     hint = "" if root else "; set CMR_FAST_DATA to a folder of data sets to use bare names"
-    raise InputError(f"no data at {' or '.join(looked)}; the built-in set is named {BUILT_IN!r}{hint}")
+    raise InputError(f"no data at {' or '.join(map(str, looked))}; the built-in set is named {BUILT_IN!r}{hint}")
+
+
+def _readable(path: Path) -> Path:
+    """`path` where it is a folder that can be listed or a regular file; opening a FIFO would wait for ever."""
+    if path.is_dir():
+        next(path.iterdir(), None)
+    elif not path.is_file():
+        kinds = {"FIFO": path.is_fifo(), "socket": path.is_socket(), "device": path.is_char_device()}
+        kind = next((kind for kind, is_one in kinds.items() if is_one), "device")
+        raise InputError(f"{path}: is a {kind}, expected a file or a folder")
+    return path
 
 
 def _checked(loader: Callable[..., PairedDataset], what: str, options: Mapping[str, Any]) -> Mapping[str, Any]:

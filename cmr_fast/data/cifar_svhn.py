@@ -20,7 +20,13 @@ SVHN_FILES = "train_32x32.mat", "test_32x32.mat"
 def cifar10_folder(path: Path) -> Path | None:
     """The folder at or in `path` where CIFAR-10's first batch lies."""
     folders = [path / name for name in CIFAR_FOLDERS]
-    return next((folder for folder in folders if (folder / CIFAR_TRAIN[0]).is_file()), None)
+    return next((folder for folder in folders if _batch_file(folder, CIFAR_TRAIN[0]).is_file()), None)
+
+
+def _batch_file(folder: Path, name: str) -> Path:
+    """A batch, a pickle without an ending or MATLAB's file."""
+    matlab = folder / f"{name}.mat"
+    return matlab if matlab.is_file() and not (folder / name).is_file() else folder / name
 
 
 def holds_cifar10(path: Path) -> bool:
@@ -36,18 +42,19 @@ def holds_svhn(path: Path) -> bool:
 def load_cifar10(path: Path) -> ImageDataset:
     """CIFAR-10: 50,000 and 10,000 images of ten classes, in five batches and one."""
     folder = cifar10_folder(path) or path
-    missing = [name for name in (*CIFAR_TRAIN, CIFAR_TEST) if not (folder / name).is_file()]
+    missing = [name for name in (*CIFAR_TRAIN, CIFAR_TEST) if not _batch_file(folder, name).is_file()]
     if missing:
         raise InputError(f"{folder}: CIFAR-10's {', '.join(missing)} not found")
     train, test = (_cifar_split(folder, files) for files in (CIFAR_TRAIN, [CIFAR_TEST]))
     names: tuple[str, ...] = ()
-    if (folder / "batches.meta").is_file():
-        names = tuple(_text(name) for name in _entry(folder / "batches.meta", "label_names"))
+    meta = _batch_file(folder, "batches.meta")
+    if meta.is_file():
+        names = tuple(_text(name) for name in _entry(meta, "label_names"))
     return ImageDataset("cifar10", train, test, class_names=names)
 
 
 def _cifar_split(folder: Path, files: list[str]) -> Images:
-    images, labels = zip(*(_cifar_batch(folder / name) for name in files), strict=True)
+    images, labels = zip(*(_cifar_batch(_batch_file(folder, name)) for name in files), strict=True)
     return Images(torch.cat(images), torch.cat(labels))
 
 
@@ -57,6 +64,7 @@ def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
         seen = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise InputError(f"{file}: data must be uint8 (N, 3072), got {seen}")
     ids = np.asarray(labels)
+    ids = ids[:, 0] if ids.ndim == 2 and ids.shape[1] == 1 else ids
     if ids.shape != data.shape[:1] or ids.dtype.kind not in "iu":
         raise InputError(f"{file}: labels must be {len(data)} integers, got {ids.dtype} {ids.shape}")
     if len(ids) and (ids.min() < 0 or ids.max() > 9):
@@ -66,12 +74,16 @@ def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
 
 
 def _entry(file: Path, name: str) -> Any:
-    """A value of a batch's dict, whose keys are bytes or text."""
-    found = pickles.load(file)
-    if isinstance(found, dict):
+    """A value of a batch's dict, whose keys are bytes or text, or of MATLAB's file."""
+    if file.suffix == ".mat":
+        arrays = read_arrays(file)
+        if name in arrays:
+            return arrays[name]()
+    else:
+        batch = pickles.load(file)
         for key in (name.encode(), name):
-            if key in found:
-                return found[key]
+            if isinstance(batch, dict) and key in batch:
+                return batch[key]
     raise InputError(f"{file}: not a batch of CIFAR-10: it has no {name!r}")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from cmr_fast._files import write_aside
 from cmr_fast.data import convert
 from cmr_fast.data._checks import check_count, check_text
+from cmr_fast.data.formats import folder_advice
 from cmr_fast.data.layouts import NATIVE, Layout, recognise
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.data.readers import SUFFIXES, Arrays, read_arrays
@@ -89,6 +90,12 @@ def load(
             split: {role: convert.as_array(arrays[key](), key) for role, key in roles.items()}
             for split, roles in names.items()
         }
+        for split, roles in values.items():
+            if all(array.size == 0 for array in roles.values()):
+                raise InputError(
+                    f"the {split} split is empty, it needs at least one pair: "
+                    + ", ".join(f"{names[split][role]} is {array.shape}" for role, array in roles.items())
+                )
         # ids of the own format have their meaning by class_names: they are never shifted
         kind = str(np.asarray(arrays["text_kind"]())) if layout is NATIVE and "text_kind" in arrays else ""
         splits, classes = _pairs(values, names, as_is=layout is NATIVE, text_kind=kind)
@@ -160,11 +167,11 @@ def _stored_text(text: Any) -> tuple[np.ndarray, str]:
 def _gather(source: Path) -> Arrays:
     if source.is_file():
         return read_arrays(source)
-    files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise InputError(
             f"{source}: no data set found; looked for raw_features.mat (Wikipedia) and files in {' '.join(SUFFIXES)}; "
-            f"it holds {contents(source)}"
+            f"it holds {contents(source)}{folder_advice(source)}"
         )
     gathered: Arrays = {}
     origin: dict[str, Path] = {}
