@@ -85,7 +85,7 @@ def load_images(
 
     What lies there is found by looking:
 
-    - data_batch_1 … data_batch_5, test_batch: CIFAR-10, python or MATLAB version (also in its cifar-10-batches-py or -mat)
+    - data_batch_1 … data_batch_5, test_batch: CIFAR-10, python or MATLAB version, also in its own folder
     - train_32x32.mat, test_32x32.mat: SVHN, the cropped digits; its label 10 is the digit 0
 
     Parameters

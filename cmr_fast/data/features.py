@@ -98,7 +98,7 @@ def load(
                 )
         # ids of the own format have their meaning by class_names: they are never shifted
         kind = str(np.asarray(arrays["text_kind"]())) if layout is NATIVE and "text_kind" in arrays else ""
-        splits, classes = _pairs(values, names, as_is=layout is NATIVE, text_kind=kind)
+        splits, classes = _pairs(values, names, as_is=layout is NATIVE and _is_own(values), text_kind=kind)
         if "class_names" in arrays:
             classes = tuple(str(name) for name in np.asarray(arrays["class_names"]()).ravel())
         if "whole" in splits:
@@ -219,6 +219,7 @@ def _pairs(
     values: dict[str, dict[str, np.ndarray]], names: dict[str, dict[str, str]], as_is: bool, text_kind: str = ""
 ) -> tuple[dict[str, Pairs], tuple[str, ...]]:
     """Pairs for each split; labels are looked at over all splits at once."""
+    _one_kind_of_text(values, names)
     if not as_is:
         values = {split: _rows(roles, names[split]) for split, roles in values.items()}
     order = [(split, role) for split in values for role in ("labels", "text_labels") if role in values[split]]
@@ -242,6 +243,25 @@ def _pairs(
             by[split, "labels"],
         )
     return pairs, classes
+
+
+def _one_kind_of_text(values: dict[str, dict[str, np.ndarray]], names: dict[str, dict[str, str]]) -> None:
+    """Refuse features in one split and captions in another."""
+    captions = {split: roles["text"].dtype.kind == "U" for split, roles in values.items()}
+    if len(set(captions.values())) > 1:
+        odd, even = (next(split for split, is_text in captions.items() if is_text is kind) for kind in (True, False))
+        raise InputError(f"{names[odd]['text']} must be an array of numbers, as {names[even]['text']} is, got text")
+
+
+def _is_own(values: dict[str, dict[str, np.ndarray]]) -> bool:
+    """Whether labels are as `save_pairs` writes them: MATLAB keeps vectors as (N, 1) or (1, N), others write names."""
+    return all(
+        roles["labels"].dtype.kind != "U"
+        and (
+            roles["labels"].ndim == 1 or (roles["labels"].shape[1] > 1 and len(roles["labels"]) == len(roles["image"]))
+        )
+        for roles in values.values()
+    )
 
 
 def _own_text(array: np.ndarray, name: str, kind: str) -> Tensor | tuple[str, ...] | tuple[tuple[str, ...], ...]:

@@ -12,13 +12,13 @@ Names = tuple[str, ...]
 class Layout:
     """The names that a group of projects uses.
 
-    words     split to the word that stands for it in names; "whole" for a set that is not split
+    words     split to the word, or the words, that stand for it in names; "whole" for a set that is not split
     roles     image, text, labels (and text_labels where they are kept twice) to names, preferred first, {} for the word
     database  what the test items rank where no database is named: each other ("query"), or the training items
     """
 
     name: str
-    words: Mapping[str, str]
+    words: Mapping[str, str | Names]
     roles: Mapping[str, Names]
     database: str = "query"
 
@@ -26,9 +26,14 @@ class Layout:
         """Those that a split may use for a role; where `first` is one of any split's, its pattern comes first."""
 
         def behind(pattern: str) -> bool:
-            return first not in [pattern.format(word) for word in self.words.values()]
+            return first not in [pattern.format(word) for split in self.words for word in self._of(split)]
 
-        return tuple(pattern.format(self.words[split]) for pattern in sorted(self.roles[role], key=behind))
+        patterns = sorted(self.roles[role], key=behind)
+        return tuple(pattern.format(word) for pattern in patterns for word in self._of(split))
+
+    def _of(self, split: str) -> Names:
+        words = self.words[split]
+        return (words,) if isinstance(words, str) else words
 
 
 NATIVE = Layout(
@@ -49,9 +54,29 @@ LAYOUTS = (
     ),
     Layout(
         "MATLAB hashing code (MIRFLICKR.mat, WIKI.mat, raw_mir.mat)",
-        {"train": "tr", "query": "te", "database": "db"},
+        {"train": ("tr", "train"), "valid": ("va", "val"), "query": ("te", "test"), "database": ("db", "retrieval")},
         {"image": ("I_{}",), "text": ("T_{}",), "labels": ("L_{}",)},
         database="train",
+    ),
+    Layout(
+        "LtCMH, where tra is for training and tr the retrieval set",
+        {"train": "tra", "query": "te", "database": "tr"},
+        {"image": ("I_{}",), "text": ("T_{}",), "labels": ("L_{}",)},
+        database="train",
+    ),
+    Layout(
+        "NRCH (MIRFlickr.h5, NUS-WIDE.h5)",
+        {
+            "train": "Train",
+            "valid": ("Val", "Valid"),
+            "query": ("Query", "Test"),
+            "database": ("DataBase", "Retrieval"),
+        },
+        {
+            "image": ("Img{}", "Image{}"),
+            "text": ("Tag{}", "Txt{}", "Text{}"),
+            "labels": ("Lab{}", "Label{}", "Labels{}"),
+        },
     ),
     Layout(
         "XMedia",
@@ -88,6 +113,25 @@ LAYOUTS = (
         {"query": "Test", "database": "Database"},
         {"image": ("V{}", "X{}"), "text": ("Y{}",), "labels": ("{}L",)},
     ),
+    Layout(
+        "two views of one set (X1, X2 and Y)",
+        {"whole": ""},
+        {"image": ("X1",), "text": ("X2",), "labels": ("Y", "gt", "labels", "label")},
+    ),
+    Layout(
+        "a group for train and one for test",
+        {
+            "train": ("train", "training"),
+            "valid": ("valid", "val", "validation"),
+            "query": ("test", "testing", "query"),
+            "database": ("database", "retrieval", "db"),
+        },
+        {
+            "image": ("{}_image", "{}_images", "{}_img", "{}_imgs"),
+            "text": ("{}_text", "{}_texts", "{}_txt", "{}_tags", "{}_captions"),
+            "labels": ("{}_labels", "{}_label", "{}_lab"),
+        },
+    ),
 )
 _NOT_DATA = {
     ("Qi", "Qt", "Di", "Dt"): "saved hash codes; evaluate_codes measures them",
@@ -108,11 +152,16 @@ def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[La
     fits = [_fit(layout, folded, wanted) for layout in LAYOUTS]
     # the complete ones first, then by the number of arrays found
     layout, names, missing = max(fits, key=lambda fit: (not fit[2], sum(map(len, fit[1].values()))))
+    if not missing:
+        # what belongs to a split with parts missing is not left out without a word, see LtCMH
+        used = _arrays(names)
+        more = [fit for fit in fits if _arrays(fit[1]) > used]
+        layout, names, missing = max(more, key=lambda fit: len(_arrays(fit[1])), default=(layout, names, missing))
     if missing:
         for signs, what in _NOT_DATA.items():
             if all(sign.casefold() in folded for sign in signs):
                 raise InputError(f"holds {here}: {what}")
-        if not names:
+        if all(set(roles) <= {"labels"} for roles in names.values()):
             own = "image, text and labels, or train_image, train_text, …, query_labels"
             raise InputError(f"no known names among its arrays ({here}); the simplest layout is one .npz of {own}")
         raise InputError(
@@ -123,6 +172,10 @@ def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[La
         if key is not None and not any(key == chosen.get(role) for chosen in names.values()):
             raise InputError(f"{role}={key!r} is not among the names for the {role} of {layout.name}; it holds {here}")
     return layout, names
+
+
+def _arrays(names: dict[str, dict[str, str]]) -> set[str]:
+    return {name for roles in names.values() for name in roles.values()}
 
 
 def _fit(
