@@ -13,12 +13,12 @@ from cmr_fast.errors import InputError
 
 DEPTH = 16
 """Of cells and structs in each other."""
-MOST = 10**10
+MOST = 2**31
 """Numbers in a sparse matrix made dense."""
 
 _INSTEAD = {
     "string": "cellstr(x)",
-    "categorical": "double(x) or cellstr(x)",
+    "categorical": "cellstr(x) or double(x)",
     "table": "table2array(x), or its columns one by one",
     "timetable": "table2array(timetable2table(x, 'ConvertRowTimes', false))",
     "datetime": "datenum(x)",
