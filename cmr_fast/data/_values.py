@@ -13,8 +13,8 @@ from cmr_fast.errors import InputError
 
 DEPTH = 16
 """Of cells and structs in each other."""
-MOST = 2**31
-"""Numbers in a sparse matrix made dense."""
+SMALL, ENTRY = 10**8, 10**5
+"""A sparse matrix is made dense up to so many numbers, or so many an entry: a damaged size would fill any memory."""
 
 _INSTEAD = {
     "string": "cellstr(x)",
@@ -61,18 +61,23 @@ def rows_of_text(codes: np.ndarray) -> np.ndarray:
 
 def dense(rows: np.ndarray, ends: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """A sparse matrix, kept by columns: `rows` and `values` of the entries, `ends` (columns + 1,) where columns end."""
-    if min(shape) < 0 or shape[0] * shape[1] > MOST:
-        raise ValueError(f"a sparse matrix of shape {shape}")
-    rows, ends = rows.astype(np.int64), ends.astype(np.int64)
+    ends = ends.astype(np.int64)
     count = int(ends[-1]) if len(ends) else 0
     fits = len(ends) == shape[1] + 1 and ends[0] == 0 and (np.diff(ends) >= 0).all()
     if not fits or len(rows) < count or len(values) < count:
         raise ValueError("a sparse matrix whose columns do not end where its entries do")
-    rows, values = rows[:count], values[:count]
-    if count and (rows.min() < 0 or rows.max() >= shape[0]):
-        raise ValueError(f"a sparse matrix of {shape[0]} rows with an entry in row {rows.max()}")
+    return scattered(rows[:count], np.repeat(np.arange(shape[1]), np.diff(ends)), values[:count], shape)
+
+
+def scattered(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A matrix of zeros, and `values` (entries,) at their rows and columns."""
+    if min(shape) < 0 or shape[0] * shape[1] > max(SMALL, ENTRY * len(values)):
+        raise ValueError(f"a sparse matrix of shape {shape} with {len(values)} entries")
+    for places, size in ((rows, shape[0]), (columns, shape[1])):
+        if len(places) and not (places.min() >= 0 and places.max() < size):
+            raise ValueError(f"a sparse matrix of shape {shape} with an entry beyond it")
     result = np.zeros(shape, values.dtype)
-    np.add.at(result, (rows, np.repeat(np.arange(shape[1]), np.diff(ends))), values)
+    np.add.at(result, (rows.astype(np.int64), columns.astype(np.int64)), values)
     return result
 
 

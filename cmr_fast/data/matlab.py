@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cmr_fast.data._values import DEPTH, Cell, Foreign, dense, flattened, readers, rows_of_text
+from cmr_fast.data._values import DEPTH, Cell, Foreign, dense, flattened, readers, rows_of_text, scattered
 
 Buffer = memoryview
 
@@ -312,8 +312,5 @@ def _value4(file: Path, record: _Record) -> Any:
     # a row an entry, (row, column, value), and the shape as the last one
     if record.shape[1] != 3 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"a sparse matrix of {record.shape[1]} columns")
-    rows, columns = (int(size) for size in values[-1, :2])
-    entries = values[:-1]
-    entries = entries[np.argsort(entries[:, 1], kind="stable")]
-    ends = np.searchsorted(entries[:, 1], np.arange(min(max(columns, 0), 10**9) + 1), side="right")
-    return dense(entries[:, 0] - 1, ends, entries[:, 2], (rows, columns))
+    rows, columns, entries = values[:-1].T
+    return scattered(rows - 1.0, columns - 1.0, entries, (int(values[-1, 0]), int(values[-1, 1])))

@@ -177,7 +177,7 @@ def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 def as_tensor(value: Any, name: str, kinds: str = "a tensor") -> Tensor:
     """`value` as a tensor, over the same memory where it is a numpy array. InputError for anything else."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         try:
             value = torch.from_numpy(np.ascontiguousarray(value))
         except TypeError as error:
