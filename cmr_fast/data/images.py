@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cmr_fast.data.pairs import as_tensor, held_out
+from cmr_fast.data.pairs import as_tensor, held_out, shape_seen
 from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
 
@@ -38,7 +38,7 @@ class Images(Parts):
             object.__setattr__(self, name, as_tensor(getattr(self, name), name))
         image, labels = self.image, self.labels
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[1] != 3:
-            raise InputError(f"images must be uint8 (N, 3, H, W), got {image.dtype} {tuple(image.shape)}")
+            raise InputError(f"images must be uint8 (N, 3, H, W), got {image.dtype} {shape_seen(image)}")
         if labels.dtype != torch.int64 or labels.shape != image.shape[:1]:
             raise InputError(
                 f"labels must be int64 ({len(image)},), one an image, got {labels.dtype} {tuple(labels.shape)}"

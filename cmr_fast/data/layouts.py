@@ -48,7 +48,7 @@ LAYOUTS = (
         {"whole": ""},
         {
             "image": ("XAll", "FAll", "image", "images", "imgs", "IAll"),
-            "text": ("YAll", "TAll", "text", "tags"),
+            "text": ("YAll", "TAll", "text", "texts", "tags", "captions", "caption"),
             "labels": ("LAll", "labels", "label"),
         },
     ),

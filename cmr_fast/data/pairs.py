@@ -60,7 +60,7 @@ class Pairs(Parts):
         if self.image.dtype != torch.uint8:
             _check_features(self.image, "image")
         elif self.image.ndim != 4 or self.image.shape[1] != 3:
-            raise InputError(f"raw images must be uint8 (N, 3, H, W), got uint8 {tuple(self.image.shape)}")
+            raise InputError(f"raw images must be uint8 (N, 3, H, W), got uint8 {shape_seen(self.image)}")
 
     @property
     def multi_label(self) -> bool:
@@ -186,6 +186,12 @@ def as_tensor(value: Any, name: str, kinds: str = "a tensor") -> Tensor:
         seen = f"{value.layout} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{name} must be {kinds} or a numpy array with one row a pair, got {seen}")
     return value
+
+
+def shape_seen(images: Tensor) -> str:
+    """The shape of images that are not (N, 3, H, W), and what to do where their channels lie last."""
+    last = images.ndim == 4 and images.shape[3] == 3
+    return f"{tuple(images.shape)}" + ("; channels lie last, x.permute(0, 3, 1, 2) turns them" if last else "")
 
 
 def _captions(text: Any) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:

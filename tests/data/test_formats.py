@@ -124,10 +124,10 @@ def test_pickles_of_other_kinds_are_named(tmp_path, value, what):
         load(tmp_path / "a.pkl")
 
 
-def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.mat")
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)
         server.bind("socket.npz")
     for name, kind in (("fifo.mat", "FIFO"), ("socket.npz", "socket"), ("/dev/zero", "device")):
         for loader in (load, load_images):
