@@ -85,7 +85,7 @@ def image(array: np.ndarray, name: str) -> Tensor:
         if not np.array_equal(small, array):
             raise InputError(f"{name} must hold images of whole numbers from 0 to 255, got {array.dtype} beyond them")
         array = small
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, channels[0], 1)))
+    return torch.from_numpy(np.require(np.moveaxis(array, channels[0], 1), requirements=["C", "W"]))
 
 
 def _pooled(array: np.ndarray) -> bool:

@@ -8,7 +8,6 @@ An element is a tag (uint32 type, uint32 bytes) and its data, filled up to 8 byt
 tag. A variable is an element of type 14 that holds others: flags with the class, dimensions, name, then its data.
 """
 
-import mmap
 import struct
 import zlib
 from collections.abc import Callable
@@ -49,41 +48,44 @@ def read_matlab5(file: Path) -> dict[str, Callable[[], Any]]:
     Raises ValueError, zlib.error or struct.error where the file is damaged.
     """
     values: dict[tuple[str, ...], Callable[[], Any]] = {}
-    with _Mapped(file) as data:
-        order = "<" if data[126:128] == b"IM" else ">"
-        position = 128
-        while position < len(data):
-            start = position
-            kind, content, position = _element(data, position, order)
-            header = _head(kind, content, order)
-            if header.kind == _STRUCT:
-                for path, value in flattened(header.name, _top(kind, content, order)).items():
-                    values[path] = partial(lambda value: value, value)
-            elif header.name:  # the one without holds what MATLAB's objects are made of
-                values[header.name,] = partial(_read_at, file, start, order)
-            del content
+    size, start = file.stat().st_size, 128
+    order = "<" if _bytes(file, 126, 2) == b"IM" else ">"
+    while start < size:
+        kind, length = struct.unpack(order + "II", _bytes(file, start, 8))
+        if start + 8 + length > size:
+            raise ValueError(f"a variable of {length} bytes at byte {start}, where {size - start - 8} are left")
+        header = _head(kind, _bytes(file, start + 8, min(length, _HEAD)), order)
+        read = partial(_read_at, file, start + 8, length, kind, order)
+        if header.kind == _STRUCT:
+            for path, value in flattened(header.name, read()).items():
+                values[path] = partial(_same, value)
+        elif header.name:  # the one without holds what MATLAB's objects are made of
+            values[header.name,] = read
+        start += 8 + length
     return readers(values)
 
 
-class _Mapped:
-    """A file's bytes, without reading what is not looked at."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> Buffer:
-        with open(self._file, "rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return memoryview(self._map)
-
-    def __exit__(self, *_: object) -> None:
-        """The map goes with the last view of it."""
+def _same(value: Any) -> Any:
+    return value
 
 
-def _read_at(file: Path, position: int, order: str) -> Any:
-    with _Mapped(file) as data:
-        kind, content, _ = _element(data, position, order)
-        return _top(kind, content, order)
+def _bytes(file: Path, start: int, count: int) -> Buffer:
+    """Read, not mapped: a mapped file that another program cuts short ends the process."""
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        content = stream.read(count)
+    if len(content) < count:
+        raise ValueError(f"ends at byte {start + len(content)}, within a variable")
+    return memoryview(content)
+
+
+def _read_at(file: Path, start: int, length: int, kind: int, order: str) -> Any:
+    content = _bytes(file, start, length)
+    if kind == _COMPRESSED:
+        kind, content, _ = _element(memoryview(zlib.decompress(content)), 0, order)
+    if kind != _MATRIX:
+        raise ValueError(f"a variable of type {kind}, expected {_MATRIX}")
+    return _matrix(content, order, 0)
 
 
 def _element(data: Buffer, position: int, order: str) -> tuple[int, Buffer, int]:
@@ -105,19 +107,11 @@ def _head(kind: int, content: Buffer, order: str) -> _Header:
     """What a variable's first elements say of it."""
     if kind == _COMPRESSED:
         content = memoryview(zlib.decompressobj().decompress(content, _HEAD))
-        inner = struct.unpack_from(order + "I", content)[0]
-        kind, content = inner, content[8:]
+        (kind,) = struct.unpack_from(order + "I", content)
+        content = content[8:]
     if kind != _MATRIX:
         raise ValueError(f"a variable of type {kind}, expected {_MATRIX}")
     return _header(content, order)[0]
-
-
-def _top(kind: int, content: Buffer, order: str) -> Any:
-    if kind == _COMPRESSED:
-        kind, content, _ = _element(memoryview(zlib.decompress(content)), 0, order)
-    if kind != _MATRIX:
-        raise ValueError(f"a variable of type {kind}, expected {_MATRIX}")
-    return _matrix(content, order, 0)
 
 
 def _header(data: Buffer, order: str) -> tuple[_Header, int]:
@@ -256,6 +250,7 @@ class _Record(NamedTuple):
     end: int
 
 
+_NAME4 = 64
 _DTYPES4 = ("f8", "f4", "i4", "i2", "u2", "u1")
 
 
@@ -270,19 +265,18 @@ def is_matlab4(head: bytes, size: int) -> bool:
 def read_matlab4(file: Path) -> dict[str, Callable[[], Any]]:
     """Name to a function that reads a variable. Raises ValueError or struct.error where the file is damaged."""
     values: dict[tuple[str, ...], Callable[[], Any]] = {}
-    with _Mapped(file) as data:
-        position = 0
-        while position < len(data):
-            record = _record(data, position, len(data))
-            values[record.name,] = partial(_value4, file, record)
-            position = record.end
+    size, start = file.stat().st_size, 0
+    while start < size:
+        record = _record(_bytes(file, start, min(size - start, 20 + _NAME4)), start, size)
+        values[record.name,] = partial(_value4, file, record)
+        start = record.end
     return readers(values)
 
 
-def _record(data: bytes | Buffer, position: int, size: int) -> _Record:
+def _record(head: bytes | Buffer, position: int, size: int) -> _Record:
     """The header at `position`: five int32 (type, rows, columns, complex, length of the name) and the name."""
     for order in "<>":
-        kind, rows, columns, imaginary, length = struct.unpack_from(order + "5i", data, position)
+        kind, rows, columns, imaginary, length = struct.unpack_from(order + "5i", head)
         layout, dtype, zero, machine = kind % 10, kind // 10 % 10, kind // 100 % 10, kind // 1000
         if kind >= 0 and machine == "<>".index(order) and not zero and dtype < len(_DTYPES4) and layout < 3:
             break
@@ -290,8 +284,14 @@ def _record(data: bytes | Buffer, position: int, size: int) -> _Record:
         raise ValueError(f"no variable at byte {position}")
     start = position + 20 + length
     end = start + rows * columns * int(_DTYPES4[dtype][1]) * (1 + imaginary)
-    name = bytes(data[position + 20 : min(start, position + 20 + 64)])
-    if min(rows, columns) < 0 or imaginary not in (0, 1) or not 2 <= length <= 64 or name[-1:] != b"\0" or end > size:
+    name = bytes(head[20 : 20 + max(0, min(length, _NAME4))])
+    if (
+        min(rows, columns) < 0
+        or imaginary not in (0, 1)
+        or not 2 <= length <= _NAME4
+        or name[-1:] != b"\0"
+        or end > size
+    ):
         raise ValueError(f"a variable of {rows} x {columns} at byte {position} that does not fit in {size} bytes")
     word = name.rstrip(b"\0")
     if not word.isascii() or not word.decode("ascii").isidentifier():
@@ -302,9 +302,8 @@ def _record(data: bytes | Buffer, position: int, size: int) -> _Record:
 def _value4(file: Path, record: _Record) -> Any:
     if record.complex:
         return Foreign("complex array")
-    with _Mapped(file) as data:
-        values = np.frombuffer(data[record.start : record.end], record.order + record.dtype)
-        values = values.reshape(record.shape, order="F")
+    content = _bytes(file, record.start, record.end - record.start)
+    values = np.frombuffer(content, record.order + record.dtype).reshape(record.shape, order="F")
     if record.layout == 1:
         return rows_of_text(values.astype("<u2"))
     if record.layout == 0:
