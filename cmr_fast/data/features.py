@@ -225,8 +225,8 @@ def _pairs(
     order = [(split, role) for split in values for role in ("labels", "text_labels") if role in values[split]]
     label_names = ", ".join(names[split][role] for split, role in order)
     parts = [values[split][role] for split, role in order]
-    found, classes = (_as_they_are(parts, label_names), ()) if as_is else convert.labels(parts, label_names)
-    by = dict(zip(order, found, strict=True))
+    labels, classes = (_as_they_are(parts, label_names), ()) if as_is else convert.labels(parts, label_names)
+    by = dict(zip(order, labels, strict=True))
     pairs = {}
     for split, roles in values.items():
         key = names[split]

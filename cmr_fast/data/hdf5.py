@@ -33,20 +33,24 @@ def read_hdf5(file: Path, matlab: bool) -> dict[str, Callable[[], Any]]:
     """
     import h5py
 
-    paths: list[str] = []
+    paths: list[tuple[str, ...]] = []
     classes = [matlab]
 
-    def note(name: str, item: Any) -> None:
-        # MATLAB keeps the contents of cell arrays in #refs#, and a sparse matrix as a group of three parts
-        inside = any(name.startswith(path + "/") for path in paths)
-        classes.append(_CLASS in item.attrs)
-        if not name.startswith("#") and not inside and (isinstance(item, h5py.Dataset) or _SPARSE in item.attrs):
-            paths.append(name)
+    def walk(group: Any, path: tuple[str, ...], above: frozenset[Any]) -> None:
+        for name in group:
+            # MATLAB keeps the contents of cell arrays in #refs#; a link may lead out of the file, or round in it
+            if name.startswith("#") or not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                continue
+            item = group[name]
+            classes.append(_CLASS in item.attrs)
+            if isinstance(item, h5py.Dataset) or _SPARSE in item.attrs:
+                paths.append((*path, name))
+            elif isinstance(item, h5py.Group) and item.id not in above:
+                walk(item, (*path, name), above | {item.id})
 
-    # follows no link that leads out of the file
     with h5py.File(file, "r") as opened:
-        opened.visititems(note)
-    names = short_names(tuple(path.split("/")) for path in paths)
+        walk(opened, (), frozenset({opened["/"].id}))
+    names = short_names(paths)
     return {name: partial(_read, file, "/".join(path), name, any(classes)) for path, name in names.items()}
 
 
@@ -62,18 +66,22 @@ def _value(opened: Any, item: Any, matlab: bool, depth: int) -> Any:
 
     if depth > DEPTH:
         raise ValueError(f"cells and structs more than {DEPTH} deep")
-    kind = item.attrs.get(_CLASS, b"")
+    marks = {name for name in (_CLASS, _EMPTY, _OBJECT, _SPARSE) if h5py.h5a.exists(item.id, name.encode())}
+    kind = item.attrs[_CLASS] if _CLASS in marks else b""
     kind = kind.decode("ascii", "replace") if isinstance(kind, bytes) else str(kind)
-    if _OBJECT in item.attrs or kind == "function_handle":
+    if _OBJECT in marks or kind == "function_handle":
         return Foreign(kind or "object")
     if isinstance(item, h5py.Group):
-        if _SPARSE in item.attrs:
+        if _SPARSE in marks:
             return _sparse(item)
         return {name: _value(opened, part, matlab, depth + 1) for name, part in item.items()}
     if item.shape is None:
         return np.zeros((0, 0))
-    if item.attrs.get(_EMPTY, 0):
+    if _EMPTY in marks and item.attrs[_EMPTY]:
         return _empty(item[()], kind)
+    if kind == "char" and item.dtype.kind in "iu":
+        value = np.asarray(item[()])
+        return rows_of_text(value.T if matlab else value)
     if h5py.check_string_dtype(item.dtype):
         text = np.asarray(item.asstr(errors="replace")[()]).astype(np.str_)
         return text.T if matlab else text
@@ -81,14 +89,35 @@ def _value(opened: Any, item: Any, matlab: bool, depth: int) -> Any:
         refs = np.asarray(item[()]).T
         return Cell([_follow(opened, ref, matlab, depth) for ref in refs.ravel(order="F")], refs.shape)
     value = np.asarray(item[()])
-    value = value.T if matlab else value
-    return rows_of_text(value) if kind == "char" and value.dtype.kind in "iu" else value
+    return value.T if matlab else value
 
 
 def _follow(opened: Any, ref: Any, matlab: bool, depth: int) -> Any:
     if not ref:
         return np.zeros((0, 0))
-    return _value(opened, opened[ref], matlab, depth + 1)
+    codes = _letters(opened, ref)
+    return _value(opened, opened[ref], matlab, depth + 1) if codes is None else rows_of_text(codes)
+
+
+def _letters(opened: Any, ref: Any) -> np.ndarray | None:
+    """A char matrix that is not empty, past h5py's objects: a cell array has one an item, and they are slow."""
+    from h5py import h5a, h5d, h5r, h5s
+
+    item = h5r.dereference(ref, opened.id)
+    if not isinstance(item, h5d.DatasetID) or h5a.exists(item, _EMPTY.encode()) or item.dtype.kind not in "iu":
+        return None
+    if not h5a.exists(item, _CLASS.encode()):
+        return None
+    attribute = h5a.open(item, _CLASS.encode())
+    if attribute.dtype != np.dtype("S4") or attribute.shape != ():
+        return None
+    kind = np.empty((), attribute.dtype)
+    attribute.read(kind)
+    if kind != b"char":
+        return None
+    codes = np.empty(item.shape, item.dtype)
+    item.read(h5s.ALL, h5s.ALL, codes)
+    return codes.T
 
 
 def _empty(sizes: np.ndarray, kind: str) -> Any:

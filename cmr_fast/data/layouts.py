@@ -182,19 +182,19 @@ def _fit(
     layout: Layout, folded: Mapping[str, str], wanted: Mapping[str, str | None]
 ) -> tuple[Layout, dict[str, dict[str, str]], list[str]]:
     """What a layout finds of its names: split and role to name; and what it misses, in words."""
-    found: dict[str, dict[str, str]] = {}
+    result: dict[str, dict[str, str]] = {}
     missing = []
     for split in layout.words:
         chosen = {}
         for role in layout.roles:
             names = layout.names(split, role, wanted.get(role))
-            there = [folded[name.casefold()] for name in names if name.casefold() in folded]
-            if there:
-                chosen[role] = there[0]
+            present = [folded[name.casefold()] for name in names if name.casefold() in folded]
+            if present:
+                chosen[role] = present[0]
         if chosen:
-            found[split] = chosen
+            result[split] = chosen
         if chosen or split not in ("valid", "database"):
             lacking = [role for role in ("image", "text", "labels") if role not in chosen]
             what = "" if split == "whole" else f"{split} "
             missing += [f"{what}{role} ({' or '.join(layout.names(split, role))})" for role in lacking]
-    return layout, found, missing
+    return layout, result, missing

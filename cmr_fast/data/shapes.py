@@ -152,12 +152,12 @@ def draw(count: int, random: np.random.Generator) -> Scenes:
 
 def labels(scenes: Scenes) -> np.ndarray:
     """uint8 (N, 16): which colours and shapes are there."""
-    there = np.arange(3) < scenes.number[:, None]
-    rows, slots = there.nonzero()
-    found = np.zeros((len(scenes.number), len(CLASSES)), dtype=np.uint8)
-    found[rows, scenes.colour[rows, slots]] = 1
-    found[rows, len(COLOURS) + scenes.shape[rows, slots]] = 1
-    return found
+    mask = np.arange(3) < scenes.number[:, None]
+    rows, slots = mask.nonzero()
+    result = np.zeros((len(scenes.number), len(CLASSES)), dtype=np.uint8)
+    result[rows, scenes.colour[rows, slots]] = 1
+    result[rows, len(COLOURS) + scenes.shape[rows, slots]] = 1
+    return result
 
 
 def render(scenes: Scenes, random: np.random.Generator) -> np.ndarray:
@@ -252,10 +252,10 @@ def describe(scenes: Scenes, random: np.random.Generator) -> tuple[tuple[str, ..
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can hold, in alphabetical order."""
     templates = (*_WHOLE, *_PLACED, *_COUNTED, *_VAGUE, *_CASUAL, *_PLACES, *_COUNTS, "a an and")
-    found = {word for text in templates for word in tokens(re.sub(r"\{\w+\}", " ", text))}
+    result = {word for text in templates for word in tokens(re.sub(r"\{\w+\}", " ", text))}
     for group in (*(words for _, words in COLOURS.values()), *SHAPES.values(), *_SIZES):
-        found.update(group)
-    return tuple(sorted(found))
+        result.update(group)
+    return tuple(sorted(result))
 
 
 def tokens(text: str) -> list[str]:
@@ -273,14 +273,14 @@ def bag_of_words(captions: Sequence[str], reference: Sequence[str]) -> Tensor:
     frequency = np.zeros(len(column))
     for caption in reference:
         frequency[[column[word] for word in set(tokens(caption)) if word in column]] += 1
-    found = np.zeros((len(captions), len(column)))
-    for row, caption in zip(found, captions, strict=True):
+    result = np.zeros((len(captions), len(column)))
+    for row, caption in zip(result, captions, strict=True):
         for word in tokens(caption):
             if word in column:
                 row[column[word]] += 1
-    found *= np.log((1 + len(reference)) / (1 + frequency)) + 1
-    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-    return torch.from_numpy(found.astype(np.float32))
+    result *= np.log((1 + len(reference)) / (1 + frequency)) + 1
+    result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
+    return torch.from_numpy(result.astype(np.float32))
 
 
 def image_features(images: Tensor) -> Tensor:

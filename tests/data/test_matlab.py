@@ -1,6 +1,8 @@
 """MATLAB's files of every version: scipy and h5py write them, scipy's reader is the oracle for what they hold."""
 
 import struct
+import subprocess
+import sys
 import zlib
 
 import h5py
@@ -390,3 +392,29 @@ def test_cells_in_cells_without_end_are_refused(tmp_path):
     (tmp_path / "a.mat").write_bytes(header() + variable)
     with pytest.raises(InputError, match="16 deep"):
         read(tmp_path / "a.mat")
+
+
+def test_no_compiled_reader_sees_the_file(tmp_path):
+    """scipy's reader can end the process on a damaged file; here one stands in that ends it on any."""
+    script = (
+        "import os, sys, scipy.io, cmr_fast.data\n"
+        "for name in ('loadmat', 'whosmat'): setattr(scipy.io, name, lambda *a, **k: os._exit(9))\n"
+        "try: cmr_fast.data.load(sys.argv[1])\n"
+        "except cmr_fast.data.catalogue.InputError as error: print(error)\n"
+    )
+    scipy.io.savemat(tmp_path / "a.mat", splits())
+    for damage in (False, True):
+        if damage:
+            whole = (tmp_path / "a.mat").read_bytes()
+            (tmp_path / "a.mat").write_bytes(whole[: len(whole) // 2])
+        run = subprocess.run([sys.executable, "-c", script, tmp_path / "a.mat"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert ("damaged or cut short" in run.stdout) == damage
+
+
+def test_groups_that_hold_each_other_are_walked_once(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as opened:
+        opened["a/x"] = np.eye(2)
+        opened["a/b"] = opened["/"]
+        opened["c"] = opened["a"]
+    assert all(np.array_equal(value, np.eye(2)) for value in read(tmp_path / "a.h5").values())
