@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cmr_fast.data import formats
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.data.readers import read_arrays
 from cmr_fast.errors import InputError
@@ -79,13 +80,12 @@ def _classes(file: Path) -> np.ndarray:
     """int64 (N,): the third column, from 1. Lines are text id, image id and class, with tabs between."""
     if not file.is_file():
         raise InputError(f"{file}: not found; it holds the classes, which the .mat files lack")
+    formats.first_bytes(file)
     lines = file.read_text(encoding="latin1").splitlines()
-    found = []
+    classes = []
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if len(fields) != 3 or not fields[2].strip().isdecimal() or int(fields[2]) < 1:
             raise InputError(f"{file}: line {number} is {line!r}, expected text id, image id and class from 1, by tabs")
-        found.append(int(fields[2]))
-    if not found:
-        raise InputError(f"{file}: is empty, expected one line per pair")
-    return np.array(found, dtype=np.int64)
+        classes.append(int(fields[2]))
+    return np.array(classes, dtype=np.int64)
