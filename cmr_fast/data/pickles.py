@@ -24,8 +24,20 @@ _DEPTH = 8
 def load(path: str | os.PathLike[str]) -> Any:
     """The value in a pickle: numbers, text, tuples, lists, dicts, sets, and numpy arrays of numbers or text.
 
-    Pickles of Python 2 are read as latin1; arrays of objects come as (nested) lists. Raises InputError for one that
-    names anything else, which is then not run, and for one that is damaged.
+    Parameters
+    ----------
+    path : str or path
+        A pickle of any protocol; those of Python 2 are read as latin1.
+
+    Returns
+    -------
+    object
+        Plain data; arrays of objects come as (nested) lists.
+
+    Raises
+    ------
+    InputError
+        For one that names anything else, which is then not run, and for one that is damaged, empty or another file.
     """
     file = Path(path)
     head = formats.first_bytes(file)
