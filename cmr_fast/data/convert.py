@@ -26,6 +26,10 @@ def as_array(value: Any, name: str) -> np.ndarray:
         array = np.asarray(value)
     except ValueError as error:
         raise InputError(f"{name} is a list of rows of different shapes, expected one shape") from error
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    if array.dtype.kind == "O" and array.size and all(isinstance(text, str) for text in array.flat):
+        array = array.astype(np.str_)
     if array.dtype.kind not in "biufU" or array.ndim == 0:
         raise InputError(f"{name} must be an array of numbers, or of text, got {array.dtype} {array.shape}")
     return array
@@ -50,12 +54,12 @@ def rows_first(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     axes = {name: [axis for axis, size in enumerate(a.shape) if size == count] for name, a in arrays.items()}
     matrices = [name for name, array in arrays.items() if array.ndim == 2 and len(axes[name]) == 1]
     # labels as one row or column lie either way whatever the features do
-    told = {axes[n][0] for n in matrices if 1 not in arrays[n].shape} or {axes[n][0] for n in matrices}
-    for name, found in axes.items():
-        if len(found) > 1:
-            if arrays[name].ndim != 2 or len(told) > 1:
+    lying = {axes[n][0] for n in matrices if 1 not in arrays[n].shape} or {axes[n][0] for n in matrices}
+    for name, fitting in axes.items():
+        if len(fitting) > 1:
+            if arrays[name].ndim != 2 or len(lying) > 1:
                 raise InputError(f"cannot tell on which axis of {name} the items are: {shapes}")
-            axes[name] = list(told) or [0]
+            axes[name] = list(lying) or [0]
     return {name: np.moveaxis(array, axes[name][0], 0) for name, array in arrays.items()}
 
 
@@ -65,18 +69,28 @@ def _sizes(array: np.ndarray) -> set[int]:
 
 def image(array: np.ndarray, name: str) -> Tensor:
     """float32 (N, D) features, or uint8 (N, 3, H, W) of images with the channels on any axis but the first."""
+    channels = [axis for axis in (1, 3, 2) if array.ndim == 4 and array.shape[axis] == 3]
+    if _pooled(array) and not (channels and array.dtype == np.uint8):
+        return features(array, name)
     if array.ndim != 4:
         return features(array, name)
-    channels = [axis for axis in (1, 3, 2) if array.shape[axis] == 3]
     if not channels:
-        raise InputError(f"{name} must hold images of 3 channels, got shape {array.shape}")
+        raise InputError(
+            f"{name} must hold images of 3 channels, or features (N, D), got shape {array.shape}; "
+            "feature maps are made features by the mean over their last two axes"
+        )
     if array.dtype != np.uint8:
         with np.errstate(invalid="ignore"):
             small = array.astype(np.uint8)
         if not np.array_equal(small, array):
             raise InputError(f"{name} must hold images of whole numbers from 0 to 255, got {array.dtype} beyond them")
         array = small
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, channels[0], 1)))
+    return torch.from_numpy(np.require(np.moveaxis(array, channels[0], 1), requirements=["C", "W"]))
+
+
+def _pooled(array: np.ndarray) -> bool:
+    """Features with axes of size 1, as average pools leave them: (N, D, 1, 1)."""
+    return array.ndim > 2 and sum(size > 1 for size in array.shape[1:]) <= 1
 
 
 def text(array: np.ndarray, name: str) -> Tensor | tuple[tuple[str, ...], ...]:
@@ -87,7 +101,9 @@ def text(array: np.ndarray, name: str) -> Tensor | tuple[tuple[str, ...], ...]:
 
 
 def features(array: np.ndarray, name: str) -> Tensor:
-    """float32 (N, D)."""
+    """float32 (N, D); axes of size 1 that an average pool leaves are dropped."""
+    if _pooled(array):
+        array = array.reshape(len(array), -1)
     if array.ndim != 2 or array.dtype.kind not in "biuf":
         raise InputError(f"{name} must be numbers, (N, features), got {array.dtype} {array.shape}")
     # in float32 such a number is infinite
@@ -113,8 +129,8 @@ def labels(parts: Sequence[np.ndarray], name: str) -> tuple[list[Tensor], tuple[
     if whole.dtype.kind == "U":
         if whole.ndim == 2:
             raise InputError(f"{name} given as text must be (N,), got {shapes}")
-        found, whole = np.unique(whole, return_inverse=True)
-        names = tuple(found.tolist())
+        classes, whole = np.unique(whole, return_inverse=True)
+        names = tuple(classes.tolist())
     elif not np.isfinite(whole).all():
         raise InputError(f"{name} must be finite, got NaN or infinity")
     elif whole.ndim == 1:

@@ -1,34 +1,44 @@
-"""Labelled images for classifiers: CIFAR-10 and SVHN from their authors' files, and the built-in shapes."""
+"""Labelled images for classifiers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cmr_fast.data.pairs import held_out
+from cmr_fast.data.pairs import as_tensor, held_out, shape_seen
 from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
-
-CIFAR_TRAIN, CIFAR_TEST = [f"data_batch_{number}" for number in range(1, 6)], "test_batch"
-SVHN_FILES = "train_32x32.mat", "test_32x32.mat"
 
 
 @dataclass(frozen=True, repr=False)
 class Images(Parts):
-    """N images with a class each: image uint8 (N, 3, H, W), labels int64 (N,)."""
+    """N images with a class each. A `cmr_fast.data.split.Split`.
+
+    Parameters
+    ----------
+    image : Tensor
+        uint8 (N, 3, H, W).
+    labels : Tensor
+        int64 (N,) class ids from 0.
+    rows : Tensor, optional
+        int64 (N,), which rows of a split a batch holds; None of a split.
+
+    Raises
+    ------
+    InputError
+        Where a part has another type, dtype or shape, or an id is negative.
+    """
 
     image: Tensor
     labels: Tensor
     rows: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image", "labels"):
+            object.__setattr__(self, name, as_tensor(getattr(self, name), name))
         image, labels = self.image, self.labels
         if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[1] != 3:
-            raise InputError(f"images must be uint8 (N, 3, H, W), got {image.dtype} {tuple(image.shape)}")
+            raise InputError(f"images must be uint8 (N, 3, H, W), got {image.dtype} {shape_seen(image)}")
         if labels.dtype != torch.int64 or labels.shape != image.shape[:1]:
             raise InputError(
                 f"labels must be int64 ({len(image)},), one an image, got {labels.dtype} {tuple(labels.shape)}"
@@ -53,7 +63,24 @@ class Images(Parts):
 
 @dataclass(frozen=True, repr=False)
 class ImageDataset:
-    """Train and test splits of labelled images, and what `hold_out` takes from train."""
+    """Train and test splits of labelled images, and what `hold_out` takes from train.
+
+    Parameters
+    ----------
+    name : str
+        What results are reported under.
+    train, test : Images
+        The splits, of one size of image.
+    valid : Images, optional
+        Images to choose by during training.
+    class_names : tuple of str
+        One a class, or none.
+
+    Raises
+    ------
+    InputError
+        Where a split is empty, or has images of another size or classes without a name.
+    """
 
     name: str
     train: Images
@@ -62,120 +89,38 @@ class ImageDataset:
     class_names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        splits = {"train": self.train, "test": self.test, "valid": self.valid}
-        for name, images in splits.items():
-            if images is not None and not len(images):
-                raise InputError(f"{self.name}: the {name} split is empty, it needs at least one image")
-        shapes = {tuple(images.image.shape[1:]) for images in splits.values() if images is not None}
+        for split in ("train", "test", "valid"):
+            images = getattr(self, split)
+            if images is None and split == "valid":
+                continue
+            if not isinstance(images, Images):
+                raise InputError(f"{self.name}: the {split} split must be Images, got {type(images).__name__}")
+            if not len(images):
+                raise InputError(f"{self.name}: the {split} split is empty, it needs at least one image")
+        shapes = {tuple(images.image.shape[1:]) for images in self._splits()}
         if len(shapes) != 1:
             raise InputError(f"{self.name}: images must have one size over all splits, got {sorted(shapes)}")
-        highest = max(int(images.labels.max()) for images in splits.values() if images is not None)
+        highest = max(int(images.labels.max()) for images in self._splits())
         if self.class_names and highest >= len(self.class_names):
             raise InputError(f"{self.name}: class {highest}, but only {len(self.class_names)} class names")
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} {self.name}, {self.num_classes} classes"]
-        lines += [f"  {split:<6}{getattr(self, split)!r}" for split in ("train", "valid", "test")
-                  if getattr(self, split) is not None]  # fmt: skip
+        for split in ("train", "valid", "test"):
+            if getattr(self, split) is not None:
+                lines.append(f"  {split:<6}{getattr(self, split)!r}")
         return "\n".join(lines)
+
+    def _splits(self) -> list[Images]:
+        return [images for images in (self.train, self.test, self.valid) if images is not None]
 
     @property
     def num_classes(self) -> int:
-        splits = [images for images in (self.train, self.test, self.valid) if images is not None]
-        return max(len(self.class_names), 1 + max(int(images.labels.max()) for images in splits))
+        """The highest class that occurs or is named, plus one."""
+        return max(len(self.class_names), 1 + max(int(images.labels.max()) for images in self._splits()))
 
     def hold_out(self, fraction: float, seed: int) -> "ImageDataset":
         """Move about `fraction` of the training images to `valid`: the same for one seed, each class its share."""
         held = held_out(self.train.labels, fraction, seed)
         valid, train = (self.train.select(rows.nonzero()[:, 0]) for rows in (held, ~held))
         return replace(self, train=train, valid=valid)
-
-
-def holds_images(path: Path) -> bool:
-    """Whether `load_images` knows what lies there."""
-    return reader(path) is not None
-
-
-def reader(path: Path) -> Callable[[], ImageDataset] | None:
-    for folder in (path, path / "cifar-10-batches-py"):
-        if (folder / CIFAR_TRAIN[0]).is_file():
-            return lambda: _cifar10(folder)
-    return (lambda: _svhn(path)) if (path / SVHN_FILES[0]).is_file() else None
-
-
-def sample_of(images: Images, count: int | None, seed: int, split: str) -> Images:
-    if count is None:
-        return images
-    if not 0 < count <= len(images):
-        raise InputError(f"{split} must be from 1 to the {len(images)} images there are, got {count}")
-    return images.sample(count, seed)
-
-
-def _cifar10(folder: Path) -> ImageDataset:
-    missing = [name for name in (*CIFAR_TRAIN, CIFAR_TEST) if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{folder}: CIFAR-10's {', '.join(missing)} not found")
-    train, test = (_cifar_split(folder, files) for files in (CIFAR_TRAIN, [CIFAR_TEST]))
-    names: tuple[str, ...] = ()
-    if (folder / "batches.meta").is_file():
-        names = tuple(_text(name) for name in _entry(folder / "batches.meta", "label_names"))
-    return ImageDataset("cifar10", train, test, class_names=names)
-
-
-def _cifar_split(folder: Path, files: list[str]) -> Images:
-    images, labels = zip(*(_cifar_batch(folder / name) for name in files), strict=True)
-    return Images(torch.cat(images), torch.cat(labels))
-
-
-def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
-    data, labels = _entry(file, "data"), _entry(file, "labels")
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        seen = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise InputError(f"{file}: data must be uint8 (N, 3072), got {seen}")
-    ids = np.asarray(labels)
-    if ids.shape != data.shape[:1] or ids.dtype.kind not in "iu":
-        raise InputError(f"{file}: labels must be {len(data)} integers, got {ids.dtype} {ids.shape}")
-    if len(ids) and (ids.min() < 0 or ids.max() > 9):
-        raise InputError(f"{file}: CIFAR-10 has classes 0 to 9, got {ids.min()} to {ids.max()}")
-    pixels = torch.from_numpy(data.copy()).reshape(-1, 3, 32, 32)
-    return pixels, torch.from_numpy(ids.astype(np.int64))
-
-
-def _entry(file: Path, name: str) -> Any:
-    """A value of a batch's dict, whose keys are bytes or text."""
-    from cmr_fast.data import pickles
-
-    found = pickles.load(file)
-    if isinstance(found, dict):
-        for key in (name.encode(), name):
-            if key in found:
-                return found[key]
-    raise InputError(f"{file}: not a batch of CIFAR-10: it has no {name!r}")
-
-
-def _text(name: object) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
-
-
-def _svhn(folder: Path) -> ImageDataset:
-    train, test = (_svhn_split(folder / name) for name in SVHN_FILES)
-    return ImageDataset("svhn", train, test, class_names=tuple("0123456789"))
-
-
-def _svhn_split(file: Path) -> Images:
-    from cmr_fast.data.readers import read_arrays
-
-    if not file.is_file():
-        raise InputError(f"{file.parent}: SVHN's {file.name} not found beside {SVHN_FILES[0]}")
-    arrays = read_arrays(file)
-    if not {"X", "y"} <= set(arrays):
-        raise InputError(f"{file}: SVHN's files hold X and y, this one {', '.join(arrays) or 'nothing'}")
-    images, labels = np.asarray(arrays["X"]()), np.asarray(arrays["y"]()).reshape(-1).astype(np.int64)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
-        raise InputError(f"{file}: X must be uint8 (32, 32, 3, N), got {images.dtype} {images.shape}")
-    if len(labels) != images.shape[3]:
-        raise InputError(f"{file}: {images.shape[3]} images, but {len(labels)} labels")
-    if len(labels) and (labels.min() < 1 or labels.max() > 10):
-        raise InputError(f"{file}: SVHN's labels are 1 to 10, got {labels.min()} to {labels.max()}")
-    pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
-    return Images(torch.from_numpy(pixels), torch.from_numpy(labels % 10))

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +16,27 @@ MAX_CLASSES = 1_000_000
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Parts):
-    """N pairs; row i of `image` and entry i of `text` describe the same thing.
+    """N pairs; row i of `image` and entry i of `text` describe the same thing. A `cmr_fast.data.split.Split`.
 
-    image   float32 (N, Di) features, or uint8 (N, 3, H, W) raw images
-    text    float32 (N, Dt) features, int64 (N, L) token ids, or N captions, each a string or a tuple of them
-    labels  int64 (N,) class ids from 0, or uint8 (N, C) multi-hot
-    rows    int64 (N,), which rows of a split a batch holds; None of a split
+    Parameters
+    ----------
+    image : Tensor
+        float (N, Di) features, or uint8 (N, 3, H, W) raw images.
+    text : Tensor or tuple of str or tuple of tuple of str
+        float (N, Dt) features, int64 (N, L) token ids, or N captions, each a string or a tuple of them.
+    labels : Tensor
+        int64 (N,) class ids from 0, or uint8 (N, C) multi-hot.
+    rows : Tensor, optional
+        int64 (N,), which rows of a split a batch holds; None of a split.
+
+    Notes
+    -----
+    numpy arrays are taken too, and kept as tensors over the same memory.
+
+    Raises
+    ------
+    InputError
+        Where a part has another type, dtype, shape or number of rows, is not finite, or labels are out of range.
     """
 
     image: Tensor
@@ -28,19 +45,22 @@ class Pairs(Parts):
     rows: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in (("image", "a tensor"), ("text", "a tensor or captions"), ("labels", "a tensor")):
+            value = getattr(self, name)
+            if name == "text" and not isinstance(value, Tensor | np.ndarray):
+                object.__setattr__(self, name, _captions(value))
+            else:
+                object.__setattr__(self, name, as_tensor(value, name, kinds))
         sizes = {"image": len(self.image), "text": len(self.text), "labels": len(self.labels)}
         if len(set(sizes.values())) != 1:
             raise InputError(f"image, text and labels must have the same number of rows, got {sizes}")
         _check_labels(self.labels)
-        if isinstance(self.text, Tensor) and self.text.dtype == torch.int64:
-            if self.text.ndim != 2 or not self.text.shape[1]:
-                raise InputError(f"token ids must be int64 (N, L), got {tuple(self.text.shape)}")
-        elif isinstance(self.text, Tensor):
-            _check_features(self.text, "text")
+        if isinstance(self.text, Tensor):
+            _check_text(self.text)
         if self.image.dtype != torch.uint8:
             _check_features(self.image, "image")
         elif self.image.ndim != 4 or self.image.shape[1] != 3:
-            raise InputError(f"raw images must be uint8 (N, 3, H, W), got uint8 {tuple(self.image.shape)}")
+            raise InputError(f"raw images must be uint8 (N, 3, H, W), got uint8 {shape_seen(self.image)}")
 
     @property
     def multi_label(self) -> bool:
@@ -53,6 +73,22 @@ class PairedDataset:
     """Train, query and database splits. Queries of one modality rank the database of the other.
 
     Where the field ranks the test set within itself (Wikipedia), `query` and `database` are the same object.
+
+    Parameters
+    ----------
+    name : str
+        What results are reported under.
+    train, query, database : Pairs
+        The splits, of one width for each part.
+    valid : Pairs, optional
+        Pairs to choose by during training; `hold_out` takes them from `train`.
+    class_names : tuple of str
+        One a class, or none.
+
+    Raises
+    ------
+    InputError
+        Where a split is empty, has another width, or holds one class only, or names do not fit the classes.
     """
 
     name: str
@@ -63,18 +99,20 @@ class PairedDataset:
     class_names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for split in ("train", "query", "database"):
+        for split in ("train", "query", "database", "valid"):
             pairs = getattr(self, split)
+            if pairs is None and split == "valid":
+                continue
+            if not isinstance(pairs, Pairs):
+                raise InputError(f"{self.name}: the {split} split must be Pairs, got {type(pairs).__name__}")
             if len(pairs) == 0:
-                raise InputError(f"{self.name}: the {split} split is empty, it needs at least one pair")
-        splits = [p for p in (self.train, self.valid, self.query, self.database) if p is not None]
-        if self.valid is not None and len(self.valid) == 0:
-            raise InputError(f"{self.name}: the valid split is empty, it needs at least one pair, or is None")
-        for what in ("image", "text", "labels"):
-            widths = {_width(getattr(p, what)) for p in splits}
+                also = ", or is None" if split == "valid" else ""
+                raise InputError(f"{self.name}: the {split} split is empty, it needs at least one pair{also}")
+        for part in ("image", "text", "labels"):
+            widths = {_width(getattr(pairs, part)) for pairs in self._splits()}
             if len(widths) != 1:
                 raise InputError(
-                    f"{self.name}: {what} must have one width over all splits, got {sorted(map(str, widths))}"
+                    f"{self.name}: {part} must have one width over all splits, got {sorted(map(str, widths))}"
                 )
         for split in ("train", "database"):
             used = _used(getattr(self, split).labels)
@@ -90,23 +128,30 @@ class PairedDataset:
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} {self.name}, {self.num_classes} classes"]
-        lines += [f"  {split:<9}{getattr(self, split)!r}" for split in ("train", "valid", "query", "database")
-                  if getattr(self, split) is not None]  # fmt: skip
+        for split in ("train", "valid", "query", "database"):
+            if getattr(self, split) is not None:
+                same = " (the queries)" if split == "database" and self.database is self.query else ""
+                lines.append(f"  {split:<9}{getattr(self, split)!r}{same}")
         return "\n".join(lines)
+
+    def _splits(self) -> list[Pairs]:
+        return [pairs for pairs in (self.train, self.valid, self.query, self.database) if pairs is not None]
 
     @property
     def num_classes(self) -> int:
+        """Columns of multi-hot labels; of ids the highest that occurs or is named, plus one."""
         if self.train.multi_label:
             return self.train.labels.shape[1]
-        splits = [p for p in (self.train, self.valid, self.query, self.database) if p is not None]
-        return max(len(self.class_names), 1 + max(int(p.labels.max()) for p in splits))
+        return max(len(self.class_names), 1 + max(int(pairs.labels.max()) for pairs in self._splits()))
 
     @property
     def image_dim(self) -> int:
+        """Columns of the image features. InputError for raw images."""
         return _feature_dim(self.name, "image", self.train.image)
 
     @property
     def text_dim(self) -> int:
+        """Columns of the text features. InputError for captions and token ids."""
         return _feature_dim(self.name, "text", self.train.text)
 
     def hold_out(self, fraction: float, seed: int) -> "PairedDataset":
@@ -130,9 +175,51 @@ def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
     return held
 
 
+def as_tensor(value: Any, name: str, kinds: str = "a tensor") -> Tensor:
+    """`value` as a tensor, over the same memory where it is a numpy array. InputError for anything else."""
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        try:
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        except TypeError as error:
+            raise InputError(f"{name} must be an array of numbers, got dtype {value.dtype} {value.shape}") from error
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.layout != torch.strided:
+        seen = f"{value.layout} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name} must be {kinds} or a numpy array with one row a pair, got {seen}")
+    return value
+
+
+def shape_seen(images: Tensor) -> str:
+    """The shape of images that are not (N, 3, H, W), and what to do where their channels lie last."""
+    last = images.ndim == 4 and images.shape[3] == 3
+    return f"{tuple(images.shape)}" + ("; channels lie last, x.permute(0, 3, 1, 2) turns them" if last else "")
+
+
+def _captions(text: Any) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
+    """N strings, or N tuples of strings."""
+    if isinstance(text, list | tuple):
+        if all(isinstance(caption, str) for caption in text):
+            return tuple(text)
+        if all(isinstance(row, list | tuple) and all(isinstance(c, str) for c in row) for row in text):
+            return tuple(tuple(row) for row in text)
+        seen = f"a {type(text).__name__} of {', '.join(sorted({type(row).__name__ for row in text}))}"
+    else:
+        seen = type(text).__name__
+    raise InputError(
+        f"text must be a tensor or numpy array of features or token ids, or N strings or tuples of strings, got {seen}"
+    )
+
+
+def _check_text(values: Tensor) -> None:
+    if values.dtype != torch.int64:
+        _check_features(values, "text")
+    elif values.ndim != 2 or not values.shape[1]:
+        raise InputError(f"token ids must be int64 (N, L), got {tuple(values.shape)}")
+
+
 def _check_features(values: Tensor, name: str) -> None:
     if values.ndim != 2 or not values.is_floating_point():
-        raise InputError(f"{name} features must be floats (N, dim), got {values.dtype} {tuple(values.shape)}")
+        also = ", token ids int64 (N, L)" if name == "text" else ", raw images uint8 (N, 3, H, W)"
+        raise InputError(f"{name} features must be floats (N, dim){also}, got {values.dtype} {tuple(values.shape)}")
     if values.shape[1] == 0:
         raise InputError(f"{name} features must have at least one column, got shape {tuple(values.shape)}")
     bad = (~torch.isfinite(values)).any(dim=1)
@@ -161,11 +248,11 @@ def _used(labels: Tensor) -> int:
     return int((labels.amax(dim=0) > 0).sum()) if labels.ndim == 2 else len(labels.unique())
 
 
-def _width(values: Tensor | Sequence) -> tuple:
+def _width(values: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     return tuple(values.shape[1:]) if isinstance(values, Tensor) else ("captions",)
 
 
-def _feature_dim(name: str, what: str, values: Tensor | Sequence) -> int:
-    if not isinstance(values, Tensor) or values.ndim != 2:
+def _feature_dim(name: str, what: str, values: Tensor | Sequence[Any]) -> int:
+    if not isinstance(values, Tensor) or values.ndim != 2 or not values.is_floating_point():
         raise InputError(f"{name}: {what} is raw, this needs features (N, dim)")
     return values.shape[1]

@@ -7,12 +7,14 @@ sealed classes: a pickle that tries to change them, to change what the next call
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cmr_fast.data import formats
 from cmr_fast.errors import InputError
 
 _KINDS = "biufSU"
@@ -22,18 +24,43 @@ _DEPTH = 8
 def load(path: str | os.PathLike[str]) -> Any:
     """The value in a pickle: numbers, text, tuples, lists, dicts, sets, and numpy arrays of numbers or text.
 
-    Pickles of Python 2 are read as latin1; arrays of objects come as (nested) lists. Raises InputError for one that
-    names anything else, which is then not run, and for one that is damaged.
+    Parameters
+    ----------
+    path : str or path
+        A pickle of any protocol; those of Python 2 are read as latin1.
+
+    Returns
+    -------
+    object
+        Plain data; arrays of objects come as (nested) lists.
+
+    Raises
+    ------
+    InputError
+        For one that names anything else, which is then not run, and for one that is damaged, empty or another file.
     """
     file = Path(path)
+    head = formats.first_bytes(file)
     with open(file, "rb") as stream:
         try:
             return _plain(_Reader(stream, encoding="latin1").load(), 0, {})
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
         except (Exception, RecursionError, MemoryError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if refused := _other(file, head):
+                raise InputError(f"{file}: expected a pickle; it {refused}") from error
+            reason = (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
             raise InputError(f"{file}: not a pickle of arrays, lists and dicts, or damaged ({reason})") from error
+
+
+def _other(file: Path, head: bytes) -> str | None:
+    """What a file is that is no pickle, where it is known."""
+    if refused := formats.refusal(file, head):
+        return refused
+    try:
+        return formats.zip_refusal(file) if head.startswith(b"PK\x03\x04") else None
+    except (zipfile.BadZipFile, OSError):
+        return None
 
 
 class _Sealed(type):
@@ -139,15 +166,31 @@ for _package in ("numpy.core", "numpy._core"):
     }
 
 
+_OWNERS = {
+    "torch": "torch tensors (x.numpy() makes arrays of them)",
+    "pandas": "tables of pandas (x.to_numpy() makes arrays of them)",
+    "scipy": "sparse matrices of scipy (x.toarray() makes arrays of them)",
+    "joblib": "arrays of joblib.dump (joblib.load opens it)",
+    "sklearn": "objects of scikit-learn",
+    "jax": "arrays of jax (numpy.asarray makes arrays of them)",
+    "jaxlib": "arrays of jax (numpy.asarray makes arrays of them)",
+    "tensorflow": "tensors of TensorFlow (x.numpy() makes arrays of them)",
+    "PIL": "images of Pillow (numpy.asarray makes arrays of them)",
+}
+"""What pickles hold that name a package."""
+
+
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module, name))
-        if found is None:
+        stand_in = _ALLOWED.get((module, name))
+        if stand_in is None:
+            owner = module.partition(".")[0]
+            kind = f", so it holds {_OWNERS[owner]}" if owner in _OWNERS else ""
             raise InputError(
-                f"the pickle wants to use {module}.{name}; only numbers, text, lists, dicts and numpy arrays are read, "
-                "and nothing was run. If you trust it, open it yourself and save the arrays as .npz"
+                f"the pickle wants to use {module}.{name}{kind}; only numbers, text, lists, dicts and numpy arrays are "
+                "read, and nothing was run. If you trust it, open it yourself and save the arrays as .npz"
             )
-        return found
+        return stand_in
 
 
 def _array(content: Any, dtype: _Dtype, shape: tuple, order: str) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmr_fast.data._checks import check_count
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
@@ -78,19 +79,38 @@ def load(
 ) -> PairedDataset:
     """Draw the three splits, which share no scene; the same arguments and numpy give the same data.
 
-    form   "raw": image uint8 (N, 3, 32, 32), text N tuples of five captions; "features": `image_features` and
-           `bag_of_words` of each scene's first caption. Row i is the same scene in both forms.
-    train, query, database: pairs in each split; `count` sets all three at once, as 4:1:3 parts of it
-    Labels are multi-hot over `CLASSES`, the eight colours and the eight shapes.
+    Parameters
+    ----------
+    form : {"features", "raw"}
+        "raw": image uint8 (N, 3, 32, 32), text N tuples of five captions; "features": `image_features` and
+        `bag_of_words` of each scene's first caption. Row i is the same scene in both forms.
+    train, query, database : int
+        Pairs in each split.
+    seed : int
+        What everything follows from.
+    count : int, optional
+        Sets all three sizes at once, as 4:1:3 parts of it.
+
+    Returns
+    -------
+    PairedDataset
+        Labels are multi-hot over `CLASSES`, the eight colours and the eight shapes.
+
+    Raises
+    ------
+    InputError
+        Where a split would be empty, or an option is of another kind.
     """
     if form not in ("features", "raw"):
         raise InputError(f"form must be 'features' or 'raw', got {form!r}")
+    check_count("seed", seed, least=0)
     if count is not None:
+        check_count("count", count, least=8)
         train, query = count // 2, count // 8
         database = count - train - query
     sizes = {"train": train, "query": query, "database": database}
-    if min(sizes.values()) < 1 or seed < 0:
-        raise InputError(f"splits need at least one pair each and the seed 0 or more, got {sizes}, seed={seed}")
+    for split, size in sizes.items():
+        check_count(split, size)
     raw = {}
     for number, (split, size) in enumerate(sizes.items()):
         random = np.random.default_rng([seed, number])
@@ -107,8 +127,8 @@ def load(
 
 def load_images(*, train: int = 4000, test: int = 1000, seed: int = 0) -> ImageDataset:
     """One object an image, its class the shape of it, eight in all: raw images for classifiers."""
-    if min(train, test) < 1 or seed < 0:
-        raise InputError(f"train and test need at least one image and seed 0 or more, got {train}, {test} and {seed}")
+    for name, value, least in (("train", train, 1), ("test", test, 1), ("seed", seed, 0)):
+        check_count(name, value, least)
     random = [np.random.default_rng([seed, 100 + split]) for split in range(2)]
     return ImageDataset("shapes", _single(train, random[0]), _single(test, random[1]), class_names=tuple(SHAPES))
 
@@ -132,12 +152,12 @@ def draw(count: int, random: np.random.Generator) -> Scenes:
 
 def labels(scenes: Scenes) -> np.ndarray:
     """uint8 (N, 16): which colours and shapes are there."""
-    there = np.arange(3) < scenes.number[:, None]
-    rows, slots = there.nonzero()
-    found = np.zeros((len(scenes.number), len(CLASSES)), dtype=np.uint8)
-    found[rows, scenes.colour[rows, slots]] = 1
-    found[rows, len(COLOURS) + scenes.shape[rows, slots]] = 1
-    return found
+    mask = np.arange(3) < scenes.number[:, None]
+    rows, slots = mask.nonzero()
+    result = np.zeros((len(scenes.number), len(CLASSES)), dtype=np.uint8)
+    result[rows, scenes.colour[rows, slots]] = 1
+    result[rows, len(COLOURS) + scenes.shape[rows, slots]] = 1
+    return result
 
 
 def render(scenes: Scenes, random: np.random.Generator) -> np.ndarray:
@@ -232,10 +252,10 @@ def describe(scenes: Scenes, random: np.random.Generator) -> tuple[tuple[str, ..
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can hold, in alphabetical order."""
     templates = (*_WHOLE, *_PLACED, *_COUNTED, *_VAGUE, *_CASUAL, *_PLACES, *_COUNTS, "a an and")
-    found = {word for text in templates for word in tokens(re.sub(r"\{\w+\}", " ", text))}
+    result = {word for text in templates for word in tokens(re.sub(r"\{\w+\}", " ", text))}
     for group in (*(words for _, words in COLOURS.values()), *SHAPES.values(), *_SIZES):
-        found.update(group)
-    return tuple(sorted(found))
+        result.update(group)
+    return tuple(sorted(result))
 
 
 def tokens(text: str) -> list[str]:
@@ -253,14 +273,14 @@ def bag_of_words(captions: Sequence[str], reference: Sequence[str]) -> Tensor:
     frequency = np.zeros(len(column))
     for caption in reference:
         frequency[[column[word] for word in set(tokens(caption)) if word in column]] += 1
-    found = np.zeros((len(captions), len(column)))
-    for row, caption in zip(found, captions, strict=True):
+    result = np.zeros((len(captions), len(column)))
+    for row, caption in zip(result, captions, strict=True):
         for word in tokens(caption):
             if word in column:
                 row[column[word]] += 1
-    found *= np.log((1 + len(reference)) / (1 + frequency)) + 1
-    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-    return torch.from_numpy(found.astype(np.float32))
+    result *= np.log((1 + len(reference)) / (1 + frequency)) + 1
+    result /= np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
+    return torch.from_numpy(result.astype(np.float32))
 
 
 def image_features(images: Tensor) -> Tensor:

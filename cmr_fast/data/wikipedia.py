@@ -6,25 +6,42 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cmr_fast.data import formats
 from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.readers import read_arrays
 from cmr_fast.errors import InputError
 
 FILES = {"lda": ("raw_features.mat", "raw_features_with_tfidf.mat"), "tfidf": ("raw_features_with_tfidf.mat",)}
 LISTS = {"tr": "trainset_txt_img_cat.list", "te": "testset_txt_img_cat.list"}
 
 
+def holds(path: Path) -> bool:
+    """Whether the set lies in the folder."""
+    return any((path / name).is_file() for name in FILES["lda"])
+
+
 def load(path: str | os.PathLike[str], *, features: str = "lda") -> PairedDataset:
     """Read the folder of Rasiwasia et al. 2010: `raw_features.mat` or `raw_features_with_tfidf.mat`, and the lists.
 
-    image  float32 (N, 128): histogram of SIFT words, each row sums to 1
-    text   float32: `features="lda"` (N, 10) topic shares, each row sums to 1; `"tfidf"` (N, 1000) weighted words
-    labels int64 (N,), 0 to 9 (1 to 10 on disk), named by `categories.list` where it is there
+    Parameters
+    ----------
+    path : str or path
+        The folder.
+    features : {"lda", "tfidf"}
+        The text features.
 
-    The 693 test pairs are queries and database at once, as the papers do it. Raises InputError for files that are
-    missing, cut short, or of other lengths than the lists.
+    Returns
+    -------
+    PairedDataset
+        image float32 (N, 128): histogram of SIFT words, each row sums to 1; text float32, "lda" (N, 10) topic shares,
+        each row sums to 1, "tfidf" (N, 1000) weighted words; labels int64 (N,), 0 to 9 (1 to 10 on disk), named by
+        `categories.list` where it is there. The 693 test pairs are queries and database at once, as the papers do it.
+
+    Raises
+    ------
+    InputError
+        For files that are missing, cut short, or of other lengths than the lists.
     """
-    from cmr_fast.data.readers import read_arrays
-
     if features not in FILES:
         raise InputError(f"features must be one of {', '.join(FILES)} for Wikipedia, got {features!r}")
     folder = Path(path)
@@ -63,13 +80,12 @@ def _classes(file: Path) -> np.ndarray:
     """int64 (N,): the third column, from 1. Lines are text id, image id and class, with tabs between."""
     if not file.is_file():
         raise InputError(f"{file}: not found; it holds the classes, which the .mat files lack")
+    formats.first_bytes(file)
     lines = file.read_text(encoding="latin1").splitlines()
-    found = []
+    classes = []
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if len(fields) != 3 or not fields[2].strip().isdecimal() or int(fields[2]) < 1:
             raise InputError(f"{file}: line {number} is {line!r}, expected text id, image id and class from 1, by tabs")
-        found.append(int(fields[2]))
-    if not found:
-        raise InputError(f"{file}: is empty, expected one line per pair")
-    return np.array(found, dtype=np.int64)
+        classes.append(int(fields[2]))
+    return np.array(classes, dtype=np.int64)

@@ -38,6 +38,19 @@ def test_queries_that_rank_each_other_are_saved_once(tmp_path):
     assert load(tmp_path / "mine.npz").query.text == test.text
 
 
+@pytest.mark.parametrize("text", [torch.arange(6).reshape(3, 2), ("one", "a second", ""), (("a",), ("b", "c"), ("d",))])
+def test_token_ids_and_captions_come_back_as_they_were(tmp_path, text):
+    pairs = Pairs(torch.eye(3), text, torch.arange(3))
+    save_pairs(tmp_path / "mine.npz", PairedDataset("x", pairs, pairs, pairs))
+    same(load(tmp_path / "mine.npz").train, pairs)
+
+
+def test_whole_numbers_of_the_own_format_are_features_where_it_does_not_say_more(tmp_path):
+    parts = {f"{s}_{p}": np.eye(3, dtype=np.int64) for s in ("train", "query") for p in ("image", "text")}
+    np.savez(tmp_path / "own.npz", **parts, train_labels=np.arange(3), query_labels=np.arange(3))
+    assert load(tmp_path / "own.npz").train.text.dtype == torch.float32
+
+
 def test_one_hot_rows_of_the_own_format_stay_several_labels(tmp_path):
     pairs = Pairs(torch.eye(3), torch.eye(3, 2), torch.eye(3, dtype=torch.uint8))
     save_pairs(tmp_path / "mine.npz", PairedDataset("x", pairs, pairs, pairs))

@@ -112,3 +112,11 @@ def test_real_wikipedia(data_root, monkeypatch):
     assert torch.allclose(words.train.image, data.train.image)
     monkeypatch.setenv("CMR_FAST_DATA", str(data_root))
     assert torch.equal(load("wikipedia").train.text, data.train.text)
+
+
+def test_lists_that_are_empty_or_stand_for_others(folder):
+    file = folder / "trainset_txt_img_cat.list"
+    for content, message in (("", "is empty"), ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer")):
+        file.write_text(content)
+        with pytest.raises(InputError, match=rf"trainset_txt_img_cat\.list: (is a )?{message}"):
+            load(folder)
