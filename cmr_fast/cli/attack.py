@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast.cli.common import (
     DataFlags,
+    check_folder,
     check_output,
     check_report_folder,
     is_classifier,
@@ -72,6 +73,8 @@ class Attack(DataFlags):
             check_output(self.save, self.force)
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out}: is a file, expected a folder to write")
+        if self.out is not None:
+            check_folder(self.out)
         model = load_run(self.trained)
         if is_classifier(model):
             self._classifier(model)
@@ -94,9 +97,14 @@ class Attack(DataFlags):
         settings = robustness.Settings(eps=eps, images=self.images, batch=self.batch, seed=self.seed, fast=self.fast)
         x, y = robustness.pixels_of(dataset.test, settings.images)
         surrogate = load_surrogate(self.surrogate)
-        outcomes = robustness.attack_all(
-            model, x, y, attacks, settings, surrogate=surrogate, keep=self.out, title="attacking"
-        )
+        try:
+            outcomes = robustness.attack_all(
+                model, x, y, attacks, settings, surrogate=surrogate, keep=self.out, title="attacking"
+            )
+        except KeyboardInterrupt:
+            if self.out is not None and any(self.out.glob("*.json")):
+                raise KeyboardInterrupt(f"the same command goes on from the attacks kept in {self.out}") from None
+            raise
         title = f"{self.trained}: {len(x)} test images of {dataset.name}, eps {eps * 255:.3g}/255"
         robustness.print_outcomes(title, {"accuracy": outcomes})
         if self.save is not None:

@@ -30,7 +30,10 @@ def open_index(path: Path, bits: int | None = None) -> "HammingIndex":
     from cmr_fast.retrieval import HammingIndex
 
     check_exists(path)
-    return HammingIndex.from_faiss(path, bits) if _is_faiss(path) else HammingIndex.load(path)
+    try:
+        return HammingIndex.from_faiss(path, bits) if _is_faiss(path) else HammingIndex.load(path)
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def nbytes_of(source: "np.ndarray | HammingIndex") -> int:

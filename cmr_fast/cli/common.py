@@ -1,6 +1,7 @@
 """What several commands share: the data flags, and opening runs, data sets and files. Imports wait in functions."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class DataFlags:
             name, equals, value = text.partition("=")
             if not (name.isidentifier() and equals):
                 raise InputError(f"--options expects name=value, got {text!r}")
-            options[name] = int(value) if value.isdecimal() else value
+            options[name] = _option(name, value)
         return options
 
     def source(self, trained: Path) -> tuple[str, dict[str, Any]]:
@@ -79,6 +80,21 @@ class DataFlags:
         return dataset
 
 
+COUNTS = {"count": 1, "train": 1, "query": 1, "test": 1, "seed": 0}
+"""Loader options that are numbers, and the least of each; `database` is a number or a split's name."""
+
+
+def _option(name: str, value: str) -> int | str:
+    if value.removeprefix("-").isdecimal() and value.isascii():
+        number = int(value)
+        if number < COUNTS.get(name, number):
+            raise InputError(f"--options {name} must be at least {COUNTS[name]}, got {value}")
+        return number
+    if name in COUNTS:
+        raise InputError(f"--options {name} must be an integer of at least {COUNTS[name]}, got {value!r}")
+    return value
+
+
 def is_classifier(model: "Method | type[Method]") -> bool:
     from cmr_fast.methods.method import Classifier
 
@@ -92,6 +108,7 @@ def makes_codes(model: "Method") -> bool:
 def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
     from cmr_fast.data import load
 
+    _check_regular(data)
     with busy(f"reading {data}"):
         return load(data, **options)
 
@@ -99,6 +116,7 @@ def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
 def load_labelled_images(data: str, options: Mapping[str, Any]) -> "ImageDataset":
     from cmr_fast.data import load_images
 
+    _check_regular(data)
     known = ("train", "test", "seed")
     if unknown := [name for name in options if name not in known]:
         raise InputError(f"labelled images take no option {unknown[0]!r}; they take {', '.join(known)}")
@@ -106,6 +124,12 @@ def load_labelled_images(data: str, options: Mapping[str, Any]) -> "ImageDataset
         raise InputError(f"{wrong[0]} must be an integer, got {options[wrong[0]]!r}")
     with busy(f"reading {data}"):
         return load_images(data, **options)
+
+
+def _check_regular(data: str) -> None:
+    path = Path(data)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{data}: is a device, FIFO or socket, expected a data file or folder")
 
 
 def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
@@ -156,8 +180,20 @@ def check_output(path: Path, force: bool) -> None:
     """Refuse to write over a file; --force allows it."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a device, FIFO or socket, expected the name of a file to write")
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; --force overwrites it")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before the work, a folder that cannot be made or written."""
+    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not above.is_dir():
+        raise InputError(f"{folder}: cannot be made, since {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be written, permission denied for {above}")
 
 
 def check_report_folder(out: Path, force: bool) -> None:
@@ -166,6 +202,7 @@ def check_report_folder(out: Path, force: bool) -> None:
         raise InputError(f"{out}: is a file, expected a folder to write")
     if (out / "README.md").exists() and not force:
         raise InputError(f"{out}: holds a report already; --force writes over it")
+    check_folder(out)
 
 
 def refuse_flags(given: Mapping[str, Any], why: str) -> None:
@@ -180,10 +217,13 @@ def read_array(path: Path) -> "np.ndarray":
     import numpy as np
 
     check_exists(path)
+    if not path.is_file():
+        raise InputError(f"{path}: expected a .npy file, this is {'a folder' if path.is_dir() else 'no regular file'}")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a .npy array of numbers ({error})") from error
+        why = "" if "pickle" in str(error) else f" ({error})"
+        raise InputError(f"{path}: not a .npy array of numbers{why}; numpy.save writes one") from error
     if not isinstance(array, np.ndarray) or array.ndim == 0:
         raise InputError(f"{path}: expected one .npy array, got {type(array).__name__}")
     return array

@@ -71,6 +71,7 @@ def examine() -> dict[str, Any]:
         },
         "extras": {extra: {name: _version(name) for name in _requirements(extra)} for extra in _extras()},
         "data": _data(),
+        "wrong_variables": _wrong_variables(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -167,6 +168,21 @@ def _backends(op: str, device: str, names: tuple[str, ...]) -> dict[str, Any]:
         return {"runs": None, "candidates": candidates, "error": str(error)}
 
 
+def _wrong_variables() -> dict[str, str]:
+    """The variables that ops would refuse, and why."""
+    from cmr_fast.ops import _dispatch
+
+    wrong = {}
+    threads = os.environ.get("CMR_FAST_THREADS")
+    if threads is not None and not (threads.isascii() and threads.isdecimal() and 0 < int(threads) < 1 << 31):
+        wrong["CMR_FAST_THREADS"] = "expected a whole number, 1 or more"
+    backend = os.environ.get("CMR_FAST_BACKEND")
+    known = sorted({name for devices in _dispatch.BACKENDS.values() for names in devices.values() for name in names})
+    if backend and backend not in known:
+        wrong["CMR_FAST_BACKEND"] = f"expected one of {', '.join(known)}"
+    return wrong
+
+
 def _data() -> dict[str, Any]:
     root = os.environ.get("CMR_FAST_DATA")
     if root is None:
@@ -183,6 +199,8 @@ def _data() -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     """What `examine` returned, for people."""
+    from rich.markup import escape
+
     from cmr_fast._terminal import new_table, show
 
     python, cpu, isa, gpu, data = (report[name] for name in ("python", "cpu", "instruction_set", "gpu", "data"))
@@ -198,7 +216,8 @@ def print_report(report: dict[str, Any]) -> None:
     head.add_row("GPU", f"{', '.join(gpu['devices']) or 'none'}: {gpu['why']}")
     head.add_row("data", f"{data['root'] or 'none'}: {', '.join(data['sets']) or data['why']}")
     for name, value in report["environment"].items():
-        head.add_row(f"  {name}", value)
+        why = report["wrong_variables"].get(name)
+        head.add_row(f"  {name}", escape(value) + (f" [red]not valid: {escape(why)}[/red]" if why else ""))
     libraries = ", ".join(f"{name} {seen or '[red]missing[/red]'}" for name, seen in report["libraries"].items())
     head.add_row("libraries", libraries or "not known: cmr-fast is not installed as a package (pip install .)")
     show("cmr-fast " + report["cmr_fast"]["version"], head)

@@ -35,8 +35,14 @@ class Index:
     """Overwrite the output file."""
 
     def __call__(self) -> None:
+        from cmr_fast.ops._tensors import MAX_BITS
         from cmr_fast.retrieval.index import HammingIndex
 
+        if self.bits is not None and not 1 <= self.bits <= MAX_BITS:
+            raise InputError(f"--bits must be from 1 to {MAX_BITS}, got {self.bits}")
+        for path in (*self.codes, *([] if self.ids is None else [self.ids])):
+            if self.out.exists() and path.exists() and path.samefile(self.out):
+                raise InputError(f"{self.out}: is an input of this command, expected another name for the index")
         if not self.append:
             check_output(self.out, self.force)
         elif self.bits is not None:

@@ -1,5 +1,6 @@
 """The program `cmr-fast`: finds the command and runs it. Each command is a module of its name."""
 
+import codecs
 import inspect
 import shlex
 import sys
@@ -17,6 +18,7 @@ Start with:  cmr-fast demo
 Your own data:  cmr-fast train acmr --data PATH
 
 Every command explains itself:  cmr-fast train acmr --help"""
+PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
 COMMANDS = ("demo", "train", "encode", "index", "search", "evaluate", "attack", "report", "doctor")
 EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks", "textattack": "textattack"} | (
     dict.fromkeys(("faiss", "asv", "torchmetrics"), "bench") | {"ray": "dist"}
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for bad input and errors of the system, 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _print_anything()
     try:
         _parse(arguments)()
     except InputError as error:
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 141
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        path = error.filename2 or error.filename
+        return _fail(f"{path}: {error.strerror}" if path else str(error))
     except KeyboardInterrupt as error:
         print("\ninterrupted", file=sys.stderr)
         if arguments[:1] == ["train"]:
@@ -61,7 +65,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif error.args:
             print(*error.args, file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # what safetensors makes of an OSError, such as a full disk
+            raise
+        return _fail(f"{error}; an earlier checkpoint, if there is one, is whole")
     return 0
+
+
+def _print_anything() -> None:
+    """Print what the encoding of the output does not have in plain letters: ASCII locales, undecodable file names."""
+    codecs.register_error("cmr_fast_plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="cmr_fast_plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError):
+        plain = PLAIN.get(error.object[error.start])
+        if plain is not None:
+            return plain, error.start + 1
+    return codecs.backslashreplace_errors(error)
 
 
 def _fail(message: str) -> int:

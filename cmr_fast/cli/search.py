@@ -59,6 +59,10 @@ class Search:
         for name, least in (("k", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.out is not None and any(
+            self.out.exists() and path.exists() and path.samefile(self.out) for path in (self.index, self.queries)
+        ):
+            raise InputError(f"{self.out}: is an input of this command, expected another name for the hits")
         index = open_index(self.index)
         source = open_codes(self.queries, index.bits)
         queries = source if isinstance(source, np.ndarray) else source.codes
@@ -89,6 +93,10 @@ class Search:
             with busy("searching"):
                 for _ in blocks(shown):
                     pass
+        if self.out is not None and self.k > _PRINTED and shown:
+            print(f"The first {_PRINTED} of {self.k} hits a query; all are in {self.out}")
+        elif self.k > _PRINTED and shown:
+            print(f"The first {_PRINTED} of {self.k} hits a query; --out FILE writes all")
         _print_hits(head, self.k, f"The nearest of {index.ntotal} codes of {index.bits} bits: id (distance)")
         if len(queries) > shown:
             print(f"… and {len(queries) - shown} more queries{'' if self.out else '; --out FILE searches all'}")

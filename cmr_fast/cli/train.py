@@ -44,7 +44,11 @@ class Train:
     def __call__(self) -> None:
         from cmr_fast.data.pairs import PairedDataset
         from cmr_fast.methods.loop import train
+        from cmr_fast.ops._tensors import MAX_BITS
 
+        bits = getattr(self.config, "bits", None)
+        if bits is not None and bits > MAX_BITS:
+            raise InputError(f"--bits must be at most {MAX_BITS}, got {bits}")
         options = self.source.loader_options()
         load = load_labelled_images if is_classifier(METHODS[self.method]) else load_pairs
         dataset = load(self.source.data, options)
