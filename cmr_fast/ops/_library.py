@@ -76,9 +76,9 @@ def refuse_forward_mode(name: str, *args: Any) -> None:
             )
 
 
-def refuse_twice(ctx: Any, *_: Tensor) -> NoReturn:
+def refuse_twice(ctx: Any, *_: Tensor, hint: str = "") -> NoReturn:
     """The backward of a backward op."""
-    raise InputError("this loss can be differentiated once, got a second derivative")
+    raise InputError(f"this loss can be differentiated once, got a second derivative{hint}")
 
 
 def _count_versions(op: Any, name: str, changed: list[tuple[int, str]]) -> None:
