@@ -7,6 +7,7 @@ CMR_FAST_BACKEND forces one, CMR_FAST_ISA forces an instruction set; a forced ch
 import functools
 import importlib
 import importlib.util
+import numbers
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,6 +39,9 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ipot": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
+
+
+MAX_THREADS = 4096
 
 
 @functools.cache
@@ -78,9 +82,13 @@ def _cuda_unavailable() -> str | None:
 
 
 @functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_unavailable(device: str) -> str | None:
     """Why Triton's kernels cannot run on tensors of `device`; its interpreter runs them on those of the CPU."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -114,13 +122,14 @@ def choose_backend(op: str, device: str, forced: str | None = None, unfit: dict[
     """
     unfit = unfit or {}
     candidates = BACKENDS[op].get(device, ("torch",))
+    source = f"backend={forced!r}" if forced else f"CMR_FAST_BACKEND={os.environ.get('CMR_FAST_BACKEND')}"
     forced = forced or os.environ.get("CMR_FAST_BACKEND") or None
     if forced:
         if forced not in candidates:
-            raise InputError(f"{op} on {device} has the backends {', '.join(candidates)}, got backend={forced!r}")
+            raise InputError(f"{op} on {device} has the backends {', '.join(candidates)}, got {source}")
         reason = unavailable(forced, device) or unfit.get(forced)
         if reason:
-            raise InputError(f"backend {forced!r} of {op} cannot run: {reason}")
+            raise InputError(f"{source} of {op} cannot run: {reason}")
         return forced
     return next(name for name in candidates if name not in unfit and unavailable(name, device) is None)
 
@@ -143,16 +152,30 @@ def choose_isa() -> str:
 
 def choose_threads(threads: int | None = None) -> int:
     """`threads`, else CMR_FAST_THREADS, else the processors that this process may use."""
-    source = "threads"
-    if threads is None:
-        text = os.environ.get("CMR_FAST_THREADS")
-        if not text:
-            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        source = "CMR_FAST_THREADS"
-        threads = int(text) if text.isdigit() else 0
-    if threads < 1:
-        raise InputError(f"{source} must be 1 or more, got {threads}")
-    return threads
+    if threads is not None:
+        return _as_threads(threads)
+    text = os.environ.get("CMR_FAST_THREADS")
+    if not text:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS):
+        raise InputError(f"CMR_FAST_THREADS must be an integer from 1 to {MAX_THREADS}, got {text!r}")
+    return int(text)
+
+
+def _as_threads(threads: object) -> int:
+    if type(threads) is not int and (isinstance(threads, bool) or not isinstance(threads, numbers.Integral)):
+        raise InputError(f"threads must be an integer of 1 or more, at most {MAX_THREADS}, or None, got {threads!r}")
+    number = int(threads)
+    if not 1 <= number <= MAX_THREADS:
+        raise InputError(f"threads must be an integer of 1 or more, at most {MAX_THREADS}, or None, got {number}")
+    return number
+
+
+def how(backend: object, threads: object) -> tuple[str | None, int | None]:
+    """`backend` and `threads` of a public function, as the ops take them."""
+    if backend is not None and not isinstance(backend, str):
+        raise InputError(f"backend must be the name of one, or None, got {backend!r}")
+    return backend, None if threads is None else _as_threads(threads)
 
 
 def check_finite(**tensors: Any) -> None:

@@ -6,13 +6,12 @@ cpp      torch multiplies a tile, the native epilogue takes from it what rows an
 torch    blocks of whole rows, in float32 at least
 """
 
-import functools
 import itertools
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -41,8 +40,13 @@ def infonce_outputs(
 def sigmoid_outputs(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    of = [torch.empty_like(x) if gradients else x.new_empty(0) for x in (image, text, scale, bias)]
+    of = [x.new_empty(x.shape if gradients else 0) for x in (image, text, scale, bias)]
     return scale.new_empty(()), of[0], of[1], of[2], of[3]
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) with all digits: torch's own is x from 20 on, which costs float64 half of them."""
+    return -F.logsigmoid(-x)
 
 
 def rows_to_keep(image: Tensor, text: Tensor) -> int:
@@ -78,19 +82,43 @@ class Pairs(NamedTuple):
         return found
 
 
-@functools.cache
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads whose products use one processor each. They are of this process: a fork does not keep them."""
-    outside, all_there = torch.get_num_threads(), threading.Barrier(threads)
+class _Workers:
+    """Threads whose products use one processor each: one pool in a process, as large as the largest call asked for."""
 
-    def use_one_processor() -> None:
-        torch.get_num_threads()  # the first question of a thread sets it to the global number: not after ours
-        torch.set_num_threads(1)
+    def __init__(self) -> None:
+        self.forget()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
 
-    pool = ThreadPoolExecutor(threads, "cmr_fast", use_one_processor)
-    list(pool.map(lambda _: all_there.wait(), range(threads)))
-    torch.set_num_threads(outside)
-    return pool
+    def forget(self) -> None:
+        """A fork keeps neither the threads nor who held the lock."""
+        self.lock, self.size = threading.Lock(), 0
+        self.pool: ThreadPoolExecutor | None = None
+
+    def start(self, work: Callable[[int], None], count: int) -> list[Future[None]]:
+        """work(0) to work(count - 1), each on a thread of its own unless other calls have them all."""
+        with self.lock:  # no pool is shut down between its choice and the last submit
+            if self.pool is None or self.size < count:
+                if self.pool is not None:
+                    self.pool.shutdown(wait=False)  # what it was given, it does
+                self.pool, self.size = self._made(count), count
+            return [self.pool.submit(work, slot) for slot in range(count)]
+
+    @staticmethod
+    def _made(count: int) -> ThreadPoolExecutor:
+        outside, all_there = torch.get_num_threads(), threading.Barrier(count)
+
+        def use_one_processor() -> None:
+            torch.get_num_threads()  # the first question of a thread sets it to the global number: not after ours
+            torch.set_num_threads(1)
+
+        pool = ThreadPoolExecutor(count, "cmr_fast", use_one_processor)
+        list(pool.map(lambda _: all_there.wait(), range(count)))
+        torch.set_num_threads(outside)
+        return pool
+
+
+_workers = _Workers()
 
 
 class _Panels:
@@ -133,8 +161,7 @@ class _Panels:
                             self.changed.notify_all()
                         raise
 
-        pool = _workers(self.threads, os.getpid())
-        for future in [pool.submit(work, slot) for slot in range(self.threads)]:
+        for future in _workers.start(work, self.threads):
             future.result()
 
 
@@ -352,7 +379,8 @@ def torch_backward(
 def _torch_gradients(
     image: Tensor, text: Tensor, scale: Tensor, gradient: Callable[[slice, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_image, of_text = torch.empty_like(image), torch.zeros(text.shape, dtype=scale.dtype, device=text.device)
+    of_image = image.new_empty(image.shape)
+    of_text = torch.zeros(text.shape, dtype=scale.dtype, device=text.device)
     of_scale = torch.zeros((), dtype=torch.float64, device=scale.device)
     for rows, x, y, z in _torch_blocks(image, text, scale):
         g = gradient(rows, z)
@@ -375,7 +403,7 @@ def torch_sigmoid(
         x = torch.where(positive, -z - bias, z + bias)
         of_positive, of_negative = z.new_tensor(each)
         weight = torch.where(positive, of_positive, of_negative)
-        loss.add_((weight * F.softplus(x)).sum(dtype=torch.float64))
+        loss.add_((weight * softplus(x)).sum(dtype=torch.float64))
         g = torch.where(positive, -weight, weight) * x.sigmoid()
         slope.add_(g.sum(dtype=torch.float64))
         return g

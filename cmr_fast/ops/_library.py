@@ -1,15 +1,105 @@
 """Registration of the ops with torch.library, so that torch.compile, opcheck and export see them."""
 
+import functools
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-LIBRARY = torch.library.Library("cmr_fast", "DEF")
+from cmr_fast.errors import InputError
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> None:
-    """Define cmr_fast::<schema>, run `implementation` on every device, and describe its outputs by `fake`."""
+class _Library(torch.library.Library):
+    """Every derivative that is registered is a reverse one: tensors with a forward-mode derivative are refused.
+
+    torch would drop it without a word. It is seen at autograd's place in the dispatcher, no longer behind it.
+    """
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
+        """As torch.library.Library's."""
+        if dispatch_key != "Autograd":
+            return super().impl(op_name, fn, dispatch_key, **options)
+
+        @functools.wraps(fn)
+        def reverse_only(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                refuse_forward_mode(str(op_name).rpartition("::")[2], *args, *kwargs.values())
+            return fn(keyset, *args, **kwargs)
+
+        return super().impl(op_name, reverse_only, dispatch_key, **options)
+
+
+LIBRARY = _Library("cmr_fast", "DEF")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define cmr_fast::<schema>, run `implementation` on every device, and describe its outputs by `fake`.
+
+    Returns the implementation as it is run: outside of autocast, whose 16-bit products would take the digits that the
+    op promises. Arguments that the schema marks as changed count their versions, and are refused where autograd would
+    have to know how.
+    """
     name = schema.split("(", 1)[0]
+    guarded = _outside_autocast(implementation)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, guarded, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cmr_fast::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.cmr_fast, name).default
+    changed = [
+        (i, x.name) for i, x in enumerate(op._schema.arguments) if x.alias_info is not None and x.alias_info.is_write
+    ]
+    if changed:
+        _count_versions(op, name, changed)
+    return guarded
+
+
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(implementation)
+    def guarded(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return implementation(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return implementation(*args)
+
+    return guarded
+
+
+def refuse_forward_mode(name: str, *args: Any) -> None:
+    """Raise InputError where an argument carries a forward-mode derivative, as in torch.func.jvp."""
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            raise InputError(
+                f"{name} has no forward-mode derivative, got a tensor with a tangent (torch.func.jvp, forward_ad): "
+                "expected reverse mode, torch.autograd.grad or .backward()"
+            )
+
+
+def refuse_twice(ctx: Any, *_: Tensor, hint: str = "") -> NoReturn:
+    """The backward of a backward op."""
+    raise InputError(f"this loss can be differentiated once, got a second derivative{hint}")
+
+
+def _count_versions(op: Any, name: str, changed: list[tuple[int, str]]) -> None:
+    """What in-place operators of torch do: see torch/_library/custom_ops.py, which does it for custom_op alone."""
+
+    def check(keyset: Any, *args: Any) -> Any:
+        for i, argument in changed:
+            if isinstance(args[i], Tensor) and args[i].requires_grad and torch.is_grad_enabled():
+                raise InputError(
+                    f"{name} changes {argument} in place and has no derivative: expected a tensor that requires no "
+                    f"grad ({argument}.detach(), or torch.no_grad()), got one that does"
+                )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def count(keyset: Any, *args: Any) -> Any:
+        for i, _ in changed:
+            if isinstance(args[i], Tensor):
+                torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIBRARY.impl(name, check, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)

@@ -1,5 +1,7 @@
-"""What every op does with what comes in and goes out: arrays to tensors and back, packed codes, second derivatives."""
+"""What every op does with what comes in and goes out: arrays to tensors and back, packed codes, numbers."""
 
+import math
+import numbers
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,12 +15,15 @@ MAX_BITS = 4096
 
 
 def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
+    """`x` as a dense tensor, sharing its memory, and whether it is a numpy array."""
     if isinstance(x, Tensor):
         if x.layout != torch.strided:
             raise InputError(f"{name} must be a dense tensor, got {x.layout}")
         return x, False
     if not isinstance(x, np.ndarray):
         raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}")
+    if isinstance(x, np.ma.MaskedArray):
+        raise InputError(f"{name} must not be masked: expected .filled(...) or the rows that are there, got a mask")
     x = np.ascontiguousarray(x)
     if not x.flags.writeable:
         x = np.asarray(_SharedMemory(x))
@@ -37,18 +42,51 @@ class _SharedMemory:
 
 
 def like_input(result: Tensor, was_numpy: bool) -> Any:
+    """`result` as numpy where that came in."""
     return result.numpy() if was_numpy else result
 
 
+def as_number(value: object, name: str, *, least: float = -math.inf, above: bool = False) -> float:
+    """A finite number, of Python or numpy or a tensor without axes, of `least` or more (`above`: more)."""
+    number = value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value
+    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+        x = float(number)
+        if math.isfinite(x) and (x > least or (x == least and not above)):
+            return x
+    expected = "" if least == -math.inf else f" above {least:g}" if above else f" of {least:g} or more"
+    raise InputError(f"{name} must be a finite number{expected}, got {value!r}")
+
+
+def as_integer(value: object, name: str, least: int, most: int | None = None) -> int:
+    """An integer, of Python or numpy, from `least` to `most`."""
+    if type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
+        x = int(value)
+        if x >= least and (most is None or x <= most):
+            return x
+    expected = f"of {least} or more" + ("" if most is None else f" and below {most + 1}")
+    raise InputError(f"{name} must be an integer {expected}, got {value!r}")
+
+
 def check_codes(codes: Tensor, name: str) -> None:
-    if codes.dtype != torch.uint8 or codes.ndim != 2 or not 1 <= codes.shape[1] <= MAX_BITS // 8:
-        raise InputError(
-            f"{name} must be packed codes, uint8 (N, nbytes) with 1 to {MAX_BITS // 8} bytes (see pack_codes), "
-            f"got {codes.dtype} {tuple(codes.shape)}"
-        )
+    """Raise InputError unless `codes` are packed, uint8 (N, nbytes), saying what they probably are."""
+    if codes.dtype == torch.uint8 and codes.ndim == 2 and 1 <= codes.shape[1] <= MAX_BITS // 8:
+        return
+    if codes.dtype == torch.int8:
+        hint = ': bytes of packed bits as int8 (precision="binary" elsewhere) are meant as x.view(uint8), on both sides'
+    elif codes.dtype == torch.uint8 and codes.ndim == 2 and codes.shape[1] > MAX_BITS // 8:
+        hint = ": are these bits, not packed yet? See pack_codes"
+    elif codes.dtype == torch.uint8 and codes.ndim == 1:
+        hint = ": expected one row for each code, x[None] for one code"
+    else:
+        hint = ": see pack_codes"
+    raise InputError(
+        f"{name} must be packed codes, uint8 (N, nbytes) with 1 to {MAX_BITS // 8} bytes, got {codes.dtype} "
+        f"{tuple(codes.shape)}{hint}"
+    )
 
 
 def as_codes(q: object, db: object) -> tuple[Tensor, Tensor, bool]:
+    """Queries and database as tensors, checked to be packed codes of one width on one device; whether from numpy."""
     queries, was_numpy = as_tensor(q, "q")
     database, db_was_numpy = as_tensor(db, "db")
     if was_numpy != db_was_numpy:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops._tensors import MAX_BITS, Array, as_codes, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import MAX_BITS, Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
@@ -33,6 +33,13 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
         raise InputError(f"x must be (N, bits) with 1 to {MAX_BITS} bits, got shape {tuple(values.shape)}")
     if values.is_complex():
         raise InputError(f"x must be bool, integer or float, got {values.dtype}")
+    if threshold is not None:
+        if isinstance(threshold, (np.ndarray, Tensor)) and threshold.ndim:
+            raise InputError(
+                f"threshold must be a finite number, got one of shape {tuple(threshold.shape)}: expected "
+                "pack_codes(x - threshold, threshold=0) for one of each bit"
+            )
+        threshold = as_number(threshold, "threshold")
     if values.is_floating_point():
         if bool(torch.isnan(values).any()):
             raise InputError("x must not hold NaN: a NaN has no sign to pack")
@@ -45,15 +52,34 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
     else:
         if threshold is not None:
             raise InputError(f"threshold is for floats; {values.dtype} is packed by x > 0, got threshold={threshold}")
-        bits = values if values.dtype == torch.bool else values > 0
+        bits = values if values.dtype == torch.bool else _signs_of_integers(values)
     return like_input(torch.ops.cmr_fast.pack_bits(bits), was_numpy)
+
+
+def _signs_of_integers(values: Tensor) -> Tensor:
+    """bool: x > 0 of {0, 1} and {-1, 1}; other integers are something else than bits."""
+    dtype = values.dtype
+    if dtype in _COMPARED:  # torch compares no others of no sign than uint8
+        values = values.to(_COMPARED[dtype])
+    if values.numel():
+        low, high = (int(x) for x in values.aminmax())
+        if low < -1 or high > 1:
+            raise InputError(
+                f"x must hold bits, {{0, 1}} or {{-1, 1}}, got {dtype} from {low} to {high}: packed codes are "
+                "used as they are, and of numbers x > 0 is packed"
+            )
+    return values > 0
+
+
+_COMPARED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
 
 
 def unpack_codes(codes: Array, bits: int) -> Array:
     """uint8 (N, ceil(bits / 8)) -> uint8 (N, bits) of 0 and 1."""
     packed, was_numpy = as_tensor(codes, "codes")
     check_codes(packed, "codes")
-    if not 1 <= bits <= MAX_BITS or packed.shape[1] != -(-bits // 8):
+    bits = as_integer(bits, "bits", 1, MAX_BITS)
+    if packed.shape[1] != -(-bits // 8):
         raise InputError(f"{bits} bits need codes of {-(-bits // 8)} bytes, got shape {tuple(packed.shape)}")
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return like_input(((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous(), was_numpy)
@@ -72,12 +98,11 @@ def hamming_topk(
     returns    distances int32 (Q, k), indices int64 (Q, k), sorted by (distance, index)
     """
     queries, database, was_numpy = as_codes(q, db)
-    if not isinstance(k, (int, np.integer)) or not 1 <= k < 2**31:
-        raise InputError(f"k must be an integer of 1 or more, and below 2^31, got {k!r}")
+    k = as_integer(k, "k", 1, 2**31 - 1)
     bits = _check_bits(bits, database.shape[1])
     # numpy arrays are part of no graph: they spare themselves torch's dispatcher
-    search = _topk if was_numpy else torch.ops.cmr_fast.hamming_topk
-    distances, indices = search(queries, database, int(k), bits, backend, threads)
+    search = _TOPK if was_numpy else torch.ops.cmr_fast.hamming_topk
+    distances, indices = search(queries, database, k, bits, *_dispatch.how(backend, threads))
     return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
 
@@ -90,9 +115,8 @@ def hamming_range(
                lims[i]:lims[i + 1], in index order
     """
     queries, database, was_numpy = as_codes(q, db)
-    if not isinstance(radius, (int, np.integer)) or radius < 0:
-        raise InputError(f"radius must be an integer of 0 or more, got {radius!r}")
-    result = torch.ops.cmr_fast.hamming_range(queries, database, int(radius), backend, threads)
+    radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
+    result = torch.ops.cmr_fast.hamming_range(queries, database, radius, *_dispatch.how(backend, threads))
     lims, distances, indices = (like_input(r, was_numpy) for r in result)
     return lims, distances, indices
 
@@ -100,26 +124,27 @@ def hamming_range(
 def hamming_distances(q: Array, db: Array, *, backend: str | None = None, threads: int | None = None) -> Array:
     """The whole table, int32 (Q, N): for small cases, it takes 4 * Q * N bytes."""
     queries, database, was_numpy = as_codes(q, db)
-    return like_input(torch.ops.cmr_fast.hamming_distances(queries, database, backend, threads), was_numpy)
+    table = torch.ops.cmr_fast.hamming_distances(queries, database, *_dispatch.how(backend, threads))
+    return like_input(table, was_numpy)
 
 
 def _check_bits(bits: int | None, nbytes: int) -> int:
     if bits is None:
         return 8 * nbytes
-    if not 8 * (nbytes - 1) < bits <= 8 * nbytes:
-        raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits}")
+    if not isinstance(bits, (int, np.integer)) or not 8 * (nbytes - 1) < bits <= 8 * nbytes:
+        raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits!r}")
     return int(bits)
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
     if bits.device.type == "cpu":
-        return torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
+        return torch.from_numpy(np.ascontiguousarray(np.packbits(bits.numpy(), axis=1, bitorder="little")))
     n, width = bits.shape
     nbytes = -(-width // 8)
     if width % 8:
         bits = torch.nn.functional.pad(bits, (0, 8 * nbytes - width))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (bits.reshape(n, nbytes, 8).to(torch.uint8) * weights).sum(dim=2, dtype=torch.uint8)
+    return (bits.reshape(n, nbytes, 8).to(torch.uint8) * weights).sum(dim=2, dtype=torch.uint8).contiguous()
 
 
 def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads: int | None) -> tuple[Tensor, Tensor]:
@@ -237,7 +262,7 @@ register(
     _pack_bits,
     lambda bits: bits.new_empty((bits.shape[0], (bits.shape[1] + 7) // 8), dtype=torch.uint8),
 )
-register(
+_TOPK = register(
     "hamming_topk(Tensor q, Tensor db, int k, int bits, str? backend, int? threads) -> (Tensor, Tensor)",
     _topk,
     lambda q, db, k, bits, backend, threads: (

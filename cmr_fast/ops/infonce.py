@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
@@ -25,11 +24,13 @@ from cmr_fast.ops._infonce_tiles import (
     infonce_outputs,
     rows_to_keep,
     sigmoid_outputs,
+    softplus,
     torch_backward,
     torch_forward,
     torch_sigmoid,
 )
-from cmr_fast.ops._library import LIBRARY, register
+from cmr_fast.ops._library import LIBRARY, refuse_twice, register
+from cmr_fast.ops._tensors import as_number
 
 Positives = Tensor | tuple[Tensor, Tensor] | None
 Reduction = Literal["mean", "sum", "none"]
@@ -66,6 +67,7 @@ def info_nce(
     its loss is 0 by itself; the mean over none is 0. The loss is float32 (float64 for float64 features), computed so
     for float16 and bfloat16 features as well. Raises InputError on shapes, dtypes or devices that disagree.
     """
+    backend, threads = _dispatch.how(backend, threads)
     scale = _inputs(image, text, logit_scale)
     image_ids, text_ids, weights = _positives(image, text, offset, positives)
     if direction not in ("both", "image", "text"):
@@ -107,6 +109,7 @@ def sigmoid_loss(
     z_ij = logit_scale * image_i . text_j + logit_bias. Arguments as for info_nce, but positives weigh 1 each, so
     float ones are refused; offset None: there are none (another rank's texts). The gradient is made in the same pass.
     """
+    backend, threads = _dispatch.how(backend, threads)
     scale = _inputs(image, text, logit_scale)
     if reduction not in ("mean", "sum"):
         raise InputError(f"reduction must be mean or sum, got {reduction!r}")
@@ -137,6 +140,7 @@ def js_critic(
     image, text    (B, d), B >= 2, row i of both from pair i
     marginals      "all": the B (B - 1) pairs i != j; "permutation": B of them, by a random cycle
     """
+    backend, threads = _dispatch.how(backend, threads)
     scale = _inputs(image, text, 1.0)
     count = len(image)
     if image.shape != text.shape or count < 2:
@@ -149,7 +153,7 @@ def js_critic(
     else:
         cycle = torch.randperm(count, device=image.device)
         joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
-        total = F.softplus(-joint).mean() + F.softplus(apart).mean()
+        total = softplus(-joint).mean() + softplus(apart).mean()
     return 2 * math.log(2) - total
 
 
@@ -186,7 +190,7 @@ def _inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
 def _scalar(x: Tensor | float, like: Tensor, name: str) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(x, Tensor):
-        return torch.full((), x, dtype=dtype, device=like.device)
+        return torch.full((), as_number(x, name), dtype=dtype, device=like.device)
     if x.numel() != 1 or not x.is_floating_point():
         raise InputError(f"{name} must be a number or a tensor of one float, got {x.dtype} {tuple(x.shape)}")
     if x.device != like.device:
@@ -210,6 +214,8 @@ def _positives(
         return None, None, None
     if offset:
         raise InputError(f"offset is for one positive each: it must be 0 where positives are given, got {offset}")
+    if isinstance(positives, tuple) and len(positives) != 2:
+        raise InputError(f"positives must be a pair of ids, those of image and of text, got {len(positives)}")
     ids = positives if isinstance(positives, tuple) else (positives, positives)
     for x in ids:
         if not isinstance(x, Tensor) or x.device != image.device:
@@ -278,8 +284,7 @@ def _infonce(
     if len(image) and len(text):
         chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image, pairs))
         forward = {"cpp": cpp_forward, "torch": torch_forward}.get(chosen) or _triton().forward
-        with torch.autocast(image.device.type, enabled=False):
-            forward(image.detach(), text.detach(), scale, pairs, row_stats, column_stats, kept, threads)
+        forward(image.detach(), text.detach(), scale, pairs, row_stats, column_stats, kept, threads)
     for stats in (row_stats, column_stats):
         stats[1].log_()
     return _losses(row_stats), _losses(column_stats), row_stats, column_stats, kept
@@ -304,12 +309,11 @@ def _infonce_backward(
     """-> gradients of image, text and scale. The statistics may be those of a larger batch than these rows, columns."""
     directions = _coefficients(row_gradient, row_stats), _coefficients(column_gradient, column_stats)
     if not len(image) or not len(text):
-        return torch.zeros_like(image), torch.zeros_like(text), torch.zeros_like(scale)
+        return image.new_zeros(image.shape), text.new_zeros(text.shape), torch.zeros_like(scale)
     pairs = Pairs(image_ids, text_ids, weights, offset)
     chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image, pairs))
     backward = {"cpp": cpp_backward, "torch": torch_backward}.get(chosen) or _triton().backward
-    with torch.autocast(image.device.type, enabled=False):
-        return backward(image.detach(), text.detach(), scale, pairs, *directions, kept, threads)
+    return backward(image.detach(), text.detach(), scale, pairs, *directions, kept, threads)
 
 
 def _sigmoid_pairs(
@@ -338,8 +342,7 @@ def _sigmoid_pairs(
         return tuple(x.zero_() for x in outputs)
     chosen = _dispatch.choose_backend("sigmoid_pairs", image.device.type, backend, _unfit(image, pairs))
     run = {"cpp": cpp_sigmoid, "torch": torch_sigmoid}.get(chosen) or _triton().sigmoid
-    with torch.autocast(image.device.type, enabled=False):
-        return run(image.detach(), text.detach(), scale, bias, pairs, (positive, negative), gradients, threads)
+    return run(image.detach(), text.detach(), scale, bias, pairs, (positive, negative), gradients, threads)
 
 
 def _triton() -> Any:
@@ -361,9 +364,6 @@ def _unfit(image: Tensor, pairs: Pairs) -> dict[str, str]:
     return reasons
 
 
-# The cpp backend: torch's products and a native epilogue, tile by tile.
-
-
 register(
     "infonce(Tensor image, Tensor text, Tensor scale, Tensor? image_ids, Tensor? text_ids, Tensor? weights, "
     "int offset, bool rows, bool columns, int keep, str? backend, int? threads) "
@@ -379,8 +379,8 @@ register(
     "Tensor kept, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
     _infonce_backward,
     lambda row_gradient, column_gradient, image, text, scale, *rest: (
-        torch.empty_like(image, memory_format=torch.contiguous_format),
-        torch.empty_like(text, memory_format=torch.contiguous_format),
+        image.new_empty(image.shape),
+        text.new_empty(text.shape),
         torch.empty_like(scale),
     ),
 )
@@ -393,10 +393,6 @@ register(
         sigmoid_outputs(image, text, scale, bias, gradients)
     ),
 )
-
-
-def _refuse_twice(ctx: Any, *_: Tensor) -> None:
-    raise InputError("this loss can be differentiated once, got a second derivative")
 
 
 def _infonce_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -439,11 +435,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
-        _refuse_twice(ctx)
+        refuse_twice(ctx)
 
 
 torch.library.register_autograd("cmr_fast::infonce", _infonce_gradient, setup_context=_infonce_context, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::infonce_backward", _refuse_twice, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::infonce_backward", refuse_twice, lib=LIBRARY)
 torch.library.register_autograd(
     "cmr_fast::sigmoid_pairs", _sigmoid_gradient, setup_context=_sigmoid_context, lib=LIBRARY
 )

@@ -259,7 +259,10 @@ def _database(codes: Array, bits: int | None) -> tuple[Tensor, int]:
 
 def _check_stray(codes: Tensor, bits: int, name: str) -> None:
     if bits % 8 and bool((codes[:, -1] >> bits % 8).any()):
-        raise InputError(f"{name} must have no bits set beyond bit {bits}: packed with another number of bits?")
+        raise InputError(
+            f"{name} must have no bits set beyond bit {bits}, got some: packed with another number of bits, or in "
+            'big-endian order (numpy.packbits without bitorder="little")?'
+        )
 
 
 def _check_k(k: object) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._library import LIBRARY, register
-from cmr_fast.ops._tensors import Array, as_tensor, like_input
+from cmr_fast.ops._library import LIBRARY, refuse_twice, register
+from cmr_fast.ops._tensors import Array, as_number, as_tensor, like_input
 from cmr_fast.ops.hamming import pack_codes
 
 Similarities = Tensor | np.ndarray | tuple[Tensor | np.ndarray, Tensor | np.ndarray]
@@ -182,8 +181,9 @@ def _loss(
             raise InputError("s gets no gradient; got one that requires it, use s.detach()")
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (ours, theirs)]
     total = torch.ops.cmr_fast.pairwise(
-        ours, theirs, matrix, f_labels, g_labels, float(scale), float(positive), squared, *needs, backend, threads
-    )[0]
+        ours, theirs, matrix, f_labels, g_labels, as_number(scale, "scale"), as_number(positive, "positive"), squared,
+        *needs, *_dispatch.how(backend, threads),
+    )[0]  # fmt: skip
     if reduction == "mean":
         total = total / max(1, pairs[0] * pairs[1])
     return like_input(total, was_numpy)
@@ -342,7 +342,9 @@ def _words(labels: Tensor) -> Tensor:
         if not torch.equal(words.long(), labels):
             raise InputError("class ids must fit in 32 bits, got larger ones")
         return words[:, None]
-    return pad(labels, (0, -labels.shape[1] % 4)).contiguous().view(torch.int32)
+    words = labels.new_zeros((len(labels), -(-labels.shape[1] // 4) * 4))
+    words[:, : labels.shape[1]] = labels
+    return words.view(torch.int32)
 
 
 def _fake(
@@ -367,10 +369,6 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     return *(x if needed else None for x, needed in zip(grads, ctx.needs, strict=True)), *[None] * 10
 
 
-def _refuse_twice(ctx: Any, *_: Tensor) -> None:
-    raise InputError("the pairwise losses can be differentiated once, got a second derivative")
-
-
 register(
     "pairwise(Tensor f, Tensor g, Tensor? s, Tensor? f_labels, Tensor? g_labels, float scale, float positive, "
     "bool squared, bool needs_f, bool needs_g, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
@@ -381,4 +379,4 @@ register(
     "pairwise_backward(Tensor upstream, Tensor grad_f, Tensor grad_g) -> (Tensor, Tensor)", _backward_op, _backward_op
 )
 torch.library.register_autograd("cmr_fast::pairwise", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::pairwise_backward", _refuse_twice, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::pairwise_backward", refuse_twice, lib=LIBRARY)

@@ -40,10 +40,14 @@ def pgd_step_(
                            l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero
                            does not move x, nor does one that is not finite
     broken, step           int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`
+
+    gradient and origin may be x itself, or share its memory: they are read as they were before. The step has no
+    derivative: x must not require grad where grads are enabled, and its version is counted as by torch's own in-place
+    operators.
     """
     alpha, eps, low, high = check_step(x, gradient, origin, alpha, eps, bounds, norm, broken)
     torch.ops.cmr_fast.pgd_step_(
-        x, gradient, origin, alpha, eps, low, high, broken, step, norm == "l2", backend, threads
+        x, gradient, origin, alpha, eps, low, high, broken, step, norm == "l2", *_dispatch.how(backend, threads)
     )
     return x
 
@@ -66,8 +70,12 @@ def check_step(
             x.device,
         ):
             raise InputError(f"{name} must be like x, {_kind(x)}, got {_kind(tensor)}")
+    if broken is not None and not isinstance(broken, Tensor):
+        raise InputError(f"broken must be int32 ({len(x)},) on {x.device}, got {_kind(broken)}")
     if broken is not None and (broken.dtype, broken.shape, broken.device) != (torch.int32, x.shape[:1], x.device):
         raise InputError(f"broken must be int32 ({len(x)},) on {x.device}, got {_kind(broken)}")
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise InputError(f"bounds must be a pair, the least and the greatest value, got {bounds!r}")
     each = {"alpha": alpha, "eps": eps, "low": bounds[0], "high": bounds[1]}
     values = [as_values(value, x, name) for name, value in each.items()]
     if norm == "l2" and max(values[0].shape[1], values[1].shape[1]) > 1:
@@ -79,7 +87,10 @@ def as_values(value: Value, x: Tensor, name: str) -> Tensor:
     """A number, (B,), (1, C) or (B, C) as a tensor (1 or B, 1 or C) of x's dtype and device."""
     if isinstance(value, int | float):  # a kernel's argument: a copy to a GPU would wait for it
         return torch.full((1, 1), value, dtype=x.dtype, device=x.device)
-    tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    try:
+        tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be a number, or numbers, got {value!r}") from error
     if tensor.ndim < 2:
         tensor = tensor.reshape(-1, 1)
     channels = x.shape[1] if x.ndim > 1 else 1
@@ -107,7 +118,8 @@ def pgd_noise(
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}")
     # torch's schemas know signed integers only
-    return torch.ops.cmr_fast.pgd_noise(index, count, seed - 2**64 if seed >= 2**63 else seed, backend, threads)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
 
 
 def _kind(x: object) -> str:
@@ -139,8 +151,8 @@ def _step(
     if chosen == "torch":
         _torch_step(x, gradient, origin, alpha, eps, low, high, broken, step, l2)
         return
-    values = [v.contiguous() for v in (alpha, eps, low, high)]
-    gradient, origin = gradient.contiguous(), origin.contiguous()
+    values = [_apart(v.contiguous(), x) for v in (alpha, eps, low, high)]
+    gradient, origin = _apart(gradient.contiguous(), x), _apart(origin.contiguous(), x)
     if chosen == "triton":
         from cmr_fast.ops.triton import pgd as kernels
 
@@ -159,6 +171,12 @@ def _step(
     _dispatch.native().pgd_step(
         _dispatch.choose_isa(), *shape, *tensors, described, flags, step, l2, _dispatch.choose_threads(threads)
     )
+
+
+def _apart(y: Tensor, x: Tensor) -> Tensor:
+    """`y`, a copy where the kernels would write to it as they write to `x`; both contiguous."""
+    ends = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (x, y)]
+    return y.clone() if ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1] else y
 
 
 def _shape(x: Tensor, values: list[Tensor]) -> tuple[int, int, int]:

@@ -7,14 +7,13 @@ the call for the curves). Results do not depend on the instruction set or on the
 
 from typing import Generic, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops._tensors import Array, as_codes, as_tensor, like_input
+from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_tensor, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 from cmr_fast.ops.hamming import _torch_blocks
 
@@ -85,8 +84,7 @@ def ranking(
         raise InputError(f"the labels must be of one kind and width, got {labels[0].shape} and {labels[1].shape}")
     if len(database) > MAX_CODES:
         raise InputError(f"db must hold at most {MAX_CODES} codes, got {len(database)}")
-    if k is not None and (not isinstance(k, (int, np.integer)) or k < 1):
-        raise InputError(f"k must be an integer of 1 or more, or None, got {k!r}")
+    depth = len(database) if k is None else min(as_integer(k, "k", 1), len(database))
     if cut not in CUTS:
         raise InputError(f"cut must be one of {', '.join(CUTS)}, got {cut!r}")
     if (curves or partners is not None) and not order:
@@ -98,9 +96,8 @@ def ranking(
             raise InputError(f"partners must be int64 ({len(queries)},), got {rows.dtype} {tuple(rows.shape)}")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(database):
             raise InputError(f"partners must be database rows from 0 to {len(database) - 1}, got others")
-    depth = len(database) if k is None else min(int(k), len(database))
     found = torch.ops.cmr_fast.ranking(
-        queries, database, *labels, rows, depth, CUTS.index(cut), order, curves, backend, threads
+        queries, database, *labels, rows, depth, CUTS.index(cut), order, curves, *_dispatch.how(backend, threads)
     )
     return Ranking(*(like_input(x, was_numpy) for x in found))
 

@@ -5,6 +5,7 @@ torch path works in logarithms throughout. On a GPU a block takes a problem, and
 change from run to run or with `threads`.
 """
 
+import functools
 import math
 import sys
 from typing import Any, Generic, Literal, NamedTuple
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._library import LIBRARY, register
-from cmr_fast.ops._tensors import Array, as_tensor, like_input
+from cmr_fast.ops._library import LIBRARY, refuse_twice, register
+from cmr_fast.ops._tensors import Array, as_integer, as_number, as_tensor, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 STOPS = ("marginals", "potentials")
@@ -72,9 +73,9 @@ def sinkhorn(
     """
     if stop not in STOPS:
         raise InputError(f"stop must be one of {', '.join(STOPS)}, got {stop!r}")
-    _check_number("tol", tol, least=0.0)
+    tol = as_number(tol, "tol", least=0.0)
     return _transport(
-        "sinkhorn", cost, reg, max_iter, float(tol), mu, nu, STOPS.index(stop), 1, grad, details, backend, threads
+        "sinkhorn", cost, reg, max_iter, tol, mu, nu, STOPS.index(stop), 1, grad, details, backend, threads
     )
 
 
@@ -98,17 +99,10 @@ def ipot(
 
     The rest as in `sinkhorn`; beta is in units of cost.
     """
-    if not isinstance(inner, int) or inner < 1:
-        raise InputError(f"inner must be an integer of 1 or more, got {inner!r}")
+    inner = as_integer(inner, "inner", 1)
     if grad == "implicit":
         raise InputError("ipot's grad must be envelope or unrolled, got 'implicit': its plan is no fixed point")
     return _transport("ipot", cost, beta, max_iter, 0.0, mu, nu, 0, inner, grad, details, backend, threads)
-
-
-def _check_number(name: str, value: object, least: float, above: bool = False) -> None:
-    if not isinstance(value, (int, float)) or not (least < value < math.inf or (value == least and not above)):
-        expected = f"above {least:g}" if above else f"of {least:g} or more"
-        raise InputError(f"{name} must be a finite number {expected}, got {value!r}")
 
 
 def _transport(
@@ -132,20 +126,20 @@ def _transport(
             f"cost must be float (P, m, n) or (m, n) with m and n of 1 or more, got {values.dtype} "
             f"{tuple(values.shape)}"
         )
-    _check_number("reg" if op == "sinkhorn" else "beta", reg, least=0.0, above=True)
-    if not isinstance(max_iter, int) or max_iter < 1:
-        raise InputError(f"max_iter must be an integer of 1 or more, got {max_iter!r}")
+    reg = as_number(reg, "reg" if op == "sinkhorn" else "beta", least=0.0, above=True)
+    max_iter = as_integer(max_iter, "max_iter", 1)
+    backend, threads = _dispatch.how(backend, threads)
     if grad not in ("envelope", "implicit", "unrolled"):
         raise InputError(f"grad must be envelope, implicit or unrolled, got {grad!r}")
     problems = values if values.ndim == 3 else values[None]
     masses = [_masses(x, problems, axis, name) for x, axis, name in ((mu, 1, "mu"), (nu, 2, "nu"))]
     if grad == "envelope":
         problems, masses = problems.detach(), [x.detach() for x in masses]
-    options = float(reg), max_iter, tol, stop, op == "ipot", inner
+    options = reg, max_iter, tol, stop, op == "ipot", inner
     if grad == "unrolled":
         _dispatch.choose_backend(op, values.device.type, backend, dict.fromkeys(("cpp", "cuda"), "it is not unrolled"))
         if not torch.compiler.is_compiling():
-            _check_values(problems, masses[0], masses[1], float(reg))
+            _check_values(problems, masses[0], masses[1], reg, op == "ipot")
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         rows, columns = (x.to(dtype) for x in masses)
         plan, iterations, error = _iterate(problems.to(dtype), rows, columns, *options)
@@ -177,7 +171,7 @@ def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
     return masses
 
 
-def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float) -> None:
+def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float, proximal: bool) -> None:
     if cost.device.type != "cpu":
         return
     for x, name in ((cost, "cost"), (mu, "mu"), (nu, "nu")):
@@ -195,16 +189,17 @@ def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float) -> None:
     if cost.numel():
         low, high = (bound.item() for bound in cost.aminmax())
         most = 1e14 if cost.dtype == torch.float64 else RESOLVED
+        name = "beta" if proximal else "reg"
         if not high - low <= most * reg:
             raise InputError(
-                f"reg must be at least the range of cost, {high - low:.3g}, / {most:.0g}, which {cost.dtype} resolves, "
+                f"{name} must be at least the range of cost, {high - low:.3g}, / {most:.0g}, which {cost.dtype} resolves, "
                 f"got {reg:g}"
             )
-    apart = (mu.double().sum(-1) - nu.double().sum(-1)).abs() / mu.double().sum(-1).clamp(min=1e-30)
-    if apart.numel() and apart.max() > 1e-3:
-        raise InputError(
-            f"mu and nu must have equal sums, got some that are apart by {apart.max().item():.2g} of the sum"
-        )
+    sums = torch.broadcast_tensors(mu.double().sum(-1), nu.double().sum(-1))
+    unequal = (sums[0] - sums[1]).abs() > 1e-3 * torch.maximum(*sums)
+    if unequal.any():
+        of_mu, of_nu = (x[unequal][0].item() for x in sums)
+        raise InputError(f"mu and nu must have equal sums, got {of_mu:.6g} and {of_nu:.6g}")
 
 
 def _fake(
@@ -224,7 +219,7 @@ def _sinkhorn(
     cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int,
     backend: str | None, threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(cost, mu, nu, reg)
+    _check_values(cost, mu, nu, reg, proximal)
     m, n = cost.shape[1:]
     unfit = {}
     if cost.dtype == torch.float64:
@@ -237,7 +232,7 @@ def _sinkhorn(
         plan, iterations, errors = _iterate(
             cost.to(dtype), mu.to(dtype), nu.to(dtype), reg, max_iter, tol, stop, proximal, inner
         )
-        return plan.to(cost.dtype), iterations, errors
+        return plan.to(cost.dtype).contiguous(), iterations, errors
     costs, mu, nu = (x.to(torch.float32).contiguous() for x in (cost, mu, nu))
     mass = mu.data_ptr(), mu.shape[1] if mu.ndim == 2 else 0, nu.data_ptr(), nu.shape[1] if nu.ndim == 2 else 0
     options = 1 / reg, max_iter, tol, stop, proximal, inner
@@ -268,7 +263,9 @@ def _iterate(
     problems, m, n = cost.shape
     mu, nu = mu.expand(problems, m), nu.expand(problems, n)
     has_row, has_column = mu > 0, nu > 0
-    log_mu, log_nu = mu.log(), nu.log()
+    # 1 in place of 0, whose logarithm has no derivative; problems without any mass sum over something as well
+    log_mu, log_nu = torch.where(has_row, mu, 1.0).log(), torch.where(has_column, nu, 1.0).log()
+    empty_rows, empty_columns = ~has_row.any(dim=1, keepdim=True), ~has_column.any(dim=1, keepdim=True)
     nothing = cost.new_full((), -math.inf)
     a, b = cost.new_zeros(problems, m), torch.where(has_column, 0.0, nothing)
     before = b
@@ -283,9 +280,12 @@ def _iterate(
             log_kernel = exponent * t
             source, before = torch.where(has_column, 2 * b - before, nothing), b
         for _ in range(inner):
-            lse = torch.logsumexp(log_kernel + source[:, None, :], dim=2)
+            over_columns = torch.where(empty_columns, 0.0, source)
+            lse = torch.logsumexp(log_kernel + over_columns[:, None, :], dim=2)
             a_next = torch.where(has_row, log_mu - lse, nothing)
-            b_next = torch.where(has_column, log_nu - torch.logsumexp(log_kernel + a_next[:, :, None], dim=1), nothing)
+            over_rows = torch.where(empty_rows, 0.0, a_next)
+            b_next = log_nu - torch.logsumexp(log_kernel + over_rows[:, :, None], dim=1)
+            b_next = torch.where(has_column, b_next, nothing)
             source = b_next
         iterations = iterations + active.int()
         if tol > 0:
@@ -325,7 +325,7 @@ def _backward_op(upstream: Tensor, plan: Tensor, mu: Tensor, nu: Tensor, reg: fl
     y = share * (w_columns - (t.mT @ x[:, :, None])[:, :, 0])
     grad = (t * (x[:, :, None] + y[:, None, :]) - w) / reg
     x, y = (given.sum(dim=0) if mass.ndim == 1 else given for given, mass in ((x, mu), (y, nu)))
-    return grad.to(plan.dtype), x.to(mu.dtype).contiguous(), y.to(nu.dtype).contiguous()
+    return grad.to(plan.dtype).contiguous(), x.to(mu.dtype).contiguous(), y.to(nu.dtype).contiguous()
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -335,10 +335,6 @@ def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 8
-
-
-def _refuse_twice(ctx: Any, *_: Tensor) -> None:
-    raise InputError("grad='implicit' can be differentiated once, got a second derivative; use grad='unrolled'")
 
 
 register(
@@ -353,4 +349,6 @@ register(
     lambda upstream, plan, mu, nu, reg: tuple(x.new_empty(x.shape) for x in (plan, mu, nu)),
 )
 torch.library.register_autograd("cmr_fast::sinkhorn", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::sinkhorn_backward", _refuse_twice, lib=LIBRARY)
+torch.library.register_autograd(
+    "cmr_fast::sinkhorn_backward", functools.partial(refuse_twice, hint="; use grad='unrolled'"), lib=LIBRARY
+)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._dispatch import check_finite
-from cmr_fast.ops._library import LIBRARY, register
+from cmr_fast.ops._library import LIBRARY, refuse_twice, register
 from cmr_fast.ops._tensors import Array, as_tensor, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 
@@ -102,7 +102,7 @@ def triplet_margin(
     loss = torch.ops.cmr_fast.triplet_margin(
         anchors, candidates, mine, theirs, margin, MINING.index(mining), DISTANCES.index(distance),
         REDUCTIONS.index(reduction), grad and anchors.requires_grad,
-        grad and candidates is not None and candidates.requires_grad, backend, threads,
+        grad and candidates is not None and candidates.requires_grad, *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
     return like_input(loss, was_numpy)
 
@@ -150,7 +150,7 @@ def acmr_triplet(
     grad = torch.is_grad_enabled()
     return torch.ops.cmr_fast.acmr_triplet(
         image, text, relevance, margin, weight, reduction == "mean", grad and image.requires_grad,
-        grad and text.requires_grad, backend, threads,
+        grad and text.requires_grad, *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
 
 
@@ -608,11 +608,7 @@ register(
 )
 
 
-def _refuse_twice(ctx: Any, *_: Tensor) -> None:
-    raise InputError("the triplet losses can be differentiated once, got a second derivative")
-
-
-torch.library.register_autograd("cmr_fast::triplet_margin_backward", _refuse_twice, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::triplet_margin_backward", refuse_twice, lib=LIBRARY)
 for name, arguments in (("triplet_margin", 12), ("acmr_triplet", 10)):
     torch.library.register_autograd(
         f"cmr_fast::{name}", _backward(arguments), setup_context=_keep_gradients, lib=LIBRARY

@@ -348,7 +348,7 @@ struct Transport : SinkhornScratch {
         for (int64_t i = 0; i < m; ++i) a[i] += static_cast<double>(u_logs[i]) + steps;
         for (int64_t j = 0; j < n; ++j) {
             b[j] += static_cast<double>(v_logs[j]);
-            before[j] = nu[j] == 0 ? 0 : b[j] - std::log(static_cast<double>(v_made[j]));
+            before[j] = nu[j] == 0 ? -kInfinity : b[j] - std::log(static_cast<double>(v_made[j]));
         }
     }
 

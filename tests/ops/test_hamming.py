@@ -236,7 +236,7 @@ def test_pack_and_unpack(bits, kind):
         if kind == np.bool_
         else (truth * 2 - 1).astype(kind)
         if kind != np.uint8
-        else truth * kind(3)
+        else truth.astype(kind)
     )
     packed = cf.pack_codes(x)
     assert packed.dtype == np.uint8
@@ -244,6 +244,110 @@ def test_pack_and_unpack(bits, kind):
     np.testing.assert_array_equal(cf.unpack_codes(packed, bits), truth.astype(np.uint8))
     tensor = cf.pack_codes(torch.from_numpy(x))
     assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), packed)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.uint32, np.uint64, np.int64])
+def test_integers_that_are_no_bits_are_refused(kind):
+    """Codes packed already, say; bits {0, 1} of every integer type are packed."""
+    bits = np.eye(8, dtype=kind)
+    np.testing.assert_array_equal(cf.pack_codes(bits)[:, 0], 1 << np.arange(8))
+    wrong = [bits * 2, np.full((3, 8), np.iinfo(kind).max, dtype=kind)] + (
+        [bits * kind(-2)] if np.issubdtype(kind, np.signedinteger) else []
+    )
+    for x in wrong:
+        with pytest.raises(cf.InputError, match=f"x must hold bits.*{np.dtype(kind).name}"):
+            cf.pack_codes(x)
+    with pytest.raises(cf.InputError, match="packed codes are used as they are"):
+        cf.pack_codes(cf.pack_codes(np.random.default_rng(0).standard_normal((50, 64))))
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), "0", [0.0], np.zeros(12), torch.zeros(12)])
+def test_threshold_is_one_finite_number(threshold):
+    x = np.random.default_rng(0).standard_normal((5, 12))
+    with pytest.raises(cf.InputError, match="threshold must be a finite number"):
+        cf.pack_codes(x, threshold=threshold)
+    for one in (0.25, np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+        np.testing.assert_array_equal(cf.pack_codes(x, threshold=one), cf.pack_codes(x >= 0.25))
+
+
+@pytest.mark.parametrize(
+    ("codes", "hint"),
+    [
+        (np.zeros((3, 8), np.int8), r"view\(uint8\)"),
+        (np.zeros((3, 600), np.uint8), "not packed yet"),
+        (np.zeros(8, np.uint8), "one row for each code"),
+        (np.zeros((3, 8), np.float32), "pack_codes"),
+        (np.ma.masked_array(np.zeros((3, 8), np.uint8)), "masked"),
+    ],
+)
+def test_what_codes_probably_are_is_said(codes, hint):
+    with pytest.raises(cf.InputError, match=hint):
+        cf.hamming_topk(codes, codes, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [64, 1024, 4096])
+def test_autocast_leaves_the_integers_exact(bits, dtype, run):
+    """Products of +-1 in 16 bits would be even numbers above 256. numpy goes round the dispatcher."""
+    rng = np.random.default_rng(bits)
+    q, db = (rng.integers(0, 256, (n, bits // 8), dtype=np.uint8) for n in (5, 60))
+    table = cf.hamming_distances(q, db)
+    with torch.autocast("cpu", dtype=dtype):
+        np.testing.assert_array_equal(cf.hamming_distances(q, db), table)
+        distances, indices = cf.hamming_topk(q, db, 60)
+        lims, near, _ = cf.hamming_range(q, db, bits // 2)
+    np.testing.assert_array_equal(indices, np.argsort(table, axis=1, kind="stable"))
+    np.testing.assert_array_equal(distances, np.sort(table, axis=1))
+    np.testing.assert_array_equal(near, table[table <= bits // 2])
+    assert lims[-1] == (table <= bits // 2).sum()
+
+
+@pytest.mark.parametrize("threads", ["2", 1.5, True, 0, -1, 10**20, [1]])
+def test_threads_of_the_wrong_kind_are_refused(threads):
+    codes = np.zeros((3, 2), np.uint8)
+    for call in (
+        lambda: cf.hamming_topk(codes, codes, 1, threads=threads),
+        lambda: cf.hamming_topk(torch.from_numpy(codes), torch.from_numpy(codes), 1, threads=threads),
+        lambda: cf.hamming_range(codes, codes, 1, threads=threads),
+        lambda: cf.hamming_distances(codes, codes, threads=threads),
+    ):
+        with pytest.raises(cf.InputError, match="threads must be an integer of 1 or more"):
+            call()
+    assert cf.hamming_topk(codes, codes, 1, threads=np.int64(2))[0].shape == (3, 1)
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "9" * 20, "\N{SUPERSCRIPT TWO}"])
+def test_variables_are_named_in_their_errors(monkeypatch, text):
+    codes = np.zeros((3, 2), np.uint8)
+    monkeypatch.setenv("CMR_FAST_THREADS", text)
+    with pytest.raises(cf.InputError, match=f"CMR_FAST_THREADS must be .* got '{text}'"):
+        cf.hamming_topk(codes, codes, 1)
+    monkeypatch.delenv("CMR_FAST_THREADS")
+    monkeypatch.setenv("CMR_FAST_BACKEND", "cuda")
+    with pytest.raises(cf.InputError, match="got CMR_FAST_BACKEND=cuda"):
+        cf.hamming_topk(codes, codes, 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: cf.unpack_codes(c, 16.0),
+        lambda c: cf.unpack_codes(c, None),
+        lambda c: cf.unpack_codes(c, "16"),
+        lambda c: cf.hamming_topk(c, c, 1.0),
+        lambda c: cf.hamming_topk(c, c, 1, bits="16"),
+        lambda c: cf.hamming_topk(c, c, 1, backend=1),
+        lambda c: cf.hamming_range(c, c, 1.0),
+    ],
+)
+def test_numbers_of_the_wrong_kind_are_refused(call):
+    with pytest.raises(cf.InputError):
+        call(np.zeros((3, 2), np.uint8))
+
+
+def test_a_radius_beyond_all_distances_finds_everything():
+    codes = np.arange(3, dtype=np.uint8)[:, None]
+    assert cf.hamming_range(codes, codes, 10**30)[0].tolist() == [0, 3, 6, 9]
 
 
 def test_pack_rules_for_zero_and_threshold():
