@@ -164,10 +164,10 @@ def choose_threads(threads: int | None = None) -> int:
 
 def _as_threads(threads: object) -> int:
     if type(threads) is not int and (isinstance(threads, bool) or not isinstance(threads, numbers.Integral)):
-        raise InputError(f"threads must be an integer of 1 or more, at most {MAX_THREADS}, or None, got {threads!r}")
+        raise InputError(f"threads must be an integer of 1 or more, or None, got {threads!r}")
     number = int(threads)
     if not 1 <= number <= MAX_THREADS:
-        raise InputError(f"threads must be an integer of 1 or more, at most {MAX_THREADS}, or None, got {number}")
+        raise InputError(f"threads must be {'1 or more' if number < 1 else f'at most {MAX_THREADS}'}, got {number}")
     return number
 
 

@@ -46,25 +46,25 @@ def like_input(result: Tensor, was_numpy: bool) -> Any:
     return result.numpy() if was_numpy else result
 
 
-def as_number(value: object, name: str, *, least: float = -math.inf, above: bool = False) -> float:
-    """A finite number, of Python or numpy or a tensor without axes, of `least` or more (`above`: more)."""
+def as_number(value: object, name: str, *, least: float = -math.inf, above: bool = False, finite: bool = True) -> float:
+    """A number, of Python or numpy or a tensor without axes, of `least` or more (`above`: more)."""
     number = value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value
     if isinstance(number, numbers.Real) and not isinstance(number, bool):
         x = float(number)
-        if math.isfinite(x) and (x > least or (x == least and not above)):
+        if not finite or (math.isfinite(x) and (x > least or (x == least and not above))):
             return x
     expected = "" if least == -math.inf else f" above {least:g}" if above else f" of {least:g} or more"
-    raise InputError(f"{name} must be a finite number{expected}, got {value!r}")
+    raise InputError(f"{name} must be a {'finite ' if finite else ''}number{expected}, got {value!r}")
 
 
-def as_integer(value: object, name: str, least: int, most: int | None = None) -> int:
+def as_integer(value: object, name: str, least: int, most: int | None = None, also: str = "") -> int:
     """An integer, of Python or numpy, from `least` to `most`."""
     if type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
         x = int(value)
         if x >= least and (most is None or x <= most):
             return x
     expected = f"of {least} or more" + ("" if most is None else f" and below {most + 1}")
-    raise InputError(f"{name} must be an integer {expected}, got {value!r}")
+    raise InputError(f"{name} must be an integer {expected}{also}, got {value!r}")
 
 
 def check_codes(codes: Tensor, name: str) -> None:

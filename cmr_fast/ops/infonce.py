@@ -190,7 +190,7 @@ def _inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
 def _scalar(x: Tensor | float, like: Tensor, name: str) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(x, Tensor):
-        return torch.full((), as_number(x, name), dtype=dtype, device=like.device)
+        return torch.full((), as_number(x, name, finite=False), dtype=dtype, device=like.device)
     if x.numel() != 1 or not x.is_floating_point():
         raise InputError(f"{name} must be a number or a tensor of one float, got {x.dtype} {tuple(x.shape)}")
     if x.device != like.device:

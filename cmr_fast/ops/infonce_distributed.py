@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops import _dispatch
 from cmr_fast.ops.infonce import _inputs, _losses, _scalar
 
 Form = Literal["gather", "ring"]
@@ -42,7 +43,8 @@ def distributed_info_nce(
 
     Every rank must call it. Raises InputError on all ranks where shapes, dtypes or forms disagree.
     """
-    scale = _agreed(image, text, logit_scale, form, group)
+    backend, threads = _dispatch.how(backend, threads)
+    scale = _agreed(image, text, logit_scale, None, form, group)
     return _InfoNCE.apply(image, text, scale, form, group, backend, threads)
 
 
@@ -61,13 +63,19 @@ def distributed_sigmoid_loss(
 
     The gradient is made in the forward pass, so every rank must scale its loss alike before backward.
     """
-    scale = _agreed(image, text, logit_scale, form, group)
+    backend, threads = _dispatch.how(backend, threads)
+    scale = _agreed(image, text, logit_scale, logit_bias, form, group)
     bias = _scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")
     return _Sigmoid.apply(image, text, scale, bias, form, group, backend, threads)
 
 
-def _agreed(image: Tensor, text: Tensor, logit_scale: Tensor | float, form: str, group: Any) -> Tensor:
-    """The scale as a tensor, once every rank has seen that all have the same kind of features."""
+def _agreed(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None, form: str, group: Any
+) -> Tensor:
+    """The scale as a tensor, once every rank has seen that all have the same kind of features and all want gradients.
+
+    A rank that does not, under no_grad say, would never come to the others' backward pass, and they would wait.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError("there is no process group: call torch.distributed.init_process_group first")
     scale = _inputs(image, text, logit_scale)
@@ -75,13 +83,18 @@ def _agreed(image: Tensor, text: Tensor, logit_scale: Tensor | float, form: str,
         raise InputError(f"image and text must both be (n, d), got {tuple(image.shape)} and {tuple(text.shape)}")
     if form not in FORMS:
         raise InputError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    mine = torch.tensor([*image.shape, image.dtype.itemsize, FORMS.index(form)], device=image.device)
-    everyone = [x.tolist() for x in _gathered(mine, group)]
+    inputs = (image, text, logit_scale, logit_bias)
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    kind = [*image.shape, image.dtype.itemsize, FORMS.index(form), int(wanted)]
+    everyone = [x.tolist() for x in _gathered(torch.tensor(kind, dtype=torch.int64, device=image.device), group)]
     if any(x != everyone[0] for x in everyone):
         seen = "; ".join(
-            f"rank {rank}: ({n}, {d}), {8 * size} bits, {FORMS[f]}" for rank, (n, d, size, f) in enumerate(everyone)
+            f"rank {rank}: ({n}, {d}), {8 * size} bits, {FORMS[f]}, {'with' if grads else 'without'} gradients"
+            for rank, (n, d, size, f, grads) in enumerate(everyone)
         )
-        raise InputError(f"every rank must have a batch of the same shape, dtype and form, got {seen}")
+        raise InputError(
+            f"every rank must have a batch of the same shape, dtype and form, and all or none gradients, got {seen}"
+        )
     return scale
 
 

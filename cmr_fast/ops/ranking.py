@@ -84,7 +84,7 @@ def ranking(
         raise InputError(f"the labels must be of one kind and width, got {labels[0].shape} and {labels[1].shape}")
     if len(database) > MAX_CODES:
         raise InputError(f"db must hold at most {MAX_CODES} codes, got {len(database)}")
-    depth = len(database) if k is None else min(as_integer(k, "k", 1), len(database))
+    depth = len(database) if k is None else min(as_integer(k, "k", 1, also=", or None"), len(database))
     if cut not in CUTS:
         raise InputError(f"cut must be one of {', '.join(CUTS)}, got {cut!r}")
     if (curves or partners is not None) and not order:

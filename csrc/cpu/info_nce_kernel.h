@@ -263,9 +263,14 @@ template <class T, Positives kind, bool kGradient>
 void sigmoid_tile(const SimilarityTile& t, float positive, float negative, double* sums, void* to) {
     const T* const s = static_cast<const T*>(t.s);
     T* const out = static_cast<T*>(to);
+    constexpr int64_t kTogether = 8 * kLanes;  // added in float32 before they go on in double
     for (int64_t r = 0; r < t.rows; ++r) {
         Floats positives = {}, negatives = {}, gradients = {};
         for (int64_t c = 0; c < t.cols; c += kLanes) {
+            if (c && c % kTogether == 0) {
+                sums[0] += sum(positives), sums[1] += sum(negatives), sums[2] += sum(gradients);
+                positives = negatives = gradients = Floats{};
+            }
             const int64_t count = t.cols - c;
             const float* const row = t.weights + (kind == Positives::weights ? r * t.cols : 0);
             const Ints matched = weights_of<kind>(row, c, count, r + t.diagonal) != 0.0f;

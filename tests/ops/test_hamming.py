@@ -311,7 +311,7 @@ def test_threads_of_the_wrong_kind_are_refused(threads):
         lambda: cf.hamming_range(codes, codes, 1, threads=threads),
         lambda: cf.hamming_distances(codes, codes, threads=threads),
     ):
-        with pytest.raises(cf.InputError, match="threads must be an integer of 1 or more"):
+        with pytest.raises(cf.InputError, match="threads must be"):
             call()
     assert cf.hamming_topk(codes, codes, 1, threads=np.int64(2))[0].shape == (3, 1)
 

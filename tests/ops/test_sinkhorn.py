@@ -386,7 +386,7 @@ def test_uniform_masses_are_exact_whatever_the_costs_are_in(dtype):
 
 def test_a_reg_that_the_type_cannot_resolve_is_refused():
     cost = torch.rand(4, 5)
-    for solve, name in ((sinkhorn, "reg"), (ipot, "reg")):
+    for solve, name in ((sinkhorn, "reg"), (ipot, "beta")):
         with pytest.raises(cf.InputError, match=f"{name} must be at least the range"):
             solve(cost * 1e10, 0.1)
     assert sinkhorn(cost.double() * 1e10, 0.1, max_iter=5).isfinite().all()
