@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -27,8 +28,12 @@ std::vector<uint8_t> codes(int64_t n, int64_t nbytes, int kind) {
 
 int distance(const uint8_t* a, const uint8_t* b, int64_t nbytes) {
     int d = 0;
-    for (int64_t i = 0; i < nbytes; ++i)
-        for (int bit = 0; bit < 8; ++bit) d += ((a[i] ^ b[i]) >> bit) & 1;
+    for (int64_t i = 0; i < nbytes; i += 8) {
+        uint64_t x = 0, y = 0;
+        std::memcpy(&x, a + i, static_cast<size_t>(std::min<int64_t>(8, nbytes - i)));
+        std::memcpy(&y, b + i, static_cast<size_t>(std::min<int64_t>(8, nbytes - i)));
+        for (x ^= y; x; x &= x - 1) ++d;
+    }
     return d;
 }
 
@@ -96,6 +101,12 @@ int main() {
                     for (int64_t k : {int64_t{1}, int64_t{10}, n + 2})
                         check(isa, kind == 0 ? 11 : 3, n, nbytes, k, kind, 1 + kind);
         check(isa, 2, 150000, 4, 500, 0, 4);  // several splits, sampled limits
+        // the widest codes, above the number of codes from which limits are sampled: every room at its largest
+        for (int64_t nbytes : {257, 512})
+            for (int64_t k : {24, 70003})
+                for (int threads : {1, 4096})
+                    check(isa, threads == 1 ? 1 : 70, threads == 1 ? 70001 : 900, nbytes, k, 0, threads);
+        check(isa, 1, 70001, 512, 1000, 0, 4096);
         std::vector<std::thread> users;
         for (int t = 0; t < 4; ++t)
             users.emplace_back([isa] {

@@ -108,6 +108,10 @@ int main() {
                                                {130, 13}})
                         check(isa, bits, count, n, k, values, 2);
                 }
+        // the widest codes, and the most threads
+        check(isa, 4096, 256, 300, 302, 256, 64);
+        check(isa, 4095, 273, 300, 1, 256, 64);
+        check(isa, 16, 1, 3000, 2999, 256, 4096);
         // buckets come from memory: wider registers without a popcount add nothing
         if (cmr::last_isa() != (isa == "avx512bw" ? "avx2" : isa)) {
             std::printf("%s was asked for, %s ran\n", isa.c_str(), cmr::last_isa());

@@ -206,6 +206,10 @@ int main() {
                 if (n <= 130) check_acmr(isa, Case(n, n, words, classes, false));
             }
         for (const int64_t n : {1, 31, 32, 33, 100}) check_symmetrise(isa, n);
+        // many candidates, the most labels, more threads than rows
+        check_margin(isa, Case(2, 70001, 64, false, false), cmr::Mining::hard, 4096, false);
+        for (const auto mining : {cmr::Mining::hard_negative, cmr::Mining::semihard})
+            check_margin(isa, Case(2, 4097, 64, false, false), mining, 4096, true);
         std::printf("%s ok\n", isa.c_str());
     }
     return 0;
