@@ -2,7 +2,7 @@
 
 from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
-from cmr_fast.ops.infonce import info_nce, js_critic, sigmoid_loss
+from cmr_fast.ops.info_nce import info_nce, js_critic, sigmoid_loss
 from cmr_fast.ops.multi_index import SearchTables
 from cmr_fast.ops.pairwise import CodeBuffer, dcmh_loss, pairwise_nll, pairwise_squared
 from cmr_fast.ops.pgd import pgd_noise, pgd_step_

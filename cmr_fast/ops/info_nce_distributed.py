@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops.infonce import _inputs, _losses, _scalar
+from cmr_fast.ops.info_nce import _inputs, _losses, _scalar
 
 Form = Literal["gather", "ring"]
 FORMS = ("gather", "ring")

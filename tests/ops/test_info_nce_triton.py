@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_infonce import dense, dense_sigmoid, features, gradients, oracle, within_budget
+from test_info_nce import dense, dense_sigmoid, features, gradients, oracle, within_budget
 from torch.nn import functional as F
 
 import cmr_fast as cf
@@ -38,7 +38,7 @@ def test_under_the_interpreter():
 @pytest.fixture(params=["onepass", "chunked"])
 def form(request, monkeypatch):
     """Either form; chunks and parts so small that there are several."""
-    from cmr_fast.ops.triton import infonce as kernels
+    from cmr_fast.ops.triton import info_nce as kernels
 
     monkeypatch.setenv("CMR_FAST_INFONCE_FORM", request.param)
     monkeypatch.setenv("CMR_FAST_BACKEND", "triton")
@@ -231,7 +231,7 @@ def test_what_it_does_not_take_says_so(form, monkeypatch):
     with pytest.raises(InputError, match="CMR_FAST_INFONCE_FORM must be onepass or chunked, got 'both'"):
         info_nce(image, text, 1.0)
     monkeypatch.delenv("CMR_FAST_INFONCE_FORM")
-    from cmr_fast.ops.triton import infonce as kernels
+    from cmr_fast.ops.triton import info_nce as kernels
 
     assert [kernels.form(d) for d in (511, 512)] == ["onepass", "chunked"]
 

@@ -1,4 +1,4 @@
-"""The tiles of ops/infonce.py: the passes of its cpp and torch backends over every pair of a batch.
+"""The tiles of ops/info_nce.py: the passes of its cpp and torch backends over every pair of a batch.
 
 cpp      torch multiplies a tile, the native epilogue takes from it what rows and columns need or turns it into the
          gradient in place, and torch multiplies that. Panels of rows are shared out to threads; tiles of a column are

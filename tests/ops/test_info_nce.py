@@ -11,7 +11,7 @@ from ways import ISAS, NATIVE
 import cmr_fast as cf
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch, _reference, info_nce, js_critic, sigmoid_loss
-from cmr_fast.ops import _infonce_tiles as tiles
+from cmr_fast.ops import _info_nce_tiles as tiles
 
 
 @pytest.fixture

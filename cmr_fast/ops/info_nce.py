@@ -3,7 +3,7 @@
 Similarities exist one tile at a time: torch multiplies the tile, a fused epilogue takes from it what rows and columns
 need or turns it into the gradient, and torch multiplies that with the features. Forward is one product, backward three
 (the tile again, and a gradient to either side); what of the similarities fits KEEP_BYTES is not computed twice. The
-passes over the tiles are in _infonce_tiles.py; results depend neither on the number of threads nor on the instruction
+passes over the tiles are in _info_nce_tiles.py; results depend neither on the number of threads nor on the instruction
 set.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._infonce_tiles import (
+from cmr_fast.ops._info_nce_tiles import (
     CPP_DTYPES,
     Pairs,
     cpp_backward,
@@ -346,7 +346,7 @@ def _sigmoid_pairs(
 
 
 def _triton() -> Any:
-    from cmr_fast.ops.triton import infonce as kernels
+    from cmr_fast.ops.triton import info_nce as kernels
 
     return kernels
 

@@ -1,4 +1,4 @@
-"""InfoNCE and the sigmoid loss on a GPU, in two forms; ops/infonce.py says what they compute.
+"""InfoNCE and the sigmoid loss on a GPU, in two forms; ops/info_nce.py says what they compute.
 
     z_ij  = scale * image_i . text_j
     dS_ij = g_i exp(z_ij - lse_i) + g'_j exp(z_ij - lse'_j) - [j = i + offset] (pull_i + pull'_j)
@@ -274,7 +274,7 @@ def forward(
     image: Tensor, text: Tensor, scale: Tensor, pairs: Any, row_stats: Tensor, column_stats: Tensor, kept: Tensor,
     threads: int | None,
 ) -> None:  # fmt: skip
-    """Fill the statistics of ops/infonce.py, the sums not yet as their logarithms."""
+    """Fill the statistics of ops/info_nce.py, the sums not yet as their logarithms."""
     image, text = image.contiguous(), text.contiguous()
     n, m = len(image), len(text)
     offset = max(-n, min(m, pairs.offset))  # no diagonal is no diagonal, however far
