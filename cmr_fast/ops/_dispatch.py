@@ -13,16 +13,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from cmr_fast.errors import InputError
+import torch
+from torch import Tensor
 
-PUBLIC = {
-    "info_nce": "infonce",
-    "sigmoid_loss": "sigmoid_pairs",
-    "js_critic": "sigmoid_pairs",
-    "pairwise_nll": "pairwise",
-    "pairwise_squared": "pairwise",
-}
-"""Functions by another name than the op that they call."""
+from cmr_fast.errors import InputError
 
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
@@ -31,11 +25,13 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "triplet_margin": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "acmr_triplet": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
-    "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pairwise_nll": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pairwise_squared": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "pgd_step_": {"cpu": ("cpp", "triton", "torch"), "cuda": ("cuda", "triton", "torch")},
     "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
-    "infonce": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
-    "sigmoid_pairs": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "info_nce": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "sigmoid_loss": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "js_critic": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
     "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ipot": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
@@ -62,11 +58,15 @@ def native_cuda() -> Any:
         return reason
 
 
+def queue(x: Tensor) -> Any:
+    """The current CUDA stream of x's device, as the native kernels take it."""
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    return native_cuda().Queue(index, torch.cuda.current_stream(x.device).cuda_stream)
+
+
 @functools.cache
 def _cuda_unavailable() -> str | None:
     """Why the CUDA kernels cannot run here. The module is imported, and the driver asked, on the first call only."""
-    import torch
-
     module = native_cuda()
     if not isinstance(module, ModuleType):
         return f"cmr_fast._cuda was not built ({module}); pip install . builds it where nvcc is found"
@@ -205,9 +205,8 @@ class Explanation:
 
 def explain(op: str, *tensors: object) -> Explanation:
     """Which backend and instruction set `op` would use for `tensors` (numpy arrays count as cpu), and why."""
-    op = PUBLIC.get(op, op)
     if op not in BACKENDS:
-        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted({*BACKENDS, *PUBLIC}))}")
+        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted(BACKENDS))}")
     device = next((t.device.type for t in tensors if hasattr(t, "device") and hasattr(t.device, "type")), "cpu")
     backend = choose_backend(op, device)
     forced = [f"{name}={os.environ[name]}" for name in ("CMR_FAST_BACKEND", "CMR_FAST_ISA") if os.environ.get(name)]

@@ -27,7 +27,7 @@ TORCH_PAIRS = 1 << 22  # of a block of the portable path
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def infonce_outputs(
+def info_nce_outputs(
     image: Tensor, text: Tensor, scale: Tensor, rows: bool, columns: bool, keep: int
 ) -> tuple[Tensor, ...]:
     n, m = image.shape[0] if rows else 0, text.shape[0] if columns else 0

@@ -223,7 +223,7 @@ def info_nce(image: np.ndarray, text: np.ndarray, scale: float, weights: np.ndar
     return out | _gradients(image, text, scale, products, of_logits)
 
 
-def sigmoid_pairs(
+def sigmoid_loss(
     image: np.ndarray, text: np.ndarray, scale: float, bias: float, positive: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Sum over all pairs of log(1 + exp(-z)) where positive (n, m), else log(1 + exp(z)), and its gradient."""

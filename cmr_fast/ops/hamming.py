@@ -53,7 +53,7 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
         if threshold is not None:
             raise InputError(f"threshold is for floats; {values.dtype} is packed by x > 0, got threshold={threshold}")
         bits = values if values.dtype == torch.bool else _signs_of_integers(values)
-    return like_input(torch.ops.cmr_fast.pack_bits(bits), was_numpy)
+    return like_input(torch.ops.cmr_fast.pack_codes(bits), was_numpy)
 
 
 def _signs_of_integers(values: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _check_bits(bits: int | None, nbytes: int) -> int:
     return int(bits)
 
 
-def _pack_bits(bits: Tensor) -> Tensor:
+def _pack_codes(bits: Tensor) -> Tensor:
     if bits.device.type == "cpu":
         return torch.from_numpy(np.ascontiguousarray(np.packbits(bits.numpy(), axis=1, bitorder="little")))
     n, width = bits.shape
@@ -258,8 +258,8 @@ def _fake_range(
 
 
 register(
-    "pack_bits(Tensor bits) -> Tensor",
-    _pack_bits,
+    "pack_codes(Tensor bits) -> Tensor",
+    _pack_codes,
     lambda bits: bits.new_empty((bits.shape[0], (bits.shape[1] + 7) // 8), dtype=torch.uint8),
 )
 _TOPK = register(

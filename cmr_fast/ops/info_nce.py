@@ -21,7 +21,7 @@ from cmr_fast.ops._info_nce_tiles import (
     cpp_backward,
     cpp_forward,
     cpp_sigmoid,
-    infonce_outputs,
+    info_nce_outputs,
     rows_to_keep,
     sigmoid_outputs,
     softplus,
@@ -29,7 +29,7 @@ from cmr_fast.ops._info_nce_tiles import (
     torch_forward,
     torch_sigmoid,
 )
-from cmr_fast.ops._library import LIBRARY, refuse_twice, register
+from cmr_fast.ops._library import LIBRARY, refuse_twice, register, register_loss
 from cmr_fast.ops._tensors import as_number
 
 Positives = Tensor | tuple[Tensor, Tensor] | None
@@ -52,20 +52,42 @@ def info_nce(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """CLIP's loss (MAT Eq. 1, both directions halved) on logits z_ij = logit_scale * image_i . text_j.
 
-    image, text    (n, d) and (m, d), one dtype and device; usually of unit length, which is not done here
-    logit_scale    number or tensor of one element: 1 / temperature
-    logit_bias     as open_clip passes it: a softmax does not see it, its gradient is 0
-    offset         text i + offset is the positive of image i, 0 <= offset <= m - n (a rank's share of a large batch)
-    positives      instead of one positive each:
-                   int64 ids (n,), or a pair of them (n,) and (m,): positive where equal, all alike
-                   bool (n, m), or float (n, m) of 0 or more: each row (column) is divided by its sum
-    direction      "image": each image among the texts; "text": each text among the images; "both": their mean
-    reduction      "mean" over the images and over the texts that have a positive; "sum" (for both: halved); "none":
-                   losses (n,) of the images and (m,) of the texts, empty where `direction` leaves them out
-
     An image (text) without a positive has the loss 0, no gradient, and does not count in the mean; without a negative
-    its loss is 0 by itself; the mean over none is 0. The loss is float32 (float64 for float64 features), computed so
-    for float16 and bfloat16 features as well. Raises InputError on shapes, dtypes or devices that disagree.
+    its loss is 0 by itself; the mean over none is 0.
+
+    Parameters
+    ----------
+    image, text : Tensor
+        Float (n, d) and (m, d), of one dtype on one device; usually of unit length, which is not done here.
+    logit_scale : Tensor or float
+        1 / temperature: a number, or a tensor of one element.
+    logit_bias : Tensor or float, optional
+        As open_clip passes it: a softmax does not see it, its gradient is 0.
+    offset : int
+        Text i + offset is the positive of image i, 0 <= offset <= m - n (a rank's share of a large batch).
+    positives : Tensor or pair of Tensor, optional
+        Instead of one positive each: int64 ids (n,), or a pair of them (n,) and (m,), positive where equal, all alike;
+        or bool (n, m), or float (n, m) of 0 or more, each row (column) of which is divided by its sum.
+    direction : {"both", "image", "text"}
+        "image": each image among the texts; "text": each text among the images; "both": their mean.
+    reduction : {"mean", "sum", "none"}
+        "mean" over the images and over the texts that have a positive; "sum" (for both directions: halved); "none":
+        the losses of the images and those of the texts, empty where `direction` leaves them out.
+    backend : {"cpp", "triton", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernels; default all processors of this process. Results do not depend on it.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        A scalar; for "none" (n,) and (m,). float32, also for features of 16 bits, or float64 for float64 features.
+        Differentiable once, in image, text and logit_scale.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes or devices that disagree, and values that are none of the named ones.
     """
     backend, threads = _dispatch.how(backend, threads)
     scale = _inputs(image, text, logit_scale)
@@ -75,17 +97,16 @@ def info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction must be mean, sum or none, got {reduction!r}")
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
-    found = torch.ops.cmr_fast.infonce(
+    *losses, row_stats, column_stats, _ = torch.ops.cmr_fast.info_nce(
         image, text, scale, image_ids, text_ids, weights, offset, direction != "text", direction != "image",
         rows_to_keep(image, text) if needs_gradient else 0, backend, threads,
     )  # fmt: skip
-    losses, stats = found[:2], found[2:4]
     if reduction == "none":
         return losses[0], losses[1]
     total = losses[0].sum(dtype=torch.float64) * 0
-    for loss, stat in zip(losses, stats, strict=True):
+    for loss, stats in zip(losses, (row_stats, column_stats), strict=True):
         part = loss.sum(dtype=torch.float64)
-        total = total + (part / (stat[3] > 0).sum().clamp(min=1) if reduction == "mean" else part)
+        total = total + (part / (stats[3] > 0).sum().clamp(min=1) if reduction == "mean" else part)
     total = (total / 2 if direction == "both" else total).to(scale.dtype)
     if isinstance(logit_bias, Tensor):
         total = total + 0 * logit_bias.sum().to(total.dtype)
@@ -104,10 +125,35 @@ def sigmoid_loss(
     backend: str | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """SigLIP's loss: softplus(-z_ij) of positives and softplus(z_ij) of all other pairs, summed; "mean" divides by n.
+    """SigLIP's loss (Zhai et al. 2023, Algorithm 1): softplus(-z_ij) of positives and softplus(z_ij) of all others.
 
-    z_ij = logit_scale * image_i . text_j + logit_bias. Arguments as for info_nce, but positives weigh 1 each, so
-    float ones are refused; offset None: there are none (another rank's texts). The gradient is made in the same pass.
+    z_ij = logit_scale * image_i . text_j + logit_bias, and the sum over all pairs. The gradient is made in the same
+    pass.
+
+    Parameters
+    ----------
+    image, text : Tensor
+        Float (n, d) and (m, d), of one dtype on one device.
+    logit_scale, logit_bias : Tensor or float
+        Numbers, or tensors of one element. No bias is 0.
+    offset : int, optional
+        Text i + offset is the positive of image i; None: there are no positives (another rank's texts).
+    positives : Tensor or pair of Tensor, optional
+        As for `info_nce`, but they weigh 1 each: ids, or bool (n, m).
+    reduction : {"mean", "sum"}
+        "mean" divides the sum by n.
+    backend, threads
+        As in `info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, float32 or, for float64 features, float64; differentiable once, in all four.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes or devices that disagree, and on positives with weights.
     """
     backend, threads = _dispatch.how(backend, threads)
     scale = _inputs(image, text, logit_scale)
@@ -122,7 +168,10 @@ def sigmoid_loss(
     each = 1.0 / max(1, len(image)) if reduction == "mean" else 1.0
     bias = _scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")
     place = len(text) if offset is None else offset  # past the last column: no diagonal
-    return _sigmoid(image, text, scale, bias, (image_ids, text_ids, mask), place, each, each, backend, threads)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale, bias))
+    return torch.ops.cmr_fast.sigmoid_loss(
+        image, text, scale, bias, image_ids, text_ids, mask, place, each, gradients, backend, threads
+    )[0]
 
 
 def js_critic(
@@ -137,34 +186,38 @@ def js_critic(
 
         2 log 2 - mean over pairs of softplus(-T_ii) - mean over the product of marginals of softplus(T_ij)
 
-    image, text    (B, d), B >= 2, row i of both from pair i
-    marginals      "all": the B (B - 1) pairs i != j; "permutation": B of them, by a random cycle
+    Parameters
+    ----------
+    image, text : Tensor
+        Float (B, d), B of 2 or more, row i of both from pair i.
+    marginals : {"all", "permutation"}
+        "all": the B (B - 1) pairs i != j; "permutation": B of them, by a random cycle.
+    backend, threads
+        As in `info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, float32 or, for float64 features, float64; differentiable, once for "all".
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes or devices that disagree.
     """
     backend, threads = _dispatch.how(backend, threads)
-    scale = _inputs(image, text, 1.0)
+    _inputs(image, text, 1.0)
     count = len(image)
     if image.shape != text.shape or count < 2:
         raise InputError(f"image and text must both be (B, d) with B >= 2, got {_shapes(image, text)}")
     if marginals not in ("all", "permutation"):
         raise InputError(f"marginals must be all or permutation, got {marginals!r}")
     if marginals == "all":
-        none, bias = (None, None, None), torch.zeros_like(scale)
-        total = _sigmoid(image, text, scale, bias, none, 0, 1 / count, 1 / (count * (count - 1)), backend, threads)
-    else:
-        cycle = torch.randperm(count, device=image.device)
-        joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
-        total = softplus(-joint).mean() + softplus(apart).mean()
-    return 2 * math.log(2) - total
-
-
-def _sigmoid(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, positives: tuple[Tensor | None, ...], offset: int,
-    positive: float, negative: float, backend: str | None, threads: int | None,
-) -> Tensor:  # fmt: skip
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale, bias))
-    return torch.ops.cmr_fast.sigmoid_pairs(
-        image, text, scale, bias, *positives, offset, positive, negative, gradients, backend, threads
-    )[0]
+        gradients = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+        return torch.ops.cmr_fast.js_critic(image, text, gradients, backend, threads)[0]
+    cycle = torch.randperm(count, device=image.device)
+    joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
+    return 2 * math.log(2) - (softplus(-joint).mean() + softplus(apart).mean())
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -187,8 +240,13 @@ def _inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
     return _scalar(logit_scale, image, "logit_scale")
 
 
+def _wide(x: Tensor) -> Tensor:
+    """A scalar of the dtype that losses of x are computed in."""
+    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _scalar(x: Tensor | float, like: Tensor, name: str) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if not isinstance(x, Tensor):
         return torch.full((), as_number(x, name, finite=False), dtype=dtype, device=like.device)
     if x.numel() != 1 or not x.is_floating_point():
@@ -257,7 +315,7 @@ def _coefficients(gradient: Tensor, stats: Tensor) -> Tensor:
     return torch.stack([most, logsum, gradient, gradient / torch.where(weight > 0, weight, 1.0)])
 
 
-def _infonce(
+def _info_nce(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -276,13 +334,13 @@ def _infonce(
     Lenient where the public function is not: the diagonal i + offset may lie partly or wholly outside.
     """
     _dispatch.check_finite(image=image, text=text, logit_scale=scale, positives=weights)
-    *_, row_stats, column_stats, kept = infonce_outputs(image, text, scale, rows, columns, keep)
+    *_, row_stats, column_stats, kept = info_nce_outputs(image, text, scale, rows, columns, keep)
     for stats in (row_stats, column_stats):
         stats.zero_()
         stats[0] = -math.inf
     pairs = Pairs(image_ids, text_ids, weights, offset)
     if len(image) and len(text):
-        chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image, pairs))
+        chosen = _dispatch.choose_backend("info_nce", image.device.type, backend, _unfit(image, pairs))
         forward = {"cpp": cpp_forward, "torch": torch_forward}.get(chosen) or _triton().forward
         forward(image.detach(), text.detach(), scale, pairs, row_stats, column_stats, kept, threads)
     for stats in (row_stats, column_stats):
@@ -290,7 +348,7 @@ def _infonce(
     return _losses(row_stats), _losses(column_stats), row_stats, column_stats, kept
 
 
-def _infonce_backward(
+def _info_nce_backward(
     row_gradient: Tensor,
     column_gradient: Tensor,
     image: Tensor,
@@ -311,12 +369,12 @@ def _infonce_backward(
     if not len(image) or not len(text):
         return image.new_zeros(image.shape), text.new_zeros(text.shape), torch.zeros_like(scale)
     pairs = Pairs(image_ids, text_ids, weights, offset)
-    chosen = _dispatch.choose_backend("infonce", image.device.type, backend, _unfit(image, pairs))
+    chosen = _dispatch.choose_backend("info_nce", image.device.type, backend, _unfit(image, pairs))
     backward = {"cpp": cpp_backward, "torch": torch_backward}.get(chosen) or _triton().backward
     return backward(image.detach(), text.detach(), scale, pairs, *directions, kept, threads)
 
 
-def _sigmoid_pairs(
+def _sigmoid_loss(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -325,24 +383,41 @@ def _sigmoid_pairs(
     text_ids: Tensor | None,
     mask: Tensor | None,
     offset: int,
-    positive: float,
-    negative: float,
+    weight: float,
     gradients: bool,
     backend: str | None,
     threads: int | None,
 ) -> tuple[Tensor, ...]:
-    """-> loss (), and where `gradients` its gradients with respect to image, text, scale, bias (else empty).
-
-    positive * sum over positives of softplus(-z) + negative * sum over the others of softplus(z)
-    """
-    _dispatch.check_finite(image=image, text=text, logit_scale=scale, logit_bias=bias)
+    """-> loss (), and where `gradients` its gradients with respect to image, text, scale, bias (else empty)."""
     pairs = Pairs(image_ids, text_ids, mask, offset)
+    return _sigmoid("sigmoid_loss", image, text, scale, bias, pairs, (weight, weight), gradients, backend, threads)
+
+
+def _js_critic(
+    image: Tensor, text: Tensor, gradients: bool, backend: str | None, threads: int | None
+) -> tuple[Tensor, ...]:
+    """-> the bound (), and where `gradients` its gradients with respect to image and text (else empty)."""
+    scale, count = _scalar(1.0, image, "logit_scale"), max(2, len(image))
+    each = 1 / count, 1 / (count * (count - 1))
+    pairs, bias = Pairs(None, None, None, 0), torch.zeros_like(scale)
+    loss, of_image, of_text, *_ = _sigmoid(
+        "js_critic", image, text, scale, bias, pairs, each, gradients, backend, threads
+    )
+    return 2 * math.log(2) - loss, -of_image, -of_text
+
+
+def _sigmoid(
+    op: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, each: tuple[float, float],
+    gradients: bool, backend: str | None, threads: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """each[0] * sum over positives of softplus(-z) + each[1] * sum over the others of softplus(z); its gradients."""
+    _dispatch.check_finite(image=image, text=text, logit_scale=scale, logit_bias=bias)
     if not len(image) or not len(text):
         outputs = sigmoid_outputs(image, text, scale, bias, gradients)
         return tuple(x.zero_() for x in outputs)
-    chosen = _dispatch.choose_backend("sigmoid_pairs", image.device.type, backend, _unfit(image, pairs))
+    chosen = _dispatch.choose_backend(op, image.device.type, backend, _unfit(image, pairs))
     run = {"cpp": cpp_sigmoid, "torch": torch_sigmoid}.get(chosen) or _triton().sigmoid
-    return run(image.detach(), text.detach(), scale, bias, pairs, (positive, negative), gradients, threads)
+    return run(image.detach(), text.detach(), scale, bias, pairs, each, gradients, threads)
 
 
 def _triton() -> Any:
@@ -365,81 +440,59 @@ def _unfit(image: Tensor, pairs: Pairs) -> dict[str, str]:
 
 
 register(
-    "infonce(Tensor image, Tensor text, Tensor scale, Tensor? image_ids, Tensor? text_ids, Tensor? weights, "
+    "info_nce(Tensor image, Tensor text, Tensor scale, Tensor? image_ids, Tensor? text_ids, Tensor? weights, "
     "int offset, bool rows, bool columns, int keep, str? backend, int? threads) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _infonce,
+    _info_nce,
     lambda image, text, scale, image_ids, text_ids, weights, offset, rows, columns, keep, backend, threads: (
-        infonce_outputs(image, text, scale, rows, columns, keep)
+        info_nce_outputs(image, text, scale, rows, columns, keep)
     ),
 )
 register(
-    "infonce_backward(Tensor row_gradient, Tensor column_gradient, Tensor image, Tensor text, Tensor scale, "
+    "info_nce_backward(Tensor row_gradient, Tensor column_gradient, Tensor image, Tensor text, Tensor scale, "
     "Tensor? image_ids, Tensor? text_ids, Tensor? weights, int offset, Tensor row_stats, Tensor column_stats, "
     "Tensor kept, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
-    _infonce_backward,
+    _info_nce_backward,
     lambda row_gradient, column_gradient, image, text, scale, *rest: (
         image.new_empty(image.shape),
         text.new_empty(text.shape),
         torch.empty_like(scale),
     ),
 )
-register(
-    "sigmoid_pairs(Tensor image, Tensor text, Tensor scale, Tensor bias, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? mask, int offset, float positive, float negative, bool gradients, str? backend, int? threads) "
+register_loss(
+    "sigmoid_loss(Tensor image, Tensor text, Tensor scale, Tensor bias, Tensor? image_ids, Tensor? text_ids, "
+    "Tensor? mask, int offset, float weight, bool gradients, str? backend, int? threads) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _sigmoid_pairs,
-    lambda image, text, scale, bias, image_ids, text_ids, mask, offset, positive, negative, gradients, *rest: (
-        sigmoid_outputs(image, text, scale, bias, gradients)
+    _sigmoid_loss,
+    lambda image, text, scale, bias, image_ids, text_ids, mask, offset, weight, gradients, *rest: sigmoid_outputs(
+        image, text, scale, bias, gradients
     ),
+    differentiable=(0, 1, 2, 3),
+)
+register_loss(
+    "js_critic(Tensor image, Tensor text, bool gradients, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    _js_critic,
+    lambda image, text, gradients, *rest: sigmoid_outputs(image, text, *2 * [_wide(image)], gradients)[:3],
+    differentiable=(0, 1),
 )
 
 
-def _infonce_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, scale, image_ids, text_ids, weights, ctx.offset, _, _, _, ctx.backend, ctx.threads = inputs
     ctx.save_for_backward(image, text, scale, image_ids, text_ids, weights, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _infonce_gradient(ctx: Any, of_rows: Tensor | None, of_columns: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, of_rows: Tensor | None, of_columns: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     image, text, scale, image_ids, text_ids, weights, row_stats, column_stats, kept = ctx.saved_tensors
     of_rows = torch.zeros_like(row_stats[0]) if of_rows is None else of_rows
     of_columns = torch.zeros_like(column_stats[0]) if of_columns is None else of_columns
-    found = torch.ops.cmr_fast.infonce_backward(
+    gradients = torch.ops.cmr_fast.info_nce_backward(
         of_rows, of_columns, image, text, scale, image_ids, text_ids, weights, ctx.offset, row_stats, column_stats,
         kept, ctx.backend, ctx.threads,
     )  # fmt: skip
-    return *found, *[None] * 9
+    return *gradients, *[None] * 9
 
 
-def _sigmoid_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.gradients = inputs[10]
-
-
-def _sigmoid_gradient(ctx: Any, of_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    if not ctx.gradients:
-        raise RuntimeError("cmr_fast::sigmoid_pairs was called with gradients=False")
-    found = [of_loss * x if x.ndim == 0 else of_loss.to(x.dtype) * x for x in ctx.saved_tensors]
-    if torch.is_grad_enabled():  # create_graph: what was saved knows nothing of the inputs
-        found = [_Once.apply(x) for x in found]
-    return *found, *[None] * 9
-
-
-class _Once(torch.autograd.Function):
-    """x, whose gradient is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> None:
-        refuse_twice(ctx)
-
-
-torch.library.register_autograd("cmr_fast::infonce", _infonce_gradient, setup_context=_infonce_context, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::infonce_backward", refuse_twice, lib=LIBRARY)
-torch.library.register_autograd(
-    "cmr_fast::sigmoid_pairs", _sigmoid_gradient, setup_context=_sigmoid_context, lib=LIBRARY
-)
+torch.library.register_autograd("cmr_fast::info_nce", _backward, setup_context=_remember, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::info_nce_backward", refuse_twice, lib=LIBRARY)

@@ -130,7 +130,7 @@ class _InfoNCE(torch.autograd.Function):
         each = torch.stack(_gathered(gradient, ctx.group)) / (2 * n)
         of_rows = each[rank].expand(n)
         if ctx.form == "gather":
-            of_image, of_text, of_scale = torch.ops.cmr_fast.infonce_backward(
+            of_image, of_text, of_scale = torch.ops.cmr_fast.info_nce_backward(
                 of_rows, each.repeat_interleave(n), image, text, scale, None, None, None, rank * n, rows, columns,
                 image.new_empty(0), *ctx.choice,
             )  # fmt: skip
@@ -141,7 +141,7 @@ class _InfoNCE(torch.autograd.Function):
             of_image, of_scale = torch.zeros(image.shape, dtype=scale.dtype, device=image.device), 0 * scale
             passing, of_text = text.contiguous(), torch.zeros_like(of_image)
             for owner in _owners(ctx.group):
-                image_part, text_part, scale_part = torch.ops.cmr_fast.infonce_backward(
+                image_part, text_part, scale_part = torch.ops.cmr_fast.info_nce_backward(
                     of_rows, each[owner].expand(n), image, passing, scale, None, None, None, (rank - owner) * n, rows,
                     columns, image.new_empty(0), *ctx.choice,
                 )  # fmt: skip
@@ -161,8 +161,8 @@ class _Sigmoid(torch.autograd.Function):
         ctx.group = group
 
         def run(texts: Tensor, offset: int) -> tuple[Tensor, ...]:
-            return torch.ops.cmr_fast.sigmoid_pairs(
-                image, texts, scale, bias, None, None, None, offset, each, each, gradients, backend, threads
+            return torch.ops.cmr_fast.sigmoid_loss(
+                image, texts, scale, bias, None, None, None, offset, each, gradients, backend, threads
             )
 
         if form == "gather":
@@ -199,7 +199,7 @@ class _Sigmoid(torch.autograd.Function):
 def _forward(
     image: Tensor, text: Tensor, scale: Tensor, offset: int, backend: str | None, threads: int | None
 ) -> list[Tensor]:
-    return torch.ops.cmr_fast.infonce(image, text, scale, None, None, None, offset, True, True, 0, backend, threads)
+    return torch.ops.cmr_fast.info_nce(image, text, scale, None, None, None, offset, True, True, 0, backend, threads)
 
 
 def _no_columns(n: int, like: Tensor) -> Tensor:
