@@ -190,7 +190,19 @@ def check_finite(**tensors: Any) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run and why: `backend`, `isa` (native CPU kernels only) and one line per candidate."""
+    """What would run and why; printed, a line for each candidate.
+
+    Attributes
+    ----------
+    op, device : str
+        What was asked.
+    backend : str
+        What would run.
+    isa : str or None
+        The instruction set of the native CPU kernels.
+    reasons : tuple of str
+        A line for each candidate.
+    """
 
     op: str
     device: str
@@ -204,7 +216,25 @@ class Explanation:
 
 
 def explain(op: str, *tensors: object) -> Explanation:
-    """Which backend and instruction set `op` would use for `tensors` (numpy arrays count as cpu), and why."""
+    """Which backend and instruction set an op would use, and why.
+
+    Parameters
+    ----------
+    op : str
+        The name of a function of cmr_fast.ops.
+    *tensors : Tensor or numpy.ndarray
+        What it would be called with; arrays count as cpu.
+
+    Returns
+    -------
+    Explanation
+        To print, or to read.
+
+    Raises
+    ------
+    InputError
+        On a name that is none, and a backend forced by CMR_FAST_BACKEND that cannot run.
+    """
     if op not in BACKENDS:
         raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted(BACKENDS))}")
     device = next((t.device.type for t in tensors if hasattr(t, "device") and hasattr(t.device, "type")), "cpu")

@@ -15,7 +15,7 @@ def on_backend(backend, x, *rest, **options):
     """x moved by one backend, on a copy at an address that a load of 4 may take or may not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "choose_backend", lambda *_: backend)
-        patch.setattr(pgd, "_queue", lambda _: _dispatch.native_cuda().Queue(0, 0))
+        patch.setattr(_dispatch, "queue", lambda _: _dispatch.native_cuda().Queue(0, 0))
         return pgd_step_(x.clone(), *rest, **options)
 
 
