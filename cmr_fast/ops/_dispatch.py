@@ -142,7 +142,7 @@ def choose_isa() -> str:
     available = module.available_isas()
     forced = os.environ.get("CMR_FAST_ISA") or None
     if forced is None:
-        return available[0]
+        return str(available[0])
     if forced not in available:
         raise InputError(
             f"CMR_FAST_ISA={forced!r} cannot run here: this build and processor have {', '.join(available)}"

@@ -79,13 +79,13 @@ def triplet_distances(x: np.ndarray, y: np.ndarray, distance: str) -> np.ndarray
     """float64 (A, d), (N, d) -> (A, N)."""
     out = np.empty((len(x), len(y)))
     for i, row in enumerate(x):
-        difference = row - y
-        out[i] = {
-            "euclidean": lambda t=difference: np.sqrt((t * t).sum(1)),
-            "squared": lambda t=difference: (t * t).sum(1),
-            "dot": lambda r=row: -(y @ r),
-            "cosine": lambda r=row: 1 - (y @ r) / (np.linalg.norm(r) * np.linalg.norm(y, axis=1)),
-        }[distance]()
+        if distance == "dot":
+            out[i] = -(y @ row)
+        elif distance == "cosine":
+            out[i] = 1 - (y @ row) / (np.linalg.norm(row) * np.linalg.norm(y, axis=1))
+        else:
+            squares = ((row - y) ** 2).sum(1)
+            out[i] = squares if distance == "squared" else np.sqrt(squares)
     return out
 
 

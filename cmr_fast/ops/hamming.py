@@ -67,7 +67,8 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
         if threshold is not None:
             raise InputError(f"threshold is for floats; {values.dtype} is packed by x > 0, got threshold={threshold}")
         bits = values if values.dtype == torch.bool else _signs_of_integers(values)
-    return like_input(torch.ops.cmr_fast.pack_codes(bits), was_numpy)
+    codes: Array = like_input(torch.ops.cmr_fast.pack_codes(bits), was_numpy)
+    return codes
 
 
 def _signs_of_integers(values: Tensor) -> Tensor:
@@ -114,7 +115,9 @@ def unpack_codes(codes: Array, bits: int) -> Array:
     if packed.shape[1] != -(-bits // 8):
         raise InputError(f"{bits} bits need codes of {-(-bits // 8)} bytes, got shape {tuple(packed.shape)}")
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return like_input(((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous(), was_numpy)
+    unpacked = ((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous()
+    result: Array = like_input(unpacked, was_numpy)
+    return result
 
 
 def hamming_topk(
@@ -217,7 +220,8 @@ def hamming_distances(q: Array, db: Array, *, backend: str | None = None, thread
     """
     queries, database, was_numpy = as_codes(q, db)
     table = torch.ops.cmr_fast.hamming_distances(queries, database, *_dispatch.how(backend, threads))
-    return like_input(table, was_numpy)
+    result: Array = like_input(table, was_numpy)
+    return result
 
 
 def _check_bits(bits: int | None, nbytes: int) -> int:

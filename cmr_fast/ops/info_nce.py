@@ -103,7 +103,7 @@ def info_nce(
     )  # fmt: skip
     if reduction == "none":
         return losses[0], losses[1]
-    total = losses[0].sum(dtype=torch.float64) * 0
+    total: Tensor = losses[0].sum(dtype=torch.float64) * 0
     for loss, stats in zip(losses, (row_stats, column_stats), strict=True):
         part = loss.sum(dtype=torch.float64)
         total = total + (part / (stats[3] > 0).sum().clamp(min=1) if reduction == "mean" else part)
@@ -169,9 +169,10 @@ def sigmoid_loss(
     bias = _scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")
     place = len(text) if offset is None else offset  # past the last column: no diagonal
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale, bias))
-    return torch.ops.cmr_fast.sigmoid_loss(
+    loss: Tensor = torch.ops.cmr_fast.sigmoid_loss(
         image, text, scale, bias, image_ids, text_ids, mask, place, each, gradients, backend, threads
     )[0]
+    return loss
 
 
 def js_critic(
@@ -214,7 +215,8 @@ def js_critic(
         raise InputError(f"marginals must be all or permutation, got {marginals!r}")
     if marginals == "all":
         gradients = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-        return torch.ops.cmr_fast.js_critic(image, text, gradients, backend, threads)[0]
+        bound: Tensor = torch.ops.cmr_fast.js_critic(image, text, gradients, backend, threads)[0]
+        return bound
     cycle = torch.randperm(count, device=image.device)
     joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
     return 2 * math.log(2) - (softplus(-joint).mean() + softplus(apart).mean())
@@ -472,7 +474,7 @@ register_loss(
 register_loss(
     "js_critic(Tensor image, Tensor text, bool gradients, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
     _js_critic,
-    lambda image, text, gradients, *rest: sigmoid_outputs(image, text, *2 * [_wide(image)], gradients)[:3],
+    lambda image, text, gradients, *rest: sigmoid_outputs(image, text, _wide(image), _wide(image), gradients)[:3],
     differentiable=(0, 1),
 )
 

@@ -45,7 +45,8 @@ def distributed_info_nce(
     """
     backend, threads = _dispatch.how(backend, threads)
     scale = _agreed(image, text, logit_scale, None, form, group)
-    return _InfoNCE.apply(image, text, scale, form, group, backend, threads)
+    loss: Tensor = _InfoNCE.apply(image, text, scale, form, group, backend, threads)
+    return loss
 
 
 def distributed_sigmoid_loss(
@@ -66,7 +67,8 @@ def distributed_sigmoid_loss(
     backend, threads = _dispatch.how(backend, threads)
     scale = _agreed(image, text, logit_scale, logit_bias, form, group)
     bias = _scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")
-    return _Sigmoid.apply(image, text, scale, bias, form, group, backend, threads)
+    loss: Tensor = _Sigmoid.apply(image, text, scale, bias, form, group, backend, threads)
+    return loss
 
 
 def _agreed(
@@ -161,9 +163,10 @@ class _Sigmoid(torch.autograd.Function):
         ctx.group = group
 
         def run(texts: Tensor, offset: int) -> tuple[Tensor, ...]:
-            return torch.ops.cmr_fast.sigmoid_loss(
+            outputs: tuple[Tensor, ...] = torch.ops.cmr_fast.sigmoid_loss(
                 image, texts, scale, bias, None, None, None, offset, each, gradients, backend, threads
             )
+            return outputs
 
         if form == "gather":
             loss, *found = run(torch.cat(_gathered(text, group)), rank * n)
@@ -199,7 +202,10 @@ class _Sigmoid(torch.autograd.Function):
 def _forward(
     image: Tensor, text: Tensor, scale: Tensor, offset: int, backend: str | None, threads: int | None
 ) -> list[Tensor]:
-    return torch.ops.cmr_fast.info_nce(image, text, scale, None, None, None, offset, True, True, 0, backend, threads)
+    outputs: list[Tensor] = torch.ops.cmr_fast.info_nce(
+        image, text, scale, None, None, None, offset, True, True, 0, backend, threads
+    )
+    return outputs
 
 
 def _no_columns(n: int, like: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ def _native() -> Any:
 
 
 def _scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
-    return _native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k)
+    return float(_native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k))
 
 
 def _spread(n: int, count: int) -> Tensor:

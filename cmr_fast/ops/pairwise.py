@@ -153,7 +153,8 @@ def _loss(
     )[0]  # fmt: skip
     if reduction == "mean":
         total = total / max(1, pairs[0] * pairs[1])
-    return like_input(total, was_numpy)
+    result: Array = like_input(total, was_numpy)
+    return result
 
 
 def _labels(x: object, count: int, codes: Tensor, name: str) -> Tensor:

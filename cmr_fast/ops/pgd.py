@@ -165,7 +165,8 @@ def pgd_noise(
     count, seed = as_integer(count, "count", 0), as_integer(seed, "seed", 0, 2**64 - 1)
     # torch's schemas know signed integers only
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
+    noise: Tensor = torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
+    return noise
 
 
 def _kind(x: object) -> str:
@@ -258,8 +259,8 @@ def _torch_step(
         delta = moved - start
         distance = _norm(delta.double())
         factor = torch.where(distance > eps, eps.double() / distance, 1.0).to(x.dtype)
-        inside = torch.minimum(torch.maximum(start + delta * factor, low), high)
-        flat.copy_(torch.where(usable, inside, flat))
+        found = torch.minimum(torch.maximum(start + delta * factor, low), high)
+        flat.copy_(torch.where(usable, found, flat))
         return
     sign = (g > 0).to(x.dtype) - (g < 0).to(x.dtype)
     delta = torch.minimum(torch.maximum(flat + alpha * sign - start, -eps), eps)

@@ -66,7 +66,7 @@ def ranking(
     partners: Array | None = None,
     backend: str | None = None,
     threads: int | None = None,
-) -> Ranking:
+) -> Ranking[Array]:
     """Rank a database of packed codes by (Hamming distance, index) to each query and count what is relevant.
 
     Parameters

@@ -55,7 +55,7 @@ def sinkhorn(
     details: bool = False,
     backend: str | None = None,
     threads: int | None = None,
-) -> Array | Transport:
+) -> Array | Transport[Array]:
     """Entropic transport plans (Cuturi 2013): min over T of <T, C> + reg * sum T (log T - 1), T 1 = mu, T^T 1 = nu.
 
     Bad values (not finite, negative masses) are looked for where that costs no wait, on the CPU; on a GPU a problem
@@ -103,7 +103,10 @@ def sinkhorn(
     if stop not in STOPS:
         raise InputError(f"stop must be one of {', '.join(STOPS)}, got {stop!r}")
     tol = as_number(tol, "tol", least=0.0)
-    return _transport("sinkhorn", cost, reg, max_iter, tol, mu, nu, stop, 1, grad, details, backend, threads)
+    result: Array | Transport[Array] = _transport(
+        "sinkhorn", cost, reg, max_iter, tol, mu, nu, stop, 1, grad, details, backend, threads
+    )
+    return result
 
 
 def ipot(
@@ -118,7 +121,7 @@ def ipot(
     details: bool = False,
     backend: str | None = None,
     threads: int | None = None,
-) -> Array | Transport:
+) -> Array | Transport[Array]:
     """Transport plans without regularisation in the limit, by the inexact proximal point method (Xie et al. 2018).
 
     T <- diag(delta) (exp(-cost / beta) * T) diag(sigma), Algorithm 1 of the paper.
@@ -149,7 +152,10 @@ def ipot(
     inner = as_integer(inner, "inner", 1)
     if grad == "implicit":
         raise InputError("ipot's grad must be envelope or unrolled, got 'implicit': its plan is no fixed point")
-    return _transport("ipot", cost, beta, max_iter, 0.0, mu, nu, "marginals", inner, grad, details, backend, threads)
+    result: Array | Transport[Array] = _transport(
+        "ipot", cost, beta, max_iter, 0.0, mu, nu, "marginals", inner, grad, details, backend, threads
+    )
+    return result
 
 
 def _transport(

@@ -42,7 +42,7 @@ def triplet_margin(
     reduction: Reduction = "mean",
     backend: str | None = None,
     threads: int | None = None,
-) -> Any:
+) -> Array:
     """Triplet margin loss of a batch: a scalar made of max(0, d(a, p) - d(a, n) + margin) over triplets (a, p, n).
 
     A batch without a triplet (no positives, no negatives, nothing at all) gives 0 and a gradient of zeros. The hinge
@@ -123,7 +123,8 @@ def triplet_margin(
         grad and anchors.requires_grad, grad and candidates is not None and candidates.requires_grad,
         *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
-    return like_input(loss, was_numpy)
+    result: Array = like_input(loss, was_numpy)
+    return result
 
 
 def acmr_triplet(
@@ -184,10 +185,11 @@ def acmr_triplet(
     text = partner
     relevance = _as_relevance(labels, image, "labels", "image")
     grad = torch.is_grad_enabled()
-    return torch.ops.cmr_fast.acmr_triplet(
+    loss: Tensor = torch.ops.cmr_fast.acmr_triplet(
         image, text, relevance, margin, weight, reduction, grad and image.requires_grad,
         grad and text.requires_grad, *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
+    return loss
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -235,7 +237,7 @@ def _as_relevance(labels: object, items: Tensor, name: str, of: str) -> Tensor:
             raise InputError(f"{name} of shape (N, C) must be multi-hot, 0 or 1, got others; class ids have shape (N,)")
         if given.shape[1] == 1 and bool((given != given[0]).any()):
             raise InputError(f"{name} must be class ids (N,) or multi-hot of several classes, got {_shape(given)}")
-    packed = torch.ops.cmr_fast.pack_codes(given if given.dtype == torch.bool else given > 0)
+    packed: Tensor = torch.ops.cmr_fast.pack_codes(given if given.dtype == torch.bool else given > 0)
     words = packed.new_zeros((len(packed), -(-packed.shape[1] // 8) * 8))
     words[:, : packed.shape[1]] = packed
     return words.view(torch.int64)
@@ -348,7 +350,7 @@ def _acmr_triplet(
     _, grad_image, grad_text = _outputs(image, text, needs_grad_image, needs_grad_text)
     sweep = Sweep(image, text, chosen, "euclidean", threads)
     losses = torch.zeros(size, dtype=torch.float64, device=image.device)
-    near, far, sums = image.new_empty((3, size))
+    near, far, sums = image.new_empty((3, size)).unbind()
     if chosen == "torch":
         positives = torch.zeros(size, dtype=image.dtype, device=image.device)
         for first in range(0, size, sweep.rows):
