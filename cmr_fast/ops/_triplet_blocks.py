@@ -98,7 +98,7 @@ class Sweep:
             grad_other += to_y
 
     def _pull(self, rows: slice, e: Tensor, sums: Tensor, grad_x: Tensor, grad_other: Tensor) -> None:
-        """Gradient of sum_ij w_ij d(x_i, y_j) with e_ij = w_ij / d_ij (euclidean), 2 w_ij (squared) or w_ij (dot):
+        """Gradient of sum_ij w_ij d(x_i, y_j) with e_ij = w_ij / d_ij (euclidean), 2 w_ij (squared) or w_ij (dot).
 
         grad x_i = sum_j e_ij (x_i - y_j), grad y_j = sum_i e_ij (y_j - x_i); for dot without the terms of one's own.
         """

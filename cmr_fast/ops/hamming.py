@@ -14,7 +14,8 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops._tensors import MAX_BITS, Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import MAX_BITS as MAX_BITS  # where others look for it
+from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path

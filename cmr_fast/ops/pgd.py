@@ -33,44 +33,38 @@ def pgd_step_(
 ) -> Tensor:
     """Move x along the gradient, back into the ball around origin, and into the box. Changes x and returns it.
 
-    linf: x <- clip(origin + clip(x + alpha sign(g) - origin, -eps, eps)), bit for bit the eager formula in float32
-    (Madry et al. 2018, section 2.1); a gradient that is NaN does not move x.
-    l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero does not move x, nor does
-    one that is not finite.
-
-    gradient and origin may be x itself, or share its memory: they are read as they were before. The step has no
-    derivative: x must not require grad where grads are enabled, and its version is counted as by torch's own in-place
-    operators.
-
     Parameters
     ----------
-    x, gradient, origin : Tensor
+    x, gradient, origin
         Float (B, ...), x contiguous; dimension 1 is the channel.
-    alpha, eps : float, sequence of float, numpy.ndarray or Tensor
-        A number, (B,) for every sample, (1, C) for every channel, or (B, C); eps in the units of x. L2 takes one alpha
-        and one eps a sample.
-    bounds : pair
-        The least and the greatest value, each as eps.
-    norm : {"linf", "l2"}
-        Of the ball.
-    broken : Tensor, optional
+    alpha, eps, bounds
+        A number, (B,) for every sample, (1, C) for every channel, or (B, C); eps and bounds in the units of x. L2 takes
+        one alpha and one eps a sample.
+    norm
+        linf: x <- clip(origin + clip(x + alpha sign(g) - origin, -eps, eps)), bit for bit the eager formula in float32;
+        a gradient that is NaN does not move x.
+        l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero does not move x, nor
+        does one that is not finite.
+    broken, step
         int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`.
-    step : int
-        See `broken`.
-    backend : {"cpp", "cuda", "triton", "torch"}, optional
-        Forces one; the device chooses otherwise.
-    threads : int, optional
-        Of the native kernels; default all processors of this process. Results do not depend on it.
+    backend, threads
+        None: the first backend that fits, as many threads as torch has.
 
     Returns
     -------
     Tensor
-        x.
+        x itself.
 
     Raises
     ------
     InputError
-        On shapes, dtypes, devices and values that do not fit, and an x that requires grad.
+        For tensors that do not go together, and a backend that cannot run.
+
+    Notes
+    -----
+    gradient and origin may be x itself, or share its memory: they are read as they were before. The step has no
+    derivative: x must not require grad where grads are enabled, and its version is counted as by torch's own in-place
+    operators. No bit of a sample depends on its batch.
     """
     alpha, eps, low, high = check_step(x, gradient, origin, alpha, eps, bounds, norm, broken)
     torch.ops.cmr_fast.pgd_step_(
@@ -132,33 +126,33 @@ def as_values(value: Value, x: Tensor, name: str) -> Tensor:
 def pgd_noise(
     index: Tensor, count: int, *, seed: int = 0, backend: str | None = None, threads: int | None = None
 ) -> Tensor:
-    """Uniform numbers in (-1, 1), float32 (B, count): row i depends on the seed and on index[i] alone.
-
-    Philox4x32-10 (Salmon et al. 2011, section 4) with the key `seed` and the counter (element // 4, index).
+    """Uniform numbers in (-1, 1): row i depends on the seed and on index[i] alone.
 
     Parameters
     ----------
-    index : Tensor
+    index
         int64 (B,), a sample's number in its data set, say: its noise is the same in every batch and on every device,
         bit for bit.
-    count : int
-        Numbers a row, 0 or more.
-    seed : int
+    count
+        How many numbers a sample.
+    seed
         0 to 2^64 - 1.
-    backend : {"cpp", "cuda", "torch"}, optional
-        Forces one; the device chooses otherwise.
-    threads : int, optional
-        Of the native kernels; default all processors of this process.
+    backend, threads
+        None: the first backend that fits, as many threads as torch has.
 
     Returns
     -------
     Tensor
-        float32 (B, count) on the device of index.
+        float32 (B, count).
 
     Raises
     ------
     InputError
-        On an index, count or seed of another kind.
+        For an index, count or seed of another kind, and a backend that cannot run.
+
+    Notes
+    -----
+    Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
         raise InputError(f"index must be an int64 tensor (B,), got {_kind(index)}")
@@ -254,10 +248,10 @@ def _torch_step(
     if l2:
         usable = finite.reshape(-1, *[1] * (flat.ndim - 1))
         g = torch.where(usable, g, torch.zeros_like(g)).double()
-        norm = _norm(g)
+        norm = row_norms(g)
         moved = flat + (alpha.double() / torch.where(norm > 0, norm, 1.0) * g).to(x.dtype)
         delta = moved - start
-        distance = _norm(delta.double())
+        distance = row_norms(delta)
         factor = torch.where(distance > eps, eps.double() / distance, 1.0).to(x.dtype)
         found = torch.minimum(torch.maximum(start + delta * factor, low), high)
         flat.copy_(torch.where(usable, found, flat))
@@ -267,9 +261,24 @@ def _torch_step(
     flat.copy_(torch.minimum(torch.maximum(start + delta, low), high))
 
 
-def _norm(x: Tensor) -> Tensor:
-    """(B, ...) -> (B, 1, ...)"""
-    return x.square().sum(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
+def row_sums(x: Tensor) -> Tensor:
+    """Sums of each sample, (B, ...) -> float64 (B, 1, ...): by halves, so that no bit depends on the batch.
+
+    torch's own sum picks its order by the whole shape.
+    """
+    total = x.double().flatten(1)
+    if not total.shape[1]:
+        total = total.new_zeros((len(x), 1))
+    while (width := total.shape[1]) > 1:
+        half = width // 2
+        folded = total[:, :half] + total[:, half : 2 * half]
+        total = torch.cat([folded, total[:, 2 * half :]], dim=1) if width % 2 else folded
+    return total.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms of each sample, (B, ...) -> float64 (B, 1, ...)."""
+    return row_sums(x.double().square()).sqrt()
 
 
 def _noise(index: Tensor, count: int, seed: int, backend: str | None, threads: int | None) -> Tensor:
