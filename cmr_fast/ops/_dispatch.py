@@ -122,16 +122,24 @@ def choose_backend(op: str, device: str, forced: str | None = None, unfit: dict[
     """
     unfit = unfit or {}
     candidates = BACKENDS[op].get(device, ("torch",))
-    source = f"backend={forced!r}" if forced else f"CMR_FAST_BACKEND={os.environ.get('CMR_FAST_BACKEND')}"
-    forced = forced or os.environ.get("CMR_FAST_BACKEND") or None
-    if forced:
-        if forced not in candidates:
+    chosen = forced or os.environ.get("CMR_FAST_BACKEND")
+    if chosen:
+        source = f"backend={forced!r}" if forced else f"CMR_FAST_BACKEND={chosen}"
+        if chosen not in candidates:
             raise InputError(f"{op} on {device} has the backends {', '.join(candidates)}, got {source}")
-        reason = unavailable(forced, device) or unfit.get(forced)
+        reason = unavailable(chosen, device) or unfit.get(chosen)
         if reason:
             raise InputError(f"{source} of {op} cannot run: {reason}")
-        return forced
-    return next(name for name in candidates if name not in unfit and unavailable(name, device) is None)
+        return chosen
+    for name in candidates[:-1]:
+        if name not in unfit and unavailable(name, device) is None:
+            return name
+    return candidates[-1]  # torch
+
+
+@functools.cache
+def _best_isa(module: ModuleType) -> str:
+    return str(module.available_isas()[0])
 
 
 def choose_isa() -> str:
@@ -139,10 +147,10 @@ def choose_isa() -> str:
     module = native()
     if not isinstance(module, ModuleType):
         raise InputError(f"no native kernels: {module}")
+    forced = os.environ.get("CMR_FAST_ISA")
+    if not forced:
+        return _best_isa(module)
     available = module.available_isas()
-    forced = os.environ.get("CMR_FAST_ISA") or None
-    if forced is None:
-        return str(available[0])
     if forced not in available:
         raise InputError(
             f"CMR_FAST_ISA={forced!r} cannot run here: this build and processor have {', '.join(available)}"

@@ -75,11 +75,11 @@ class Pairs(NamedTuple):
 
     def dense(self, rows: slice, columns: slice, like: Tensor) -> Tensor:
         """The same, a diagonal written out."""
-        found = self.tile(rows, columns, like.dtype)
-        if found is None:
+        weights = self.tile(rows, columns, like.dtype)
+        if weights is None:
             row, column = (torch.arange(x.start, x.stop, device=like.device) for x in (rows, columns))
-            found = (row[:, None] + self.offset == column).to(like.dtype)
-        return found
+            weights = (row[:, None] + self.offset == column).to(like.dtype)
+        return weights
 
 
 class _Workers:
@@ -412,5 +412,5 @@ def torch_sigmoid(
         for rows, _, _, z in _torch_blocks(image, text, scale):
             gradient(rows, z)
         return loss.to(scale.dtype), *sigmoid_outputs(image, text, scale, bias, False)[1:]
-    found = _torch_gradients(image, text, scale, gradient)
-    return loss.to(scale.dtype), *found, slope.to(bias.dtype)
+    gradients = _torch_gradients(image, text, scale, gradient)
+    return loss.to(scale.dtype), *gradients, slope.to(bias.dtype)

@@ -38,10 +38,30 @@ def distributed_info_nce(
 ) -> Tensor:
     """info_nce of the batch of all ranks of `group`: the mean over this rank's n images and n texts, halved and added.
 
-    image, text    (n, d), the same n, d and dtype on every rank; row i of both from pair i
-    form           "gather" or "ring", the same on every rank
+    Every rank must call it.
 
-    Every rank must call it. Raises InputError on all ranks where shapes, dtypes or forms disagree.
+    Parameters
+    ----------
+    image, text : Tensor
+        Float (n, d), the same n, d and dtype on every rank; row i of both from pair i.
+    logit_scale : Tensor or float
+        1 / temperature.
+    form : {"gather", "ring"}
+        The same on every rank.
+    group : torch.distributed.ProcessGroup, optional
+        Default all ranks.
+    backend, threads
+        As in `info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, float32 or, for float64 features, float64; differentiable once.
+
+    Raises
+    ------
+    InputError
+        On all ranks where shapes, dtypes or forms disagree, or some want gradients and some do not.
     """
     backend, threads = _dispatch.how(backend, threads)
     scale = _agreed(image, text, logit_scale, None, form, group)
@@ -60,9 +80,31 @@ def distributed_sigmoid_loss(
     backend: str | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """sigmoid_loss of this rank's n images against the texts of all ranks, divided by n. Arguments as above.
+    """sigmoid_loss of this rank's n images against the texts of all ranks, divided by n.
 
-    The gradient is made in the forward pass, so every rank must scale its loss alike before backward.
+    Every rank must call it. The gradient is made in the forward pass, so every rank must scale its loss alike before
+    backward.
+
+    Parameters
+    ----------
+    image, text : Tensor
+        Float (n, d), the same n, d and dtype on every rank; row i of both from pair i.
+    logit_scale, logit_bias : Tensor or float
+        As in `sigmoid_loss`.
+    form, group
+        As in `distributed_info_nce`.
+    backend, threads
+        As in `info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, float32 or, for float64 features, float64; differentiable once.
+
+    Raises
+    ------
+    InputError
+        On all ranks where shapes, dtypes or forms disagree, or some want gradients and some do not.
     """
     backend, threads = _dispatch.how(backend, threads)
     scale = _agreed(image, text, logit_scale, logit_bias, form, group)
@@ -169,11 +211,11 @@ class _Sigmoid(torch.autograd.Function):
             return outputs
 
         if form == "gather":
-            loss, *found = run(torch.cat(_gathered(text, group)), rank * n)
+            loss, *gradients_of = run(torch.cat(_gathered(text, group)), rank * n)
             if gradients:
-                found[1] = found[1].to(scale.dtype)
-                dist.all_reduce(found[1], group=group)
-                found[1] = found[1][rank * n : (rank + 1) * n]
+                gradients_of[1] = gradients_of[1].to(scale.dtype)
+                dist.all_reduce(gradients_of[1], group=group)
+                gradients_of[1] = gradients_of[1][rank * n : (rank + 1) * n]
         else:
             loss, passing = 0 * scale, text.contiguous()
             of_image, of_text = (torch.zeros(text.shape, dtype=scale.dtype, device=text.device) for _ in range(2))
@@ -185,10 +227,12 @@ class _Sigmoid(torch.autograd.Function):
                     of_image, of_text = of_image + parts[0], of_text + parts[1]
                     of_scale, of_bias = of_scale + parts[2], of_bias + parts[3]
                 passing, of_text = _pass_on([passing, of_text], group)
-            found = [of_image, of_text, of_scale, of_bias]
+            gradients_of = [of_image, of_text, of_scale, of_bias]
         if gradients:
             ctx.save_for_backward(
-                found[0].to(image.dtype), found[1].to(text.dtype), *(_mean(x, group) for x in found[2:])
+                gradients_of[0].to(image.dtype),
+                gradients_of[1].to(text.dtype),
+                *(_mean(x, group) for x in gradients_of[2:]),
             )
         return loss
 
@@ -232,9 +276,9 @@ def _merged_over_ranks(stats: Tensor, group: Any) -> Tensor:
 
 def _gathered(x: Tensor, group: Any) -> list[Tensor]:
     x = x.detach().contiguous()
-    found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, x, group=group)
-    return found
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return parts
 
 
 def _mean(x: Tensor, group: Any) -> Tensor:
