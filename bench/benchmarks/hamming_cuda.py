@@ -62,7 +62,7 @@ def popcounts_per_second() -> float:
     native = _dispatch.native_cuda()
     blocks, rounds = device.warps * 4, 4096
     out = torch.empty(256 * blocks, dtype=torch.int32, device="cuda")
-    queue = native.Queue(device.index, device.stream)
+    queue = _dispatch.queue(torch.empty(1, device="cuda"))
     took = medians({"limit": lambda: native.hamming_arithmetic(queue, blocks, rounds, out.data_ptr())}, 5)["limit"]
     return 8.0 * rounds * 256 * blocks / took
 

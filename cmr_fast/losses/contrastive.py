@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from cmr_fast.errors import InputError
 from cmr_fast.losses._checks import as_count, as_scalar, check_features
-from cmr_fast.ops.infonce import info_nce, sigmoid_loss
-from cmr_fast.ops.infonce_distributed import distributed_info_nce, distributed_sigmoid_loss
+from cmr_fast.ops.info_nce import info_nce, sigmoid_loss
+from cmr_fast.ops.info_nce_distributed import distributed_info_nce, distributed_sigmoid_loss
 
 
 def _features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class ClipLoss(nn.Module):
     """open_clip's ClipLoss, argument for argument, in O(N) memory: change the import and nothing else.
 
     The loss is float32 for float16 and bfloat16 features. With local_loss and gather_with_grad one tile serves both
-    directions, see ops/infonce_distributed.py; the gradient of logit_scale is then averaged over ranks, all others
+    directions, see ops/info_nce_distributed.py; the gradient of logit_scale is then averaged over ranks, all others
     follow open_clip.
 
     Parameters

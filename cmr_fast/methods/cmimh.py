@@ -27,7 +27,7 @@ from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.evaluation import Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
-from cmr_fast.ops.infonce import js_critic
+from cmr_fast.ops.info_nce import js_critic
 
 _NOT_NEGATIVE = (
     *("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal", "reconstruction_weight"),

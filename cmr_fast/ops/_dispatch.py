@@ -13,16 +13,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from cmr_fast.errors import InputError
+import torch
+from torch import Tensor
 
-PUBLIC = {
-    "info_nce": "infonce",
-    "sigmoid_loss": "sigmoid_pairs",
-    "js_critic": "sigmoid_pairs",
-    "pairwise_nll": "pairwise",
-    "pairwise_squared": "pairwise",
-}
-"""Functions by another name than the op that they call."""
+from cmr_fast.errors import InputError
 
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
@@ -31,11 +25,13 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "ranking": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "triplet_margin": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "acmr_triplet": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
-    "pairwise": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pairwise_nll": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
+    "pairwise_squared": {"cpu": ("cpp", "torch"), "cuda": ("torch",)},
     "pgd_step_": {"cpu": ("cpp", "triton", "torch"), "cuda": ("cuda", "triton", "torch")},
     "pgd_noise": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
-    "infonce": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
-    "sigmoid_pairs": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "info_nce": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "sigmoid_loss": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
+    "js_critic": {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")},
     "sinkhorn": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
     "ipot": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
 }
@@ -62,11 +58,15 @@ def native_cuda() -> Any:
         return reason
 
 
+def queue(x: Tensor) -> Any:
+    """The current CUDA stream of x's device, as the native kernels take it."""
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    return native_cuda().Queue(index, torch.cuda.current_stream(x.device).cuda_stream)
+
+
 @functools.cache
 def _cuda_unavailable() -> str | None:
     """Why the CUDA kernels cannot run here. The module is imported, and the driver asked, on the first call only."""
-    import torch
-
     module = native_cuda()
     if not isinstance(module, ModuleType):
         return f"cmr_fast._cuda was not built ({module}); pip install . builds it where nvcc is found"
@@ -122,16 +122,24 @@ def choose_backend(op: str, device: str, forced: str | None = None, unfit: dict[
     """
     unfit = unfit or {}
     candidates = BACKENDS[op].get(device, ("torch",))
-    source = f"backend={forced!r}" if forced else f"CMR_FAST_BACKEND={os.environ.get('CMR_FAST_BACKEND')}"
-    forced = forced or os.environ.get("CMR_FAST_BACKEND") or None
-    if forced:
-        if forced not in candidates:
+    chosen = forced or os.environ.get("CMR_FAST_BACKEND")
+    if chosen:
+        source = f"backend={forced!r}" if forced else f"CMR_FAST_BACKEND={chosen}"
+        if chosen not in candidates:
             raise InputError(f"{op} on {device} has the backends {', '.join(candidates)}, got {source}")
-        reason = unavailable(forced, device) or unfit.get(forced)
+        reason = unavailable(chosen, device) or unfit.get(chosen)
         if reason:
             raise InputError(f"{source} of {op} cannot run: {reason}")
-        return forced
-    return next(name for name in candidates if name not in unfit and unavailable(name, device) is None)
+        return chosen
+    for name in candidates[:-1]:
+        if name not in unfit and unavailable(name, device) is None:
+            return name
+    return candidates[-1]  # torch
+
+
+@functools.cache
+def _best_isa(module: ModuleType) -> str:
+    return str(module.available_isas()[0])
 
 
 def choose_isa() -> str:
@@ -139,10 +147,10 @@ def choose_isa() -> str:
     module = native()
     if not isinstance(module, ModuleType):
         raise InputError(f"no native kernels: {module}")
+    forced = os.environ.get("CMR_FAST_ISA")
+    if not forced:
+        return _best_isa(module)
     available = module.available_isas()
-    forced = os.environ.get("CMR_FAST_ISA") or None
-    if forced is None:
-        return available[0]
     if forced not in available:
         raise InputError(
             f"CMR_FAST_ISA={forced!r} cannot run here: this build and processor have {', '.join(available)}"
@@ -190,7 +198,19 @@ def check_finite(**tensors: Any) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run and why: `backend`, `isa` (native CPU kernels only) and one line per candidate."""
+    """What would run and why; printed, a line for each candidate.
+
+    Attributes
+    ----------
+    op, device : str
+        What was asked.
+    backend : str
+        What would run.
+    isa : str or None
+        The instruction set of the native CPU kernels.
+    reasons : tuple of str
+        A line for each candidate.
+    """
 
     op: str
     device: str
@@ -204,10 +224,27 @@ class Explanation:
 
 
 def explain(op: str, *tensors: object) -> Explanation:
-    """Which backend and instruction set `op` would use for `tensors` (numpy arrays count as cpu), and why."""
-    op = PUBLIC.get(op, op)
+    """Which backend and instruction set an op would use, and why.
+
+    Parameters
+    ----------
+    op : str
+        The name of a function of cmr_fast.ops.
+    *tensors : Tensor or numpy.ndarray
+        What it would be called with; arrays count as cpu.
+
+    Returns
+    -------
+    Explanation
+        To print, or to read.
+
+    Raises
+    ------
+    InputError
+        On a name that is none, and a backend forced by CMR_FAST_BACKEND that cannot run.
+    """
     if op not in BACKENDS:
-        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted({*BACKENDS, *PUBLIC}))}")
+        raise InputError(f"unknown op {op!r}; the ops are {', '.join(sorted(BACKENDS))}")
     device = next((t.device.type for t in tensors if hasattr(t, "device") and hasattr(t.device, "type")), "cpu")
     backend = choose_backend(op, device)
     forced = [f"{name}={os.environ[name]}" for name in ("CMR_FAST_BACKEND", "CMR_FAST_ISA") if os.environ.get(name)]

@@ -1,7 +1,7 @@
 """Registration of the ops with torch.library, so that torch.compile, opcheck and export see them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -66,6 +66,43 @@ def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def register_loss(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], differentiable: Sequence[int]
+) -> None:
+    """Register an op that returns (loss, *gradients), and <its name>_backward, which scales the gradients.
+
+    They are made in the forward pass, those of the arguments at the positions `differentiable`, in that order; one
+    that was not asked for is empty.
+    """
+    name = schema.split("(", 1)[0]
+    register(schema, implementation, fake)
+    register(
+        f"{name}_backward(Tensor upstream, {', '.join(f'Tensor gradient{i}' for i in differentiable)}) "
+        f"-> ({', '.join('Tensor' for _ in differentiable)})",
+        lambda upstream, *gradients: tuple((x * upstream).to(x.dtype) for x in gradients),
+        lambda upstream, *gradients: tuple(torch.empty_like(x) for x in gradients),
+    )
+    op, scale = (getattr(torch.ops.cmr_fast, x).default for x in (name, f"{name}_backward"))
+    inputs = len(op._schema.arguments)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.shapes = [inputs[i].shape if isinstance(inputs[i], Tensor) else None for i in differentiable]
+
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * inputs
+        gradients = scale(upstream, *ctx.saved_tensors)
+        for i, shape, gradient in zip(differentiable, ctx.shapes, gradients, strict=True):
+            if ctx.needs_input_grad[i]:
+                if gradient.shape != shape:
+                    raise RuntimeError(f"cmr_fast::{name} was called without asking for this gradient")
+                result[i] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(f"cmr_fast::{name}", backward, setup_context=remember, lib=LIBRARY)
+    torch.library.register_autograd(f"cmr_fast::{name}_backward", refuse_twice, lib=LIBRARY)
+
+
 def refuse_forward_mode(name: str, *args: Any) -> None:
     """Raise InputError where an argument carries a forward-mode derivative, as in torch.func.jvp."""
     for x in args:
@@ -76,7 +113,7 @@ def refuse_forward_mode(name: str, *args: Any) -> None:
             )
 
 
-def refuse_twice(ctx: Any, *_: Tensor, hint: str = "") -> NoReturn:
+def refuse_twice(ctx: Any, *_: Any, hint: str = "") -> NoReturn:
     """The backward of a backward op."""
     raise InputError(f"this loss can be differentiated once, got a second derivative{hint}")
 

@@ -59,13 +59,13 @@ def ranking(
         relevant = db_labels == q_labels[i] if db_labels.ndim == 1 else (db_labels & q_labels[i]).any(axis=1)
         np.add.at(out["items"][i], distances, 1)
         np.add.at(out["relevant"][i], distances, relevant)
-        found, total = 0, int(relevant.sum())
+        hits, total = 0, int(relevant.sum())
         for rank, item in enumerate(np.argsort(distances, kind="stable"), start=1):
             if not relevant[item]:
                 continue
-            found += 1
-            inside = {"rank": rank <= k, "relevant": rank <= min(k, total), "hits": found <= min(k, total)}[cut]
-            out["sums"][i] += inside * found / rank
+            hits += 1
+            inside = {"rank": rank <= k, "relevant": rank <= min(k, total), "hits": hits <= min(k, total)}[cut]
+            out["sums"][i] += inside * hits / rank
             out["hits"][i] += inside
             out["first"][i] = out["first"][i] or rank
             out["hit_steps"][rank - 1] += 1
@@ -79,13 +79,13 @@ def triplet_distances(x: np.ndarray, y: np.ndarray, distance: str) -> np.ndarray
     """float64 (A, d), (N, d) -> (A, N)."""
     out = np.empty((len(x), len(y)))
     for i, row in enumerate(x):
-        difference = row - y
-        out[i] = {
-            "euclidean": lambda t=difference: np.sqrt((t * t).sum(1)),
-            "squared": lambda t=difference: (t * t).sum(1),
-            "dot": lambda r=row: -(y @ r),
-            "cosine": lambda r=row: 1 - (y @ r) / (np.linalg.norm(r) * np.linalg.norm(y, axis=1)),
-        }[distance]()
+        if distance == "dot":
+            out[i] = -(y @ row)
+        elif distance == "cosine":
+            out[i] = 1 - (y @ row) / (np.linalg.norm(row) * np.linalg.norm(y, axis=1))
+        else:
+            squares = ((row - y) ** 2).sum(1)
+            out[i] = squares if distance == "squared" else np.sqrt(squares)
     return out
 
 
@@ -97,27 +97,27 @@ def triplets(
     d: np.ndarray, labels: np.ndarray, other_labels: np.ndarray | None, margin: float, mining: str
 ) -> list[tuple[int, int, int]]:
     """(anchor, positive, negative) of the mining, by loops; other_labels None: candidates are the anchors."""
-    found = []
-    theirs = labels if other_labels is None else other_labels
+    result = []
+    candidates = labels if other_labels is None else other_labels
     for a in range(len(labels)):
-        alike = [share_label(labels[a], theirs[j]) for j in range(len(theirs))]
-        positives = [j for j in range(len(theirs)) if alike[j] and not (other_labels is None and j == a)]
-        negatives = [j for j in range(len(theirs)) if not alike[j]]
+        alike = [share_label(labels[a], candidates[j]) for j in range(len(candidates))]
+        positives = [j for j in range(len(candidates)) if alike[j] and not (other_labels is None and j == a)]
+        negatives = [j for j in range(len(candidates)) if not alike[j]]
         if not positives or not negatives:
             continue
         nearest = min(negatives, key=lambda j: (d[a, j], j))
         if mining == "all":
-            found += [(a, p, n) for p in positives for n in negatives]
+            result += [(a, p, n) for p in positives for n in negatives]
         elif mining == "hard":
-            found.append((a, min(positives, key=lambda j: (-d[a, j], j)), nearest))
+            result.append((a, min(positives, key=lambda j: (-d[a, j], j)), nearest))
         elif mining == "hard_negative":
-            found += [(a, p, nearest) for p in positives]
+            result += [(a, p, nearest) for p in positives]
         else:
             for p in positives:
                 farther = [n for n in negatives if d[a, n] > d[a, p]]
                 if farther:
-                    found.append((a, p, min(farther, key=lambda j: (d[a, j], j))))
-    return found
+                    result.append((a, p, min(farther, key=lambda j: (d[a, j], j))))
+    return result
 
 
 def triplet_margin(
@@ -223,7 +223,7 @@ def info_nce(image: np.ndarray, text: np.ndarray, scale: float, weights: np.ndar
     return out | _gradients(image, text, scale, products, of_logits)
 
 
-def sigmoid_pairs(
+def sigmoid_loss(
     image: np.ndarray, text: np.ndarray, scale: float, bias: float, positive: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Sum over all pairs of log(1 + exp(-z)) where positive (n, m), else log(1 + exp(z)), and its gradient."""

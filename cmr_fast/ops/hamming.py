@@ -14,7 +14,8 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops._tensors import MAX_BITS, Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import MAX_BITS as MAX_BITS  # where others look for it
+from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
@@ -23,10 +24,24 @@ _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
 def pack_codes(x: Array, threshold: float | None = None) -> Array:
     """Pack rows of bits.
 
-    x          (N, bits), 1 to 4096 bits. bool and integers: bit = x > 0 (so {0, 1} and {-1, 1} both work).
-               Floats: bit = x >= 0, or x >= threshold. Floats that are all 0 or 1 are ambiguous: `>= 0` would set
-               every bit, so they need `threshold=0.5` said.
-    returns    uint8 (N, ceil(bits / 8)), of the kind that went in (numpy or torch, same device).
+    Parameters
+    ----------
+    x : Tensor or numpy.ndarray
+        (N, bits), 1 to 4096 bits. bool and integers: bit = x > 0, of {0, 1} or {-1, 1}. Floats: bit = x >= 0, or
+        x >= threshold. Floats that are all 0 or 1 are ambiguous: `>= 0` would set every bit, so they need
+        `threshold=0.5` said.
+    threshold : float, optional
+        For floats.
+
+    Returns
+    -------
+    Tensor or numpy.ndarray
+        uint8 (N, ceil(bits / 8)), of the kind that went in and on its device.
+
+    Raises
+    ------
+    InputError
+        On other shapes and dtypes, NaN, other integers than bits, and floats that are all 0 or 1.
     """
     values, was_numpy = as_tensor(x, "x")
     if values.ndim != 2 or not 1 <= values.shape[1] <= MAX_BITS:
@@ -53,7 +68,8 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
         if threshold is not None:
             raise InputError(f"threshold is for floats; {values.dtype} is packed by x > 0, got threshold={threshold}")
         bits = values if values.dtype == torch.bool else _signs_of_integers(values)
-    return like_input(torch.ops.cmr_fast.pack_bits(bits), was_numpy)
+    codes: Array = like_input(torch.ops.cmr_fast.pack_codes(bits), was_numpy)
+    return codes
 
 
 def _signs_of_integers(values: Tensor) -> Tensor:
@@ -75,14 +91,34 @@ _COMPARED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64:
 
 
 def unpack_codes(codes: Array, bits: int) -> Array:
-    """uint8 (N, ceil(bits / 8)) -> uint8 (N, bits) of 0 and 1."""
+    """Unpack rows of bits: `pack_codes` backwards.
+
+    Parameters
+    ----------
+    codes : Tensor or numpy.ndarray
+        uint8 (N, ceil(bits / 8)).
+    bits : int
+        Of a code.
+
+    Returns
+    -------
+    Tensor or numpy.ndarray
+        uint8 (N, bits) of 0 and 1, of the kind that went in.
+
+    Raises
+    ------
+    InputError
+        On codes of another kind or width.
+    """
     packed, was_numpy = as_tensor(codes, "codes")
     check_codes(packed, "codes")
     bits = as_integer(bits, "bits", 1, MAX_BITS)
     if packed.shape[1] != -(-bits // 8):
         raise InputError(f"{bits} bits need codes of {-(-bits // 8)} bytes, got shape {tuple(packed.shape)}")
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return like_input(((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous(), was_numpy)
+    unpacked = ((packed[:, :, None] >> shifts) & 1).reshape(len(packed), -1)[:, :bits].contiguous()
+    result: Array = like_input(unpacked, was_numpy)
+    return result
 
 
 def hamming_topk(
@@ -90,12 +126,30 @@ def hamming_topk(
 ) -> tuple[Array, Array]:
     """The k nearest database codes of every query, exactly.
 
-    q          uint8 (Q, nbytes) packed queries
-    db         uint8 (N, nbytes) packed database, on the same device
-    k          1 or more; k > N pads with index -1 and distance bits + 1
-    bits       code length where it is not 8 * nbytes (it only sets the padding distance)
-    backend    "cpp", "cuda" or "torch" forces one; threads: default all processors of this process
-    returns    distances int32 (Q, k), indices int64 (Q, k), sorted by (distance, index)
+    Parameters
+    ----------
+    q, db : Tensor or numpy.ndarray
+        uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
+    k : int
+        1 or more; k > N pads with index -1 and distance bits + 1.
+    bits : int, optional
+        Code length where it is not 8 * nbytes (it only sets the padding distance).
+    backend : {"cpp", "cuda", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernels; default all processors of this process. Results do not depend on it.
+
+    Returns
+    -------
+    distances : Tensor or numpy.ndarray
+        int32 (Q, k).
+    indices : Tensor or numpy.ndarray
+        int64 (Q, k); rows of both are sorted by (distance, index).
+
+    Raises
+    ------
+    InputError
+        On codes, k or bits of another kind, and a backend that cannot run.
     """
     queries, database, was_numpy = as_codes(q, db)
     k = as_integer(k, "k", 1, 2**31 - 1)
@@ -111,8 +165,30 @@ def hamming_range(
 ) -> tuple[Array, Array, Array]:
     """Every database code at distance <= radius of each query: faiss's range_search triple.
 
-    returns    lims int64 (Q + 1,), distances int32 (T,), indices int64 (T,); the hits of query i are
-               lims[i]:lims[i + 1], in index order
+    Parameters
+    ----------
+    q, db : Tensor or numpy.ndarray
+        uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
+    radius : int
+        0 or more; inclusive, where faiss takes distances below its radius.
+    backend : {"cpp", "cuda", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernels; default all processors of this process. Results do not depend on it.
+
+    Returns
+    -------
+    lims : Tensor or numpy.ndarray
+        int64 (Q + 1,): the hits of query i are lims[i]:lims[i + 1].
+    distances : Tensor or numpy.ndarray
+        int32 (T,).
+    indices : Tensor or numpy.ndarray
+        int64 (T,), rising within a query.
+
+    Raises
+    ------
+    InputError
+        On codes or a radius of another kind, and a backend that cannot run.
     """
     queries, database, was_numpy = as_codes(q, db)
     radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
@@ -122,10 +198,31 @@ def hamming_range(
 
 
 def hamming_distances(q: Array, db: Array, *, backend: str | None = None, threads: int | None = None) -> Array:
-    """The whole table, int32 (Q, N): for small cases, it takes 4 * Q * N bytes."""
+    """The whole table of distances: for small cases, it takes 4 * Q * N bytes.
+
+    Parameters
+    ----------
+    q, db : Tensor or numpy.ndarray
+        uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
+    backend : {"cpp", "cuda", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernels; default all processors of this process. Results do not depend on it.
+
+    Returns
+    -------
+    Tensor or numpy.ndarray
+        int32 (Q, N).
+
+    Raises
+    ------
+    InputError
+        On codes of another kind, and a backend that cannot run.
+    """
     queries, database, was_numpy = as_codes(q, db)
     table = torch.ops.cmr_fast.hamming_distances(queries, database, *_dispatch.how(backend, threads))
-    return like_input(table, was_numpy)
+    result: Array = like_input(table, was_numpy)
+    return result
 
 
 def _check_bits(bits: int | None, nbytes: int) -> int:
@@ -136,7 +233,7 @@ def _check_bits(bits: int | None, nbytes: int) -> int:
     return int(bits)
 
 
-def _pack_bits(bits: Tensor) -> Tensor:
+def _pack_codes(bits: Tensor) -> Tensor:
     if bits.device.type == "cpu":
         return torch.from_numpy(np.ascontiguousarray(np.packbits(bits.numpy(), axis=1, bitorder="little")))
     n, width = bits.shape
@@ -258,8 +355,8 @@ def _fake_range(
 
 
 register(
-    "pack_bits(Tensor bits) -> Tensor",
-    _pack_bits,
+    "pack_codes(Tensor bits) -> Tensor",
+    _pack_codes,
     lambda bits: bits.new_empty((bits.shape[0], (bits.shape[1] + 7) // 8), dtype=torch.uint8),
 )
 _TOPK = register(

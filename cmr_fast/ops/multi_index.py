@@ -8,6 +8,7 @@ than the scan are given up early and scanned.
 import contextlib
 import math
 import mmap
+import numbers
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._tensors import Array, as_codes, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_tensor, check_codes, like_input
 from cmr_fast.ops.hamming import _check_bits, hamming_distances, hamming_topk, pack_codes, unpack_codes
 
 EFFORT = 0.05  # see SearchTables.search
@@ -63,10 +64,26 @@ class SearchTables:
     ) -> "SearchTables":
         """Build the tables.
 
-        codes        uint8 (N, nbytes) packed codes on the CPU, N < 2^31
-        bits         code length where it is not 8 * nbytes
-        substrings   how many tables; default: by N and bits
-        threads      default: all processors of this process
+        Parameters
+        ----------
+        codes : Tensor or numpy.ndarray
+            uint8 (N, nbytes) packed codes on the CPU, N < 2^31.
+        bits : int, optional
+            Code length where it is not 8 * nbytes.
+        substrings : int, optional
+            How many tables; by N and bits where nothing is said.
+        threads : int, optional
+            Default all processors of this process.
+
+        Returns
+        -------
+        SearchTables
+            Over these codes, which must not change.
+
+        Raises
+        ------
+        InputError
+            On codes of another kind, with bits set beyond `bits` or not on the CPU, and without the native kernels.
         """
         database, bits = _database(codes, bits)
         native, threads = _native(), _dispatch.choose_threads(threads)
@@ -115,36 +132,66 @@ class SearchTables:
     def search(
         self, q: Array, k: int, *, threads: int | None = None, effort: float | None = None
     ) -> tuple[Array, Array]:
-        """The k nearest codes of every query: what hamming_topk(q, codes, k, bits=bits) returns, ties included.
+        """Find the k nearest codes of every query: what hamming_topk(q, codes, k, bits=bits) returns, ties included.
 
-        effort   what queries may spend on the tables in vain, as a share of what scanning them costs: 0 only scans,
-                 infinity never gives up; default 0.05, or 0 where nothing is expected to be saved. The result does not
-                 depend on it.
+        Parameters
+        ----------
+        q : Tensor or numpy.ndarray
+            uint8 (Q, nbytes) packed codes on the CPU.
+        k : int
+            1 or more.
+        threads : int, optional
+            Default all processors of this process.
+        effort : float, optional
+            What queries may spend on the tables in vain, as a share of what scanning them costs: 0 only scans, infinity
+            never gives up; default 0.05, or 0 where nothing is expected to be saved. The result does not depend on it.
+
+        Returns
+        -------
+        distances : Tensor or numpy.ndarray
+            int32 (Q, k).
+        indices : Tensor or numpy.ndarray
+            int64 (Q, k).
+
+        Raises
+        ------
+        InputError
+            On queries, k or an effort of another kind.
         """
         queries, _, was_numpy = as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
-        _check_k(k)
+        k = as_integer(k, "k", 1, 2**31 - 1)
         _check_stray(queries, self.bits, "q")
         if effort is None:
             effort = EFFORT if self.expected_cost(k) < _VAIN else 0.0
-        if not effort >= 0:
-            raise InputError(f"effort must be 0 or more, got {effort}")
+        if isinstance(effort, bool) or not isinstance(effort, numbers.Real) or not effort >= 0:  # infinity is one
+            raise InputError(f"effort must be a number of 0 or more, got {effort!r}")
         if effort == 0:
-            distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
+            distances, indices = hamming_topk(queries, self._codes, k, bits=self.bits, threads=threads)
             return like_input(distances, was_numpy), like_input(indices, was_numpy)
-        distances, indices, done, _ = self._search(queries, int(k), threads, effort)
+        distances, indices, done, _ = self._search(queries, k, threads, effort)
         left = (~done).nonzero()[:, 0]
         if len(left) == len(queries):
-            distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
+            distances, indices = hamming_topk(queries, self._codes, k, bits=self.bits, threads=threads)
         elif len(left):
-            found = hamming_topk(queries[left], self._codes, int(k), bits=self.bits, threads=threads)
-            distances[left], indices[left] = found
+            distances[left], indices[left] = hamming_topk(
+                queries[left], self._codes, k, bits=self.bits, threads=threads
+            )
         return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
     def expected_cost(self, k: int) -> float:
         """What searching a batch costs, as a share of scanning it, by the cost model on a sample of the codes.
 
-        k is rounded up to a power of two, and the answer for each of them kept.
         It assumes queries that are distributed as the codes are; where they are not, `search` gives up in time.
+
+        Parameters
+        ----------
+        k : int
+            Neighbours; rounded up to a power of two, and the answer for each of them kept.
+
+        Returns
+        -------
+        float
+            Below 1 where tables pay.
         """
         k = min(1 << (int(k) - 1).bit_length(), max(1, len(self)))
         if k not in self._expected:
@@ -155,7 +202,18 @@ class SearchTables:
         return self._expected[k]
 
     def worth_it(self, k: int) -> bool:
-        """Whether searching for k neighbours by these tables is expected to cost less than half of scanning."""
+        """Whether searching for k neighbours by these tables is expected to cost less than half of scanning.
+
+        Parameters
+        ----------
+        k : int
+            Neighbours.
+
+        Returns
+        -------
+        bool
+            See `expected_cost`.
+        """
         return self.expected_cost(k) < WORTH
 
     def _search(self, q: Tensor, k: int, threads: int | None, effort: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,23 +238,69 @@ class SearchTables:
 
 
 def available(codes: Array) -> bool:
-    """Whether tables over these codes may pay: there are enough, and searches run on the native kernels."""
+    """Whether tables over these codes may pay: there are enough, and searches run on the native kernels.
+
+    Parameters
+    ----------
+    codes : Tensor or numpy.ndarray
+        uint8 (N, nbytes).
+
+    Returns
+    -------
+    bool
+        False for codes on a GPU.
+    """
     on_cpu = not isinstance(codes, Tensor) or codes.device.type == "cpu"
     return on_cpu and MIN_CODES <= len(codes) <= MAX_CODES and _dispatch.choose_backend("hamming_topk", "cpu") == "cpp"
 
 
 def scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
-    """What hamming_topk costs for a batch, in the nanoseconds of the cost model: only ratios mean something."""
+    """What hamming_topk costs for a batch, in the nanoseconds of the cost model: only ratios mean something.
+
+    Parameters
+    ----------
+    n, nbytes : int
+        Codes and bytes a code.
+    num_queries, k : int
+        Of the batch.
+
+    Returns
+    -------
+    float
+        For the whole batch.
+    """
     return num_queries * _scan_cost(n, nbytes, num_queries, k)
 
 
 def num_tables(bits: int, n: int) -> int:
-    """How many tables are built by default; one means that codes are looked up as a whole."""
+    """How many tables are built by default; one means that codes are looked up as a whole.
+
+    Parameters
+    ----------
+    bits, n : int
+        Of a code, and codes.
+
+    Returns
+    -------
+    int
+        1 or more.
+    """
     return len(_substrings(bits, n, None))
 
 
 def build_cost(n: int, bits: int) -> float:
-    """What building tables over n codes costs, as scan_cost counts."""
+    """What building tables costs, as `scan_cost` counts.
+
+    Parameters
+    ----------
+    n, bits : int
+        Codes, and bits of a code.
+
+    Returns
+    -------
+    float
+        In the nanoseconds of the cost model.
+    """
     tables = num_tables(bits, n)
     return n * (5.0 if tables == 1 else 100.0 + 60.0 * tables)
 
@@ -207,6 +311,25 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     The scan gives the distance that each search has to reach; how many codes the buckets on the way there hold, and
     how many of those the filter lets through, is counted among some of the codes. Equal codes are counted each, which
     tables would not: where codes repeat much the estimate is too high.
+
+    Parameters
+    ----------
+    codes : Tensor or numpy.ndarray
+        uint8 (N, nbytes) packed codes on the CPU.
+    bits, k : int
+        Of a code, and neighbours.
+    threads : int, optional
+        Default all processors of this process.
+
+    Returns
+    -------
+    float
+        A share of the cost of scanning.
+
+    Raises
+    ------
+    InputError
+        On codes of another kind.
     """
     database, bits = _database(codes, bits)
     n = len(database)
@@ -265,11 +388,6 @@ def _check_stray(codes: Tensor, bits: int, name: str) -> None:
         )
 
 
-def _check_k(k: object) -> None:
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise InputError(f"k must be an integer of 1 or more, got {k!r}")
-
-
 def _native() -> Any:
     module = _dispatch.native()
     if not isinstance(module, ModuleType):
@@ -278,7 +396,7 @@ def _native() -> Any:
 
 
 def _scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
-    return _native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k)
+    return float(_native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k))
 
 
 def _spread(n: int, count: int) -> Tensor:

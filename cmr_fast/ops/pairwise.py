@@ -5,7 +5,8 @@ takes Theta's place, from where a second product carries it to f and g. Results 
 `threads`.
 """
 
-from typing import Any
+import functools
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._library import LIBRARY, refuse_twice, register
+from cmr_fast.ops._library import register_loss
 from cmr_fast.ops._tensors import Array, as_number, as_tensor, like_input
 from cmr_fast.ops.hamming import pack_codes
+from cmr_fast.ops.labels import share_bit
 
 Similarities = Tensor | np.ndarray | tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 
@@ -38,20 +40,37 @@ def pairwise_nll(
 
         sum_ij log(1 + e^Theta_ij) - S_ij Theta_ij,    Theta = scale * f g^T
 
-    f, g         float (n, bits) and (N, bits), of one dtype; float16 and bfloat16 are computed in float32. The gradient
-                 of either is made only where it is asked for, so one may be a buffer of the whole training set
-    s            what is similar: a pair (f_labels, g_labels) of packed multi-hot labels, uint8 (n, L) and (N, L) (see
-                 pack_codes; bool (n, classes) is packed here), S_ij = 1 where a bit is shared; a pair of integer class
-                 ids (n,) and (N,), S_ij = 1 where equal; or S itself, (n, N) bool, integer or float. No gradient
-                 goes to S
-    scale        1/2 is DCMH's
-    positive     S is multiplied by it
-    reduction    "sum", or "mean" over the n * N pairs (0 where there are none)
-    threads      of the native kernel; the products use torch's
+    Parameters
+    ----------
+    f, g : Tensor or numpy.ndarray
+        Float (n, bits) and (N, bits), of one dtype; float16 and bfloat16 are computed in float32. The gradient of
+        either is made only where it is asked for, so one may be a buffer of the whole training set.
+    s : pair of Tensor, or Tensor
+        What is similar: a pair (f_labels, g_labels) of packed multi-hot labels, uint8 (n, L) and (N, L) (see
+        `pack_codes`; bool (n, classes) is packed here), S_ij = 1 where a bit is shared; a pair of integer class ids
+        (n,) and (N,), S_ij = 1 where equal; or S itself, (n, N) bool, integer or float. No gradient goes to S.
+    scale : float
+        1/2 is DCMH's.
+    positive : float
+        S is multiplied by it.
+    reduction : {"sum", "mean"}
+        "mean" over the n * N pairs (0 where there are none).
+    backend : {"cpp", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernel; the products use torch's.
 
-    Returns a scalar of the dtype of f (float32 for halves) and of its kind, numpy or torch. Differentiable once.
+    Returns
+    -------
+    Tensor or numpy.ndarray
+        A scalar of the dtype of f (float32 for halves) and of its kind; differentiable once.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes, devices or labels that do not fit.
     """
-    return _loss(f, g, s, scale, positive, False, reduction, backend, threads)
+    return _loss("pairwise_nll", f, g, s, scale, positive, reduction, backend, threads)
 
 
 def pairwise_squared(
@@ -65,106 +84,54 @@ def pairwise_squared(
     backend: str | None = None,
     threads: int | None = None,
 ) -> Array:
-    """SSAH's squared form, 1/2 || S * Theta - log(1 + e^Theta) ||^2 with S in {0, 0.999}; see pairwise_nll."""
-    return _loss(f, g, s, scale, positive, True, reduction, backend, threads)
+    """SSAH's squared form, 1/2 || S * Theta - log(1 + e^Theta) ||^2 with S in {0, 0.999}.
 
+    Parameters
+    ----------
+    f, g, s, scale, positive, reduction, backend, threads
+        As in `pairwise_nll`, but S is multiplied by 0.999 where nothing is said.
 
-class CodeBuffer:
-    """The outputs of one modality for the whole training set (DCMH's F or G), and their column sums F 1.
+    Returns
+    -------
+    Tensor or numpy.ndarray
+        A scalar of the dtype of f (float32 for halves) and of its kind; differentiable once.
 
-    codes    float (N, bits); the buffer keeps a copy, without gradients
+    Raises
+    ------
+    InputError
+        On shapes, dtypes, devices or labels that do not fit.
     """
-
-    def __init__(self, codes: Tensor) -> None:
-        if codes.ndim != 2 or not codes.is_floating_point():
-            raise InputError(f"codes must be float (N, bits), got {codes.dtype} {tuple(codes.shape)}")
-        self.codes = codes.detach().clone()
-        self.sums = self.codes.sum(dim=0, dtype=torch.float64)
-
-    def update(self, rows: Tensor, values: Tensor) -> None:
-        """Put `values` (n, bits) in `rows` (n,), all different; the sums lose the old and gain the new."""
-        self._check(rows, values)
-        values = values.detach().to(self.codes.dtype)
-        self.sums += (values.double() - self.codes[rows].double()).sum(dim=0)
-        self.codes[rows] = values
-
-    def sums_with(self, rows: Tensor, values: Tensor) -> Tensor:
-        """F 1 with `values` in `rows`, all different, and the rest as it is: differentiable in values."""
-        self._check(rows, values)
-        rest = self.sums - self.codes[rows].sum(dim=0, dtype=torch.float64)
-        return values.sum(dim=0) + rest.to(values.dtype)
-
-    def _check(self, rows: Tensor, values: Tensor) -> None:
-        if rows.ndim != 1 or values.shape != (len(rows), self.codes.shape[1]):
-            raise InputError(
-                f"rows must be (n,) and values (n, {self.codes.shape[1]}), got {tuple(rows.shape)} and "
-                f"{tuple(values.shape)}"
-            )
-        if rows.device.type == "cpu" and len(rows.unique()) != len(rows):
-            raise InputError("rows must all be different, got some of them twice")
-
-
-def dcmh_loss(
-    f: Tensor,
-    rows: Tensor,
-    own: CodeBuffer,
-    other: CodeBuffer,
-    s: Similarities,
-    signs: Tensor,
-    *,
-    gamma: float = 1.0,
-    eta: float = 1.0,
-    squared: bool = False,
-    backend: str | None = None,
-    threads: int | None = None,
-) -> Tensor:
-    """One modality's step of DCMH (its objective J as far as it depends on these rows), summed, not averaged.
-
-        sum_ij [log(1 + e^Theta_ij) - S_ij Theta_ij] + gamma ||B - F||^2 + eta ||F 1||^2,    Theta = 1/2 F G^T
-
-    f             float (n, bits): the network's outputs for `rows` (n,) of the training set, all different
-    own, other    the buffers of this modality and of the other one. Update own afterwards: own.update(rows, f)
-    s             similarities of the rows to the whole training set, as in pairwise_nll
-    signs         (n, bits): B at these rows
-    squared       SSAH's form of the first term, with its S in {0, 0.999}
-
-    DCMH's code divides the sum by n * N.
-    """
-    if signs.shape != f.shape:
-        raise InputError(f"signs must be of the shape of f, {tuple(f.shape)}, got {tuple(signs.shape)}")
-    pairs = pairwise_squared if squared else pairwise_nll
-    likelihood = pairs(f, other.codes, s, backend=backend, threads=threads)
-    return likelihood + gamma * (signs - f).square().sum() + eta * own.sums_with(rows, f).square().sum()
+    return _loss("pairwise_squared", f, g, s, scale, positive, reduction, backend, threads)
 
 
 def _loss(
+    op: Literal["pairwise_nll", "pairwise_squared"],
     f: Array,
     g: Array,
     s: Similarities,
     scale: float,
     positive: float,
-    squared: bool,
     reduction: str,
     backend: str | None,
     threads: int | None,
 ) -> Array:
-    ours, was_numpy = as_tensor(f, "f")
-    theirs, _ = as_tensor(g, "g")
-    if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1] != theirs.shape[1] or ours.shape[1] == 0:
-        raise InputError(f"f and g must be (n, bits) and (N, bits), got {tuple(ours.shape)} and {tuple(theirs.shape)}")
-    if not ours.is_floating_point() or ours.dtype != theirs.dtype or ours.device != theirs.device:
+    left, was_numpy = as_tensor(f, "f")
+    right, _ = as_tensor(g, "g")
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1] or left.shape[1] == 0:
+        raise InputError(f"f and g must be (n, bits) and (N, bits), got {tuple(left.shape)} and {tuple(right.shape)}")
+    if not left.is_floating_point() or left.dtype != right.dtype or left.device != right.device:
         raise InputError(
-            f"f and g must be of one float dtype on one device, got {ours.dtype} on {ours.device} and {theirs.dtype} "
-            f"on {theirs.device}"
+            f"f and g must be of one float dtype on one device, got {left.dtype} on {left.device} and {right.dtype} "
+            f"on {right.device}"
         )
     if reduction not in ("sum", "mean"):
         raise InputError(f"reduction must be sum or mean, got {reduction!r}")
-    pairs = len(ours), len(theirs)
+    pairs = len(left), len(right)
     matrix, f_labels, g_labels = None, None, None
     if isinstance(s, (tuple, list)):
         if len(s) != 2:
             raise InputError(f"labels must be a pair, those of f and those of g, got {len(s)}")
-        f_labels, g_labels = (_labels(x, n, ours, name) for x, n, name in zip(s, pairs, ("f", "g"), strict=True))
+        f_labels, g_labels = (_labels(x, n, left, name) for x, n, name in zip(s, pairs, ("f", "g"), strict=True))
         if f_labels.dtype != g_labels.dtype or f_labels.shape[1:] != g_labels.shape[1:]:
             raise InputError(
                 f"the labels must be of one kind and width, got {f_labels.dtype} {tuple(f_labels.shape)} and "
@@ -172,21 +139,22 @@ def _loss(
             )
     else:
         matrix = as_tensor(s, "s")[0]
-        if matrix.shape != pairs or matrix.device != ours.device or matrix.is_complex():
+        if matrix.shape != pairs or matrix.device != left.device or matrix.is_complex():
             raise InputError(
-                f"s must be a real matrix {pairs} on {ours.device}, or a pair of labels, got {matrix.dtype} "
+                f"s must be a real matrix {pairs} on {left.device}, or a pair of labels, got {matrix.dtype} "
                 f"{tuple(matrix.shape)} on {matrix.device}"
             )
         if matrix.requires_grad:
             raise InputError("s gets no gradient; got one that requires it, use s.detach()")
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (ours, theirs)]
-    total = torch.ops.cmr_fast.pairwise(
-        ours, theirs, matrix, f_labels, g_labels, as_number(scale, "scale"), as_number(positive, "positive"), squared,
-        *needs, *_dispatch.how(backend, threads),
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (left, right)]
+    total = getattr(torch.ops.cmr_fast, op)(
+        left, right, matrix, f_labels, g_labels, as_number(scale, "scale"), as_number(positive, "positive"), *needs,
+        *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
     if reduction == "mean":
         total = total / max(1, pairs[0] * pairs[1])
-    return like_input(total, was_numpy)
+    result: Array = like_input(total, was_numpy)
+    return result
 
 
 def _labels(x: object, count: int, codes: Tensor, name: str) -> Tensor:
@@ -204,6 +172,7 @@ def _labels(x: object, count: int, codes: Tensor, name: str) -> Tensor:
 
 
 def _pairwise(
+    op: Literal["pairwise_nll", "pairwise_squared"],
     f: Tensor,
     g: Tensor,
     s: Tensor | None,
@@ -211,17 +180,13 @@ def _pairwise(
     g_labels: Tensor | None,
     scale: float,
     positive: float,
-    squared: bool,
     needs_f: bool,
     needs_g: bool,
     backend: str | None,
     threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, grad_f, grad_g = _fake(
-        f, g, s, f_labels, g_labels, scale, positive, squared, needs_f, needs_g, backend, threads
-    )
-    unfit = {"cpp": "it computes in float32, these are float64"} if f.dtype == torch.float64 else {}
-    chosen = _dispatch.choose_backend("pairwise", f.device.type, backend, unfit)
+    loss, grad_f, grad_g = _outputs(f, g, needs_f, needs_g)
+    chosen = _dispatch.choose_backend(op, f.device.type, backend, _unfit(f))
     n, size = len(f), len(g)
     scaled, codes = f.to(loss.dtype) * scale, g.to(loss.dtype).contiguous()
     slope_f = scaled.new_zeros(scaled.shape if needs_f else 0)
@@ -231,24 +196,28 @@ def _pairwise(
     columns = max(1, min(size, most // rows))
     buffer = scaled.new_empty(rows * columns)
     tiles = _NativeTiles if chosen == "cpp" else _TorchTiles
-    run = tiles(s, f_labels, g_labels, rows, positive, squared, needs_f or needs_g, scaled, threads)
+    run = tiles(s, f_labels, g_labels, rows, positive, op == "pairwise_squared", needs_f or needs_g, scaled, threads)
     for i in range(0, n, rows):
-        mine = scaled[i : i + rows]
+        left = scaled[i : i + rows]
         for j in range(0, size, columns):
-            theirs = codes[j : j + columns]
-            theta = buffer[: len(mine) * len(theirs)].view(len(mine), len(theirs))
-            torch.mm(mine, theirs.T, out=theta)
+            right = codes[j : j + columns]
+            theta = buffer[: len(left) * len(right)].view(len(left), len(right))
+            torch.mm(left, right.T, out=theta)
             run(theta, i, j)
             if needs_f:
-                slope_f[i : i + rows].addmm_(theta, theirs)
+                slope_f[i : i + rows].addmm_(theta, right)
             if needs_g:
-                slope_g[j : j + columns].addmm_(theta.T, mine)
+                slope_g[j : j + columns].addmm_(theta.T, left)
     loss.copy_(run.total)
     if needs_f:
         grad_f.copy_(slope_f.mul_(scale))
     if needs_g:
         grad_g.copy_(slope_g)
     return loss, grad_f, grad_g
+
+
+def _unfit(f: Tensor) -> dict[str, str]:
+    return {"cpp": "it computes in float32, these are float64"} if f.dtype == torch.float64 else {}
 
 
 class _TorchTiles:
@@ -269,7 +238,7 @@ class _TorchTiles:
         else:
             f_labels, g_labels = self.labels
             assert f_labels is not None and g_labels is not None
-            s = _shared(f_labels[rows], g_labels[columns]).to(theta.dtype)
+            s = share_bit(f_labels[rows], g_labels[columns]).to(theta.dtype)
         s = s * self.positive
         e = theta.abs().neg_().exp_()
         u = e + 1
@@ -301,15 +270,15 @@ class _NativeTiles:
         self.total = torch.zeros((), dtype=torch.float64, device="cpu")
         if f_labels is not None and g_labels is not None:
             self.classes = f_labels.ndim == 1
-            self.mine, theirs = _words(f_labels), _words(g_labels)
-            self.planes = theirs.T.contiguous()
+            self.own, others = _words(f_labels), _words(g_labels)
+            self.planes = others.T.contiguous()
 
     def __call__(self, theta: Tensor, i: int, j: int) -> None:
         rows, columns = theta.shape
         if self.s is None:
             words, stride = self.planes.shape
             where = (
-                int(self.classes), self.mine.data_ptr() + 4 * i * words, self.planes.data_ptr() + 4 * j, words, stride,
+                int(self.classes), self.own.data_ptr() + 4 * i * words, self.planes.data_ptr() + 4 * j, words, stride,
                 0, 0,
             )  # fmt: skip
         else:
@@ -325,16 +294,6 @@ class _NativeTiles:
         )  # fmt: skip
 
 
-def _shared(f_labels: Tensor, g_labels: Tensor) -> Tensor:
-    """bool (n, N): packed labels that share a bit, or equal class ids."""
-    if g_labels.ndim == 1:
-        return f_labels[:, None] == g_labels
-    found = torch.zeros((len(f_labels), len(g_labels)), dtype=torch.bool, device=g_labels.device)
-    for mine, theirs in zip(f_labels.T, g_labels.T, strict=True):
-        found |= (mine[:, None] & theirs) != 0
-    return found
-
-
 def _words(labels: Tensor) -> Tensor:
     """int32 (N, words): packed labels filled up with zero bytes, or class ids."""
     if labels.ndim == 1:
@@ -347,36 +306,16 @@ def _words(labels: Tensor) -> Tensor:
     return words.view(torch.int32)
 
 
-def _fake(
-    f: Tensor, g: Tensor, s: Tensor | None, f_labels: Tensor | None, g_labels: Tensor | None, scale: float,
-    positive: float, squared: bool, needs_f: bool, needs_g: bool, backend: str | None, threads: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = torch.float64 if f.dtype == torch.float64 else torch.float32
+def _outputs(f: Tensor, g: Tensor, needs_f: bool, needs_g: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(f.dtype, torch.float32)
     return f.new_empty((), dtype=dtype), f.new_empty(f.shape if needs_f else 0), g.new_empty(g.shape if needs_g else 0)
 
 
-def _backward_op(upstream: Tensor, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor, Tensor]:
-    return (grad_f * upstream).to(grad_f.dtype), (grad_g * upstream).to(grad_g.dtype)
-
-
-def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], output[2])
-    ctx.needs = inputs[8], inputs[9]
-
-
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.cmr_fast.pairwise_backward(upstream, *ctx.saved_tensors)
-    return *(x if needed else None for x, needed in zip(grads, ctx.needs, strict=True)), *[None] * 10
-
-
-register(
-    "pairwise(Tensor f, Tensor g, Tensor? s, Tensor? f_labels, Tensor? g_labels, float scale, float positive, "
-    "bool squared, bool needs_f, bool needs_g, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
-    _pairwise,
-    _fake,
-)
-register(
-    "pairwise_backward(Tensor upstream, Tensor grad_f, Tensor grad_g) -> (Tensor, Tensor)", _backward_op, _backward_op
-)
-torch.library.register_autograd("cmr_fast::pairwise", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::pairwise_backward", refuse_twice, lib=LIBRARY)
+for name in ("pairwise_nll", "pairwise_squared"):
+    register_loss(
+        f"{name}(Tensor f, Tensor g, Tensor? s, Tensor? f_labels, Tensor? g_labels, float scale, float positive, "
+        "bool needs_f, bool needs_g, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+        functools.partial(_pairwise, name),
+        lambda f, g, s, f_labels, g_labels, scale, positive, needs_f, needs_g, *rest: _outputs(f, g, needs_f, needs_g),
+        differentiable=(0, 1),
+    )

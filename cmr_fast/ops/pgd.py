@@ -10,6 +10,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
+from cmr_fast.ops._tensors import as_integer
 
 Norm = Literal["linf", "l2"]
 NORMS = ("linf", "l2")
@@ -32,18 +33,38 @@ def pgd_step_(
 ) -> Tensor:
     """Move x along the gradient, back into the ball around origin, and into the box. Changes x and returns it.
 
-    x, gradient, origin    float (B, ...), x contiguous; dimension 1 is the channel
-    alpha, eps, bounds     a number, (B,) for every sample, (1, C) for every channel, or (B, C); eps and bounds in the
-                           units of x. L2 takes one alpha and one eps a sample
-    norm                   linf: x <- clip(origin + clip(x + alpha sign(g) - origin, -eps, eps)), bit for bit the eager
-                           formula in float32; a gradient that is NaN does not move x
-                           l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero
-                           does not move x, nor does one that is not finite
-    broken, step           int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`
+    Parameters
+    ----------
+    x, gradient, origin
+        Float (B, ...), x contiguous; dimension 1 is the channel.
+    alpha, eps, bounds
+        A number, (B,) for every sample, (1, C) for every channel, or (B, C); eps and bounds in the units of x. L2 takes
+        one alpha and one eps a sample.
+    norm
+        linf: x <- clip(origin + clip(x + alpha sign(g) - origin, -eps, eps)), bit for bit the eager formula in float32;
+        a gradient that is NaN does not move x.
+        l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero does not move x, nor
+        does one that is not finite.
+    broken, step
+        int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`.
+    backend, threads
+        None: the first backend that fits, as many threads as torch has.
 
+    Returns
+    -------
+    Tensor
+        x itself.
+
+    Raises
+    ------
+    InputError
+        For tensors that do not go together, and a backend that cannot run.
+
+    Notes
+    -----
     gradient and origin may be x itself, or share its memory: they are read as they were before. The step has no
     derivative: x must not require grad where grads are enabled, and its version is counted as by torch's own in-place
-    operators.
+    operators. No bit of a sample depends on its batch.
     """
     alpha, eps, low, high = check_step(x, gradient, origin, alpha, eps, bounds, norm, broken)
     torch.ops.cmr_fast.pgd_step_(
@@ -105,21 +126,41 @@ def as_values(value: Value, x: Tensor, name: str) -> Tensor:
 def pgd_noise(
     index: Tensor, count: int, *, seed: int = 0, backend: str | None = None, threads: int | None = None
 ) -> Tensor:
-    """Uniform numbers in (-1, 1), float32 (B, count): row i depends on the seed and on index[i] alone.
+    """Uniform numbers in (-1, 1): row i depends on the seed and on index[i] alone.
 
-    index    int64 (B,), a sample's number in its data set, say: its noise is the same in every batch and on every
-             device, bit for bit
-    seed     0 to 2^64 - 1
+    Parameters
+    ----------
+    index
+        int64 (B,), a sample's number in its data set, say: its noise is the same in every batch and on every device,
+        bit for bit.
+    count
+        How many numbers a sample.
+    seed
+        0 to 2^64 - 1.
+    backend, threads
+        None: the first backend that fits, as many threads as torch has.
+
+    Returns
+    -------
+    Tensor
+        float32 (B, count).
+
+    Raises
+    ------
+    InputError
+        For an index, count or seed of another kind, and a backend that cannot run.
+
+    Notes
+    -----
+    Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
         raise InputError(f"index must be an int64 tensor (B,), got {_kind(index)}")
-    if not isinstance(count, int) or count < 0:
-        raise InputError(f"count must be an integer of 0 or more, got {count!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}")
+    count, seed = as_integer(count, "count", 0), as_integer(seed, "seed", 0, 2**64 - 1)
     # torch's schemas know signed integers only
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
+    noise: Tensor = torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
+    return noise
 
 
 def _kind(x: object) -> str:
@@ -140,12 +181,7 @@ def _step(
     backend: str | None,
     threads: int | None,
 ) -> None:
-    unfit = {}
-    if x.dtype != torch.float32:
-        unfit = dict.fromkeys(("cpp", "cuda", "triton"), f"it takes float32, x is {x.dtype}")
-    elif x.numel() >= max(1, len(x)) << 31:
-        unfit["triton"] = f"it takes samples of fewer than 2^31 elements, these have {x.numel() // len(x)}"
-    chosen = _dispatch.choose_backend("pgd_step_", x.device.type, backend, unfit)
+    chosen = _dispatch.choose_backend("pgd_step_", x.device.type, backend, _unfit(x))
     if not x.numel():
         return
     if chosen == "torch":
@@ -166,11 +202,19 @@ def _step(
         native = _dispatch.native_cuda()
         needed = native.pgd_workspace(shape[0], shape[1] * shape[2]) if l2 else 0
         workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
-        native.pgd_step(_queue(x), *shape, *tensors, described, flags, step, l2, workspace.data_ptr())
+        native.pgd_step(_dispatch.queue(x), *shape, *tensors, described, flags, step, l2, workspace.data_ptr())
         return
     _dispatch.native().pgd_step(
         _dispatch.choose_isa(), *shape, *tensors, described, flags, step, l2, _dispatch.choose_threads(threads)
     )
+
+
+def _unfit(x: Tensor) -> dict[str, str]:
+    if x.dtype != torch.float32:
+        return dict.fromkeys(("cpp", "cuda", "triton"), f"it takes float32, x is {x.dtype}")
+    if x.numel() >= max(1, len(x)) << 31:
+        return {"triton": f"it takes samples of fewer than 2^31 elements, these have {x.numel() // len(x)}"}
+    return {}
 
 
 def _apart(y: Tensor, x: Tensor) -> Tensor:
@@ -191,11 +235,6 @@ def _described(value: Tensor) -> tuple[int, int, int]:
     return value.data_ptr(), columns if rows > 1 else 0, 1 if columns > 1 else 0
 
 
-def _queue(x: Tensor) -> object:
-    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    return _dispatch.native_cuda().Queue(index, torch.cuda.current_stream(x.device).cuda_stream)
-
-
 def _torch_step(
     x: Tensor, gradient: Tensor, origin: Tensor, alpha: Tensor, eps: Tensor, low: Tensor, high: Tensor,
     broken: Tensor | None, step: int, l2: bool,
@@ -209,10 +248,10 @@ def _torch_step(
     if l2:
         usable = finite.reshape(-1, *[1] * (flat.ndim - 1))
         g = torch.where(usable, g, torch.zeros_like(g)).double()
-        norm = _norm(g)
+        norm = row_norms(g)
         moved = flat + (alpha.double() / torch.where(norm > 0, norm, 1.0) * g).to(x.dtype)
         delta = moved - start
-        distance = _norm(delta.double())
+        distance = row_norms(delta)
         factor = torch.where(distance > eps, eps.double() / distance, 1.0).to(x.dtype)
         found = torch.minimum(torch.maximum(start + delta * factor, low), high)
         flat.copy_(torch.where(usable, found, flat))
@@ -222,9 +261,24 @@ def _torch_step(
     flat.copy_(torch.minimum(torch.maximum(start + delta, low), high))
 
 
-def _norm(x: Tensor) -> Tensor:
-    """(B, ...) -> (B, 1, ...)"""
-    return x.square().sum(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
+def row_sums(x: Tensor) -> Tensor:
+    """Sums of each sample, (B, ...) -> float64 (B, 1, ...): by halves, so that no bit depends on the batch.
+
+    torch's own sum picks its order by the whole shape.
+    """
+    total = x.double().flatten(1)
+    if not total.shape[1]:
+        total = total.new_zeros((len(x), 1))
+    while (width := total.shape[1]) > 1:
+        half = width // 2
+        folded = total[:, :half] + total[:, half : 2 * half]
+        total = torch.cat([folded, total[:, 2 * half :]], dim=1) if width % 2 else folded
+    return total.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms of each sample, (B, ...) -> float64 (B, 1, ...)."""
+    return row_sums(x.double().square()).sqrt()
 
 
 def _noise(index: Tensor, count: int, seed: int, backend: str | None, threads: int | None) -> Tensor:
@@ -234,7 +288,7 @@ def _noise(index: Tensor, count: int, seed: int, backend: str | None, threads: i
     out = torch.empty((len(index), count), dtype=torch.float32, device=index.device)
     index, seed = index.contiguous(), seed % 2**64
     if chosen == "cuda":
-        queue = _queue(index)
+        queue = _dispatch.queue(index)
         _dispatch.native_cuda().pgd_noise(queue, seed, index.data_ptr(), len(index), count, out.data_ptr())
         return out
     _dispatch.native().pgd_noise(

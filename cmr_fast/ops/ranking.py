@@ -16,6 +16,7 @@ from cmr_fast.ops._library import register
 from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_tensor, like_input
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 from cmr_fast.ops.hamming import _torch_blocks
+from cmr_fast.ops.labels import share_bit
 
 Cut = Literal["rank", "relevant", "hits"]
 CUTS = ("rank", "relevant", "hits")
@@ -25,14 +26,21 @@ MAX_CODES = 2**31 - 128
 class Ranking(NamedTuple, Generic[Array]):
     """What `ranking` returns; numpy or torch as the codes were. R is a query's number of relevant items.
 
-    items, relevant          int64 (Q, 8 * nbytes + 1): items and relevant items at each distance
-    sums, hits               float64 and int64 (Q,): sum over the hits inside the cut of the precision at their rank,
-                             and how many hits these are
-    first                    int64 (Q,): rank of the first hit, from 1; 0 where there is none
-    tied_before              int64 (Q,): items as near as the query's partner, with a lower index
-    hit_steps, recall_steps  int64 and float64 (N,): queries with a hit at each rank, and the sum of their 1 / R
-
     Without order=True only the histograms have rows; without partners and curves theirs are empty as well.
+
+    Attributes
+    ----------
+    items, relevant
+        int64 (Q, 8 * nbytes + 1): items and relevant items at each distance.
+    sums, hits
+        float64 and int64 (Q,): sum over the hits inside the cut of the precision at their rank, and how many hits
+        these are.
+    first
+        int64 (Q,): rank of the first hit, from 1; 0 where there is none.
+    tied_before
+        int64 (Q,): items as near as the query's partner, with a lower index.
+    hit_steps, recall_steps
+        int64 and float64 (N,): queries with a hit at each rank, and the sum of their 1 / R.
     """
 
     items: Array
@@ -58,17 +66,41 @@ def ranking(
     partners: Array | None = None,
     backend: str | None = None,
     threads: int | None = None,
-) -> Ranking:
+) -> Ranking[Array]:
     """Rank a database of packed codes by (Hamming distance, index) to each query and count what is relevant.
 
-    q, db                  uint8 (Q, nbytes) and (N, nbytes), see pack_codes
-    q_labels, db_labels    uint8 (Q, L) and (N, L) packed multi-hot labels (pack_codes of them): relevant where a bit
-                           is shared; or int32 (Q,) and (N,) class ids: relevant where equal
-    k, cut                 which hits `sums` adds up: those of the first k ranks ("rank"), of the first min(k, R) ranks
-                           ("relevant"), or the first min(k, R) of them ("hits"). k None is N
-    order                  False leaves the histograms alone: enough for every tie rule but the index
-    curves                 also count hits rank by rank; takes N / 8 bytes a query
-    partners               int64 (Q,) database rows whose place among equally distant items is wanted
+    Parameters
+    ----------
+    q, db : Tensor or numpy.ndarray
+        uint8 (Q, nbytes) and (N, nbytes), see `pack_codes`.
+    q_labels, db_labels : Tensor or numpy.ndarray
+        uint8 (Q, L) and (N, L) packed multi-hot labels (`pack_codes` of them): relevant where a bit is shared; or int32
+        (Q,) and (N,) class ids: relevant where equal.
+    k : int, optional
+        Of the cut; None is N.
+    cut : {"rank", "relevant", "hits"}
+        Which hits `sums` adds up: those of the first k ranks, of the first min(k, R) ranks, or the first min(k, R) of
+        them.
+    order : bool
+        False leaves the histograms alone: enough for every tie rule but the index.
+    curves : bool
+        Also count hits rank by rank; takes N / 8 bytes a query.
+    partners : Tensor or numpy.ndarray, optional
+        int64 (Q,) database rows whose place among equally distant items is wanted.
+    backend : {"cpp", "cuda", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernels; default all processors of this process. Results do not depend on it.
+
+    Returns
+    -------
+    Ranking
+        Of the kind that went in.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes, devices and values that do not fit.
     """
     queries, database, was_numpy = as_codes(q, db)
     labels = [as_tensor(x, name)[0] for x, name in ((q_labels, "q_labels"), (db_labels, "db_labels"))]
@@ -96,10 +128,10 @@ def ranking(
             raise InputError(f"partners must be int64 ({len(queries)},), got {rows.dtype} {tuple(rows.shape)}")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(database):
             raise InputError(f"partners must be database rows from 0 to {len(database) - 1}, got others")
-    found = torch.ops.cmr_fast.ranking(
-        queries, database, *labels, rows, depth, CUTS.index(cut), order, curves, *_dispatch.how(backend, threads)
+    outputs = torch.ops.cmr_fast.ranking(
+        queries, database, *labels, rows, depth, cut, order, curves, *_dispatch.how(backend, threads)
     )
-    return Ranking(*(like_input(x, was_numpy) for x in found))
+    return Ranking(*(like_input(x, was_numpy) for x in outputs))
 
 
 def _outputs(q: Tensor, db: Tensor, partners: Tensor | None, order: bool, curves: bool) -> list[Tensor]:
@@ -124,15 +156,14 @@ def _ranking(
     db_labels: Tensor,
     partners: Tensor | None,
     k: int,
-    cut: int,
+    cut: str,
     order: bool,
     curves: bool,
     backend: str | None,
     threads: int | None,
 ) -> list[Tensor]:
     out = _outputs(q, db, partners, order, curves)
-    unfit = {"cuda": "it counts histograms only, which order=False asks for"} if order else {}
-    chosen = _dispatch.choose_backend("ranking", q.device.type, backend, unfit)
+    chosen = _dispatch.choose_backend("ranking", q.device.type, backend, _unfit(order))
     if chosen == "cuda":
         hamming_cuda.histograms(q, db, q_labels, db_labels, out[0], out[1])
         return out
@@ -142,8 +173,8 @@ def _ranking(
         native, isa = _dispatch.native(), _dispatch.choose_isa()
         classes = db_labels.ndim == 1
         shape = (
-            len(q), len(db), db.shape[1], 4 if classes else db_labels.shape[1], classes, order, curves, k, cut,
-            _dispatch.choose_threads(threads),
+            len(q), len(db), db.shape[1], 4 if classes else db_labels.shape[1], classes, order, curves, k,
+            CUTS.index(cut),            _dispatch.choose_threads(threads),
         )  # fmt: skip
         workspace = torch.empty(native.ranking_workspace(*shape), dtype=torch.uint8, device="cpu")
         inputs = (q, db, q_labels, db_labels)
@@ -156,40 +187,34 @@ def _ranking(
         x.zero_()
     for start, distances in _torch_blocks(q, db):
         rows = slice(start, start + len(distances))
-        relevant = _relevant(q_labels[rows], db_labels)
+        relevant = share_bit(q_labels[rows], db_labels)
         _torch_block(distances, relevant, None if partners is None else partners[rows], k, cut, order, rows, out)
     return out
 
 
-def _relevant(q_labels: Tensor, db_labels: Tensor) -> Tensor:
-    """bool (B, N)."""
-    if db_labels.ndim == 1:
-        return q_labels[:, None] == db_labels
-    shared = torch.zeros((len(q_labels), len(db_labels)), dtype=torch.bool, device=db_labels.device)
-    for mine, theirs in zip(q_labels.T, db_labels.T, strict=True):
-        shared |= (mine[:, None] & theirs) != 0
-    return shared
+def _unfit(order: bool) -> dict[str, str]:
+    return {"cuda": "it counts histograms only, which order=False asks for"} if order else {}
 
 
 def _torch_block(
-    distances: Tensor, relevant: Tensor, partners: Tensor | None, k: int, cut: int, order: bool, rows: slice,
+    distances: Tensor, relevant: Tensor, partners: Tensor | None, k: int, cut: str, order: bool, rows: slice,
     out: list[Tensor],
 ) -> None:  # fmt: skip
     """One block of queries, (B, N) int32 distances and bool relevance, into the outputs."""
-    items, found, sums, hits, first, tied_before, hit_steps, recall_steps = out
+    items, relevant_items, sums, hits, first, tied_before, hit_steps, recall_steps = out
     level = distances.long()
     items[rows].scatter_add_(1, level, torch.ones_like(level))
-    found[rows].scatter_add_(1, level, relevant.long())
+    relevant_items[rows].scatter_add_(1, level, relevant.long())
     if not order:
         return
     ranked = relevant.gather(1, torch.sort(distances, dim=1, stable=True).indices)
     hit = ranked.cumsum(dim=1)
     total = hit[:, -1:]
     rank = torch.arange(1, distances.shape[1] + 1, device=distances.device)
-    if cut == 2:
+    if cut == "hits":
         kept = ranked & (hit <= total.clamp(max=k))
     else:
-        kept = ranked & (rank <= (total.clamp(max=k) if cut == 1 else k))
+        kept = ranked & (rank <= (total.clamp(max=k) if cut == "relevant" else k))
     sums[rows] = torch.where(kept, hit.double() / rank, 0.0).sum(dim=1)
     hits[rows] = kept.sum(dim=1)
     first[rows] = torch.where(ranked.any(dim=1), ranked.int().argmax(dim=1) + 1, 0)
@@ -202,7 +227,7 @@ def _torch_block(
 
 
 register(
-    "ranking(Tensor q, Tensor db, Tensor q_labels, Tensor db_labels, Tensor? partners, int k, int cut, bool order, "
+    "ranking(Tensor q, Tensor db, Tensor q_labels, Tensor db_labels, Tensor? partners, int k, str cut, bool order, "
     "bool curves, str? backend, int? threads) -> Tensor[]",
     _ranking,
     lambda q, db, q_labels, db_labels, partners, k, cut, order, curves, backend, threads: _outputs(

@@ -8,7 +8,7 @@ change from run to run or with `threads`.
 import functools
 import math
 import sys
-from typing import Any, Generic, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import LIBRARY, refuse_twice, register
 from cmr_fast.ops._tensors import Array, as_integer, as_number, as_tensor, like_input
-from cmr_fast.ops.cuda import hamming as hamming_cuda
 
+Op = Literal["sinkhorn", "ipot"]
 STOPS = ("marginals", "potentials")
 RESOLVED = 1e6  # the range of cost / reg: float32 keeps its units beside such numbers to a tenth
 MAX_CUDA_SIDES = 2048  # m + n: potentials and scalings are in shared memory
@@ -27,9 +27,14 @@ MAX_CUDA_SIDES = 2048  # m + n: potentials and scalings are in shared memory
 class Transport(NamedTuple, Generic[Array]):
     """What details=True returns.
 
-    plan          as without it
-    iterations    int32 (P,): how many were made
-    error         float (P,): sum_i |sum_j plan_ij - mu_i|; the column sums are right up to rounding
+    Attributes
+    ----------
+    plan : Tensor or numpy.ndarray
+        As without it.
+    iterations : Tensor or numpy.ndarray
+        int32 (P,): how many were made.
+    error : Tensor or numpy.ndarray
+        Float (P,): sum_i |sum_j plan_ij - mu_i|; the column sums are right up to rounding.
     """
 
     plan: Array
@@ -50,33 +55,58 @@ def sinkhorn(
     details: bool = False,
     backend: str | None = None,
     threads: int | None = None,
-) -> Array | Transport:
+) -> Array | Transport[Array]:
     """Entropic transport plans (Cuturi 2013): min over T of <T, C> + reg * sum T (log T - 1), T 1 = mu, T^T 1 = nu.
 
-    cost        float (P, m, n), or (m, n); finite. float16 and bfloat16 are computed in float32
-    reg         of the entropy, in units of cost. Small ones are safe (1e-3 with costs up to 2), they take longer
-    max_iter    of one problem. An iteration makes the row sums right, then the column sums; the first starts from zero
-                potentials
-    tol, stop   a problem is done after the iteration that found, or made, less than tol: of "marginals",
-                sum_i |sum_j T_ij - mu_i| before it; of "potentials", sum_i |f_i - f_i before|, f in units of cost (what
-                Feature Scattering stops by, at 0.1). 0 makes max_iter iterations
-    mu, nu      float (m,) or (P, m), and (n,) or (P, n): 1 / m and 1 / n unless given. Not negative, of equal sums;
-                zeros are rows and columns without mass
-    grad        "envelope": T is a constant, so autograd's d<T, C> / dC = T, which at the optimum is the gradient of the
-                whole objective. "implicit": of T itself with respect to cost, mu and nu at the fixed point, by a linear
-                system; right where the problem has converged. "unrolled": through the iterations, by torch's own
-                operators, which keep each of them in memory
-    details     also how many iterations were made and what is left of the error
+    Bad values (not finite, negative masses) are looked for where that costs no wait, on the CPU; on a GPU a problem
+    with one has a plan that is not finite.
 
-    Returns plans of the shape, kind and dtype of cost. Bad values (not finite, negative masses) are looked for where
-    that costs no wait, on the CPU; on a GPU a problem with one has a plan that is not finite.
+    Parameters
+    ----------
+    cost : Tensor or numpy.ndarray
+        Float (P, m, n), or (m, n); finite. float16 and bfloat16 are computed in float32.
+    reg : float
+        Of the entropy, in units of cost. Small ones are safe (1e-3 with costs up to 2), they take longer.
+    max_iter : int
+        Of one problem. An iteration makes the row sums right, then the column sums; the first starts from zero
+        potentials.
+    tol : float
+        A problem is done after the iteration that found, or made, less than this. 0 makes max_iter iterations.
+    mu, nu : Tensor or numpy.ndarray, optional
+        Float (m,) or (P, m), and (n,) or (P, n): 1 / m and 1 / n unless given. Not negative, of equal sums; zeros are
+        rows and columns without mass.
+    stop : {"marginals", "potentials"}
+        What tol is compared with: sum_i |sum_j T_ij - mu_i| before the iteration; or sum_i |f_i - f_i before|, f in
+        units of cost (what Feature Scattering stops by, at 0.1).
+    grad : {"envelope", "implicit", "unrolled"}
+        "envelope": T is a constant, so autograd's d<T, C> / dC = T, which at the optimum is the gradient of the whole
+        objective. "implicit": of T itself with respect to cost, mu and nu at the fixed point, by a linear system; right
+        where the problem has converged. "unrolled": through the iterations, by torch's own operators, which keep each
+        of them in memory.
+    details : bool
+        Also how many iterations were made and what is left of the error.
+    backend : {"cpp", "cuda", "torch"}, optional
+        Forces one; the device chooses otherwise.
+    threads : int, optional
+        Of the native kernels; default all processors of this process. Results do not depend on it.
+
+    Returns
+    -------
+    Tensor or numpy.ndarray or Transport
+        Plans of the shape, kind and dtype of cost.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes, devices and values that do not fit, and a reg that the dtype does not resolve.
     """
     if stop not in STOPS:
         raise InputError(f"stop must be one of {', '.join(STOPS)}, got {stop!r}")
     tol = as_number(tol, "tol", least=0.0)
-    return _transport(
-        "sinkhorn", cost, reg, max_iter, tol, mu, nu, STOPS.index(stop), 1, grad, details, backend, threads
+    result: Array | Transport[Array] = _transport(
+        "sinkhorn", cost, reg, max_iter, tol, mu, nu, stop, 1, grad, details, backend, threads
     )
+    return result
 
 
 def ipot(
@@ -91,29 +121,52 @@ def ipot(
     details: bool = False,
     backend: str | None = None,
     threads: int | None = None,
-) -> Array | Transport:
+) -> Array | Transport[Array]:
     """Transport plans without regularisation in the limit, by the inexact proximal point method (Xie et al. 2018).
 
-    max_iter    outer iterations, all of them made: T <- diag(delta) (exp(-cost / beta) * T) diag(sigma), Algorithm 1
-    inner       scalings in each of them
+    T <- diag(delta) (exp(-cost / beta) * T) diag(sigma), Algorithm 1 of the paper.
 
-    The rest as in `sinkhorn`; beta is in units of cost.
+    Parameters
+    ----------
+    cost, mu, nu, details, backend, threads
+        As in `sinkhorn`.
+    beta : float
+        Of the proximal term, in units of cost.
+    max_iter : int
+        Outer iterations, all of them made.
+    inner : int
+        Scalings in each of them.
+    grad : {"envelope", "unrolled"}
+        As in `sinkhorn`.
+
+    Returns
+    -------
+    Tensor or numpy.ndarray or Transport
+        Plans of the shape, kind and dtype of cost.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes, devices and values that do not fit.
     """
     inner = as_integer(inner, "inner", 1)
     if grad == "implicit":
         raise InputError("ipot's grad must be envelope or unrolled, got 'implicit': its plan is no fixed point")
-    return _transport("ipot", cost, beta, max_iter, 0.0, mu, nu, 0, inner, grad, details, backend, threads)
+    result: Array | Transport[Array] = _transport(
+        "ipot", cost, beta, max_iter, 0.0, mu, nu, "marginals", inner, grad, details, backend, threads
+    )
+    return result
 
 
 def _transport(
-    op: str,
+    op: Op,
     cost: Array,
     reg: float,
     max_iter: int,
     tol: float,
     mu: Array | None,
     nu: Array | None,
-    stop: int,
+    stop: str,
     inner: int,
     grad: str,
     details: bool,
@@ -135,17 +188,19 @@ def _transport(
     masses = [_masses(x, problems, axis, name) for x, axis, name in ((mu, 1, "mu"), (nu, 2, "nu"))]
     if grad == "envelope":
         problems, masses = problems.detach(), [x.detach() for x in masses]
-    options = reg, max_iter, tol, stop, op == "ipot", inner
     if grad == "unrolled":
         _dispatch.choose_backend(op, values.device.type, backend, dict.fromkeys(("cpp", "cuda"), "it is not unrolled"))
         if not torch.compiler.is_compiling():
-            _check_values(problems, masses[0], masses[1], reg, op == "ipot")
+            _check_values(op, problems, masses[0], masses[1], reg)
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         rows, columns = (x.to(dtype) for x in masses)
-        plan, iterations, error = _iterate(problems.to(dtype), rows, columns, *options)
+        plan, iterations, error = _iterate(op, problems.to(dtype), rows, columns, reg, max_iter, tol, stop, inner)
         plan = plan.to(values.dtype)
+    elif op == "sinkhorn":
+        options = reg, max_iter, tol, stop, backend, threads
+        plan, iterations, error = torch.ops.cmr_fast.sinkhorn(problems, *masses, *options)
     else:
-        plan, iterations, error = torch.ops.cmr_fast.sinkhorn(problems, *masses, *options, backend, threads)
+        plan, iterations, error = torch.ops.cmr_fast.ipot(problems, *masses, reg, max_iter, inner, backend, threads)
     if values.ndim == 2:
         plan = plan[0]
     if details:
@@ -171,7 +226,7 @@ def _masses(x: object, problems: Tensor, axis: int, name: str) -> Tensor:
     return masses
 
 
-def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float, proximal: bool) -> None:
+def _check_values(op: Op, cost: Tensor, mu: Tensor, nu: Tensor, reg: float) -> None:
     if cost.device.type != "cpu":
         return
     for x, name in ((cost, "cost"), (mu, "mu"), (nu, "nu")):
@@ -189,7 +244,7 @@ def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float, proximal: bo
     if cost.numel():
         low, high = (bound.item() for bound in cost.aminmax())
         most = 1e14 if cost.dtype == torch.float64 else RESOLVED
-        name = "beta" if proximal else "reg"
+        name = "reg" if op == "sinkhorn" else "beta"
         if not high - low <= most * reg:
             raise InputError(
                 f"{name} must be at least the range of cost, {high - low:.3g}, / {most:.0g}, which {cost.dtype} "
@@ -205,11 +260,8 @@ def _check_values(cost: Tensor, mu: Tensor, nu: Tensor, reg: float, proximal: bo
         )
 
 
-def _fake(
-    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int,
-    backend: str | None, threads: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    errors = torch.float64 if cost.dtype == torch.float64 else torch.float32
+def _fake(cost: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    errors = torch.promote_types(cost.dtype, torch.float32)
     problems = cost.shape[0]
     return (
         cost.new_empty(cost.shape),
@@ -219,37 +271,54 @@ def _fake(
 
 
 def _sinkhorn(
-    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int,
+    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: str, backend: str | None,
+    threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _solve("sinkhorn", cost, mu, nu, reg, max_iter, tol, stop, 1, backend, threads)
+
+
+def _ipot(
+    cost: Tensor, mu: Tensor, nu: Tensor, beta: float, max_iter: int, inner: int, backend: str | None,
+    threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _solve("ipot", cost, mu, nu, beta, max_iter, 0.0, "marginals", inner, backend, threads)
+
+
+def _unfit(cost: Tensor) -> dict[str, str]:
+    m, n = cost.shape[1:]
+    if cost.dtype == torch.float64:
+        return dict.fromkeys(("cpp", "cuda"), "it computes in float32, these are float64")
+    if m + n > MAX_CUDA_SIDES:
+        return {"cuda": f"it takes at most {MAX_CUDA_SIDES} rows and columns together, these are {m} + {n}"}
+    return {}
+
+
+def _solve(
+    op: Op, cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: str, inner: int,
     backend: str | None, threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(cost, mu, nu, reg, proximal)
-    m, n = cost.shape[1:]
-    unfit = {}
-    if cost.dtype == torch.float64:
-        unfit = dict.fromkeys(("cpp", "cuda"), "it computes in float32, these are float64")
-    elif m + n > MAX_CUDA_SIDES:
-        unfit["cuda"] = f"it takes at most {MAX_CUDA_SIDES} rows and columns together, these are {m} + {n}"
-    chosen = _dispatch.choose_backend("ipot" if proximal else "sinkhorn", cost.device.type, backend, unfit)
+    _check_values(op, cost, mu, nu, reg)
+    chosen = _dispatch.choose_backend(op, cost.device.type, backend, _unfit(cost))
     if chosen == "torch":
-        dtype = torch.float64 if cost.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(cost.dtype, torch.float32)
         plan, iterations, errors = _iterate(
-            cost.to(dtype), mu.to(dtype), nu.to(dtype), reg, max_iter, tol, stop, proximal, inner
+            op, cost.to(dtype), mu.to(dtype), nu.to(dtype), reg, max_iter, tol, stop, inner
         )
         return plan.to(cost.dtype).contiguous(), iterations, errors
     costs, mu, nu = (x.to(torch.float32).contiguous() for x in (cost, mu, nu))
     mass = mu.data_ptr(), mu.shape[1] if mu.ndim == 2 else 0, nu.data_ptr(), nu.shape[1] if nu.ndim == 2 else 0
-    options = 1 / reg, max_iter, tol, stop, proximal, inner
+    options = 1 / reg, max_iter, tol, STOPS.index(stop), op == "ipot", inner
     plan = torch.empty_like(costs)
     iterations, errors = costs.new_empty(len(cost), dtype=torch.int32), costs.new_empty(len(cost))
     results = plan.data_ptr(), iterations.data_ptr(), errors.data_ptr()
     if chosen == "cuda":
-        device, native = hamming_cuda.device_of(costs), _dispatch.native_cuda()
-        native.sinkhorn(
-            native.Queue(device.index, device.stream), *cost.shape, *options, costs.data_ptr(), *mass, *results
-        )
+        queue = _dispatch.queue(costs)
+        _dispatch.native_cuda().sinkhorn(queue, *cost.shape, *options, costs.data_ptr(), *mass, *results)
         return plan.to(cost.dtype), iterations, errors
     native, threads = _dispatch.native(), _dispatch.choose_threads(threads)
-    workspace = torch.empty(native.sinkhorn_workspace(*cost.shape, proximal, threads), dtype=torch.uint8, device="cpu")
+    workspace = torch.empty(
+        native.sinkhorn_workspace(*cost.shape, op == "ipot", threads), dtype=torch.uint8, device="cpu"
+    )
     native.sinkhorn(
         _dispatch.choose_isa(), *cost.shape, *options, threads, costs.data_ptr(), *mass, *results, workspace.data_ptr()
     )
@@ -257,7 +326,7 @@ def _sinkhorn(
 
 
 def _iterate(
-    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: int, proximal: bool, inner: int
+    op: Op, cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: str, inner: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In logarithms, by torch's own operators: plan = exp(a_i + b_j - C_ij / reg), for IPOT in step t with t / reg.
 
@@ -279,7 +348,7 @@ def _iterate(
     log_kernel = exponent
     for t in range(1, max_iter + 1):
         source = b
-        if proximal:
+        if op == "ipot":
             log_kernel = exponent * t
             source, before = torch.where(has_column, 2 * b - before, nothing), b
         for _ in range(inner):
@@ -293,7 +362,7 @@ def _iterate(
         iterations = iterations + active.int()
         if tol > 0:
             with torch.no_grad():
-                apart = (a_next - a) * reg if stop == STOPS.index("potentials") else (a + lse).exp() - mu
+                apart = (a_next - a) * reg if stop == "potentials" else (a + lse).exp() - mu
                 change = torch.where(has_row, apart, 0.0).abs().sum(dim=1)
             a = torch.where(active[:, None], a_next, a)
             b = torch.where(active[:, None], b_next, b)
@@ -331,19 +400,29 @@ def _backward_op(upstream: Tensor, plan: Tensor, mu: Tensor, nu: Tensor, reg: fl
     return grad.to(plan.dtype).contiguous(), x.to(mu.dtype).contiguous(), y.to(nu.dtype).contiguous()
 
 
-def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[0], inputs[1], inputs[2])
     ctx.reg = inputs[3]
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 8
+    return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 6
+
+
+def _no_fixed_point(ctx: Any, *_: Tensor) -> NoReturn:
+    raise InputError("ipot's plan is no fixed point, it has no derivative of its own: expected grad='unrolled'")
 
 
 register(
-    "sinkhorn(Tensor cost, Tensor mu, Tensor nu, float reg, int max_iter, float tol, int stop, bool proximal, "
-    "int inner, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    "sinkhorn(Tensor cost, Tensor mu, Tensor nu, float reg, int max_iter, float tol, str stop, str? backend, "
+    "int? threads) -> (Tensor, Tensor, Tensor)",
     _sinkhorn,
+    _fake,
+)
+register(
+    "ipot(Tensor cost, Tensor mu, Tensor nu, float beta, int max_iter, int inner, str? backend, int? threads) "
+    "-> (Tensor, Tensor, Tensor)",
+    _ipot,
     _fake,
 )
 register(
@@ -352,6 +431,7 @@ register(
     lambda upstream, plan, mu, nu, reg: tuple(x.new_empty(x.shape) for x in (plan, mu, nu)),
 )
 torch.library.register_autograd("cmr_fast::sinkhorn", _backward, setup_context=_remember, lib=LIBRARY)
+torch.library.register_autograd("cmr_fast::ipot", _no_fixed_point, lib=LIBRARY)
 torch.library.register_autograd(
     "cmr_fast::sinkhorn_backward", functools.partial(refuse_twice, hint="; use grad='unrolled'"), lib=LIBRARY
 )

@@ -45,7 +45,8 @@ def emulated(built):
     """It in place of cmr_fast._cuda, and a pretended device of 64 warps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "native_cuda", lambda: built)
-        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(0, 0, WARPS, WORKSPACE))
+        patch.setattr(_dispatch, "queue", lambda tensor: built.Queue(0, 0))
+        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(WARPS, WORKSPACE))
         yield built
 
 

@@ -15,7 +15,7 @@ def on_backend(backend, x, *rest, **options):
     """x moved by one backend, on a copy at an address that a load of 4 may take or may not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "choose_backend", lambda *_: backend)
-        patch.setattr(pgd, "_queue", lambda _: _dispatch.native_cuda().Queue(0, 0))
+        patch.setattr(_dispatch, "queue", lambda _: _dispatch.native_cuda().Queue(0, 0))
         return pgd_step_(x.clone(), *rest, **options)
 
 
@@ -82,7 +82,7 @@ def test_addresses_that_a_wide_load_cannot_take(emulated, norm):
     raw[3 : 3 + x.numel()] = x.flatten()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "choose_backend", lambda *_: "cuda")
-        patch.setattr(pgd, "_queue", lambda _: emulated.Queue(0, 0))
+        patch.setattr(_dispatch, "queue", lambda _: emulated.Queue(0, 0))
         moved = pgd_step_(raw[3 : 3 + x.numel()].view(shape), gradient, origin, alpha=0.1, eps=0.12, norm=norm)
     assert moved.data_ptr() == raw.data_ptr() + 12 and torch.equal(moved, want)
     assert (raw[:3] == 7).all() and (raw[3 + x.numel() :] == 7).all()
@@ -152,7 +152,7 @@ def test_noise_has_the_bits_of_the_cpu(emulated, seed, index, count):
     want = pgd_noise(index, count, seed=seed, backend="cpp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "choose_backend", lambda *_: "cuda")
-        patch.setattr(pgd, "_queue", lambda _: emulated.Queue(0, 0))
+        patch.setattr(_dispatch, "queue", lambda _: emulated.Queue(0, 0))
         emulated.reset_last_kernel()
         assert torch.equal(pgd_noise(index, count, seed=seed), want)
     assert emulated.last_kernel() == "noise"

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from ways import ISAS, NATIVE
 
 import cmr_fast as cf
-from cmr_fast.ops import CodeBuffer, _reference, dcmh_loss, pairwise_nll, pairwise_squared
+from cmr_fast.ops import _reference, pairwise_nll, pairwise_squared
 
 KINDS = ("packed", "bool labels", "classes", "bool", "uint8", "int64", "float32", "float64", "transposed")
 
@@ -227,10 +227,12 @@ def test_opcheck_and_compile():
     for backend in ("cpp", "torch"):
         for matrix, (mine, theirs), needs in ((None, labels, (True, True)), (s.float(), (None, None), (True, False))):
             second = g if needs[1] else g.detach()
-            arguments = (f, second, matrix, mine, theirs, 0.5, 1.0, False, *needs, backend, 1)
-            torch.library.opcheck(torch.ops.cmr_fast.pairwise.default, arguments)
+            arguments = (f, second, matrix, mine, theirs, 0.5, 1.0, *needs, backend, 1)
+            for op in (torch.ops.cmr_fast.pairwise_nll, torch.ops.cmr_fast.pairwise_squared):
+                torch.library.opcheck(op.default, arguments)
     upstream = torch.ones(())
-    torch.library.opcheck(torch.ops.cmr_fast.pairwise_backward.default, (upstream, f.detach(), g.detach()))
+    for op in (torch.ops.cmr_fast.pairwise_nll_backward, torch.ops.cmr_fast.pairwise_squared_backward):
+        torch.library.opcheck(op.default, (upstream, f.detach(), g.detach()))
 
     def loss(f, g):
         return pairwise_nll(torch.tanh(f), g, labels, reduction="mean")
@@ -255,38 +257,7 @@ def test_forced_instruction_set_is_the_one_that_ran(isa, monkeypatch):
     NATIVE.reset_last_isa()
     pairwise_nll(*codes(13, 3, 4, 2), torch.zeros(3, 4))
     assert NATIVE.last_isa() == isa
-    assert cf.explain("pairwise", np.zeros(1)).isa == isa
-
-
-@pytest.mark.parametrize("squared", [False, True])
-def test_a_step_of_dcmh(squared):
-    """Against the paper's objective written out over the whole training set, and its gradient (methods.md 3)."""
-    f, g = (x.detach().double() for x in codes(14, 50, 50, 8))
-    rows = torch.tensor([3, 49, 7, 0])
-    labels, s = similarities("packed", 50, 50)
-    own, other = CodeBuffer(f), CodeBuffer(g)
-    values = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
-    signs = torch.sign(f + g)[rows]
-    loss = dcmh_loss(values, rows, own, other, (labels[0][rows], labels[1]), signs, gamma=0.7, eta=0.3, squared=squared)
-    (slope,) = gradients(loss, values)
-    whole = f.index_copy(0, rows, values)
-    pairs = eager(values, g, s[rows] * (0.999 if squared else 1), squared)
-    want = pairs + 0.7 * (signs - values).square().sum() + 0.3 * whole.sum(dim=0).square().sum()
-    torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(slope, gradients(want, values)[0])
-    own.update(rows, values)
-    torch.testing.assert_close(own.codes, whole.detach())
-    torch.testing.assert_close(own.sums, whole.detach().sum(dim=0))
-    assert torch.equal(f, codes(14, 50, 50, 8)[0].double())  # the buffer is a copy
-
-
-def test_column_sums_do_not_drift():
-    buffer = CodeBuffer(torch.zeros(500, 16))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2000):
-        rows = torch.randperm(500, generator=generator)[:64]
-        buffer.update(rows, 30 * torch.randn(64, 16, generator=generator))
-    torch.testing.assert_close(buffer.sums, buffer.codes.double().sum(dim=0), rtol=0, atol=1e-9)
+    assert cf.explain("pairwise_nll", np.zeros(1)).isa == isa
 
 
 F, G = (x.detach() for x in codes(15, 3, 5, 8))
@@ -319,18 +290,6 @@ IDS = torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
 def test_bad_input_is_refused_with_what_was_seen(change, message):
     with pytest.raises(cf.InputError, match=message):
         pairwise_nll(**({"f": F, "g": G, "s": S} | change))
-
-
-def test_bad_buffers_are_refused():
-    buffer = CodeBuffer(G)
-    with pytest.raises(cf.InputError, match="float"):
-        CodeBuffer(G.int())
-    with pytest.raises(cf.InputError, match="all be different"):
-        buffer.update(torch.tensor([1, 1]), G[:2])
-    with pytest.raises(cf.InputError, match=r"values \(n, 8\)"):
-        buffer.sums_with(torch.tensor([1]), G[:2])
-    with pytest.raises(cf.InputError, match="shape of f"):
-        dcmh_loss(F, torch.arange(3), buffer, buffer, S, F[:2])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -160,7 +160,7 @@ def test_opcheck_and_compile():
     q, db, ql, dl = (torch.from_numpy(x) for x in problem(11, 4, 50, 8))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for backend, partners in (("cpp", torch.arange(4)), ("torch", None)):
-        arguments = (q, db, ql, dl, partners, 10, 1, True, True, backend, 1)
+        arguments = (q, db, ql, dl, partners, 10, "relevant", True, True, backend, 1)
         torch.library.opcheck(torch.ops.cmr_fast.ranking.default, arguments, test_utils=tests)
 
     def mean(q, db):

@@ -310,9 +310,9 @@ def test_opcheck_and_compile():
     cost = torch.from_numpy(costs(17, 2, 5, 6))
     mu, nu = (torch.from_numpy(masses(5, 2, n)) for n in (5, 6))
     for backend in ("cpp", "torch"):
-        for proximal in (False, True):
-            arguments = (cost.clone().requires_grad_(not proximal), mu, nu[0], 0.1, 20, 0.0, 0, proximal, 1, backend, 1)
-            torch.library.opcheck(torch.ops.cmr_fast.sinkhorn.default, arguments)
+        arguments = (cost.clone().requires_grad_(), mu, nu[0], 0.1, 20, 0.0, "marginals", backend, 1)
+        torch.library.opcheck(torch.ops.cmr_fast.sinkhorn.default, arguments)
+        torch.library.opcheck(torch.ops.cmr_fast.ipot.default, (cost, mu, nu[0], 0.1, 20, 2, backend, 1))
     torch.library.opcheck(torch.ops.cmr_fast.sinkhorn_backward.default, (cost, sinkhorn(cost, 0.1), mu, nu[0], 0.1))
     for grad in ("envelope", "implicit", "unrolled"):
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ways import ISAS, NATIVE
 
 import cmr_fast as cf
-from cmr_fast.ops import _reference, acmr_triplet, triplet, triplet_margin
+from cmr_fast.ops import _reference, _triplet_blocks, acmr_triplet, triplet, triplet_margin
 
 DISTANCES = ("euclidean", "squared", "cosine", "dot")
 EPS = float(np.finfo(np.float32).eps)
@@ -132,14 +132,14 @@ def test_opcheck():
     for backend in ("cpp", "torch"):
         for needs_x, needs_other in ((True, True), (False, True), (False, False)):
             a, b = x.clone().requires_grad_(needs_x), other.clone().requires_grad_(needs_other)
-            arguments = (a, b, *packed, 0.5, 0, 0, 0, needs_x, needs_other, backend, 1)
+            arguments = (a, b, *packed, 0.5, "all", "euclidean", "mean", needs_x, needs_other, backend, 1)
             torch.library.opcheck(torch.ops.cmr_fast.triplet_margin.default, arguments)
         a = x.clone().requires_grad_()
-        arguments = (a, None, packed[0], None, 0.5, 3, 1, 1, True, False, backend, 1)
+        arguments = (a, None, packed[0], None, 0.5, "semihard", "squared", "mean_nonzero", True, False, backend, 1)
         torch.library.opcheck(torch.ops.cmr_fast.triplet_margin.default, arguments)
         a, b = (torch.randn(9, 4).requires_grad_() for _ in range(2))
         ids = torch.arange(9) % 3
-        arguments = (a, b, ids, 0.5, 0.3, True, True, True, backend, 1)
+        arguments = (a, b, ids, 0.5, 0.3, "mean", True, True, backend, 1)
         torch.library.opcheck(torch.ops.cmr_fast.acmr_triplet.default, arguments)
     torch.library.opcheck(
         torch.ops.cmr_fast.triplet_margin_backward.default, (torch.tensor(2.0), x, other), test_utils="test_schema"
@@ -167,7 +167,7 @@ def test_compile(multi):
 @pytest.mark.parametrize("mining", triplet.MINING)
 def test_same_bits_on_every_instruction_set_number_of_threads_and_run(mining, monkeypatch):
     """The last of many threads' rows, several blocks, weights of 31-bit labels, and all of it twice."""
-    monkeypatch.setattr(triplet, "_BLOCK", triplet._BLOCK | {"cpp": 1 << 15})
+    monkeypatch.setattr(_triplet_blocks, "BLOCK", _triplet_blocks.BLOCK | {"cpp": 1 << 15})
     (x, mine), their = problem(6, 300, 170, classes=70, whole=False)
     for cross in ({}, their):
         results = []
@@ -199,7 +199,7 @@ def test_torchs_threads_do_not_change_the_result():
 def test_blocks_change_nothing(run, block, cross, monkeypatch):
     (x, mine), their = problem(8, 60, 40 if cross else None)
     whole = gradients(x, mine, 1.0, distance="squared", **their)
-    monkeypatch.setattr(triplet, "_BLOCK", dict.fromkeys(triplet._BLOCK, block))
+    monkeypatch.setattr(_triplet_blocks, "BLOCK", dict.fromkeys(_triplet_blocks.BLOCK, block))
     parts = gradients(x, mine, 1.0, distance="squared", **their)
     assert whole[0] == parts[0]
     for a, b in zip(whole[1], parts[1], strict=True):
@@ -386,8 +386,8 @@ IDS = np.zeros(4, np.int64)
         ({"labels": IDS[:3]}, "a row for each of the 4 rows of x on cpu, got 3"),
         ({"labels": IDS.astype(np.float32)}, "integer class ids, got torch.float32"),
         ({"labels": np.zeros((4, 0))}, r"multi-hot, got torch.float64 \(4, 0\)"),
-        ({"margin": "wide"}, "margin must be a number, got 'wide'"),
-        ({"margin": float("nan")}, "margin must be finite, got nan"),
+        ({"margin": "wide"}, "margin must be a finite number, got 'wide'"),
+        ({"margin": float("nan")}, "margin must be a finite number, got nan"),
         ({"mining": "easy"}, "all, hard, hard_negative, semihard, got 'easy'"),
         ({"distance": "manhattan"}, "euclidean, squared, cosine, dot, got 'manhattan'"),
         ({"reduction": "none"}, "mean, mean_nonzero, sum, got 'none'"),

@@ -25,20 +25,16 @@ SAMPLE = 64  # limits start from every 64th step of a large database
 
 @dataclass(frozen=True)
 class Device:
-    """Where the work goes, how many warps fill it, and how much workspace a search may take."""
+    """How many warps fill it, and how many bytes of workspace a search may take."""
 
-    index: int
-    stream: int
     warps: int
     workspace: int
 
 
 def device_of(tensor: Tensor) -> Device:
+    """The device that a tensor is on."""
     properties = torch.cuda.get_device_properties(tensor.device)
-    index = tensor.device.index if tensor.device.index is not None else torch.cuda.current_device()
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    workspace = min(1 << 30, properties.total_memory // 16)
-    return Device(index, stream, WARPS * properties.multi_processor_count, workspace)
+    return Device(WARPS * properties.multi_processor_count, min(1 << 30, properties.total_memory // 16))
 
 
 def choose_form(nbytes: int, unit: int) -> str:
@@ -63,8 +59,7 @@ class _Search:
     def __init__(self, q: Tensor, db: Tensor) -> None:
         self.q, self.db = q.contiguous(), db.contiguous()
         self.native: Any = _dispatch.native_cuda()
-        self.device = device_of(q)
-        self.queue = self.native.Queue(self.device.index, self.device.stream)
+        self.device, self.queue = device_of(q), _dispatch.queue(q)
         self.n, self.nbytes = db.shape
         self.bins = 8 * self.nbytes + 1
         self.least_ranges = max(1, _ceil_div(self.n, 1 << 30))  # a warp counts in 32 bits
@@ -196,10 +191,10 @@ def histograms(q: Tensor, db: Tensor, q_labels: Tensor, db_labels: Tensor, items
     bytes_per_query = 8 * search.bins
     for first, count in search.batches(bytes_per_query):
         scan, parts = search.scan(first, count, search.ranges(count, search.native.GROUP, bytes_per_query))
-        found = [search.empty(count, parts, search.bins, dtype=torch.int32) for _ in range(2)]
+        parts_of = [search.empty(count, parts, search.bins, dtype=torch.int32) for _ in range(2)]
         search.native.hamming_histogram(
-            search.queue, scan, asked[first:].data_ptr(), held.data_ptr(), label_bytes, classes, found[0].data_ptr(),
-            found[1].data_ptr(),
+            search.queue, scan, asked[first:].data_ptr(), held.data_ptr(), label_bytes, classes,
+            parts_of[0].data_ptr(), parts_of[1].data_ptr(),
         )  # fmt: skip
-        for counts, out in zip(found, (items, relevant), strict=True):
+        for counts, out in zip(parts_of, (items, relevant), strict=True):
             torch.sum(counts, dim=1, out=out[first : first + count])

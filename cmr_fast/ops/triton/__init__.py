@@ -1,0 +1,1 @@
+"""The Triton side of the ops, one file an op."""

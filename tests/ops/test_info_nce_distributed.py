@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from cmr_fast.errors import InputError
 from cmr_fast.losses import ClipLoss, SigLipLoss
 from cmr_fast.ops import info_nce, sigmoid_loss
-from cmr_fast.ops.infonce_distributed import distributed_info_nce, distributed_sigmoid_loss
+from cmr_fast.ops.info_nce_distributed import distributed_info_nce, distributed_sigmoid_loss
 
 OPEN_CLIP = importlib.util.find_spec("open_clip") is not None
 PAIRS, WIDTH = 7, 5  # of a rank

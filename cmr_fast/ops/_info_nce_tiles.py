@@ -1,4 +1,4 @@
-"""The tiles of ops/infonce.py: the passes of its cpp and torch backends over every pair of a batch.
+"""The tiles of ops/info_nce.py: the passes of its cpp and torch backends over every pair of a batch.
 
 cpp      torch multiplies a tile, the native epilogue takes from it what rows and columns need or turns it into the
          gradient in place, and torch multiplies that. Panels of rows are shared out to threads; tiles of a column are
@@ -27,7 +27,7 @@ TORCH_PAIRS = 1 << 22  # of a block of the portable path
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def infonce_outputs(
+def info_nce_outputs(
     image: Tensor, text: Tensor, scale: Tensor, rows: bool, columns: bool, keep: int
 ) -> tuple[Tensor, ...]:
     n, m = image.shape[0] if rows else 0, text.shape[0] if columns else 0
@@ -75,11 +75,11 @@ class Pairs(NamedTuple):
 
     def dense(self, rows: slice, columns: slice, like: Tensor) -> Tensor:
         """The same, a diagonal written out."""
-        found = self.tile(rows, columns, like.dtype)
-        if found is None:
+        weights = self.tile(rows, columns, like.dtype)
+        if weights is None:
             row, column = (torch.arange(x.start, x.stop, device=like.device) for x in (rows, columns))
-            found = (row[:, None] + self.offset == column).to(like.dtype)
-        return found
+            weights = (row[:, None] + self.offset == column).to(like.dtype)
+        return weights
 
 
 class _Workers:
@@ -412,5 +412,5 @@ def torch_sigmoid(
         for rows, _, _, z in _torch_blocks(image, text, scale):
             gradient(rows, z)
         return loss.to(scale.dtype), *sigmoid_outputs(image, text, scale, bias, False)[1:]
-    found = _torch_gradients(image, text, scale, gradient)
-    return loss.to(scale.dtype), *found, slope.to(bias.dtype)
+    gradients = _torch_gradients(image, text, scale, gradient)
+    return loss.to(scale.dtype), *gradients, slope.to(bias.dtype)

@@ -1,4 +1,4 @@
-"""The Triton backend of infonce against the float64 oracle, on a GPU where there is one and under the interpreter.
+"""The Triton backend of info_nce against the float64 oracle, on a GPU where there is one and under the interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so `test_under_the_interpreter` starts this file again with it.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_infonce import dense, dense_sigmoid, features, gradients, oracle, within_budget
+from test_info_nce import dense, dense_sigmoid, features, gradients, oracle, within_budget
 from torch.nn import functional as F
 
 import cmr_fast as cf
@@ -38,14 +38,14 @@ def test_under_the_interpreter():
 @pytest.fixture(params=["onepass", "chunked"])
 def form(request, monkeypatch):
     """Either form; chunks and parts so small that there are several."""
-    from cmr_fast.ops.triton import infonce as kernels
+    from cmr_fast.ops.triton import info_nce as kernels
 
     monkeypatch.setenv("CMR_FAST_INFONCE_FORM", request.param)
     monkeypatch.setenv("CMR_FAST_BACKEND", "triton")
     monkeypatch.setattr(kernels, "BLOCK", 16)
     monkeypatch.setattr(kernels, "PARTS", {"onepass": (2, 2), "chunked": (1, 2)})
     monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
-    for op in ("infonce", "sigmoid_pairs"):
+    for op in ("info_nce", "sigmoid_loss", "js_critic"):
         monkeypatch.setitem(_dispatch.BACKENDS[op], "cpu", ("triton",))
     return request.param
 
@@ -89,13 +89,13 @@ def test_a_diagonal_partly_or_wholly_outside(form, offset):
     outputs, of_inputs = [], []
     for device, backend in ((DEVICE, "triton"), ("cpu", "torch")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(_dispatch.BACKENDS["infonce"], "cpu", ("triton", "torch"))
+            patch.setitem(_dispatch.BACKENDS["info_nce"], "cpu", ("triton", "torch"))
             patch.setenv("CMR_FAST_BACKEND", backend)
             a, b, s = (x.to(device) for x in (image, text, torch.tensor(9.0)))
-            out = torch.ops.cmr_fast.infonce(a, b, s, None, None, None, offset, True, True, 0, backend, None)
+            out = torch.ops.cmr_fast.info_nce(a, b, s, None, None, None, offset, True, True, 0, backend, None)
             arguments = (torch.ones_like(out[0]), torch.ones_like(out[1]), a, b, s, None, None, None, offset, *out[2:])
             outputs.append(out[:4])
-            of_inputs.append(torch.ops.cmr_fast.infonce_backward(*arguments, backend, None))
+            of_inputs.append(torch.ops.cmr_fast.info_nce_backward(*arguments, backend, None))
     for got, want in zip((*outputs[0], *of_inputs[0]), (*outputs[1], *of_inputs[1]), strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=2e-5, atol=2e-5)
 
@@ -166,7 +166,7 @@ def test_the_critic(form):
     image, text = (x.float() for x in features(41, 41, 6))
     got = gradients(js_critic, *on_device(image, text))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dispatch.BACKENDS["sigmoid_pairs"], "cpu", ("torch",))
+        patch.setitem(_dispatch.BACKENDS["js_critic"], "cpu", ("torch",))
         patch.setenv("CMR_FAST_BACKEND", "torch")
         want = gradients(js_critic, image.double(), text.double())
     for g, w in zip(got, want, strict=True):
@@ -231,7 +231,7 @@ def test_what_it_does_not_take_says_so(form, monkeypatch):
     with pytest.raises(InputError, match="CMR_FAST_INFONCE_FORM must be onepass or chunked, got 'both'"):
         info_nce(image, text, 1.0)
     monkeypatch.delenv("CMR_FAST_INFONCE_FORM")
-    from cmr_fast.ops.triton import infonce as kernels
+    from cmr_fast.ops.triton import info_nce as kernels
 
     assert [kernels.form(d) for d in (511, 512)] == ["onepass", "chunked"]
 
@@ -248,7 +248,7 @@ def test_triton_refuses_the_cpu():
 
 @on_gpu
 def test_a_gpu_chooses_it():
-    assert cf.explain("infonce", torch.zeros(2, 2, device="cuda")).backend == "triton"
+    assert cf.explain("info_nce", torch.zeros(2, 2, device="cuda")).backend == "triton"
 
 
 @on_gpu

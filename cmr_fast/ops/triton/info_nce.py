@@ -1,4 +1,4 @@
-"""InfoNCE and the sigmoid loss on a GPU, in two forms; ops/infonce.py says what they compute.
+"""InfoNCE and the sigmoid loss on a GPU, in two forms; ops/info_nce.py says what they compute.
 
     z_ij  = scale * image_i . text_j
     dS_ij = g_i exp(z_ij - lse_i) + g'_j exp(z_ij - lse'_j) - [j = i + offset] (pull_i + pull'_j)
@@ -274,7 +274,7 @@ def forward(
     image: Tensor, text: Tensor, scale: Tensor, pairs: Any, row_stats: Tensor, column_stats: Tensor, kept: Tensor,
     threads: int | None,
 ) -> None:  # fmt: skip
-    """Fill the statistics of ops/infonce.py, the sums not yet as their logarithms."""
+    """Fill the statistics of ops/info_nce.py, the sums not yet as their logarithms."""
     image, text = image.contiguous(), text.contiguous()
     n, m = len(image), len(text)
     offset = max(-n, min(m, pairs.offset))  # no diagonal is no diagonal, however far
@@ -333,13 +333,13 @@ def _one_side(
     """-> gradients of image and of scale."""
     n, m, d = len(image), len(text), image.shape[1]
     width = min(128 if image.dtype == torch.float32 else 256, max(16, triton.next_power_of_2(d)))
-    found, dots = torch.empty_like(image), scale.new_empty((_ceil(d, width), n))
+    of_image, dots = torch.empty_like(image), scale.new_empty((_ceil(d, width), n))
     _side[_ceil(n, BLOCK), _ceil(d, width)](
-        image, text, scale, unit, n, m, d, offset, row_arrays, column_arrays, found, dots,
+        image, text, scale, unit, n, m, d, offset, row_arrays, column_arrays, of_image, dots,
         ROWS=row_arrays.shape[1] > 0, COLUMNS=column_arrays.shape[1] > 0, SLICE=width,
         num_warps=8 if width > 64 else 4, **_options(image),
     )  # fmt: skip
-    return found, dots.sum(dtype=torch.float64).to(scale.dtype)
+    return of_image, dots.sum(dtype=torch.float64).to(scale.dtype)
 
 
 def _by_chunks(
@@ -377,10 +377,10 @@ def sigmoid(
         total.add_(sums.sum(0, dtype=torch.float64))
 
     if gradients:
-        found = _by_chunks(image, text, scale, unit, to_gradient)
+        of_inputs = _by_chunks(image, text, scale, unit, to_gradient)
     else:
         for rows, products in _chunks(image, text):
             to_gradient(rows, products)
-        found = (image.new_empty(0), text.new_empty(0), scale.new_empty(0))
+        of_inputs = (image.new_empty(0), text.new_empty(0), scale.new_empty(0))
     loss, slope = (total * unit).to(scale.dtype)
-    return loss.clone(), *found, slope.clone() if gradients else bias.new_empty(0)
+    return loss.clone(), *of_inputs, slope.clone() if gradients else bias.new_empty(0)

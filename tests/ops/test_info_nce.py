@@ -1,4 +1,4 @@
-"""infonce against the dense loss: every instruction set, the torch path, odd shapes, positives, dtypes, threads."""
+"""info_nce, sigmoid_loss, js_critic against the dense loss: every ISA, torch, odd shapes, positives, dtypes."""
 
 import math
 
@@ -11,7 +11,7 @@ from ways import ISAS, NATIVE
 import cmr_fast as cf
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch, _reference, info_nce, js_critic, sigmoid_loss
-from cmr_fast.ops import _infonce_tiles as tiles
+from cmr_fast.ops import _info_nce_tiles as tiles
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_sigmoid_equals_the_dense_loss(run, n):
         (dict(positives=diagonal), diagonal),
     ]
     for options, positive in cases:
-        want = _reference.sigmoid_pairs(image.numpy(), text.numpy(), 7.0, -2.0, positive.numpy())
+        want = _reference.sigmoid_loss(image.numpy(), text.numpy(), 7.0, -2.0, positive.numpy())
         leaves = [image.float(), text.float(), torch.tensor(7.0), torch.tensor(-2.0)]
         got = gradients(lambda *x, o=options: sigmoid_loss(*x, reduction="sum", **o), *leaves)
         for x, name in zip(got, ("loss", "of_image", "of_text", "of_scale", "of_bias"), strict=True):
@@ -366,20 +366,27 @@ def test_opcheck(small_tiles, dtype):
     scale, bias = (torch.tensor(x, dtype=of, requires_grad=True) for x in (9.0, -2.0))
     ids = torch.arange(30), torch.arange(41)
     calls = [
-        (torch.ops.cmr_fast.infonce, (image, text, scale, None, None, None, 3, True, True, 20, None, None)),
-        (torch.ops.cmr_fast.infonce, (image, text, scale, *ids, None, 0, True, False, 0, None, 2)),
-        (torch.ops.cmr_fast.infonce, (image, text, scale, None, None, torch.rand(30, 41), 0, False, True, 30, None, 1)),
-        (torch.ops.cmr_fast.sigmoid_pairs, (image, text, scale, bias, *ids, None, 0, 1.0, 0.5, True, None, None)),
+        (torch.ops.cmr_fast.info_nce, (image, text, scale, None, None, None, 3, True, True, 20, None, None)),
+        (torch.ops.cmr_fast.info_nce, (image, text, scale, *ids, None, 0, True, False, 0, None, 2)),
+        (
+            torch.ops.cmr_fast.info_nce,
+            (image, text, scale, None, None, torch.rand(30, 41), 0, False, True, 30, None, 1),
+        ),
+        (torch.ops.cmr_fast.sigmoid_loss, (image, text, scale, bias, *ids, None, 0, 0.5, True, None, None)),
+        (torch.ops.cmr_fast.js_critic, (image, text[:30], True, None, None)),
     ]
     for call, arguments in calls:
         torch.library.opcheck(call, arguments)
     with torch.no_grad():
-        found = torch.ops.cmr_fast.infonce(*calls[0][1])
+        found = torch.ops.cmr_fast.info_nce(*calls[0][1])
     plain = [x.detach() for x in (image, text, scale)]
     torch.library.opcheck(
-        torch.ops.cmr_fast.infonce_backward,
+        torch.ops.cmr_fast.info_nce_backward,
         (found[0], found[1], *plain, None, None, None, 3, found[2], found[3], found[4], None, None),
     )
+    upstream = torch.ones((), dtype=of)
+    torch.library.opcheck(torch.ops.cmr_fast.sigmoid_loss_backward, (upstream, *plain, bias.detach()))
+    torch.library.opcheck(torch.ops.cmr_fast.js_critic_backward, (upstream, *plain[:2]))
 
 
 def test_compiles_without_a_graph_break(small_tiles):
@@ -401,7 +408,7 @@ def test_compiles_without_a_graph_break(small_tiles):
 def test_the_native_path_is_chosen():
     if not ISAS:
         pytest.skip("no native kernels")
-    assert cf.explain("infonce", torch.zeros(2, 2)).backend == "cpp"
+    assert cf.explain("info_nce", torch.zeros(2, 2)).backend == "cpp"
     assert cf.info_nce is info_nce
     with pytest.raises(InputError, match=r"computes on float32 and bfloat16, the features are torch\.float64"):
         info_nce(*features(3, 3, 2), 1.0, backend="cpp")
