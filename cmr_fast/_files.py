@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a kill leaves the previous file as it was; names for files of others."""
+"""Writing files so that a crash, a full disk or a kill leaves the previous one as it was; names for files of others."""
 
 import os
 import re

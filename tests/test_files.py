@@ -105,7 +105,7 @@ def test_errors_of_the_system_name_the_path(tmp_path):
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"), write_aside(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     with pytest.raises(FileNotFoundError, match="elsewhere"), write_aside(tmp_path / "a"):
-        open("/elsewhere")
+        os.open("/elsewhere", os.O_RDONLY)
     save(tmp_path / "a")
     with pytest.raises(InputError, match=f"{tmp_path}/a/b: cannot be made, since {tmp_path}/a is not a folder"):
         save(tmp_path / "a" / "b" / "c")
