@@ -95,13 +95,13 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_regular(path: Path, expected: str) -> None:
-    """InputError where `path` is no file that can be read; `expected` says which file is wanted."""
+    """InputError where `path` is no file that can be read; `expected` says which kind is wanted."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file, expected {expected}") from None
+        raise InputError(f"there is no {expected} at {path}") from None
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: {_kind(mode)}, expected {expected}")
+        raise InputError(f"{path}: {_kind(mode)}, expected the path of a file")
 
 
 def pointer(head: bytes) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops._tensors import MAX_BITS, as_integer, as_tensor, check_codes
+from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes
 from cmr_fast.ops.multi_index import check_stray
 
 Array = np.ndarray | Tensor
@@ -28,6 +28,13 @@ def to_numpy(x: object) -> np.ndarray:
 def like(x: np.ndarray, codes: object) -> Any:
     """`x` as a tensor on the device of `codes`, where these are a tensor."""
     return torch.from_numpy(x).to(codes.device) if isinstance(codes, Tensor) else x
+
+
+def code_length(bits: object) -> int:
+    """Bits of a code; InputError unless they are an integer from 1 to 4096."""
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= MAX_BITS:
+        raise InputError(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
+    return int(bits)
 
 
 def packed_codes(codes: object, name: str, bits: int) -> np.ndarray:
@@ -71,7 +78,7 @@ def check_bits(bits: object, q: Array, db: Array) -> int:
     held = 8 * q.shape[1]
     if bits is None:
         return held
-    number = as_integer(bits, "bits", 1, MAX_BITS, also=", or None")
+    number = code_length(bits)
     if not held - 8 < number <= held:
         unpacked = ": are these bits, not packed yet? See pack_codes" if q.shape[1] == number else ""
         raise InputError(f"codes of {q.shape[1]} bytes hold {held - 7} to {held} bits, got bits={number}{unpacked}")
