@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 def open_codes(path: Path, bits: int | None) -> "np.ndarray | HammingIndex":
     """Codes of a .npy file (as an array), an index file or a faiss file (with their ids), left in the file."""
-    from cmr_fast.retrieval import _indexfile
+    from cmr_fast.retrieval.index import index_kind
 
     check_exists(path)
-    if _head(path) == _indexfile.MAGIC or _is_faiss(path):
+    if path.is_file() and index_kind(path):
         return open_index(path, bits)
     codes = read_array(path)
     if codes.dtype.name != "uint8" or codes.ndim != 2:
@@ -31,7 +31,7 @@ def open_index(path: Path, bits: int | None = None) -> "HammingIndex":
 
     check_exists(path)
     try:
-        return HammingIndex.from_faiss(path, bits) if _is_faiss(path) else HammingIndex.load(path)
+        return HammingIndex.open(path, bits=bits)
     except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
@@ -39,16 +39,3 @@ def open_index(path: Path, bits: int | None = None) -> "HammingIndex":
 def nbytes_of(source: "np.ndarray | HammingIndex") -> int:
     """Bytes of a code."""
     return source.shape[1] if hasattr(source, "shape") else -(-source.bits // 8)
-
-
-def _head(path: Path) -> bytes:
-    if not path.is_file():
-        return b""
-    with open(path, "rb") as file:
-        return file.read(8)
-
-
-def _is_faiss(path: Path) -> bool:
-    from cmr_fast.retrieval import _faiss
-
-    return _head(path)[:4] in (_faiss.FLAT, *_faiss.MAPS)

@@ -3,10 +3,10 @@
 import zipfile
 from pathlib import Path
 
+from cmr_fast._files import pointer
 from cmr_fast.errors import InputError
 
 _SAVE = "save the arrays as image, text and labels in one .npz"
-_LFS = b"version https://git-lfs.github.com/spec/"
 _STARTS = (
     (b"<!doctype html", "a web page, as a failed download leaves", "download it again"),
     (b"<html", "a web page, as a failed download leaves", "download it again"),
@@ -46,17 +46,6 @@ def first_bytes(file: Path, count: int = 512) -> bytes:
     if refused := pointer(head):
         raise InputError(f"{file}: {refused}")
     return head
-
-
-def pointer(head: bytes) -> str | None:
-    """What a file of these first bytes stands for, where it is a pointer that a repository keeps in its place."""
-    if head.startswith(_LFS):
-        size = next((line[5:].decode("ascii", "replace") for line in head.splitlines() if line[:5] == b"size "), "")
-        of = f" of {size} bytes" if size.isdecimal() else ""
-        return f"is a Git LFS pointer, not the file{of} that it stands for; fetch that with `git lfs pull`"
-    if b"/annex/objects/" in head[:64]:
-        return "is a git-annex pointer, not the file that it stands for; fetch that with `git annex get`"
-    return None
 
 
 def refusal(file: Path, head: bytes) -> str | None:

@@ -35,8 +35,8 @@ def claim(folder: Path, described: dict[str, Any], resume: bool, kind: "type[Met
         refuse_used(folder)
     config = folder / CONFIG
     if resume:
-        for aside in folder.glob(".*.*"):  # what write_aside had not yet renamed when the run was killed
-            aside.unlink()
+        for path in folder.glob(".*.*"):  # what was not yet renamed when the run was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if config.exists():
             same(folder, read_json(config), described, kind, longer=(folder / RESULTS).exists())
             return

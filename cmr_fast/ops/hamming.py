@@ -163,7 +163,9 @@ def hamming_topk(
 def hamming_range(
     q: Array, db: Array, radius: int, *, backend: str | None = None, threads: int | None = None
 ) -> tuple[Array, Array, Array]:
-    """Every database code at distance <= radius of each query: faiss's range_search triple.
+    """Every database code at distance <= radius of each query: the triple of faiss's range_search.
+
+    faiss's own radius is left out (distance < radius): it is this one + 1.
 
     Parameters
     ----------

@@ -160,7 +160,7 @@ class SearchTables:
         """
         queries, _, was_numpy = as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
         k = as_integer(k, "k", 1, 2**31 - 1)
-        _check_stray(queries, self.bits, "q")
+        check_stray(queries, self.bits, "q")
         if effort is None:
             effort = EFFORT if self.expected_cost(k) < _VAIN else 0.0
         if isinstance(effort, bool) or not isinstance(effort, numbers.Real) or not effort >= 0:  # infinity is one
@@ -376,11 +376,12 @@ def _database(codes: Array, bits: int | None) -> tuple[Tensor, int]:
     if database.device.type != "cpu" or len(database) > MAX_CODES:
         raise InputError(f"codes must be on the CPU and fewer than 2^31, got {len(database)} on {database.device.type}")
     bits = _check_bits(bits, database.shape[1])
-    _check_stray(database, bits, "codes")
+    check_stray(database, bits, "codes")
     return database.contiguous(), bits
 
 
-def _check_stray(codes: Tensor, bits: int, name: str) -> None:
+def check_stray(codes: Tensor, bits: int, name: str) -> None:
+    """InputError where packed codes (N, nbytes) have a bit set beyond `bits` in their last byte."""
     if bits % 8 and bool((codes[:, -1] >> bits % 8).any()):
         raise InputError(
             f"{name} must have no bits set beyond bit {bits}, got some: packed with another number of bits, or in "

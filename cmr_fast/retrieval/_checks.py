@@ -1,114 +1,106 @@
-"""Checks of what the evaluations are given, and relevance from labels."""
+"""Checks of what indexes and evaluations are given."""
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes
+from cmr_fast.ops.multi_index import check_stray
 
 Array = np.ndarray | Tensor
 
-
-class Labels:
-    """Relevance of blocks of queries: equal class ids, or a shared bit of packed multi-hot labels."""
-
-    def __init__(self, q_labels: Array, db_labels: Array, num_queries: int, num_database: int) -> None:
-        q, db = _label_array(q_labels, "q_labels"), _label_array(db_labels, "db_labels")
-        for name, labels, count in (("q_labels", q, num_queries), ("db_labels", db, num_database)):
-            if len(labels) != count:
-                raise InputError(
-                    f"{name} must have a row per code or embedding: {count} of these, {len(labels)} labels"
-                )
-        if q.shape[1:] != db.shape[1:]:
-            raise InputError(
-                "q_labels and db_labels must both be (N,) class ids or both (N, C) multi-hot of one C, "
-                f"got {q.shape} and {db.shape}"
-            )
-        self.num_queries, self.num_database = num_queries, num_database
-        self._multi = q.ndim == 2
-        self._q, self._db = (_words(q), _words(db)) if self._multi else (q, db)
-
-    def relevant(self, rows: slice) -> np.ndarray:
-        """bool (B, N)."""
-        if not self._multi:
-            return self._q[rows, None] == self._db
-        out = np.zeros((rows.stop - rows.start, self.num_database), dtype=bool)
-        for q, db in zip(self._q.T, self._db.T, strict=True):
-            out |= (q[rows, None] & db) != 0
-        return out
-
-    def packed(self) -> tuple[np.ndarray, np.ndarray]:
-        """As ops.ranking takes them: uint8 (N, L) of bits, or int32 (N,) class ids."""
-        if self._multi:
-            return self._q.view(np.uint8), self._db.view(np.uint8)
-        q, db = self._q, self._db
-        if min(q.min(), db.min()) < -(2**31) or max(q.max(), db.max()) >= 2**31:
-            both = np.unique(np.concatenate([q, db]), return_inverse=True)[1]
-            q, db = both[: len(q)], both[len(q) :]
-        return q.astype(np.int32), db.astype(np.int32)
-
-
-def _label_array(labels: object, name: str) -> np.ndarray:
-    x = to_numpy(labels)
-    if x.ndim == 1 and x.dtype.kind in "iu":
-        return x.astype(np.int64)
-    if x.ndim == 2 and x.dtype.kind in "biuf" and x.shape[1]:
-        if x.dtype != bool and not ((x == 0) | (x == 1)).all():
-            raise InputError(f"{name} {x.shape} must be multi-hot, 0 and 1 only; class ids go in as (N,) integers")
-        return x.astype(bool)
-    raise InputError(f"{name} must be (N,) integer class ids or (N, C) multi-hot of 0 and 1, got {x.dtype} {x.shape}")
-
-
-def _words(labels: np.ndarray) -> np.ndarray:
-    """(N, C) bool -> (N, W) of the narrowest unsigned words that hold C bits."""
-    packed = np.packbits(labels, axis=1)
-    width = next(w for w in (1, 2, 4, 8) if w >= packed.shape[1] or w == 8)
-    packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % width)))
-    return np.ascontiguousarray(packed).view(f"u{width}")
+_ROWS = 1 << 20  # looked at together
 
 
 def to_numpy(x: object) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    """Numbers, whatever holds them, as an array on the CPU."""
+    if isinstance(x, Tensor):
+        return np.asarray(x.detach().cpu().numpy())
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError):  # rows of several lengths; tensors of another kind inside
+        return np.empty((), dtype=object)
 
 
-def check_code_arrays(q: Array, db: Array) -> tuple[Array, Array]:
-    for name, codes in (("q", q), ("db", db)):
-        if not isinstance(codes, (np.ndarray, Tensor)) or codes.ndim != 2:
-            raise InputError(f"{name} must be packed codes, uint8 (N, nbytes), got {_describe(codes)}")
-        if str(codes.dtype).removeprefix("torch.") != "uint8":
-            raise InputError(f"{name} must be packed codes, uint8 (N, nbytes) (see pack_codes), got {_describe(codes)}")
-        if len(codes) == 0:
-            raise InputError(f"{name} must hold at least one code, got {_describe(codes)}")
-    if q.shape[1] != db.shape[1]:
-        raise InputError(f"q and db must have the same bits: q has {q.shape[1]} bytes a code, db has {db.shape[1]}")
-    if isinstance(q, Tensor) != isinstance(db, Tensor):
-        return to_numpy(q), to_numpy(db)
-    return q, db
+def like(x: np.ndarray, codes: object) -> Any:
+    """`x` as a tensor on the device of `codes`, where these are a tensor."""
+    return torch.from_numpy(x).to(codes.device) if isinstance(codes, Tensor) else x
 
 
-def check_bits(bits: int | None, q: Array, db: Array) -> int:
-    held = 8 * q.shape[1]
-    if bits is None:
-        return held
-    if not held - 8 < bits <= held:
-        raise InputError(f"codes of {q.shape[1]} bytes hold {held - 7} to {held} bits, got bits={bits}")
-    for name, codes in (("q", q), ("db", db)):
-        if bits % 8 and bool((codes[:, -1] >> bits % 8).any()):
-            raise InputError(f"{name} has bits set beyond bits={bits}: was it packed with another number of bits?")
+def code_length(bits: object) -> int:
+    """Bits of a code; InputError unless they are an integer from 1 to 4096."""
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= MAX_BITS:
+        raise InputError(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
     return int(bits)
 
 
-def check_embeddings(query: Array, database: Array) -> tuple[Tensor, Tensor]:
+def packed_codes(codes: object, name: str, bits: int) -> np.ndarray:
+    """Packed codes of an index of `bits`, uint8 (N, ceil(bits / 8)), as they are in memory or in a file.
+
+    Raises
+    ------
+    InputError
+        For anything else, saying what it probably is.
+    """
+    nbytes = -(-bits // 8)
+    if isinstance(codes, np.ma.MaskedArray) or not isinstance(codes, np.ndarray) or codes.dtype != np.uint8:
+        check_codes(as_tensor(codes, name)[0], name)
+    x = to_numpy(codes)
+    if x.ndim != 2:
+        check_codes(as_tensor(x, name)[0], name)
+    if x.shape[1] != nbytes:
+        unpacked = ": are these bits, not packed yet? See pack_codes" if x.shape[1] == bits else ""
+        raise InputError(f"{name} must have {bits} bits ({nbytes} bytes) a code, got {x.shape[1]} bytes{unpacked}")
+    for start in range(0, len(x) if bits % 8 else 0, _ROWS):
+        check_stray(torch.from_numpy(np.array(x[start : start + _ROWS, -1:])), bits, name)
+    return x
+
+
+def check_code_arrays(q: Any, db: Any) -> tuple[Any, Any]:
+    """Queries and database of an evaluation, both numpy or both torch; InputError unless packed, of one width."""
+    kinds = []
+    for name, codes in (("q", q), ("db", db)):
+        tensor, was_numpy = as_tensor(codes, name)
+        check_codes(tensor, name)
+        kinds.append(was_numpy)
+        if len(tensor) == 0:
+            raise InputError(f"{name} must hold at least one code, got {_describe(codes)}")
+    if q.shape[1] != db.shape[1]:
+        raise InputError(f"q and db must have the same bits: q has {q.shape[1]} bytes a code, db has {db.shape[1]}")
+    return (q, db) if kinds[0] == kinds[1] else (to_numpy(q), to_numpy(db))
+
+
+def check_bits(bits: object, q: Array, db: Array) -> int:
+    """The code length of an evaluation: that of the bytes, or `bits` where it fits them."""
+    held = 8 * q.shape[1]
+    if bits is None:
+        return held
+    number = code_length(bits)
+    if not held - 8 < number <= held:
+        unpacked = ": are these bits, not packed yet? See pack_codes" if q.shape[1] == number else ""
+        raise InputError(f"codes of {q.shape[1]} bytes hold {held - 7} to {held} bits, got bits={number}{unpacked}")
+    for name, codes in (("q", q), ("db", db)):
+        check_stray(as_tensor(codes, name)[0], number, name)
+    return number
+
+
+def check_embeddings(query: object, database: object) -> tuple[Tensor, Tensor]:
+    """Both as float64 (N, d) on one device; InputError unless they are finite numbers of one width."""
     out = []
     for name, values in (("query", query), ("database", database)):
-        if not isinstance(values, (np.ndarray, Tensor)) or values.ndim != 2 or 0 in values.shape:
+        if not isinstance(values, np.ndarray | Tensor) or values.ndim != 2 or 0 in values.shape:
             raise InputError(f"{name} must be (N, d) embeddings, N and d of 1 or more, got {_describe(values)}")
+        if np.ma.is_masked(values) or (isinstance(values, Tensor) and values.layout != torch.strided):
+            raise InputError(f"{name} must be a dense array without a mask, got {_describe(values)}")
         if values.is_complex() if isinstance(values, Tensor) else values.dtype.kind not in "biuf":
             raise InputError(f"{name} must hold real numbers, got {_describe(values)}")
         if isinstance(values, Tensor):
             x = (values if values.device.type == "cuda" else values.cpu()).detach().double()  # others may lack float64
         else:
-            x = torch.from_numpy(values.astype(np.float64, order="C"))
+            x = torch.from_numpy(np.asarray(values).astype(np.float64, order="C"))
         bad = ~torch.isfinite(x.square().sum(dim=1))
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
@@ -119,14 +111,45 @@ def check_embeddings(query: Array, database: Array) -> tuple[Tensor, Tensor]:
     return out[0], out[1].to(out[0].device)
 
 
-def check_pairs(pairs: Array | None, num_queries: int, size: int) -> np.ndarray | None:
+def check_pairs(pairs: object, num_queries: int, size: int, exclude: np.ndarray | None) -> np.ndarray | None:
+    """The database row of each query's partner, int64 (Q,); where none are given and sizes agree, row by row."""
     if pairs is None:
-        return np.arange(size) if num_queries == size else None
+        return np.arange(size) if num_queries == size and exclude is None else None
     x = to_numpy(pairs)
     if x.shape != (num_queries,) or x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= size:
         raise InputError(f"pairs must be ({num_queries},) database rows from 0 to {size - 1}, got {x.dtype} {x.shape}")
-    return x.astype(np.int64)
+    rows = x.astype(np.int64)
+    if exclude is not None and (rows == exclude).any():
+        first = int(np.flatnonzero(rows == exclude)[0])
+        raise InputError(f"pairs must not be what exclude_self leaves out, got row {rows[first]} for query {first}")
+    return rows
+
+
+def check_exclude(exclude_self: object, num_queries: int, size: int) -> np.ndarray | None:
+    """The database row that each query is, int64 (Q,), -1 for one that is not there; None where none is left out."""
+    if exclude_self is None or (isinstance(exclude_self, bool | np.bool_) and not exclude_self):
+        return None
+    expected = f"exclude_self must be True, False or ({num_queries},) database rows from 0 to {size - 1} (-1: none)"
+    if isinstance(exclude_self, bool | np.bool_):
+        if num_queries != size:
+            raise InputError(f"{expected}; True takes query i for database row i, got {num_queries} and {size} rows")
+        rows = np.arange(size)
+    else:
+        x = to_numpy(exclude_self)
+        if x.shape != (num_queries,) or x.dtype.kind not in "iu" or x.min() < -1 or x.max() >= size:
+            raise InputError(f"{expected}, got {x.dtype} {x.shape}")
+        rows = x.astype(np.int64)
+    if size == 1 and (rows == 0).any():
+        raise InputError("the database must hold more than the query itself, got one row that exclude_self leaves out")
+    return rows if (rows >= 0).any() else None
 
 
 def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, (np.ndarray, Tensor)) else type(x).__name__
+    if isinstance(x, np.ndarray | Tensor):
+        masked = " with a mask" if np.ma.is_masked(x) else ""
+        layout = f" {x.layout}" if isinstance(x, Tensor) and x.layout != torch.strided else ""
+        return f"{x.dtype}{layout} {tuple(x.shape)}{masked}"
+    kind = f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
+    if hasattr(x, "toarray"):
+        return f"a sparse {kind}: expected x.toarray()"
+    return f"{kind}: expected x.to_numpy()" if hasattr(x, "to_numpy") else type(x).__name__

@@ -25,23 +25,25 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from cmr_fast._files import write_aside
+from cmr_fast._files import StrPath, as_path, check_regular, named, remove_leavings, write_aside
 from cmr_fast.errors import InputError
-from cmr_fast.ops.hamming import MAX_BITS
-from cmr_fast.retrieval._segments import Check, Ids, Part, first_sum, id_blocks, joined
+from cmr_fast.ops import _dispatch
+from cmr_fast.ops._tensors import MAX_BITS
+from cmr_fast.retrieval._formats import MAGIC, what_it_is
+from cmr_fast.retrieval._segments import Ids, Part, id_blocks, joined
 
 try:
     import fcntl
 except ImportError:  # no advisory locks on this platform: appends do not wait for each other
     fcntl = None  # type: ignore[assignment]
 
-MAGIC = b"CMRFHAM\n"
 VERSION = 2
 _ROOT = struct.Struct("<8sIIQQQI")  # magic, version, bits, sequence number, directory's place, size, crc32
 _ROOT_BYTES = 64
@@ -51,8 +53,73 @@ _HEAD = struct.Struct("<qII")  # next id, parts, bytes in a block
 _ENTRY = np.dtype([("rows", "<i8"), ("codes_at", "<i8"), ("ids_at", "<i8"), ("first_id", "<i8")])
 _BLOCK_BYTES = 1 << 22
 _SPARE_BYTES = 1 << 20  # leavings that are never worth a rewrite
+_WORTH_THREADS = 1 << 23  # bytes to verify
 
-Progress = Callable[[int], object]  # told how many rows were written
+Progress = Callable[[int], object]  # called with the number of rows written
+Checksums = tuple[np.ndarray, np.ndarray]  # uint32 of every block of a part's codes and of its ids
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Where a part lies in an index file, and its checksums."""
+
+    path: str
+    bits: int
+    rows: int
+    codes_at: int
+    ids_at: int  # 0: ids count on from first_id
+    first_id: int
+    block_bytes: int
+    checksums: Checksums
+    again: bool = False  # opened for an index that was pickled
+
+    def part(self, data: np.ndarray) -> Part:
+        """The part, of the mapped file."""
+        nbytes = -(-self.bits // 8)
+        codes = data[self.codes_at : self.codes_at + self.rows * nbytes].reshape(self.rows, nbytes)
+        ids: Ids = range(self.first_id, self.first_id + self.rows)
+        if self.ids_at:
+            ids = data[self.ids_at : self.ids_at + self.rows * 8].view("<i8")
+        return Part(codes, ids, self)
+
+    def open(self) -> Part:
+        """The part in the file as it is now; its checksums tell whether it is still the same."""
+        end = max(self.codes_at + self.rows * -(-self.bits // 8), self.ids_at + self.rows * 8 if self.ids_at else 0)
+        try:
+            with _opened(Path(self.path), "rb") as file:
+                if os.fstat(file.fileno()).st_size < end:
+                    raise InputError(f"{self.path} is shorter now")
+                data = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(end,)))
+        except InputError as error:
+            raise InputError(f"a mapped index is pickled by the path of its file: {error}") from error
+        return replace(self, again=True).part(data)
+
+    def verify(self, part: Part) -> None:
+        """InputError where blocks of the part fail their checksums."""
+        if isinstance(part.ids, range):
+            blocks = self._blocks(part.codes, part.ids.start, False)
+        else:
+            blocks = self._blocks(part.codes, 0, False) + self._blocks(part.ids, 0, True)
+        with ThreadPoolExecutor(_dispatch.choose_threads()) as pool:
+            each = (pool.map if part.nbytes > _WORTH_THREADS else map)(lambda block: zlib.crc32(*block), blocks)
+            sums = np.array(list(each), dtype=np.uint32)
+        bad = np.count_nonzero(sums != np.concatenate(self.checksums))
+        if bad:
+            why = "is damaged, or another one since the index was pickled" if self.again else "is damaged"
+            raise InputError(f"{self.path} {why}: {bad} of {len(sums)} blocks fail their checksum")
+
+    def _blocks(self, x: np.ndarray, first_id: int, of_ids: bool) -> list[tuple[memoryview, int]]:
+        flat = x.reshape(-1).view(np.uint8)
+        starts = range(0, len(flat), self.block_bytes)
+        return [
+            (flat[start : start + self.block_bytes].data, _first_sum(self.bits, first_id, of_ids, i))
+            for i, start in enumerate(starts)
+        ]
+
+
+def _first_sum(bits: int, first_id: int, of_ids: bool, block: int) -> int:
+    """What the crc32 of a block begins with: a block is only right where it belongs."""
+    return zlib.crc32(struct.pack("<Iq?q", bits, first_id, of_ids, block))
 
 
 @dataclass(frozen=True)
@@ -63,21 +130,22 @@ class Stored:
     next_id: int
     parts: tuple[Part, ...]
     entries: np.ndarray
-    sums: tuple[tuple[np.ndarray, np.ndarray], ...]
+    sums: tuple[Checksums, ...]
     block_bytes: int
     sequence: int
     end: int
     oldest: int  # which root to write first
 
 
-def read(path: str | os.PathLike[str]) -> Stored:
+def read(path: StrPath) -> Stored:
     """Open an index file: roots and directory are read and checked, codes and ids are mapped."""
+    path = as_path(path)
     with _opened(path, "rb") as file:
-        return _read(file, Path(path))
+        return _read(file, path)
 
 
 def write(
-    path: str | os.PathLike[str],
+    path: StrPath,
     bits: int,
     next_id: int,
     parts: Sequence[Part],
@@ -97,7 +165,7 @@ def write(
 
 
 def append(
-    path: str | os.PathLike[str],
+    path: StrPath,
     more: Callable[[Stored], tuple[Sequence[Part], int]],
     progress: Progress | None = None,
 ) -> None:
@@ -106,8 +174,10 @@ def append(
     Whatever happens, the file holds the state before or after. An exception leaves the one before, unless it is
     the last flush that fails: then it may be either.
     """
+    path = as_path(path)
     with _locked(path) as file:
-        old = _read(file, Path(path))
+        old = _read(file, path)
+        remove_leavings(Path(os.path.realpath(path)))
         new, next_id = more(old)
         rows = sum(map(len, new))
         if rows == 0:
@@ -117,17 +187,17 @@ def append(
             pieces = [*(part.sound() for part in old.parts), *new]
             write(path, old.bits, next_id, pieces, progress, moved=len(old.parts))
             return
-        kept = len(old.parts)
-        while kept and len(old.parts[kept - 1]) <= rows:
-            kept -= 1
-            rows += len(old.parts[kept])
-        block_bytes = old.block_bytes if kept else _BLOCK_BYTES
+        stay = len(old.parts)
+        while stay and len(old.parts[stay - 1]) <= rows:
+            stay -= 1
+            rows += len(old.parts[stay])
+        block_bytes = old.block_bytes if stay else _BLOCK_BYTES
         fd = file.fileno()
         try:
-            pieces = [*(part.sound() for part in old.parts[kept:]), *new]
-            at, moved = _aligned(old.end), len(old.parts) - kept
+            pieces = [*(part.sound() for part in old.parts[stay:]), *new]
+            at, moved = _aligned(old.end), len(old.parts) - stay
             entries, sums, end = _write_part(fd, at, old.bits, pieces, block_bytes, progress, moved)
-            entries, sums = np.concatenate([old.entries[:kept], entries]), [*old.sums[:kept], *sums]
+            entries, sums = np.concatenate([old.entries[:stay], entries]), [*old.sums[:stay], *sums]
             sequence = old.sequence + 1
             root = _write_directory(fd, end, old.bits, next_id, entries, sums, block_bytes, sequence)
             os.fsync(fd)
@@ -146,7 +216,7 @@ def _read(file: BinaryIO, path: Path) -> Stored:
     head = os.pread(file.fileno(), _DATA_AT, 0)
     size = os.fstat(file.fileno()).st_size  # after the head: an append may be going on
     if head[: len(MAGIC)] != MAGIC and head[_ROOT_PLACES[1] :][: len(MAGIC)] != MAGIC:
-        raise InputError(f"{path} is not a HammingIndex file: it begins with {head[: len(MAGIC)]!r}")
+        raise InputError(f"{path} is not a HammingIndex file: it {what_it_is(head)}")
     roots = [_whole_root(head[place : place + _ROOT_BYTES]) for place in _ROOT_PLACES]
     if not any(roots):
         if size >= 12 and head.startswith(MAGIC) and (version := int.from_bytes(head[8:12], "little")) != VERSION:
@@ -169,7 +239,7 @@ def _read(file: BinaryIO, path: Path) -> Stored:
     return _parse(directory, data, bits, sequence, oldest, path)
 
 
-def _whole_root(root: bytes) -> tuple | None:
+def _whole_root(root: bytes) -> tuple[Any, ...] | None:
     if len(root) < _ROOT_BYTES or root[: len(MAGIC)] != MAGIC:
         return None
     return _ROOT.unpack_from(root) if zlib.crc32(root[:-4]) == struct.unpack("<I", root[-4:])[0] else None
@@ -196,9 +266,8 @@ def _parse(directory: bytes, data: np.ndarray, bits: int, sequence: int, oldest:
         of_codes = sums[used : used + counts[0]]
         of_ids = sums[used + counts[0] : used + counts[0] + counts[1]]
         used += counts[0] + counts[1]
-        codes = data[codes_at : codes_at + rows * nbytes].reshape(rows, nbytes)
-        ids: Ids = data[ids_at : ids_at + rows * 8].view("<i8") if ids_at else range(first_id, first_id + rows)
-        parts.append(Part(codes, ids, Check(str(path), bits, block_bytes, of_codes, of_ids)))
+        where = (os.path.abspath(path), bits, rows, codes_at, ids_at, first_id, block_bytes)
+        parts.append(Stretch(*where, (of_codes, of_ids)).part(data))
         part_sums.append((of_codes, of_ids))
     if len(directory) != _HEAD.size + entries.nbytes + 4 * used:
         raise damaged
@@ -207,7 +276,7 @@ def _parse(directory: bytes, data: np.ndarray, bits: int, sequence: int, oldest:
 
 def _write_part(
     fd: int, at: int, bits: int, pieces: Sequence[Part], block_bytes: int, progress: Progress | None, moved: int
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], int]:
+) -> tuple[np.ndarray, list[Checksums], int]:
     """Write pieces as one part from `at` on -> its entry, its sums, where it ends; nothing where there are no rows."""
     if not any(len(piece) for piece in pieces):
         return np.empty(0, dtype=_ENTRY), [], at
@@ -244,7 +313,7 @@ def _write_stream(
         rest = piece.reshape(-1).view(np.uint8).data
         while len(rest):
             if room == 0:
-                sums.append(first_sum(*belongs, len(sums)))
+                sums.append(_first_sum(*belongs, len(sums)))
                 room = block_bytes
             now = rest[:room]
             _write_all(fd, now, at)
@@ -254,7 +323,14 @@ def _write_stream(
 
 
 def _write_directory(
-    fd: int, end: int, bits: int, next_id: int, entries: np.ndarray, sums: Sequence, block_bytes: int, sequence: int
+    fd: int,
+    end: int,
+    bits: int,
+    next_id: int,
+    entries: np.ndarray,
+    sums: Sequence[Checksums],
+    block_bytes: int,
+    sequence: int,
 ) -> bytes:
     """Write a directory behind `end` -> the root that points at it."""
     directory = _HEAD.pack(next_id, len(entries), block_bytes) + entries.tobytes()
@@ -278,15 +354,14 @@ def _aligned(at: int) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str], mode: str) -> Iterator[BinaryIO]:
-    if not Path(path).is_file():
-        raise InputError(f"there is no index file at {path}")
-    with open(path, mode, buffering=0) as file:
+def _opened(path: Path, mode: str) -> Iterator[BinaryIO]:
+    check_regular(path, "index file")
+    with named(path), open(path, mode, buffering=0) as file:
         yield cast(BinaryIO, file)
 
 
 @contextlib.contextmanager
-def _locked(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def _locked(path: Path) -> Iterator[BinaryIO]:
     """`path`, open for writing and locked against other appends; opened anew where it was replaced while waiting."""
     while True:
         with _opened(path, "r+b") as file:

@@ -1,23 +1,33 @@
 """What an index is made of: parts, each of contiguous codes and their ids, that never change once they are seen."""
 
-import struct
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from cmr_fast.errors import InputError
-from cmr_fast.ops import _dispatch
-from cmr_fast.retrieval._plan import SearchPlan
-
 _ROWS = 1 << 17  # rows of ids made at once
-_WORTH_THREADS = 1 << 23  # bytes to check
-
 
 Ids = np.ndarray | range
+
+
+class Source(Protocol):
+    """Where a part lies in a file. It can be pickled."""
+
+    def verify(self, part: "Part") -> None:
+        """InputError where the file holds checksums and the part does not have them."""
+
+    def open(self) -> "Part":
+        """The part once more, of the file as it is now; InputError where that is another one."""
+
+
+class _Checked:
+    """Whether a part was compared with its checksums."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,21 +36,40 @@ class Part:
 
     codes: np.ndarray
     ids: Ids
-    check: "Check | None" = None  # of a part that lies in a file
-    plan: SearchPlan = field(default_factory=SearchPlan)
+    source: Source | None = None  # of a part that is mapped
+    _checked: _Checked = field(default_factory=_Checked, repr=False)
 
     def __len__(self) -> int:
         return len(self.codes)
 
+    def __deepcopy__(self, memo: object) -> "Part":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Part, (self.codes, self.ids)) if self.source is None else (self.source.open, ())
+
     @property
     def nbytes(self) -> int:
+        """Bytes of codes and ids."""
         return self.codes.nbytes + (0 if isinstance(self.ids, range) else self.ids.nbytes)
 
     def sound(self) -> "Part":
-        """This part, checked if it lies in a file and was not checked yet; InputError where it is damaged."""
-        if self.check is not None:
-            self.check.once(self)
+        """This part, verified if it lies in a file and was not yet, while whoever else comes waits."""
+        if self.source is not None and not self._checked.done:
+            with self._checked.lock:
+                if not self._checked.done:
+                    self.source.verify(self)
+                    self._checked.done = True
         return self
+
+    def trust(self) -> None:
+        """Take this part for verified."""
+        self._checked.done = True
+
+    def verify(self) -> None:
+        """Verify this part now, whether it was or not."""
+        if self.source is not None:
+            self.source.verify(self)
 
     def ids_of(self, places: np.ndarray) -> np.ndarray:
         """Row numbers -> ids, int64, of the same shape."""
@@ -55,9 +84,10 @@ class Part:
         return np.flatnonzero(np.isin(self.ids, ids))
 
     def without(self, rows: np.ndarray) -> "Part":
-        kept = np.ones(len(self), dtype=bool)
-        kept[rows] = False
-        return Part(self.codes[kept], np.asarray(self.ids, dtype=np.int64)[kept])
+        """A copy of the other rows, in memory."""
+        mask = np.ones(len(self), dtype=bool)
+        mask[rows] = False
+        return Part(self.codes[mask], np.asarray(self.ids, dtype=np.int64)[mask])
 
 
 class Tail:
@@ -108,54 +138,6 @@ def joined(parts: Sequence[Part]) -> range | None:
 
 
 def id_blocks(ids: Ids) -> Iterator[np.ndarray]:
+    """Ids as int64 arrays, some at a time."""
     for start in range(0, len(ids), _ROWS):
         yield np.asarray(ids[start : start + _ROWS], dtype="<i8")
-
-
-def first_sum(bits: int, first_id: int, of_ids: bool, block: int) -> int:
-    """What the crc32 of a block begins with: a block is only right where it belongs."""
-    return zlib.crc32(struct.pack("<Iq?q", bits, first_id, of_ids, block))
-
-
-@dataclass(eq=False)
-class Check:
-    """The checksums of a part in a file. `once` checks before the first use, while whoever else comes waits."""
-
-    where: str
-    bits: int
-    block_bytes: int
-    codes: np.ndarray  # uint32 (blocks,)
-    ids: np.ndarray
-    _sound: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def once(self, part: Part) -> None:
-        if self._sound:
-            return
-        with self._lock:
-            if not self._sound:
-                self.now(part)
-                self._sound = True
-
-    def trust(self) -> None:
-        self._sound = True
-
-    def now(self, part: Part) -> None:
-        if isinstance(part.ids, range):
-            blocks = self._blocks(part.codes, part.ids.start, False)
-        else:
-            blocks = self._blocks(part.codes, 0, False) + self._blocks(part.ids, 0, True)
-        with ThreadPoolExecutor(_dispatch.choose_threads()) as pool:
-            each = (pool.map if part.nbytes > _WORTH_THREADS else map)(lambda block: zlib.crc32(*block), blocks)
-            sums = np.array(list(each), dtype=np.uint32)
-        bad = np.count_nonzero(sums != np.concatenate([self.codes, self.ids]))
-        if bad:
-            raise InputError(f"{self.where} is damaged: {bad} of {len(sums)} blocks fail their checksum")
-
-    def _blocks(self, x: np.ndarray, first_id: int, of_ids: bool) -> list[tuple[memoryview, int]]:
-        flat = x.reshape(-1).view(np.uint8)
-        starts = range(0, len(flat), self.block_bytes)
-        return [
-            (flat[start : start + self.block_bytes].data, first_sum(self.bits, first_id, of_ids, i))
-            for i, start in enumerate(starts)
-        ]

@@ -2,8 +2,9 @@
 
 A group is a run of ranks whose items are equally distant: `size` items, `relevant` of them relevant, after `before`
 items with `hits_before` relevant ones. Every order inside a group is equally likely. A tie rule is a choice of groups:
-tie-aware takes them as they are; optimistic, pessimistic and index orders make groups of relevant items alone, so one
-set of formulas serves all four. Groups without relevant items are left out: they add nothing to any sum below.
+tie-aware takes them as they are; optimistic, pessimistic and index orders make groups of relevant items alone; a
+threshold puts all hits of a group at its last rank. So one set of formulas serves all five. Groups without relevant
+items are left out: they add nothing to any sum below.
 
 With N = before, R0 = hits_before, n = size, r = relevant and H the harmonic numbers, the expected sum of precisions at
 the hits in a group's first m ranks is (McSherry and Najork, ECIR 2008, in closed form)
@@ -20,7 +21,7 @@ import numpy as np
 class Groups:
     """Groups of a block of queries, in rank order within a query; int64 (G,) each. Every group has relevant > 0.
 
-    single     every group is one relevant item: the formulas shorten
+    single     every group is one rank (size 1), of one relevant item or, at a threshold, several: formulas shorten
     """
 
     query: np.ndarray
@@ -56,13 +57,13 @@ class Groups:
         new = np.ones(keys.shape, dtype=bool)
         new[:, 1:] = keys[:, 1:] != keys[:, :-1]
         bounds = np.append(np.flatnonzero(new), keys.size)
-        found = np.concatenate([[0], np.cumsum(relevant.ravel(), dtype=np.int64)])
-        r = np.diff(found[bounds])
+        hits = np.concatenate([[0], np.cumsum(relevant.ravel(), dtype=np.int64)])
+        r = np.diff(hits[bounds])
         kept = np.flatnonzero(r)
         starts = bounds[kept]
         query = starts // width
         return cls(
-            query, bounds[kept + 1] - starts, r[kept], starts - query * width, found[starts] - found[query * width]
+            query, bounds[kept + 1] - starts, r[kept], starts - query * width, hits[starts] - hits[query * width]
         )
 
     def one(self, g: np.integer) -> tuple[int, int, int, int]:
@@ -70,7 +71,10 @@ class Groups:
         return int(self.size[g]), int(self.relevant[g]), int(self.before[g]), int(self.hits_before[g])
 
     def ordered(self, ties: str) -> "Groups":
-        """The groups under a tie rule: relevant first (optimistic), last (pessimistic), or as they are."""
+        """The groups under a tie rule: relevant first (optimistic), last (pessimistic), at one rank, or as they are."""
+        if ties == "threshold":
+            ones, last = np.ones_like(self.size), self.before + self.size - 1
+            return Groups(self.query, ones, self.relevant, last, self.hits_before, single=True)
         if ties == "optimistic":
             return Groups(self.query, self.relevant, self.relevant, self.before, self.hits_before)
         if ties == "pessimistic":
@@ -114,7 +118,7 @@ def _harmonic_steps(
 def precision_sums(groups: Groups, ranks: np.ndarray, harmonic: np.ndarray) -> np.ndarray:
     """E[sum of precisions at the hits among a group's first `ranks` ranks], (G,) float64; 0 <= ranks <= size."""
     if groups.single:
-        return ranks * ((groups.hits_before + 1) / (groups.before + 1))
+        return ranks * groups.relevant * ((groups.hits_before + groups.relevant) / (groups.before + 1))
     n, r = groups.size, groups.relevant
     dh, spread = _harmonic_steps(groups.before, ranks, harmonic)
     b = (r - 1) / np.maximum(n - 1, 1)

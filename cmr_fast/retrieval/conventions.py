@@ -46,7 +46,7 @@ _TABLE = (
         "hits",
         "counts 0",
         "DCMH MATLAB topkMap; DJSRH, JDSH, DGCPN top map; DeepHash-pytorch; ACMR; DSCMR, SDML single-label (k = N); "
-        "torchmetrics top_k",
+        "torchmetrics top_k of scores above 0 (it counts no hit at others)",
         "rewards fewer hits: [+--] scores above [+-+]; so the optimistic order need not score highest",
     ),
     Convention("topk_R", f"{_RANKS} / R", "k", "R", "skip R = 0", "pytorch-metric-learning mean_average_precision"),
@@ -93,6 +93,8 @@ _TIES = {
     "tie_aware": "the exact mean over every order of equally distant items (McSherry and Najork 2008)",
     "optimistic": "the relevant ones of equally distant items come first",
     "pessimistic": "the relevant ones of equally distant items come last",
+    "threshold": "equally distant items are found at once, at the last of their ranks: scikit-learn's "
+    "average_precision_score, of the whole ranking",
 }
 
 CONVENTIONS = tuple(row.name for row in _TABLE)

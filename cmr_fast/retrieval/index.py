@@ -1,51 +1,79 @@
 """HammingIndex: exact search over packed codes, with ids, in memory or in a file."""
 
 import mmap as mmap_module
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from cmr_fast._files import StrPath, as_path
 from cmr_fast.errors import InputError
 from cmr_fast.ops import hamming_range, hamming_topk
-from cmr_fast.ops.hamming import MAX_BITS
+from cmr_fast.ops._tensors import as_integer
 from cmr_fast.retrieval import _faiss, _indexfile
-from cmr_fast.retrieval._ids import IdSet, check_ids, refuse_known
+from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
+from cmr_fast.retrieval._formats import index_kind
+from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
+from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._segments import Part, Tail
 
-Array = np.ndarray | Tensor
 Ids = Array | Sequence[int]
-_LAST_ID = np.iinfo(np.int64).max - 1
 _SMALL_BYTES = 1 << 20  # parts of a file that are read into memory: a search has a cost per part
-_ROWS = 1 << 20
 
 
 class HammingIndex:
     """Exact Hamming search over packed codes of 1 to 4096 bits.
 
-    Codes are numpy arrays or torch tensors, uint8 (N, ceil(bits / 8)) as pack_codes makes them; results are of the
-    kind of the queries. Every code has an int64 id of 0 or more, given to `add` or counted on from the highest yet.
-    Equal distances rank in the order in which codes were added.
+    Codes are numpy arrays or torch tensors, uint8 (N, ceil(bits / 8)) as `pack_codes` makes them; results are of the
+    kind of the queries. Every code has an int64 id of 0 or more, given to `add` or counted on from the highest yet;
+    an index from faiss keeps what ids faiss had. Equal distances rank in the order in which codes were added.
 
     Any number of threads may search while others add and remove: a search sees the index as it was at one moment and
     waits for nobody; adding and removing wait for each other.
 
     Many searches over many codes in memory that do not change build tables (see cmr_fast.ops.multi_index) where those
     are expected to pay; they take a few times the memory of the codes, and `tables = False` keeps to the scan.
+
+    An index can be pickled and copied. Codes in memory go along; what is mapped from a file goes by the file's path,
+    and is refused where that holds something else when it is used. Copies share what neither can change.
+
+    Parameters
+    ----------
+    bits : int
+        Code length, 1 to 4096.
+
+    Raises
+    ------
+    InputError
+        For another code length.
     """
 
     def __init__(self, bits: int) -> None:
-        self.bits = _check_bits(bits)
+        self.bits = code_length(bits)
         self.tables = True
         self._parts: tuple[Part, ...] = ()  # replaced as a whole, never changed: what a search sees
         self._next_id = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self._tail: Tail | None = None  # of the last part, if that can grow
         self._known: IdSet | None = None  # made when an id is first given that does not count on
+        self._plans: WeakKeyDictionary[Part, SearchPlan] = WeakKeyDictionary()
         self._writing = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._writing:
+            state = self.__dict__.copy()
+        for name in ("_tail", "_known", "_plans", "_writing"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -78,115 +106,216 @@ class HammingIndex:
         return sum(part.nbytes for part in self._parts)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes by where they are: `memory` (spare room, the lookup of ids, search tables) and `mapped` from a file."""
+        """Bytes by where they are.
+
+        Returns
+        -------
+        dict
+            "memory": codes, ids, spare room, the lookup of ids and search tables; "mapped": from a file.
+        """
         with self._writing:
             parts, tail, known = self._parts, self._tail, self._known
         usage = {"memory": (tail.nbytes if tail else 0) + (known.nbytes if known else 0), "mapped": 0}
-        usage["memory"] += sum(part.plan.nbytes for part in parts)
+        usage["memory"] += sum(self._plans[part].nbytes for part in parts if part in self._plans)
         for part in parts if tail is None else parts[:-1]:
             usage["mapped" if _is_mapped(part.codes) else "memory"] += part.nbytes
         return usage
 
     def add(self, codes: Array, ids: Ids | None = None) -> None:
-        """Add codes (N, nbytes), with int64 ids (N,) that are new, or with ids that count on from the highest yet.
+        """Add codes; nothing is added where anything is refused.
 
-        Nothing is added where anything is refused. Adding many small pieces is cheap, whatever the order of their ids.
+        Adding many small pieces is cheap, whatever the order of their ids.
+
+        Parameters
+        ----------
+        codes : ndarray or Tensor
+            uint8 (N, nbytes).
+        ids : array of int, optional
+            int64 (N,), 0 to 2^63 - 2, new ones, each once. None: counted on from the highest yet.
+
+        Raises
+        ------
+        InputError
+            For codes of another length or kind, and ids that repeat or are out of range.
         """
-        rows = _check_codes(codes, "codes", self.bits)
+        rows = packed_codes(codes, "codes", self.bits)
         given = None if ids is None else check_ids(ids, len(rows))
         with self._writing:
             if given is None:
-                given = _counted_on(self._next_id, len(rows))
-            elif len(given) and _lowest(given) < self._next_id:
+                given = counted_on(self._next_id, len(rows))
+            elif len(given) and lowest(given) < self._next_id:
                 refuse_known(given, self._known_ids())
             if len(rows) == 0:
                 return
             self._extend(rows, given)
             if self._known is not None:
                 self._known.add(given)
-            self._next_id = max(self._next_id, _highest(given) + 1)
+            self._next_id = next_after(self._next_id, given)
 
     def remove_ids(self, ids: Ids) -> int:
-        """Remove the codes of these ids and return how many; the others keep their ids and their order.
+        """Remove the codes of these ids; the others keep their ids and their order.
 
         Parts that lose codes are copied, into memory where they were mapped: remove many ids in one call.
+
+        Parameters
+        ----------
+        ids : array of int
+            int64 (M,), each once. All codes under an id go.
+
+        Returns
+        -------
+        int
+            How many codes were removed.
+
+        Raises
+        ------
+        InputError
+            Where an id is not in the index; nothing is removed.
         """
-        gone = np.sort(np.asarray(check_ids(ids, None), dtype=np.int64))
+        gone = np.sort(np.asarray(check_ids(ids, None, any_sign=True), dtype=np.int64))
         with self._writing:
             rows = [part.sound().rows_of(gone) for part in self._parts]
-            if sum(map(len, rows)) != len(gone):
-                unknown = gone[~IdSet(part.ids for part in self._parts).contains(gone)]
+            if sum(map(len, rows)) < len(gone) or len(_distinct(self._parts, rows)) < len(gone):
+                unknown = np.setdiff1d(gone, _distinct(self._parts, rows))
                 raise InputError(f"ids must be in the index: {len(unknown)} are not, the first is {unknown[0]}")
             parts, tail = [], self._tail
             for part, cut in zip(self._parts, rows, strict=True):
-                kept = part.without(cut) if len(cut) else part
+                rest = part.without(cut) if len(cut) else part
                 if part is self._parts[-1] and tail is not None and len(cut):
                     tail = Tail(self._nbytes)
-                    kept = tail.extended(kept.codes, kept.ids)
-                parts.append(kept)
+                    rest = tail.extended(rest.codes, rest.ids)
+                parts.append(rest)
             if self._known is not None:
                 self._known.discard(gone)
             self._tail = tail if parts and len(parts[-1]) else None
             self._parts = tuple(part for part in parts if len(part))
-        return len(gone)
+        return sum(map(len, rows))
 
     def search(self, q: Array, k: int, threads: int | None = None) -> tuple[Array, Array]:
-        """The k nearest codes of each query: distances int32 (Q, k) and ids int64 (Q, k), nearest first.
+        """The k nearest codes of each query, exactly.
 
-        k beyond ntotal pads with id -1 and distance bits + 1. threads: None is every processor of this process.
+        Parameters
+        ----------
+        q : ndarray or Tensor
+            uint8 (Q, nbytes) packed queries.
+        k : int
+            1 or more; beyond ntotal, id -1 and distance bits + 1 pad.
+        threads : int, optional
+            None is every processor of this process.
+
+        Returns
+        -------
+        distances : int32 (Q, k)
+            Nearest first.
+        ids : int64 (Q, k)
+            Equal distances in the order in which codes were added.
+
+        Raises
+        ------
+        InputError
+            For queries that are not packed codes of this length, and a k or threads that are not counts.
         """
-        rows = _check_codes(q, "q", self.bits)
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise InputError(f"k must be an integer of 1 or more, got {k!r}")
+        rows = packed_codes(q, "q", self.bits)
+        k = as_integer(k, "k", 1)
         distances = [np.empty((len(rows), 0), dtype=np.int32)]
         ids = [np.empty((len(rows), 0), dtype=np.int64)]
         for part in self._parts:
-            near, places = _nearest(part.sound(), rows, min(int(k), len(part)), self.bits, threads, self.tables)
+            near, places = self._nearest(part.sound(), rows, min(k, len(part)), threads)
             distances.append(near)
             ids.append(part.ids_of(places))
         if len(ids) == 2 and ids[1].shape[1] == k:
-            return _like(distances[1], q), _like(ids[1], q)
+            return like(distances[1], q), like(ids[1], q)
         every, names = np.concatenate(distances, axis=1), np.concatenate(ids, axis=1)
         best = np.argsort(every, axis=1, kind="stable")[:, :k]
         out, named = np.full((len(rows), k), self.bits + 1, np.int32), np.full((len(rows), k), -1, np.int64)
         out[:, : best.shape[1]] = np.take_along_axis(every, best, axis=1)
         named[:, : best.shape[1]] = np.take_along_axis(names, best, axis=1)
-        return _like(out, q), _like(named, q)
+        return like(out, q), like(named, q)
 
     def range_search(self, q: Array, radius: int, threads: int | None = None) -> tuple[Array, Array, Array]:
-        """Every code at distance <= radius: lims int64 (Q + 1,), distances int32 (T,), ids int64 (T,).
+        """Every code at distance <= radius of each query.
 
-        The hits of query i are lims[i]:lims[i + 1], in the order in which codes were added.
+        faiss's binary range_search leaves the radius itself out (distance < radius, strictly less than it): its
+        radius is this one + 1.
+
+        Parameters
+        ----------
+        q : ndarray or Tensor
+            uint8 (Q, nbytes) packed queries.
+        radius : int
+            0 or more, in bits.
+        threads : int, optional
+            None is every processor of this process.
+
+        Returns
+        -------
+        lims : int64 (Q + 1,)
+            The hits of query i are lims[i]:lims[i + 1], in the order in which codes were added.
+        distances : int32 (T,)
+        ids : int64 (T,)
+
+        Raises
+        ------
+        InputError
+            For queries that are not packed codes of this length, and a radius or threads that are not counts.
         """
-        rows = _check_codes(q, "q", self.bits)
+        rows = packed_codes(q, "q", self.bits)
         parts = self._parts or (Part(np.empty((0, self._nbytes), dtype=np.uint8), range(0)),)
-        found = []
+        hits = []
         for part in parts:
             lims, distances, places = hamming_range(rows, part.sound().codes, radius, threads=threads)
-            found.append((lims, distances, part.ids_of(places)))
-        lims, distances, ids = found[0]
-        if len(found) > 1:
-            queries = np.concatenate([np.repeat(np.arange(len(rows)), np.diff(each[0])) for each in found])
+            hits.append((lims, distances, part.ids_of(places)))
+        lims, distances, ids = hits[0]
+        if len(hits) > 1:
+            queries = np.concatenate([np.repeat(np.arange(len(rows)), np.diff(each[0])) for each in hits])
             order = np.argsort(queries, kind="stable")
-            lims = np.sum([each[0] for each in found], axis=0)
-            distances, ids = (np.concatenate([each[i] for each in found])[order] for i in (1, 2))
-        return _like(lims, q), _like(distances, q), _like(ids, q)
+            lims = np.sum([each[0] for each in hits], axis=0)
+            distances, ids = (np.concatenate([each[i] for each in hits])[order] for i in (1, 2))
+        return like(lims, q), like(distances, q), like(ids, q)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index as it is now; `path` holds the old file or the whole new one, whatever happens."""
+    def save(self, path: StrPath) -> None:
+        """Write the index as it is now; `path` holds the old file or the whole new one, whatever happens.
+
+        Parameters
+        ----------
+        path : path
+            A file, new or to be replaced; a symbolic link stays one, and the file that it names is replaced.
+
+        Raises
+        ------
+        InputError
+            Where `path` is a folder, device, FIFO or socket, or what is mapped is damaged.
+        OSError
+            Where the system refuses, with the path.
+        """
         with self._writing:
             parts, next_id = self._parts, self._next_id
         _verify(parts)
         _indexfile.write(path, self.bits, next_id, parts)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], mmap: bool = True, check: bool = True) -> "HammingIndex":
+    def load(cls, path: StrPath, mmap: bool = True, check: bool = True) -> "HammingIndex":
         """Open an index file. Its header and directory are always checked.
 
-        mmap    True: opens at once, whatever the size. Codes and ids stay in the file; what is added later is in
-                memory. The file may be appended to and replaced meanwhile: this index stays as it was.
-                False: everything is read into memory and checked now.
-        check   False: codes and ids that are mapped are not checked before their first use (crc32, once, GB/s).
+        Parameters
+        ----------
+        path : path
+            What `save`, `build` or `append` wrote.
+        mmap : bool
+            True: opens at once, whatever the size. Codes and ids stay in the file; what is added later is in memory.
+            The file may be appended to and replaced meanwhile: this index stays as it was.
+            False: everything is read into memory and checked now.
+        check : bool
+            False: codes and ids that are mapped are not checked before their first use (crc32, once, GB/s).
+
+        Returns
+        -------
+        HammingIndex
+
+        Raises
+        ------
+        InputError
+            For a file that is missing, damaged, of a later version or something else, saying what it is.
         """
         stored = _indexfile.read(path)
         index = cls(stored.bits)
@@ -195,20 +324,55 @@ class HammingIndex:
             mapped -= 1
         index._parts, index._next_id = stored.parts[:mapped], stored.next_id
         for part in stored.parts[:mapped]:
-            if part.check is not None and not check:
-                part.check.trust()
+            if not check:
+                part.trust()
         for part in stored.parts[mapped:]:
             index._extend(part.sound().codes, part.ids)
         return index
 
+    @classmethod
+    def open(cls, path: StrPath, mmap: bool = True, bits: int | None = None) -> "HammingIndex":
+        """Open an index file, of this package or of faiss.
+
+        Parameters
+        ----------
+        path : path
+            What `save` or faiss.write_index_binary wrote.
+        mmap : bool
+            As in `load`: False reads everything into memory.
+        bits : int, optional
+            Code length; only a faiss file's may be shorter than its bytes.
+
+        Returns
+        -------
+        HammingIndex
+
+        Raises
+        ------
+        InputError
+            For a file that is neither, saying what it is, or of another code length.
+        """
+        if index_kind(path) == "faiss":
+            return cls.from_faiss(path, bits, mmap)
+        index = cls.load(path, mmap)
+        if bits is not None and bits != index.bits:
+            raise InputError(f"{path}: its codes have {index.bits} bits, expected {bits}")
+        return index
+
     def verify(self) -> None:
-        """Check what is mapped by the file's checksums, once more if it was; in memory there is nothing to check."""
+        """Check what is mapped by the file's checksums, once more if it was; in memory there is nothing to check.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged.
+        """
         _verify(self._parts)
 
     @classmethod
     def build(
         cls,
-        path: str | os.PathLike[str],
+        path: StrPath,
         codes: "Array | HammingIndex | Sequence[Array | HammingIndex]",
         ids: Ids | None = None,
         *,
@@ -217,55 +381,120 @@ class HammingIndex:
     ) -> None:
         """Write an index file without having it in memory: arrays mapped from files stay there.
 
-        codes       uint8 (N, nbytes), or a sequence of such; a HammingIndex among them brings its ids along
-        ids         int64, one for each row of all pieces, where they shall not count on and are not brought along;
-                    rising ones may stay in a file, others are sorted in memory
-        bits        None: those of the first piece, 8 * nbytes for an array
-        progress    called with the number of rows written since the last call
+        Parameters
+        ----------
+        path : path
+            As in `save`.
+        codes : ndarray, Tensor, HammingIndex or sequence of these
+            uint8 (N, nbytes) each; a HammingIndex among them brings its ids along.
+        ids : array of int, optional
+            int64, one for each row of all pieces, where they shall not count on and are not brought along; rising ones
+            may stay in a file, others are sorted in memory.
+        bits : int, optional
+            None: those of the first piece, 8 * nbytes for an array.
+        progress : callable, optional
+            Called with the number of rows written since the last call.
+
+        Raises
+        ------
+        InputError
+            For codes of several lengths or kinds, ids that repeat, and paths that `save` refuses.
+        OSError
+            Where the system refuses, with the path.
         """
         pieces = _pieces(codes)
         if bits is None:
             if not pieces:
                 raise InputError("codes must hold an array at least, or bits must say the length")
             first = pieces[0]
-            bits = first.bits if isinstance(first, HammingIndex) else 8 * np.shape(first)[-1]
-        bits = _check_bits(bits)
+            bits = first.bits if isinstance(first, HammingIndex) else 8 * _width(first)
+        bits = code_length(bits)
+        _check_progress(progress)
         parts, next_id = _planned(pieces, ids, bits, (), 0)
         _indexfile.write(path, bits, next_id, parts, progress)
 
     @staticmethod
     def append(
-        path: str | os.PathLike[str],
+        path: StrPath,
         codes: "Array | HammingIndex | Sequence[Array | HammingIndex]",
         ids: Ids | None = None,
         *,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Add codes, as `build` takes them, to an index file, without reading what is in it.
+        """Add codes to an index file, without reading what is in it.
 
         The file holds the state before or after, whatever happens, and appends from several processes wait for each
         other. Many small appends cost O(log N) rewrites of a row, amortised.
+
+        Parameters
+        ----------
+        path : path
+            An index file.
+        codes, ids, progress
+            As in `build`.
+
+        Raises
+        ------
+        InputError
+            For a file that `load` refuses, codes of another length, and ids that are in the file or repeat.
+        OSError
+            Where the system refuses, with the path.
         """
         pieces = _pieces(codes)
+        _check_progress(progress)
         _indexfile.append(path, lambda old: _planned(pieces, ids, old.bits, old.parts, old.next_id), progress)
 
     @classmethod
-    def from_faiss(cls, path: str | os.PathLike[str], bits: int | None = None) -> "HammingIndex":
-        """A faiss file of IndexBinaryFlat, or of IndexBinaryIDMap or IDMap2 over one; codes stay in the file.
+    def from_faiss(cls, path: StrPath, bits: int | None = None, mmap: bool = True) -> "HammingIndex":
+        """Open a faiss file of IndexBinaryFlat, or of IndexBinaryIDMap or IDMap2 over one.
 
-        bits    the code length where it is no multiple of 8; faiss files have no checksums
+        Its ids are kept as they are: negative ones, and one id for several codes. (-1 also pads what `search` returns;
+        the distance bits + 1 tells the padding.) `add` goes on to take new ids of 0 or more only.
+
+        Parameters
+        ----------
+        path : path
+            What faiss.write_index_binary wrote. Such files have no checksums.
+        bits : int, optional
+            The code length where it is no multiple of 8.
+        mmap : bool
+            True: codes and ids stay in the file. False: they are read into memory.
+
+        Returns
+        -------
+        HammingIndex
+
+        Raises
+        ------
+        InputError
+            For a file that is missing, damaged, too wide or something else, saying what it is.
         """
         file_bits, part = _faiss.read(path)
         index = cls(file_bits if bits is None else bits)
         if len(part):
-            ids = check_ids(part.ids, len(part))
-            codes = _check_codes(part.codes, f"{path}", index.bits)
-            index._parts = (Part(codes, ids),)
-            index._next_id = _highest(ids) + 1
+            packed_codes(part.codes, f"{as_path(path)}", index.bits)
+            if mmap:
+                index._parts = (part,)
+            else:
+                index._extend(part.codes, part.ids)
+            index._next_id = next_after(0, part.ids)
         return index
 
-    def to_faiss(self, path: str | os.PathLike[str]) -> None:
-        """Write a faiss file: IndexBinaryFlat, under an IndexBinaryIDMap2 where ids are not 0, 1, 2, …"""
+    def to_faiss(self, path: StrPath) -> None:
+        """Write a faiss file: IndexBinaryFlat, under an IndexBinaryIDMap2 where ids are not 0, 1, 2, …
+
+        Parameters
+        ----------
+        path : path
+            As in `save`.
+
+        Raises
+        ------
+        InputError
+            For paths that `save` refuses.
+        OSError
+            Where the system refuses, with the path.
+        """
         parts = self._parts
         _verify(parts)
         _faiss.write(path, self._nbytes, parts)
@@ -275,11 +504,27 @@ class HammingIndex:
         return -(-self.bits // 8)
 
     def _extend(self, codes: np.ndarray, ids: np.ndarray | range) -> None:
-        fresh = self._tail is None
-        tail = self._tail or Tail(self._nbytes)
+        parts, tail = self._parts[:-1], self._tail
+        if tail is None:
+            tail, parts = Tail(self._nbytes), self._parts
+            small = len(parts)  # parts in memory that a copy was left with: grown together, there are O(log N)
+            rows = len(codes)
+            while small and not _is_mapped(parts[small - 1].codes) and len(parts[small - 1]) <= rows:
+                small -= 1
+                rows += len(parts[small])
+            for part in parts[small:]:
+                tail.extended(part.codes, part.ids)
+            parts = parts[:small]
         part = tail.extended(codes, ids)
         self._tail = tail
-        self._parts = (*(self._parts if fresh else self._parts[:-1]), part)
+        self._parts = (*parts, part)
+
+    def _nearest(self, part: Part, q: np.ndarray, k: int, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows of the k nearest codes of a part: the one place that chooses how a part is searched."""
+        if self.tables and not _is_mapped(part.codes):
+            plan = self._plans.setdefault(part, SearchPlan())
+            return plan.topk(q, part.codes, k, self.bits, threads)
+        return hamming_topk(q, part.codes, k, bits=self.bits, threads=threads)
 
     def _known_ids(self) -> IdSet:
         if self._known is None:
@@ -287,19 +532,10 @@ class HammingIndex:
         return self._known
 
 
-def _nearest(
-    part: Part, q: np.ndarray, k: int, bits: int, threads: int | None, tables: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and rows of the k nearest codes of a part: the one place that chooses how a part is searched."""
-    if tables and not _is_mapped(part.codes):
-        return part.plan.topk(q, part.codes, k, bits, threads)
-    return hamming_topk(q, part.codes, k, bits=bits, threads=threads)
-
-
 def _planned(
-    pieces: "list[Array | HammingIndex]", ids: Ids | None, bits: int, there: Sequence[Part], next_id: int
+    pieces: "list[Array | HammingIndex]", ids: Ids | None, bits: int, old: Sequence[Part], next_id: int
 ) -> tuple[list[Part], int]:
-    """Pieces as parts whose ids are neither among those `there` nor each other's, and the next id."""
+    """Pieces as parts whose ids are neither among the `old` parts' nor each other's, and the next id."""
     given = None if ids is None else check_ids(ids, sum(map(len, pieces)))
     known: IdSet | None = None
     out: list[Part] = []
@@ -312,69 +548,45 @@ def _planned(
             parts = piece._parts
             _verify(parts)
         else:
-            rows = _check_codes(piece, "codes", bits)
-            parts = (Part(rows, _counted_on(next_id, len(rows))),)
+            rows = packed_codes(piece, "codes", bits)
+            parts = (Part(rows, counted_on(next_id, len(rows))),)
         for part in (part for part in parts if len(part)):
             new = part if given is None else Part(part.codes, given[taken : taken + len(part)])
-            if _lowest(new.ids) < next_id:
-                known = known or IdSet(other.sound().ids for other in (*there, *out))
+            if lowest(new.ids) < next_id:
+                known = known or IdSet(other.sound().ids for other in (*old, *out))
                 refuse_known(new.ids, known)
             if known is not None:
                 known.add(new.ids)
-            next_id, taken = max(next_id, _highest(new.ids) + 1), taken + len(new)
+            next_id, taken = next_after(next_id, new.ids), taken + len(new)
             out.append(new)
     return out, next_id
 
 
 def _pieces(codes: "Array | HammingIndex | Sequence[Array | HammingIndex]") -> "list[Array | HammingIndex]":
-    return [codes] if isinstance(codes, (np.ndarray, Tensor, HammingIndex)) else list(codes)
+    return list(codes) if isinstance(codes, list | tuple) else [codes]  # type: ignore[list-item]
+
+
+def _width(codes: object) -> int:
+    """Bytes of a code of what may not be codes at all."""
+    return codes.shape[1] if isinstance(codes, np.ndarray | Tensor) and codes.ndim == 2 else 1
+
+
+def _check_progress(progress: object) -> None:
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress must be called with a number of rows, got {progress!r}")
 
 
 def _verify(parts: Sequence[Part]) -> None:
     for part in parts:
-        if part.check is not None:
-            part.check.now(part)
+        part.verify()
 
 
-def _check_bits(bits: Any) -> int:
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 1 <= bits <= MAX_BITS:
-        raise InputError(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
-    return int(bits)
-
-
-def _check_codes(codes: Any, name: str, bits: int) -> np.ndarray:
-    x = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else codes
-    nbytes = -(-bits // 8)
-    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2:
-        seen = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise InputError(f"{name} must be packed codes, uint8 (N, {nbytes}) (see pack_codes), got {seen}")
-    if x.shape[1] != nbytes:
-        raise InputError(f"{name} must have {bits} bits ({nbytes} bytes) a code, got {x.shape[1]} bytes")
-    blocks = range(0, len(x) if bits % 8 else 0, _ROWS)
-    if any((x[start : start + _ROWS, -1] >> bits % 8).any() for start in blocks):
-        raise InputError(f"{name} has bits set beyond bit {bits}: was it packed with another number of bits?")
-    return x
-
-
-def _counted_on(next_id: int, count: int) -> range:
-    if next_id > _LAST_ID + 1 - count:
-        raise InputError(f"no ids left to count on from {next_id}: pass ids=")
-    return range(next_id, next_id + count)
-
-
-def _lowest(ids: np.ndarray | range) -> int:
-    return ids.start if isinstance(ids, range) else int(ids.min())
-
-
-def _highest(ids: np.ndarray | range) -> int:
-    return ids.stop - 1 if isinstance(ids, range) else int(ids.max())
+def _distinct(parts: Sequence[Part], rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The ids, each once, of some rows of each part."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *map(Part.ids_of, parts, rows)]))
 
 
 def _is_mapped(x: Any) -> bool:
     while isinstance(x, np.ndarray):
         x = x.base
     return isinstance(x, mmap_module.mmap)
-
-
-def _like(result: np.ndarray, q: Array) -> Array:
-    return torch.from_numpy(result).to(q.device) if isinstance(q, Tensor) else result

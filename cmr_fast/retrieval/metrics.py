@@ -1,28 +1,31 @@
 """Retrieval metrics from packed codes or embeddings, by named convention and tie rule, in blocks of queries.
 
 A block of queries is reduced to groups of equally distant items (see _ties), and every number is a sum over groups.
-From codes the tie-aware, optimistic and pessimistic values need only histograms of distances; these and the sums under
+From codes the values under the tie rules of whole groups need only histograms of distances; these and the sums under
 the index order come from ops.ranking. Nothing of the size of queries x database is ever held.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
-import torch
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops import ranking
+from cmr_fast.ops import hamming_distances, ranking
+from cmr_fast.ops._tensors import as_integer
+from cmr_fast.ops.labels import Labels
 from cmr_fast.retrieval._checks import (
     Array,
-    Labels,
     check_bits,
     check_code_arrays,
     check_embeddings,
+    check_exclude,
     check_pairs,
+    like,
     to_numpy,
 )
+from cmr_fast.retrieval._scores import METRICS, Scores
 from cmr_fast.retrieval._ties import (
     Groups,
     harmonic_numbers,
@@ -36,139 +39,245 @@ from cmr_fast.retrieval.result import Curves, RetrievalResult
 
 __all__ = ["CONVENTIONS", "METRICS", "TIES", "RetrievalResult", "evaluate_codes", "evaluate_embeddings"]
 
-METRICS = ("cosine", "l2", "ip")
 _BLOCK = 1 << 21  # query x database cells held at once, 8 bytes each or less
 
 
 def evaluate_codes(
     q: Array,
     db: Array,
-    q_labels: Array,
-    db_labels: Array,
+    q_labels: object,
+    db_labels: object,
     *,
     k: int | None = None,
     convention: str = "all",
     ties: str = "index",
     bits: int | None = None,
     pairs: Array | None = None,
+    exclude_self: bool | Array = False,
     threads: int | None = None,
 ) -> RetrievalResult:
     """Rank a database of packed codes by Hamming distance to each query and measure it.
 
-    q, db                  uint8 (Q, nbytes) and (N, nbytes), see pack_codes
-    q_labels, db_labels    int (Q,) and (N,) class ids, or (Q, C) and (N, C) multi-hot of 0 and 1; an item is relevant
-                           where it shares a label with the query
-    k                      cut of the average precision; None is the whole ranking. The curves always go to N
-    convention             a name of CONVENTIONS: see convention_table()
-    ties                   a name of TIES: "index" (lower index first), "tie_aware", "optimistic" or "pessimistic".
-                           For the denominators R and min(k, R), optimistic >= tie_aware >= pessimistic
-    bits                   code length where it is not 8 * nbytes (radius curves end there)
-    pairs                  int (Q,), the database row of each query's own partner, for recall_one_at(relevance="pair")
-    threads                default all processors of this process; the result does not depend on it
+    Parameters
+    ----------
+    q, db : ndarray or Tensor
+        uint8 (Q, nbytes) and (N, nbytes), see `pack_codes`.
+    q_labels, db_labels
+        Class ids, integers (Q,) and (N,), or multi-hot rows (Q, C) and (N, C) of 0 and 1; arrays, tensors, lists, scipy
+        sparse matrices, pandas or polars. An item is relevant where it shares a label with the query. A column (N, 1)
+        of numbers, which may mean either, is refused.
+    k : int, optional
+        Cut of the average precision; None is the whole ranking. The curves always go to N.
+    convention : str
+        A name of CONVENTIONS: see `convention_table`.
+    ties : str
+        A name of TIES: "index" (lower index first), "tie_aware", "optimistic", "pessimistic" or "threshold" (as
+        scikit-learn's average_precision_score); see `tie_table`. For the denominators R and min(k, R),
+        optimistic >= tie_aware >= pessimistic.
+    bits : int, optional
+        Code length where it is not 8 * nbytes (radius curves end there).
+    pairs : ndarray or Tensor, optional
+        int (Q,), the database row of each query's own partner, for recall_one_at(relevance="pair"). None: row by row
+        where there are as many queries as database items and none of them is left out.
+    exclude_self : bool, ndarray or Tensor
+        Queries that are themselves in the database, and found first by themselves: True leaves database row i out of
+        the ranking of query i; int (Q,) leaves out that row of each, -1 none.
+    threads : int, optional
+        Default all processors of this process; the result does not depend on it.
+
+    Returns
+    -------
+    RetrievalResult
+        With curves by rank and by radius. Where every query leaves itself out, ranks end at N - 1.
+
+    Raises
+    ------
+    InputError
+        For arrays that are not codes and labels of one kind and length, and unknown names.
     """
-    queries: Any
-    database: Any
     queries, database = check_code_arrays(q, db)
     levels = check_bits(bits, queries, database) + 1
     labels = Labels(q_labels, db_labels, len(queries), len(database))
-    asked = _ask(labels, k, convention, ties, pairs)
-    q_packed, db_packed = (_like(x, queries) for x in labels.packed())
-    by_index = asked.ties == "index"
+    asked = _ask(labels, k, convention, ties, pairs, exclude_self)
+    q_packed, db_packed = (like(x, queries) for x in labels.packed())
     cut = cast(Literal["rank", "relevant", "hits"], {"k": "rank", "R": "relevant", "hits": "hits"}[asked.rule.cut])
+    by_op = asked.ties == "index" and asked.exclude is None  # the op ranks whole databases
 
     def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
         partners = asked.partners[rows] if asked.partners is not None else None
-        found = ranking(
-            queries[rows], database, q_packed[rows], db_packed, k=asked.cut, cut=cut, order=by_index, curves=by_index,
-            partners=_like(partners, queries) if by_index and partners is not None else None, threads=threads,
+        ranked = ranking(
+            queries[rows], database, q_packed[rows], db_packed, k=asked.cut, cut=cut, order=by_op, curves=by_op,
+            partners=like(partners, queries) if by_op and partners is not None else None, threads=threads,
         )  # fmt: skip
-        items, hits = to_numpy(found.items)[:, :levels], to_numpy(found.relevant)[:, :levels]
+        items, hits = to_numpy(ranked.items)[:, :levels], to_numpy(ranked.relevant)[:, :levels]
+        if asked.exclude is not None:
+            _take_out(asked.exclude[rows], queries[rows], database, labels, rows, items, hits)
         counts = hits.sum(axis=1)
         curves.add_radius(items, hits, counts)
-        if by_index:
-            sums, inside, first = to_numpy(found.sums), to_numpy(found.hits), to_numpy(found.first)
+        if by_op:
+            sums, inside, first = to_numpy(ranked.sums), to_numpy(ranked.hits), to_numpy(ranked.first)
             ap = _divide(sums, inside, counts, asked)
-            curves.add_steps(to_numpy(found.hit_steps), to_numpy(found.recall_steps), first)
-        else:
-            groups = Groups.from_histograms(items, hits).ordered(asked.ties)
-            ap = _average_precisions(groups, counts, asked)
-            curves.add(groups, counts)
+            curves.add_steps(to_numpy(ranked.hit_steps), to_numpy(ranked.recall_steps), first)
+            if partners is not None:
+                level = _distances(queries[rows], database, partners)
+                before = np.cumsum(items, axis=1)[np.arange(len(level)), level]
+                before += to_numpy(ranked.tied_before) - items[np.arange(len(level)), level]
+                curves.add_pairs(_partner_alone(np.ones_like(before), before))
+            return ap, counts
+        if asked.ties == "index":
+            keys = to_numpy(hamming_distances(queries[rows], database, threads=threads)).astype(np.uint16)
+            return _measure_keys(keys, labels.relevant(rows), np.arange(rows.start, rows.stop), asked, curves)
+        groups = Groups.from_histograms(items, hits).ordered(asked.ties)
+        curves.add(groups, counts)
         if partners is not None:
-            own = to_numpy(queries[rows]) ^ to_numpy(database)[partners]
-            level = np.unpackbits(own, axis=1).sum(axis=1, dtype=np.int64)
-            each = np.arange(len(level))
+            level, each = _distances(queries[rows], database, partners), np.arange(len(partners))
             size, before = items[each, level], np.cumsum(items, axis=1)[each, level] - items[each, level]
-            if by_index:
-                before, size = before + to_numpy(found.tied_before), np.ones_like(size)
             curves.add_pairs(_partner_alone(size, before).ordered(asked.ties))
-        return ap, counts
+        return _average_precisions(groups, counts, asked), counts
 
-    # a bit per item and a few histograms are what a query holds
-    block = max(1, 8 * _BLOCK // (len(database) // 8 + 32 * levels))
-    return _evaluate(measure, block, asked, labels, levels, "hamming")
+    # a bit per item and a few histograms are what a query holds; of one that leaves itself out, distances and relevance
+    held = 8 * len(database) if asked.ties == "index" and not by_op else len(database) // 8 + 32 * levels
+    return _evaluate(measure, max(1, 8 * _BLOCK // held), asked, labels, levels, "hamming")
 
 
 def evaluate_embeddings(
     query: Array,
     database: Array,
-    q_labels: Array,
-    db_labels: Array,
+    q_labels: object,
+    db_labels: object,
     *,
     metric: Literal["cosine", "l2", "ip"] = "cosine",
     k: int | None = None,
     convention: str = "all",
     ties: str = "index",
     pairs: Array | None = None,
+    exclude_self: bool | Array = False,
 ) -> RetrievalResult:
-    """Rank a database of embeddings and measure it; the other arguments are those of evaluate_codes.
-
-    query, database    (Q, d) and (N, d), finite numbers
-    metric             "cosine" (a zero vector is at 0 from everything), "l2", or "ip" (largest inner product first)
+    """Rank a database of embeddings and measure it.
 
     Scores are computed in float64. Equal rows tie, and so do neighbours in the ranking that differ by no more than the
     rounding of their own sums: (d + 4) * 2^-52 of the distance, or of |q| |x|. No row changes what others score.
+
+    Parameters
+    ----------
+    query, database : ndarray or Tensor
+        (Q, d) and (N, d), finite numbers.
+    q_labels, db_labels, k, convention, ties, pairs, exclude_self
+        As in `evaluate_codes`.
+    metric : {"cosine", "l2", "ip"}
+        "cosine" (a zero vector is at 0 from everything), "l2", or "ip" (largest inner product first).
+
+    Returns
+    -------
+    RetrievalResult
+        With curves by rank.
+
+    Raises
+    ------
+    InputError
+        For arrays that are not finite embeddings and labels of one kind and length, and unknown names.
     """
     if metric not in METRICS:
         raise InputError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     x, y = check_embeddings(query, database)
-    if metric == "cosine":
-        # by the largest element first, so that no square underflows
-        x, y = (v / torch.where(v == 0, 0, v).abs().amax(dim=1, keepdim=True).clamp_min(5e-324) for v in (x, y))
-        x, y = (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) for v in (x, y))
-    rounding = (y.shape[1] + 4) * torch.finfo(y.dtype).eps
-    different, place = torch.unique(y, dim=0, return_inverse=True)  # equal rows have one score
-    norms = different.norm(dim=1)
-
-    def scores(rows: slice) -> np.ndarray:
-        block = x[rows]
-        if metric == "l2":
-            far = torch.cdist(block, different, compute_mode="donot_use_mm_for_euclid_dist")
-            error = rounding * far
-        else:
-            far, error = -(block @ different.T), rounding * block.norm(dim=1, keepdim=True) * norms
-        order = far.argsort(dim=1)
-        far, error = far.gather(1, order), error.gather(1, order)
-        apart = far[:, 1:] - far[:, :-1] > torch.minimum(error[:, 1:], error[:, :-1])
-        keys = torch.zeros_like(order)
-        keys.scatter_(1, order[:, 1:], apart.long().cumsum(1))
-        return keys[:, place].cpu().numpy()
-
     labels = Labels(q_labels, db_labels, len(x), len(y))
-    asked = _ask(labels, k, convention, ties, pairs)
+    asked = _ask(labels, k, convention, ties, pairs, exclude_self)
+    scores = Scores(x, y, metric)
 
     def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
-        keys, relevant = scores(rows), labels.relevant(rows)
-        counts = np.count_nonzero(relevant, axis=1)
-        if asked.ties == "index":
-            groups = Groups.from_ranking(_ranked_relevance(keys, relevant))
-        else:
-            groups = Groups.from_sorted_keys(*_sorted_by_key(keys, relevant)).ordered(asked.ties)
-        curves.add(groups, counts)
-        if asked.partners is not None:
-            curves.add_pairs(_pair_groups(keys, asked.partners[rows], asked.ties))
-        return _average_precisions(groups, counts, asked), counts
+        relevant, each = labels.relevant(rows), np.arange(rows.start, rows.stop)
+        ap, counts, certain = _measure_certain(scores, relevant, each, asked, curves)
+        doubtful = np.flatnonzero(~certain)
+        if len(doubtful):
+            keys, which = scores.exact(each[doubtful]), each[doubtful]
+            ap[doubtful], counts[doubtful] = _measure_keys(keys, relevant[doubtful], which, asked, curves)
+        return ap, counts
 
     return _evaluate(measure, max(1, _BLOCK // len(y)), asked, labels, None, metric)
+
+
+def _measure_certain(
+    scores: Scores, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", curves: Curves
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Average precision and relevant items of the queries `each`, as far as coarse keys are certain: the mask says."""
+    ap, counts, certain = np.zeros(len(each)), np.zeros(len(each), dtype=np.int64), np.zeros(len(each), dtype=bool)
+    if not scores.paying:
+        return ap, counts, certain
+    width = relevant.shape[1]
+    index_bits = width.bit_length() if scores.repeats else 0
+    keys, apart = scores.coarse(slice(int(each[0]), int(each[-1]) + 1), 60 - index_bits)
+    equal = np.full(len(each), scores.repeats)  # neighbours that must be equal
+    if asked.exclude is not None:
+        equal -= scores.is_repeated(asked.exclude[each]) & (asked.exclude[each] >= 0)
+        _leave_out(keys, relevant, each, asked, 1 << (60 - index_bits))
+    packed = ((keys << index_bits | np.arange(width)) << 1) | relevant if index_bits else (keys << 1) | relevant
+    packed.sort(axis=1)
+    ordered = packed >> (index_bits + 1)
+    steps = np.diff(ordered, axis=1)
+    if index_bits:
+        certain = np.count_nonzero(steps == 0, axis=1) == equal
+        steps[steps == 0] = np.iinfo(np.int64).max
+    else:
+        certain = np.ones(len(each), dtype=bool)
+    certain &= (steps.min(axis=1) if width > 1 else np.inf) > apart
+    scores.paying = bool(2 * np.count_nonzero(certain) >= len(each))
+    if not certain.any():
+        return ap, counts, certain
+    packed &= 1
+    rows = slice(None) if certain.all() else certain
+    ranked = packed.astype(bool)[rows]
+    if asked.ties == "index" or not index_bits:
+        groups = Groups.from_ranking(ranked)
+    else:
+        groups = Groups.from_sorted_keys(ordered[rows], ranked).ordered(asked.ties)
+    ap[rows], counts[rows] = _measure_groups(groups, keys[rows], relevant[rows], each[rows], asked, curves)
+    return ap, counts, certain
+
+
+def _measure_keys(
+    keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", curves: Curves
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, N) keys, rising with the distance, and relevance -> average precision and relevant items of each query."""
+    if asked.exclude is not None:
+        _leave_out(keys, relevant, each, asked, int(keys.max()) + 1)
+    if asked.ties == "index":
+        groups = Groups.from_ranking(_ranked_relevance(keys, relevant))
+    else:
+        groups = Groups.from_sorted_keys(*_sorted_by_key(keys, relevant)).ordered(asked.ties)
+    return _measure_groups(groups, keys, relevant, each, asked, curves)
+
+
+def _measure_groups(
+    groups: Groups, keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", curves: Curves
+) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.count_nonzero(relevant, axis=1)
+    curves.add(groups, counts)
+    if asked.partners is not None:
+        curves.add_pairs(_pair_groups(keys, asked.partners[each], asked.ties))
+    return _average_precisions(groups, counts, asked), counts
+
+
+def _leave_out(keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", last: int) -> None:
+    """Put what queries leave out last, where nothing counts it, in place."""
+    assert asked.exclude is not None
+    out = np.flatnonzero(asked.exclude[each] >= 0)
+    keys[out, asked.exclude[each][out]] = last
+    relevant[out, asked.exclude[each][out]] = False
+
+
+def _distances(q: Array, db: Array, rows: np.ndarray) -> np.ndarray:
+    """Hamming distance of each query to one database row, int64 (B,)."""
+    return np.unpackbits(to_numpy(q) ^ to_numpy(db)[rows], axis=1).sum(axis=1, dtype=np.int64)
+
+
+def _take_out(
+    exclude: np.ndarray, q: Array, db: Array, labels: Labels, rows: slice, items: np.ndarray, hits: np.ndarray
+) -> None:
+    """Take what each query leaves out from the histograms of items and of relevant ones, in place."""
+    out = np.flatnonzero(exclude >= 0)
+    level = _distances(q, db, exclude)[out]
+    items[out, level] -= 1
+    hits[out, level] -= labels.relevant_at(rows, exclude)[out]
 
 
 @dataclass(frozen=True)
@@ -179,24 +288,26 @@ class _Asked:
     ties: str
     k: int | None
     cut: int  # k, or the database size
+    size: int  # ranks: the database size, less one where every query leaves itself out
     partners: np.ndarray | None
+    exclude: np.ndarray | None
     harmonic: np.ndarray
 
 
-def _ask(labels: Labels, k: int | None, convention: str, ties: str, pairs: Array | None) -> _Asked:
+def _ask(labels: Labels, k: int | None, convention: str, ties: str, pairs: object, exclude_self: object) -> _Asked:
     rule, tie_rule = find_convention(convention), find_ties(ties)
-    size = labels.num_database
-    if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
-        raise InputError(f"k must be an integer of 1 or more, or None for the whole ranking, got {k!r}")
-    cut = size if k is None else min(int(k), size)
+    exclude = check_exclude(exclude_self, labels.num_queries, labels.num_database)
+    size = labels.num_database - (exclude is not None and bool((exclude >= 0).all()))
+    asked_k = None if k is None else as_integer(k, "k", 1, also=", or None for the whole ranking")
+    cut = size if asked_k is None else min(asked_k, size)
     if rule.zero == "skip hits = 0" and tie_rule == "tie_aware" and cut < size:
         raise InputError(
             f"{rule.name} at k={k} has no tie-aware value: which queries count depends on the order of ties; "
             "use k=None, another tie rule, or topk_hits"
         )
-    harmonic = harmonic_numbers(0 if tie_rule == "index" else size)
-    partners = check_pairs(pairs, labels.num_queries, size)
-    return _Asked(rule, tie_rule, None if k is None else int(k), cut, partners, harmonic)
+    harmonic = harmonic_numbers(0 if tie_rule in ("index", "threshold") else size)
+    partners = check_pairs(pairs, labels.num_queries, labels.num_database, exclude)
+    return _Asked(rule, tie_rule, asked_k, cut, size, partners, exclude, harmonic)
 
 
 def _evaluate(
@@ -208,7 +319,7 @@ def _evaluate(
     metric: str,
 ) -> RetrievalResult:
     """measure(rows, curves) -> (B,) average precision and (B,) relevant items; it adds the block to the curves."""
-    num_queries, size = labels.num_queries, labels.num_database
+    num_queries, size = labels.num_queries, asked.size
     ap, relevant_counts = np.empty(num_queries), np.empty(num_queries, dtype=np.int64)
     curves = Curves(size, levels, asked.partners is not None)
     for start in range(0, num_queries, block):
@@ -245,7 +356,10 @@ def _average_precisions(groups: Groups, counts: np.ndarray, asked: _Asked) -> np
     """(B,) expected average precision; nan where the convention leaves the query out."""
     rule, cut, harmonic, size = asked.rule, asked.cut, asked.harmonic, len(counts)
     capped = np.minimum(cut, counts)  # min(k, R)
-    if rule.cut == "hits":
+    if rule.cut == "hits" and groups.single:
+        wanted = np.clip(capped[groups.query] - groups.hits_before, 0, groups.relevant)
+        sums = wanted * ((groups.hits_before + groups.relevant) / (groups.before + 1))
+    elif rule.cut == "hits":
         wanted = capped[groups.query] - groups.hits_before
         alike = groups.relevant == groups.size
         ranks = np.clip(np.where(alike, wanted, np.where(wanted > 0, groups.size, 0)), 0, groups.size)
@@ -305,7 +419,3 @@ def _sorted_by_key(keys: np.ndarray, relevant: np.ndarray) -> tuple[np.ndarray, 
     packed = (keys << 1) | relevant
     packed.sort(axis=1)
     return packed >> 1, (packed & 1).astype(bool)
-
-
-def _like(x: np.ndarray, codes: Array) -> Any:
-    return torch.from_numpy(x).to(codes.device) if isinstance(codes, torch.Tensor) else x

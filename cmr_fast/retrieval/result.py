@@ -41,7 +41,7 @@ class Curves:
         for g in first[groups.relevant[first] < groups.size[first]]:
             n, r, before, _ = groups.one(g)
             self.any_hit[before + 1 : before + n + 1] += np.diff(chance_of_a_hit(n, r))
-        alike = first[groups.relevant[first] == groups.size[first]]
+        alike = first[groups.relevant[first] >= groups.size[first]]
         self.any_hit += np.bincount(groups.before[alike] + 1, minlength=len(self.any_hit))
 
     def add_steps(self, hits: np.ndarray, recall: np.ndarray, first: np.ndarray) -> None:

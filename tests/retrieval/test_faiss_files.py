@@ -73,6 +73,77 @@ def test_both_ways_with_faiss(tmp_path, ids):
     np.testing.assert_array_equal(np.sort(got[2]), np.sort(found))
 
 
+MANY = np.array([-663323444433213679, 77711, -5, 12, -(2**63), 2**63 - 1, 12, -1, -5], np.int64)
+
+
+def with_ids(path, ids, bits=32):
+    """A file as faiss writes it of IndexBinaryIDMap2 with `ids`."""
+    fields = (bits, bits // 8, len(ids), True, 1)
+    header = [struct.pack("<4siiq?i", kind, *fields) for kind in (b"IBM2", b"IBxF")]
+    codes = CODES[: len(ids), : bits // 8].tobytes()
+    count = struct.pack("<Q", len(ids))
+    path.write_bytes(b"".join([*header, struct.pack("<Q", len(codes)), codes, count, ids.tobytes()]))
+    return path
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_ids_of_faiss_are_kept_whatever_they_are(tmp_path, mmap):
+    """Negative ones and several codes under one; they go into other files and back."""
+    path = with_ids(tmp_path / "faiss", MANY)
+    index = HammingIndex.from_faiss(path, mmap=mmap)
+    assert index.memory_usage()["mapped"] == (9 * (4 + 8) if mmap else 0)
+    np.testing.assert_array_equal(index.ids, MANY)
+    np.testing.assert_array_equal(index.search(CODES[:9], 1)[1][:, 0], MANY)
+    np.testing.assert_array_equal(index.range_search(CODES[:1], 32)[2], MANY)
+    index.save(tmp_path / "ours")
+    index.to_faiss(tmp_path / "again")
+    HammingIndex.build(tmp_path / "built", [index])
+    made(codes=CODES[20:23], ids=[3, 4, 5]).save(tmp_path / "appended")
+    HammingIndex.append(tmp_path / "appended", index)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    for name in ("ours", "again", "built", "appended"):
+        for in_file in (True, False):
+            got = HammingIndex.open(tmp_path / name, mmap=in_file)
+            got.verify()
+            np.testing.assert_array_equal(got.ids, np.append([3, 4, 5], MANY) if name == "appended" else MANY)
+            np.testing.assert_array_equal(got.codes[-9:], CODES[:9])
+    with pytest.raises(InputError, match="ids must be new: 9 are in the index already, the first is -66"):
+        HammingIndex.append(tmp_path / "ours", index)
+
+
+def test_an_index_with_ids_of_faiss_goes_on_with_its_own(tmp_path):
+    index = HammingIndex.from_faiss(with_ids(tmp_path / "faiss", MANY))
+    with pytest.raises(InputError, match="no ids left to count on from"):
+        index.add(CODES[:1])
+    for ids, message in (([12], "ids must be new"), ([-7], "ids must be from 0"), ([2**63 - 1], "ids must be from 0")):
+        with pytest.raises(InputError, match=message):
+            index.add(CODES[:1], ids)
+    index.add(CODES[:1], [13])
+    with pytest.raises(InputError, match="1 are not, the first is -6"):
+        index.remove_ids([12, -6])
+    assert index.remove_ids([12, -(2**63), 2**63 - 1, -1]) == 5
+    np.testing.assert_array_equal(index.ids, [MANY[0], 77711, -5, -5, 13])
+    index.add(CODES[:1], [12])
+    with pytest.raises(InputError, match="ids must be new"):
+        index.add(CODES[:1], [77711])
+    few = HammingIndex.from_faiss(with_ids(tmp_path / "few", np.array([-7, -3], np.int64)))
+    few.add(CODES[:2])
+    np.testing.assert_array_equal(few.ids, [-7, -3, 0, 1])
+
+
+def test_faiss_agrees_on_ids_of_any_kind(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    made_by_faiss = faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(32))
+    made_by_faiss.add_with_ids(CODES[:9], MANY)
+    faiss.write_index_binary(made_by_faiss, str(tmp_path / "faiss"))
+    index = HammingIndex.from_faiss(tmp_path / "faiss")
+    np.testing.assert_array_equal(index.search(CODES[:9], 1)[1], made_by_faiss.search(CODES[:9], 1)[1])
+    index.to_faiss(tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == with_ids(tmp_path / "ours", MANY).read_bytes()
+    back = faiss.read_index_binary(str(tmp_path / "back"))
+    np.testing.assert_array_equal(faiss.vector_to_array(faiss.downcast_IndexBinary(back).id_map), MANY)
+
+
 def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "faiss"
     for whole in (FLAT, MAP):
@@ -89,14 +160,12 @@ def test_damaged_files_are_refused(tmp_path):
             path.write_bytes(data)
             with pytest.raises(InputError, match=r"damaged|truncated|expected"):
                 HammingIndex.from_faiss(path)
-    path.write_bytes(MAP[:-8] + struct.pack("<q", 5))
-    with pytest.raises(InputError, match="ids must not repeat"):
-        HammingIndex.from_faiss(path)
-    path.write_bytes(MAP[:-8] + struct.pack("<q", -5))
-    with pytest.raises(InputError, match="ids must be from 0"):
-        HammingIndex.from_faiss(path)
     path.write_bytes(b"IBwF" + FLAT[4:])
-    with pytest.raises(InputError, match="begins with b'IBwF'"):
+    with pytest.raises(InputError, match=f"^{path}: .* begins with b'IBwF', faiss's IndexBinaryIVF"):
+        HammingIndex.from_faiss(path)
+    wide = struct.pack("<4siiq?iQ", b"IBxF", 4104, 513, 0, True, 1, 0)
+    path.write_bytes(wide)
+    with pytest.raises(InputError, match=f"^{path}: its codes are too wide, expected at most 4096 bits, got 4104"):
         HammingIndex.from_faiss(path)
     with pytest.raises(InputError, match="no faiss file"):
         HammingIndex.from_faiss(tmp_path / "missing")

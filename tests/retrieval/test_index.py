@@ -1,6 +1,10 @@
+import copy
+import multiprocessing
+import pickle
 import shutil
 import tempfile
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +173,32 @@ BAD_CALLS = {
     "got list": lambda index: index.range_search([[1, 2, 3]], 1),
     "k must be": lambda index: index.search(codes(3), 0),
     "radius must be": lambda index: index.range_search(codes(3), -1),
+    "k must be an integer .*got 2.0": lambda index: index.search(codes(3), 2.0),
+    "k must be an integer .*got '2'": lambda index: index.search(codes(3), "2"),
+    "k must be an integer .*got True": lambda index: index.search(codes(3), True),
+    "threads must be an integer": lambda index: index.search(codes(3), 2, threads="2"),
+    "radius must be an integer .*got 1.5": lambda index: index.range_search(codes(3), 1.5),
+    "threads must be": lambda index: index.range_search(codes(3), 1, threads=0),
+    r"meant as x.view\(uint8\)": lambda index: index.add(codes(3).view(np.int8)),
+    r"must have 20 bits \(3 bytes\) a code, got 20 bytes: are these bits, not packed yet\? See pack_codes": (
+        lambda index: index.add(np.ones((5, 20), np.uint8))
+    ),
+    r"got torch.int64 \(5, 20\): see pack_codes": lambda index: index.add(np.ones((5, 20), np.int64)),
+    r"got torch.float32 \(5, 20\): see pack_codes": lambda index: index.add(torch.ones(5, 20)),
+    r"got torch.bool \(5, 20\): see pack_codes": lambda index: index.search(np.ones((5, 20), bool), 1),
+    r"x\[None\] for one code": lambda index: index.search(codes(3)[0], 1),
+    "big-endian": lambda index: index.add(np.packbits(np.ones((5, 20), bool), axis=1)),
+    "must not be masked": lambda index: index.add(np.ma.masked_array(codes(3), codes(3) > 9)),
+    "must be a dense tensor": lambda index: index.add(torch.from_numpy(codes(3)).to_sparse()),
+    "ids must not be masked": lambda index: index.add(codes(3), np.ma.masked_array([70, 71, 72], [0, 1, 0])),
+    "ids must be integers .*got <U1": lambda index: index.add(codes(1), ["a"]),
+    r"ids must be integers .*\(list\)": lambda index: index.add(codes(2), [[1], [1, 2]]),
+    "ids must be int64, got 9223372036854775808": lambda index: index.remove_ids(np.array([2**63], np.uint64)),
     "ids must be integers \\(3,\\)": lambda index: index.add(codes(3), [100, 101]),
     "got float64": lambda index: index.add(codes(1), [0.5]),
     "2 are in the index already, the first is 49": lambda index: index.add(codes(3), [49, 50, 2]),
     "must not repeat: 1 do, the first is 70": lambda index: index.add(codes(3), [70, 71, 70]),
-    "got -1 to": lambda index: index.add(codes(1), [-1]),
+    r"got -1 to -1 \(-1 is what searches pad with\)": lambda index: index.add(codes(1), [-1]),
     "2 are not, the first is 50": lambda index: index.remove_ids([4, 50, 60]),
     "the first is 4": lambda index: index.remove_ids([4, 4]),
 }
@@ -315,6 +340,120 @@ def test_searches_see_one_moment_while_others_add_and_remove():
         thread.join()
     assert not wrong and seen[0] > 0
     assert sorted(index.ids.tolist()) == sorted(index.range_search(query[:1], 64)[2].tolist())
+
+
+class Named(HammingIndex):
+    """A user's own kind of index."""
+
+    def __init__(self, bits, name):
+        super().__init__(bits)
+        self.name = name
+
+
+COPIES = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_copy_is_an_index_of_its_own(tmp_path, monkeypatch, mapped, how):
+    small_blocks(monkeypatch)
+    index = filled(50, np.arange(50)[::-1] * 3)
+    if mapped:
+        monkeypatch.chdir(tmp_path)
+        index.save("index")
+        index = HammingIndex.load("index")
+        monkeypatch.chdir("/")  # the path that is pickled does not depend on the folder
+    index.add(codes(9, seed=1))
+    index.remove_ids([0, 148])
+    index.tables = False
+    twin = COPIES[how](index)
+    assert_same(index, twin)
+    assert twin.tables is False and twin.memory_usage()["mapped"] == index.memory_usage()["mapped"]
+    twin.verify()
+    before, after = index.ids, filled_with(index.codes, index.ids)
+    for i in range(40):  # the copy grows, in few parts, and the original knows nothing of it
+        twin.add(codes(3, seed=i))
+        after.add(codes(3, seed=i))
+        twin = COPIES[how](twin)
+    twin.remove_ids([3])
+    after.remove_ids([3])
+    assert_same(twin, after)
+    assert len(twin._parts) <= 12
+    np.testing.assert_array_equal(index.ids, before)
+    index.add(codes(4, seed=77))
+    assert_same(twin, after)
+    with pytest.raises(InputError, match="ids must be new"):
+        twin.add(codes(1), [6])
+
+
+def test_a_pickle_holds_what_is_in_use_and_what_users_add():
+    index = Named(BITS, "mine")
+    index.add(codes(50), np.arange(50) * 2)
+    index.search(codes(3), 4)
+    again = pickle.loads(pickle.dumps(index))
+    assert type(again) is Named and again.name == "mine"
+    assert_same(index, again)
+    large = HammingIndex(64)
+    large.add(np.zeros((100_000, 8), np.uint8))
+    large.add(np.zeros((1, 8), np.uint8))  # the buffer grows by half
+    assert len(pickle.dumps(large)) < 810_000
+    assert len(HammingIndex(8)) == len(pickle.loads(pickle.dumps(HammingIndex(8)))) == 0
+
+
+@pytest.mark.parametrize("kind", ["ours", "faiss"])
+def test_a_mapped_index_is_pickled_by_the_path_of_its_file(tmp_path, monkeypatch, kind):
+    small_blocks(monkeypatch)
+    path = tmp_path / "index"
+    index = filled(5000)
+    save = index.save if kind == "ours" else index.to_faiss
+    save(path)
+    mapped = HammingIndex.open(path)
+    stored = pickle.dumps(mapped)
+    assert len(stored) < (3000 if kind == "faiss" else 5000)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        _, ids = pool.submit(mapped.search, codes(3), 5).result(60)
+    np.testing.assert_array_equal(ids, index.search(codes(3), 5)[1])
+    if kind == "ours":
+        HammingIndex.append(path, codes(60, seed=1))  # what was there stays
+        assert_same(pickle.loads(stored), index)
+    filled(5000, seed=2).save(path) if kind == "ours" else filled(5000, seed=2).to_faiss(path)
+    assert_same(mapped, copy.deepcopy(mapped))  # they have the file of before open
+    with pytest.raises(InputError, match=rf"{path} (has changed|is damaged, or another one) since"):
+        pickle.loads(stored).search(codes(3), 5)
+    filled(3).save(path)
+    with pytest.raises(InputError, match=rf"by the path of its file: {path}"):
+        pickle.loads(stored)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"by the path of its file: there is no (index|faiss) file at {path}"):
+        pickle.loads(stored)
+
+
+def test_an_index_is_pickled_while_others_add():
+    index, done, failed = filled(50), threading.Event(), []
+
+    def add():
+        for i in range(300):
+            index.add(codes(2, seed=i))
+        done.set()
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    while not done.is_set():
+        again = pickle.loads(pickle.dumps(index))
+        if not np.array_equal(again.ids, np.arange(len(again))):
+            failed.append(again.ids)
+    thread.join()
+    assert not failed and len(index) == 650
+
+
+def test_the_ends_of_int64_in_an_id_set():
+    ends = np.array([-(2**63), -(2**63) + 1, -1, 0, 5, 2**63 - 2, 2**63 - 1])
+    for cut in range(1 << len(ends)):
+        gone = ends[[bool(cut >> i & 1) for i in range(len(ends))]]
+        mine = IdSet([np.concatenate([ends, ends[:2]]), np.array([7])])
+        mine.discard(gone)
+        np.testing.assert_array_equal(mine.contains(ends), ~np.isin(ends, gone))
+        assert mine.contains(np.array([7, 8, 6, 1])).tolist() == [True, False, False, False]
 
 
 small_ids = st.integers(0, 60)

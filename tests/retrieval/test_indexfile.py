@@ -380,6 +380,123 @@ def test_build_from_pieces(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_other_files_are_named(tmp_path):
+    path = tmp_path / "x.cmrx"
+    lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 327925944\n"
+    filled(3).to_faiss(tmp_path / "faiss")
+    np.save(tmp_path / "codes.npy", TABLE)
+    for data, message in {
+        lfs: "is a Git LFS pointer, not the file of 327925944 bytes .*git lfs pull",
+        b"/annex/objects/MD5E-s123--abc": "git annex get",
+        b"": "is empty",
+        (tmp_path / "codes.npy").read_bytes(): r"is a \.npy array; HammingIndex.build",
+        b"PK\x03\x04": "a zip archive",
+        b"IxF2" + bytes(40): "a faiss index of floats",
+        b"IBHf" + bytes(40): "faiss's IndexBinaryHNSW",
+        b"hello": "begins with b'hello'",
+    }.items():
+        path.write_bytes(data)
+        for call in (HammingIndex.load, HammingIndex.open, HammingIndex.from_faiss):
+            with pytest.raises(InputError, match=f"^{path}.*{message}"):
+                call(path)
+        with pytest.raises(InputError, match=f"^{path}.*{message}"):
+            HammingIndex.append(path, TABLE[:3])
+        assert path.read_bytes() == data
+    with pytest.raises(InputError, match=r"is an index of faiss, which HammingIndex\.from_faiss and .*open read"):
+        HammingIndex.load(tmp_path / "faiss")
+    filled(3).save(path)
+    with pytest.raises(InputError, match=r"is an index of cmr_fast, which HammingIndex\.load and .*open read"):
+        HammingIndex.from_faiss(path)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_open_knows_both_formats(tmp_path, mmap):
+    index = filled(300, np.arange(300)[::-1] * 2)
+    index.save(tmp_path / "ours")
+    index.to_faiss(tmp_path / "faiss")
+    for name, bits in (("ours", None), ("ours", 20), ("faiss", 20)):
+        opened = HammingIndex.open(str(tmp_path / name), mmap, bits)
+        assert answers(opened) == answers(index)
+        assert opened.memory_usage()["mapped"] == (300 * (3 + 8) if mmap else 0)
+    assert HammingIndex.open(tmp_path / "faiss").bits == 24
+    with pytest.raises(InputError, match=f"^{tmp_path}/ours: its codes have 20 bits, expected 24"):
+        HammingIndex.open(tmp_path / "ours", bits=24)
+
+
+@pytest.mark.parametrize("call", ["load", "open", "from_faiss", "append"])
+def test_what_is_no_file_is_not_read(tmp_path, call):
+    arguments = (TABLE[:3],) if call == "append" else ()
+    os.mkfifo(tmp_path / "fifo")
+    for path, message in {
+        tmp_path: "is a folder",
+        tmp_path / "fifo": "is a device, FIFO or socket",
+        "/dev/null": "is a device",
+        tmp_path / "missing": "there is no (index|faiss) file at",
+        tmp_path / "fifo" / "under": "there is no (index|faiss) file at",
+    }.items():
+        with pytest.raises(InputError, match=rf"{message}.*") as info:
+            getattr(HammingIndex, call)(path, *arguments)
+        assert str(path) in str(info.value)
+    with pytest.raises(OSError, match="nnnn"):
+        getattr(HammingIndex, call)(tmp_path / ("n" * 300), *arguments)
+    for path in (None, 3, ""):
+        with pytest.raises(InputError, match="path must be the path of a file"):
+            getattr(HammingIndex, call)(path, *arguments)
+
+
+@pytest.mark.parametrize("call", ["save", "to_faiss", "build"])
+def test_what_cannot_be_written_is_named(tmp_path, call):
+    index = filled(9)
+    write = {"save": index.save, "to_faiss": index.to_faiss, "build": lambda path: HammingIndex.build(path, index)}
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("")
+    for path, message in {
+        tmp_path: "is a folder",
+        tmp_path / "fifo": "is a device, FIFO or socket",
+        "/dev/null": "is a device",
+        tmp_path / "file" / "under": "is not a folder",
+    }.items():
+        with pytest.raises(InputError, match=message) as info:
+            write[call](path)
+        assert str(path) in str(info.value) or "file/under" in str(path)
+    for path in (tmp_path / ("n" * 256), "/proc/x.cmrx"):
+        with pytest.raises(OSError) as error:
+            write[call](path)
+        assert error.value.filename == str(path)
+    for path in (None, 3, ""):
+        with pytest.raises(InputError, match="path must be the path of a file"):
+            write[call](path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "file"]
+
+
+def test_save_and_append_follow_a_link(tmp_path):
+    (tmp_path / "latest").symlink_to("real")
+    filled(3).save(tmp_path / "latest")
+    HammingIndex.append(tmp_path / "latest", TABLE[3:5])
+    filled(7).to_faiss(tmp_path / "real.faiss")
+    assert len(HammingIndex.load(tmp_path / "real")) == 5 and (tmp_path / "latest").is_symlink()
+    filled(9).save(tmp_path / "latest")
+    assert len(HammingIndex.load(tmp_path / "real")) == 9 and (tmp_path / "latest").is_symlink()
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    path = grown(tmp_path / "index")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for call in (lambda: filled(100).save(path), lambda: HammingIndex.append(path, TABLE[87:100])):
+        with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+            call()
+
+
+def test_progress_that_cannot_be_called(tmp_path):
+    for call in (HammingIndex.build, HammingIndex.append):
+        with pytest.raises(InputError, match="progress must be called with"):
+            call(tmp_path / "index", TABLE, progress=3)
+
+
 @pytest.mark.parametrize("how", ["save", "append"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, how):
     path = grown(tmp_path / "index")

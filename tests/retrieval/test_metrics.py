@@ -26,7 +26,7 @@ def precisions(rel):
 
 
 def total(rel, k):
-    return sum((p for p, hit in zip(precisions(rel)[:k], rel, strict=False) if hit), Fraction(0))
+    return sum((p * hit for p, hit in zip(precisions(rel)[:k], rel, strict=False)), Fraction(0))
 
 
 def oracle_all(rel, k):
@@ -50,7 +50,7 @@ def oracle_map_at_r(rel, k):
 
 
 def oracle_first_k_hits(rel, k):
-    at_hits = [p for p, hit in zip(precisions(rel), rel, strict=True) if hit][:k]
+    at_hits = [p for p, hits in zip(precisions(rel), rel, strict=True) for _ in range(hits)][:k]
     return sum(at_hits) / len(at_hits) if at_hits else Fraction(0)
 
 
@@ -63,7 +63,13 @@ ORACLES = {name: globals()[f"oracle_{name}"] for name in CONVENTIONS}
 
 
 def orders(distances, rel, ties):
-    """The relevance lists that a tie rule averages over: one, or every placement of relevant items in tied blocks."""
+    """The relevance lists that a tie rule averages over: one, or every placement of relevant items in tied blocks.
+
+    Of a threshold, the hits at each rank: all of a tied block at its last.
+    """
+    if ties == "threshold":
+        last = [sum(x <= d for x in distances) for d in distances]
+        return [[sum(r for r, end in zip(rel, last, strict=True) if end == at + 1) for at in range(len(rel))]]
     if ties == "tie_aware":
         blocks = []
         for d in sorted(set(distances)):
@@ -98,7 +104,7 @@ def problem(seed, queries=12, size=40, bits=5, classes=7):
 
 
 @pytest.mark.parametrize("k", [None, 1, 3, 10, 40, 100])
-@pytest.mark.parametrize("ties", ["index", "optimistic", "pessimistic"])
+@pytest.mark.parametrize("ties", ["index", "optimistic", "pessimistic", "threshold"])
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_convention_equals_its_formula(convention, ties, k):
     q, db, ql, dl = problem(seed=1)
@@ -222,8 +228,11 @@ def test_multi_label_relevance_of_any_width(classes):
     rng = np.random.default_rng(classes)
     q, db, _, _ = problem(seed=4)
     ql, dl = ((rng.random((n, classes)) < 1.5 / (classes + 3)).astype(np.float32) for n in (len(q), len(db)))
+    want = ((ql @ dl.T) > 0).sum(axis=1)
+    if classes == 1:  # a column of numbers may mean class ids
+        ql, dl = ql.astype(bool), dl.astype(bool)
     result = evaluate_codes(q, db, ql, dl)
-    np.testing.assert_array_equal(result.relevant, ((ql @ dl.T) > 0).sum(axis=1))
+    np.testing.assert_array_equal(result.relevant, want)
 
 
 @pytest.mark.parametrize("bits", [3, 8, 64, 300])
@@ -405,6 +414,220 @@ def test_tables_name_everything():
     assert evaluate_codes(q, db, ql, dl, convention="map-at-R").convention == "map_at_r"
 
 
+def rows_of_many_kinds(kind):
+    rng = np.random.default_rng(31)
+    x, y = rng.standard_normal((40, 9)), rng.standard_normal((300, 9))
+    if kind == "repeated":
+        y = y[rng.integers(0, 60, 300)]
+    elif kind == "some repeated":
+        y[[5, 200, 7]] = y[[100, 100, 0]]
+        y[8], y[9] = 0.0, -0.0
+    elif kind == "far":
+        y[17] = 1e9
+    elif kind == "near":
+        y[::7] = y[0] + 1e-14 * rng.standard_normal((43, 9))
+        x[3] = y[0]
+    elif kind == "grid":
+        x, y = np.rint(x), np.rint(y)
+    elif kind == "zero":
+        x[::2], y[::3] = 0, 0
+    elif kind == "tiny":
+        x, y = x * 1e-200, y * 1e-120
+    elif kind == "large":
+        x, y = x * 1e152, y * 1e152
+    return x, y
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("metric", metrics.METRICS)
+@pytest.mark.parametrize(
+    "kind", ["random", "repeated", "some repeated", "far", "near", "grid", "zero", "tiny", "large", "one"]
+)
+def test_the_quick_way_and_the_exact_one_give_the_same(monkeypatch, kind, metric, exclude):
+    x, y = rows_of_many_kinds(kind)
+    if kind == "one":
+        x, y = x[:1], y[:2]
+    ql, dl = np.arange(len(x)) % 4, np.arange(len(y)) % 4
+    more = {"exclude_self": np.arange(len(x)) % len(y), "pairs": (np.arange(len(x)) + 1) % len(y)} if exclude else {}
+    for ties in TIES:
+        both = []
+        for paying in (True, False):
+            with monkeypatch.context() as patch:
+                if not paying:
+                    never = property(lambda self: False, lambda self, value: None)
+                    patch.setattr(metrics.Scores, "paying", never, raising=False)
+                both.append(evaluate_embeddings(x, y, ql, dl, metric=metric, ties=ties, **more))
+        np.testing.assert_allclose(both[0].ap, both[1].ap, rtol=0, atol=1e-13)  # ranks apart differ by 1e-5
+        np.testing.assert_allclose(both[0].precision_at([1, 7]), both[1].precision_at([1, 7]), rtol=0, atol=1e-14)
+        if exclude:
+            pair = [result.recall_one_at(3, relevance="pair") for result in both]
+            assert pair[0] == pytest.approx(pair[1], abs=1e-14)
+
+
+def test_most_rankings_need_no_second_look(monkeypatch):
+    x, y = rows_of_many_kinds("random")
+    looked = []
+    monkeypatch.setattr(metrics.Scores, "exact", lambda self, rows: looked.append(rows))
+    for metric in metrics.METRICS:
+        evaluate_embeddings(x, y, np.arange(40), np.arange(300) % 4, metric=metric)
+        evaluate_embeddings(x, y[np.arange(300) % 200], np.arange(40), np.arange(300) % 4, metric=metric)
+    assert not looked
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS)
+@pytest.mark.parametrize("k", [None, 7])
+def test_a_threshold_is_what_scikit_learn_computes(k, metric):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    q, db, ql, dl = problem(seed=21, queries=20, size=60, bits=4)
+    distances, rel = table(q, db), share_a_label(ql, dl)
+    found = rel.any(axis=1)
+    want = [
+        sklearn.average_precision_score(r, -d.astype(float)) for d, r in zip(distances[found], rel[found], strict=True)
+    ]
+    result = evaluate_codes(q, db, ql, dl, ties="threshold", bits=4, convention="map-at-R" if k else "all", k=k)
+    if k is None:
+        np.testing.assert_allclose(result.ap[found], want, rtol=0, atol=1e-12)
+        signs = [1.0 - 2 * np.unpackbits(x, axis=1, bitorder="little")[:, :4] for x in (q, db)]
+        by_sign = evaluate_embeddings(*signs, ql, dl, metric=metric, ties="threshold")
+        np.testing.assert_allclose(by_sign.ap[found], want, rtol=0, atol=1e-12)
+    else:
+        assert (result.ap[found] <= np.array(want) + 1e-12).all()
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("convention", NO_RANDOM_SKIP)
+@pytest.mark.parametrize("k", [None, 6])
+def test_a_query_that_is_in_the_database_leaves_itself_out(convention, k, ties):
+    """The same as a database without the row, for every query alone."""
+    _, db, _, dl = problem(seed=22, size=23, bits=4)
+    db[3], dl[3] = db[9], dl[9]
+    signs = 1.0 - 2 * np.unpackbits(db, axis=1, bitorder="little")[:, :4]
+    settings = {"k": k, "convention": convention, "ties": ties}
+    result = evaluate_codes(db, db, dl, dl, bits=4, exclude_self=True, **settings)
+    by_sign = evaluate_embeddings(signs, signs, dl, dl, metric="l2", exclude_self=True, **settings)
+    partners = (np.arange(23) + 5) % 23
+    paired = evaluate_codes(db, db, dl, dl, bits=4, exclude_self=np.arange(23), pairs=partners, **settings)
+    alone = []
+    for i in range(23):
+        rest = np.delete(np.arange(23), i)
+        own_partner = np.flatnonzero(rest == partners[i])
+        one = (db[i : i + 1], db[rest], dl[i : i + 1], dl[rest])
+        alone.append(evaluate_codes(*one, bits=4, pairs=own_partner, **settings))
+    want = [one.ap[0] for one in alone]
+    for each in (result, by_sign, paired):
+        np.testing.assert_allclose(each.ap, want, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(each.relevant, [one.relevant[0] for one in alone])
+        for at in (1, 4, 22):
+            assert each.precision_at(at) == pytest.approx(np.mean([one.precision_at(at) for one in alone]), abs=1e-12)
+            assert each.recall_at(at) == pytest.approx(np.mean([one.recall_at(at) for one in alone]), abs=1e-12)
+            one_at = np.mean([one.recall_one_at(at) for one in alone])
+            assert each.recall_one_at(at) == pytest.approx(one_at, abs=1e-12)
+        assert each.precision_recall_by_rank().at[-1] == each.num_database == 22
+    pair = np.mean([one.recall_one_at(3, relevance="pair") for one in alone])
+    assert paired.recall_one_at(3, relevance="pair") == pytest.approx(pair, abs=1e-12)
+    radius = np.mean([one.precision_recall_by_radius("macro").precision for one in alone], axis=0)
+    np.testing.assert_allclose(result.precision_recall_by_radius("macro").precision, radius, rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match="pass pairs="):
+        result.recall_one_at(1, relevance="pair")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_some_queries_are_in_the_database(kind):
+    q, db, ql, dl = (kind(x) for x in problem(seed=23, size=30, bits=4))
+    rows = np.array([-1, 3, -1, 7, 7, 0, 29, -1, 1, 2, 3, 4])
+    for ties in TIES:
+        result = evaluate_codes(q, db, ql, dl, ties=ties, bits=4, exclude_self=kind(rows))
+        for i, row in enumerate(rows):
+            rest = np.delete(np.arange(30), row) if row >= 0 else np.arange(30)
+            one = evaluate_codes(q[i : i + 1], db[rest], ql[i : i + 1], dl[rest], ties=ties, bits=4)
+            assert result.ap[i] == pytest.approx(one.ap[0], abs=1e-12)
+        assert result.num_database == 30
+
+
+BAD_EXCLUSIONS = {
+    "True takes query i for database row i, got 2 and 3 rows": {"q": slice(2), "exclude_self": True},
+    r"\(3,\) database rows from 0 to 2 \(-1: none\), got int64 \(2,\)": {"exclude_self": np.arange(2)},
+    "got int64": {"exclude_self": np.array([0, 1, 3])},
+    "got float64": {"exclude_self": np.zeros(3)},
+    "exclude_self must be True, False or": {"exclude_self": "yes"},
+    "pairs must not be what exclude_self leaves out, got row 2 for query 2": {"exclude_self": True, "pairs": [1, 0, 2]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_EXCLUSIONS)
+def test_bad_exclusions_are_refused(message):
+    more = dict(BAD_EXCLUSIONS[message])
+    rows = more.pop("q", slice(3))
+    with pytest.raises(InputError, match=message):
+        evaluate_codes(CODES[rows], CODES, LABELS[rows], LABELS, **more)
+    with pytest.raises(InputError, match=message):
+        evaluate_embeddings(VECTORS[rows], VECTORS, LABELS[rows], LABELS, **more)
+    with pytest.raises(InputError, match="more than the query itself"):
+        evaluate_codes(CODES[:1], CODES[:1], LABELS[:1], LABELS[:1], exclude_self=True)
+
+
+def test_labels_of_other_kinds():
+    sparse = pytest.importorskip("scipy.sparse")
+    q, db, ql, dl = problem(seed=24, bits=64)
+    want = evaluate_codes(q, db, ql, dl).ap
+    kinds = [sparse.csr_matrix, sparse.csc_array, sparse.coo_array, sparse.lil_matrix, np.ndarray.tolist]
+    kinds += [lambda x: torch.from_numpy(x).to_sparse(), lambda x: torch.from_numpy(x).to(torch.bfloat16)]
+    kinds += [lambda x: sparse.coo_array(x).astype(float), lambda x: torch.from_numpy(x).to_sparse_csr()]
+    for kind in kinds:
+        np.testing.assert_array_equal(evaluate_codes(q, db, kind(ql), kind(dl)).ap, want)
+    np.testing.assert_array_equal(evaluate_codes(q, db, sparse.csr_matrix(ql), dl).ap, want)
+    for wrong in (sparse.csr_matrix(dl * 2), sparse.csr_matrix(dl * 0.5)):
+        with pytest.raises(InputError, match=r"db_labels must be multi-hot, .* got a sparse csr_matrix"):
+            evaluate_codes(q, db, ql, wrong)
+    twice = sparse.coo_array((np.ones(2), ([0, 0], [1, 1])), shape=dl.shape)  # 1 + 1
+    with pytest.raises(InputError, match="sparse"):
+        evaluate_codes(q, db, ql, twice)
+
+
+@pytest.mark.parametrize("package", ["pandas", "polars"])
+def test_labels_in_tables(package):
+    tables = pytest.importorskip(package)
+    q, db, ql, dl = problem(seed=24, bits=64)
+    np.testing.assert_array_equal(
+        evaluate_codes(q, db, tables.DataFrame(ql), tables.DataFrame(dl)).ap, evaluate_codes(q, db, ql, dl).ap
+    )
+    a, b = ql.sum(axis=1).astype(int), dl.sum(axis=1).astype(int)
+    series = evaluate_codes(q, db, tables.Series(a), tables.Series(b))
+    np.testing.assert_array_equal(series.ap, evaluate_codes(q, db, a, b).ap)
+    with pytest.raises(InputError, match=r"q_labels must be .*\(Series\)"):
+        evaluate_codes(q, db, tables.Series(["a"] * 12), tables.Series(["b"] * 40))
+    with pytest.raises(InputError, match=rf"got {package} DataFrame: expected x.to_numpy\(\)"):
+        evaluate_embeddings(tables.DataFrame(ql.astype(float)), dl, a, b)
+    with pytest.raises(InputError, match="q must be a numpy array or a torch tensor, got DataFrame"):
+        evaluate_codes(tables.DataFrame(q), db, a, b)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float64])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_column_of_class_ids_is_not_taken_for_one_label(dtype, classes):
+    q, db, _, _ = problem(seed=25)
+    a, b = np.arange(12) % classes, np.arange(40) % classes
+    for bad in ((a[:, None], b[:, None]), (a, b[:, None])):
+        with pytest.raises(InputError, match=r"_labels\[:, 0\]"):
+            evaluate_codes(q, db, *(x.astype(dtype) if x.ndim == 2 else x for x in bad))
+    with pytest.raises(InputError, match=r"one row of 12 class ids goes in as q_labels\[0\]"):
+        evaluate_codes(q, db, np.minimum(a, 1)[None], np.minimum(b, 1)[None])
+
+
+def test_labels_that_are_refused():
+    q, db, _, _ = problem(seed=25)
+    a, b = np.arange(12), np.arange(40)
+    for message, labels in {
+        "must not be masked": np.ma.masked_array(a, a == 3),
+        "must be labels, got list": [[1], [1, 2]],
+        "below 2.63": np.full(12, 2**63, np.uint64),
+        "got object": np.array([None] * 12),
+        "got <U1": np.array(["a"] * 12),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            evaluate_codes(q, db, labels, b)
+
+
 CODES, LABELS = np.zeros((3, 2), dtype=np.uint8), np.array([0, 1, 2])
 VECTORS = np.ones((3, 4))
 BAD_CODES = {
@@ -424,8 +647,19 @@ BAD_CODES = {
     "multi-hot": {"q_labels": np.full((3, 1), 2)},
     "integer class ids": {"q_labels": LABELS.astype(float)},
     "all, topk_hits, topk_R, topk_min, map_at_r, first_k_hits, hits_skip, sephfamily": {"convention": "mean"},
-    "index, tie_aware, optimistic, pessimistic": {"ties": "random"},
+    "index, tie_aware, optimistic, pessimistic, threshold": {"ties": "random"},
     "pairs must be": {"pairs": np.array([0, 1, 3])},
+    "pairs must be .*got <U1": {"pairs": ["a", "b", "c"]},
+    "bits must be an integer": {"bits": "16"},
+    "bits must be an integer .*got 12.0": {"bits": 12.0},
+    "threads must be an integer": {"threads": "2"},
+    "k must be an integer .*got '3'": {"k": "3"},
+    "k must be an integer .*got True": {"k": True},
+    "convention must be one of": {"convention": None},
+    "must not be masked": {"q": np.ma.masked_array(CODES, CODES == 0)},
+    "not packed yet": {"q": np.zeros((3, 64), np.uint8), "db": np.zeros((3, 64), np.uint8), "bits": 64},
+    r"meant as x.view\(uint8\)": {"q": CODES.astype(np.int8)},
+    "big-endian": {"db": np.full((3, 2), 255, dtype=np.uint8), "bits": 9},
 }
 
 
@@ -443,6 +677,10 @@ BAD_VECTORS = {
     "one width": {"query": np.ones((3, 5))},
     "N and d of 1 or more": {"query": np.ones((0, 4)), "q_labels": LABELS[:0]},
     "real numbers": {"query": VECTORS * 1j},
+    "dense array": {"query": torch.ones(3, 4).to_sparse()},
+    "without a mask": {"query": np.ma.masked_array(VECTORS, VECTORS > 0)},
+    "got list": {"query": VECTORS.tolist()},
+    "must hold real numbers, got <U1": {"query": np.array([["a"] * 4] * 3)},
 }
 
 
