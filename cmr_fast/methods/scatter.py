@@ -257,7 +257,7 @@ class Scatter(Classifier):
 
     def _pgd(self, steps: int) -> PGD:
         eps = self.config.eps
-        return PGD(self, eps, eps / 4 if eps else 1.0, steps, check=False, progress=False)
+        return PGD(self, eps, None, steps, check=False, progress=False)
 
 
 class Madry(Scatter):

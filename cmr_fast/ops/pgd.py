@@ -32,18 +32,38 @@ def pgd_step_(
 ) -> Tensor:
     """Move x along the gradient, back into the ball around origin, and into the box. Changes x and returns it.
 
-    x, gradient, origin    float (B, ...), x contiguous; dimension 1 is the channel
-    alpha, eps, bounds     a number, (B,) for every sample, (1, C) for every channel, or (B, C); eps and bounds in the
-                           units of x. L2 takes one alpha and one eps a sample
-    norm                   linf: x <- clip(origin + clip(x + alpha sign(g) - origin, -eps, eps)), bit for bit the eager
-                           formula in float32; a gradient that is NaN does not move x
-                           l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero
-                           does not move x, nor does one that is not finite
-    broken, step           int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`
+    Parameters
+    ----------
+    x, gradient, origin
+        Float (B, ...), x contiguous; dimension 1 is the channel.
+    alpha, eps, bounds
+        A number, (B,) for every sample, (1, C) for every channel, or (B, C); eps and bounds in the units of x. L2 takes
+        one alpha and one eps a sample.
+    norm
+        linf: x <- clip(origin + clip(x + alpha sign(g) - origin, -eps, eps)), bit for bit the eager formula in float32;
+        a gradient that is NaN does not move x.
+        l2: x <- x + alpha g / |g|, delta <- delta min(1, eps / |delta|), clip; a gradient of zero does not move x, nor
+        does one that is not finite.
+    broken, step
+        int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`.
+    backend, threads
+        None: the first backend that fits, as many threads as torch has.
 
+    Returns
+    -------
+    Tensor
+        x itself.
+
+    Raises
+    ------
+    InputError
+        For tensors that do not go together, and a backend that cannot run.
+
+    Notes
+    -----
     gradient and origin may be x itself, or share its memory: they are read as they were before. The step has no
     derivative: x must not require grad where grads are enabled, and its version is counted as by torch's own in-place
-    operators.
+    operators. No bit of a sample depends on its batch.
     """
     alpha, eps, low, high = check_step(x, gradient, origin, alpha, eps, bounds, norm, broken)
     torch.ops.cmr_fast.pgd_step_(
@@ -105,11 +125,33 @@ def as_values(value: Value, x: Tensor, name: str) -> Tensor:
 def pgd_noise(
     index: Tensor, count: int, *, seed: int = 0, backend: str | None = None, threads: int | None = None
 ) -> Tensor:
-    """Uniform numbers in (-1, 1), float32 (B, count): row i depends on the seed and on index[i] alone.
+    """Uniform numbers in (-1, 1): row i depends on the seed and on index[i] alone.
 
-    index    int64 (B,), a sample's number in its data set, say: its noise is the same in every batch and on every
-             device, bit for bit
-    seed     0 to 2^64 - 1
+    Parameters
+    ----------
+    index
+        int64 (B,), a sample's number in its data set, say: its noise is the same in every batch and on every device,
+        bit for bit.
+    count
+        How many numbers a sample.
+    seed
+        0 to 2^64 - 1.
+    backend, threads
+        None: the first backend that fits, as many threads as torch has.
+
+    Returns
+    -------
+    Tensor
+        float32 (B, count).
+
+    Raises
+    ------
+    InputError
+        For an index, count or seed of another kind, and a backend that cannot run.
+
+    Notes
+    -----
+    Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
         raise InputError(f"index must be an int64 tensor (B,), got {_kind(index)}")
@@ -119,7 +161,8 @@ def pgd_noise(
         raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}")
     # torch's schemas know signed integers only
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
+    noise: Tensor = torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
+    return noise
 
 
 def _kind(x: object) -> str:
@@ -209,10 +252,10 @@ def _torch_step(
     if l2:
         usable = finite.reshape(-1, *[1] * (flat.ndim - 1))
         g = torch.where(usable, g, torch.zeros_like(g)).double()
-        norm = _norm(g)
+        norm = row_norms(g)
         moved = flat + (alpha.double() / torch.where(norm > 0, norm, 1.0) * g).to(x.dtype)
         delta = moved - start
-        distance = _norm(delta.double())
+        distance = row_norms(delta)
         factor = torch.where(distance > eps, eps.double() / distance, 1.0).to(x.dtype)
         found = torch.minimum(torch.maximum(start + delta * factor, low), high)
         flat.copy_(torch.where(usable, found, flat))
@@ -222,9 +265,24 @@ def _torch_step(
     flat.copy_(torch.minimum(torch.maximum(start + delta, low), high))
 
 
-def _norm(x: Tensor) -> Tensor:
-    """(B, ...) -> (B, 1, ...)"""
-    return x.square().sum(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
+def row_sums(x: Tensor) -> Tensor:
+    """Sums of each sample, (B, ...) -> float64 (B, 1, ...): by halves, so that no bit depends on the batch.
+
+    torch's own sum picks its order by the whole shape.
+    """
+    total = x.double().flatten(1)
+    if not total.shape[1]:
+        total = total.new_zeros((len(x), 1))
+    while (width := total.shape[1]) > 1:
+        half = width // 2
+        folded = total[:, :half] + total[:, half : 2 * half]
+        total = torch.cat([folded, total[:, 2 * half :]], dim=1) if width % 2 else folded
+    return total.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms of each sample, (B, ...) -> float64 (B, 1, ...)."""
+    return row_sums(x.double().square()).sqrt()
 
 
 def _noise(index: Tensor, count: int, seed: int, backend: str | None, threads: int | None) -> Tensor:
