@@ -8,7 +8,9 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from cmr_fast.attacks.base import Attack, Options, Problem, whole
+from cmr_fast.attacks.base import Attack, Options
+from cmr_fast.attacks.problem import Problem
+from cmr_fast.attacks.settings import flag, whole
 from cmr_fast.attacks.victim import Model, Victim
 from cmr_fast.errors import InputError
 
@@ -21,7 +23,7 @@ class _Borrowed(Attack):
 
     def __init__(self, model: Model, eps: float, settings: dict[str, Any], **options: Unpack[Options]) -> None:
         super().__init__(model, eps=eps, **options)
-        if not isinstance(eps, (int, float)):
+        if not isinstance(self.eps, (int, float)):
             raise InputError(f"torchattacks' {self.kind} takes one eps, a number, got {type(eps).__name__}")
         bounds = tuple(float(v) if isinstance(v, (int, float)) else None for v in self.bounds)
         if bounds != (0.0, 1.0):
@@ -132,4 +134,4 @@ class FAB(_Borrowed):
         **options: Unpack[Options],
     ) -> None:
         counts = {"steps": whole("steps", steps, 1), "n_restarts": whole("restarts", restarts, 1)}
-        super().__init__(model, eps, {**counts, "multi_targeted": targeted}, **options)
+        super().__init__(model, eps, {**counts, "multi_targeted": flag("targeted", targeted)}, **options)

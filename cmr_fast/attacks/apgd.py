@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from cmr_fast.attacks import losses
-from cmr_fast.attacks.base import Attack, Options, Problem, Progress, check_number, whole
+from cmr_fast.attacks.base import Attack, Options, Progress
+from cmr_fast.attacks.problem import Problem
+from cmr_fast.attacks.settings import flag, real, whole
 from cmr_fast.attacks.victim import Model
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
@@ -63,9 +65,8 @@ class APGD(Attack):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(model, eps=eps, **options)
-        check_number("rho", rho, 0.0, 1.0)
         self.steps, self.restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
-        self.rho, self.early_stop = rho, early_stop
+        self.rho, self.early_stop = real("rho", rho, 0.0, 1.0), flag("early_stop", early_stop)
 
     def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[losses.Loss, Tensor]]:
         """What each run raises, and what it compares the outputs with."""
@@ -76,7 +77,7 @@ class APGD(Attack):
         clean = call.victim.scores(problem.origin)
         call.check_classes(clean, problem.labels)
         result, best = problem.origin.clone(), clean.new_full((len(clean),), -torch.inf)
-        history = call.loss(clean, problem.labels).detach().expand(self.steps, -1).clone()
+        history = call.values(clean, problem.labels).expand(self.steps, -1).clone()
         alive = (~problem.fooled(clean, problem.origin)).nonzero()[:, 0]
         runs = self._runs(problem, clean)
         with Progress(self.progress, self.steps * len(runs), type(self).__name__) as progress:

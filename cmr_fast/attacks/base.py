@@ -3,12 +3,11 @@
 Inputs are in `bounds`, eps in the same units. What the model itself wants (`normalize`) happens inside the gradient.
 """
 
-import operator
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
@@ -18,16 +17,15 @@ from torch import Tensor
 from cmr_fast import _terminal
 from cmr_fast.attacks import losses
 from cmr_fast.attacks.habits import Habits
+from cmr_fast.attacks.problem import INSIDE, Call, Problem, Success, refuse_outside
+from cmr_fast.attacks.settings import flag, numbers, whole
 from cmr_fast.attacks.victim import Model, Victim, widened
 from cmr_fast.errors import InputError
-from cmr_fast.ops.pgd import NORMS, Norm, Value, as_values, pgd_noise, row_norms
+from cmr_fast.ops.pgd import NORMS, Norm, Value, as_values, row_norms
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 Labels = Any  # numpy array, torch tensor or list; with a loss of one's own whatever it takes
-Success = Callable[[Tensor, Tensor], Tensor]
 SLOW = 5.0  # seconds until an attack that was not asked to shows its progress
-STREAM = 0x9E3779B97F4A7C15  # seeds of restarts and of other kinds of noise are this far apart
-INSIDE = 2.0**-19  # of eps: L2 norms are at most eps in float32 arithmetic too
 _COUNTING = threading.Lock()
 _BAR = threading.Lock()  # rich draws one at a time
 
@@ -75,134 +73,6 @@ class AttackInfo:
     queries: int
 
 
-@dataclass
-class Call:
-    """What one call of an attack goes by: the victim while it is attacked, and what is raised and counted."""
-
-    victim: Victim
-    loss: losses.Loss
-    success: Success | None
-    classifier: bool
-    checked: bool = False
-
-    def check_classes(self, outputs: Tensor, labels: Tensor) -> None:
-        """The labels against the model's classes, once a call."""
-        if not self.classifier or self.checked:
-            return
-        self.checked = True
-        if outputs.ndim != 2 or outputs.shape[1] < 2:
-            raise InputError(
-                f"a named loss needs logits (B, classes) of two classes or more, got {tuple(outputs.shape)}"
-            )
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= outputs.shape[1]):
-            bad = int(((labels < 0) | (labels >= outputs.shape[1])).nonzero()[0])
-            raise InputError(f"y must be labels from 0 to {outputs.shape[1] - 1}, sample {bad} has {int(labels[bad])}")
-
-
-@dataclass
-class Problem:
-    """One call's samples: float32 (or float64), contiguous, with the ball and the box as (1 or B, 1 or C) tensors."""
-
-    call: Call
-    origin: Tensor
-    labels: Tensor
-    index: Tensor
-    eps: Tensor
-    low: Tensor
-    high: Tensor
-    norm: Norm = "linf"
-    strict: bool = False
-    dtype: torch.dtype | None = None  # that results are returned in; None: origin's
-    exact_eps: Tensor = field(default_factory=lambda: torch.zeros((1, 1), dtype=torch.float64))  # as the user gave it
-
-    def rows(self, chosen: Tensor) -> "Problem":
-        """The same of the samples chosen, by number or by mask."""
-        names = ("eps", "low", "high", "exact_eps")
-        values = {name: v[chosen] if len(v := getattr(self, name)) > 1 else v for name in names}
-        return replace(self, origin=self.origin[chosen], labels=self.labels[chosen], index=self.index[chosen], **values)
-
-    def spread(self, value: Tensor) -> Tensor:
-        """(1 or B, 1 or C) so that it broadcasts over the samples."""
-        if self.origin.ndim < 2:
-            return value.reshape(-1, *[1] * (self.origin.ndim - 1))
-        return value.reshape(*value.shape, *[1] * (self.origin.ndim - 2))
-
-    def boxed(self, x: Tensor) -> Tensor:
-        """x clipped to the bounds."""
-        return torch.minimum(torch.maximum(x, self.spread(self.low)), self.spread(self.high))
-
-    def step(self, x: Tensor, along: Tensor, size: Tensor, broken: Tensor, step: int) -> Tensor:
-        """ops.pgd_step_ on x, its arguments checked once and for all; x itself."""
-        torch.ops.cmr_fast.pgd_step_(
-            x, along, self.origin, size, self.eps, self.low, self.high, broken, step, self.norm == "l2", None, None
-        )
-        return x
-
-    @property
-    def rounds(self) -> bool:
-        """Whether what is returned is another point than the one that the attack has found."""
-        return self.norm != "linf" or self.strict or self.dtype not in (None, self.origin.dtype)
-
-    def returned(self, x: Tensor) -> Tensor:
-        """x as it is returned: in the caller's type, and still in the ball and the box.
-
-        A float32 L-inf result in the cube [fl(x - eps), fl(x + eps)] is left as it is, bit for bit what other libraries
-        give, unless `strict`: the rounded edge can lie half a unit in the last place outside. Everything else (L2,
-        16-bit types) is rounded towards the origin, so that |x - origin| <= eps holds exactly.
-        """
-        if not self.rounds:
-            return x
-        dtype = self.dtype or x.dtype
-        origin = self.origin.double()
-        eps = self.spread(self.exact_eps.to(x.device))
-        delta = x.double() - origin
-        if self.norm == "linf":
-            delta = torch.minimum(torch.maximum(delta, -eps), eps)
-        else:
-            length = row_norms(delta)
-            most = eps * (1 - INSIDE / 2)
-            delta = delta * torch.where(length > most, most / length, 1.0)
-        low, high = self.spread(self.low).double(), self.spread(self.high).double()
-        target = torch.minimum(torch.maximum(origin + delta, low), high)
-        out, home = target.to(dtype), self.origin.to(dtype)
-        for _ in range(2):  # rounding is off by one step at most, of the wider spacing
-            over = (out.double() - origin).abs() > (target - origin).abs()
-            out = torch.where(over, torch.nextafter(out, home), out)
-        return out
-
-    def fooled(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """Who fools the model, bool (B,), judged by what would be returned and by the model's own outputs."""
-        success, victim = self.call.success, self.call.victim
-        if success is None:
-            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        mask = success(outputs, self.labels)
-        if not (victim.approximate or self.rounds) or not bool(mask.any()):
-            return mask
-        rows = mask.nonzero()[:, 0]
-        part = self.rows(rows)
-        out = part.returned(x[rows])
-        if not victim.approximate:  # the outputs are those of the points that rounding leaves as they are
-            moved = (out != x[rows].to(out.dtype)).flatten(1).any(dim=1)
-            rows, out = rows[moved], out[moved]
-        if len(rows):
-            mask = mask.clone()
-            mask[rows] = success(victim.scores(out), self.labels[rows])
-        return mask
-
-    def noise(self, seed: int, stream: int, count: int) -> Tensor:
-        """(B, count) in (-1, 1), a sample's by its number."""
-        noise = pgd_noise(self.index, count, seed=(seed + stream * STREAM) % 2**64)
-        return noise.to(self.origin.dtype)
-
-    def directions(self, seed: int, stream: int) -> tuple[Tensor, Tensor]:
-        """A random unit vector like origin for each sample, and a uniform number (B, 1, ...), both float64."""
-        each = self.origin[0].numel()
-        u = (self.noise(seed, stream, 2 * each + 1).double() + 1) / 2
-        normal = (-2 * u[:, :each].log()).sqrt() * (2 * torch.pi * u[:, each : 2 * each]).cos()  # Box and Muller
-        unit = normal / row_norms(normal).clamp(min=1e-30)
-        return unit.reshape(self.origin.shape), u[:, -1].reshape(-1, *[1] * (self.origin.ndim - 1))
-
-
 class Attack(Habits):
     """Calling habits, checks and bookkeeping; a subclass says how x moves in `_perturb`.
 
@@ -232,7 +102,7 @@ class Attack(Habits):
         progress: bool | None = None,
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
+        if not isinstance(norm, str) or norm not in NORMS:
             raise InputError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
         if generator is not None:
             if not isinstance(generator, torch.Generator):
@@ -240,21 +110,18 @@ class Attack(Habits):
                     f"generator must be a torch.Generator, got {type(generator).__name__}: seed= is a number"
                 )
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        seed = whole("seed", seed, 0)
-        if seed >= 2**64:
-            raise InputError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}")
-        check_values("eps", eps, least=0.0)
+        eps = numbers("eps", eps, 0.0)
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
             raise InputError(f"bounds must be (low, high), got {bounds!r}")
-        for value in bounds:
-            check_values("bounds", value)
+        low, high = (numbers("bounds", value) for value in bounds)
         if success is not None and not callable(success):
             raise InputError(f"success must be a function (outputs, y) -> bool (B,), got {type(success).__name__}")
-        self.victim = Victim(model, normalize, dtype, channels_last, fold)
-        self.eps, self.norm, self.bounds, self.strict = eps, norm, (bounds[0], bounds[1]), strict
+        self.victim = Victim(model, normalize, dtype, flag("channels_last", channels_last), flag("fold", fold))
+        self.eps, self.norm, self.bounds, self.strict = eps, norm, (low, high), flag("strict", strict)
         self.loss, self.classifier = losses.find(loss), isinstance(loss, str)
         self.success = success or (misclassified if self.classifier else None)
-        self.seed, self.check, self.progress = seed, check, progress
+        self.seed, self.check = whole("seed", seed, 0, 2**64 - 1), flag("check", check)
+        self.progress = None if progress is None else flag("progress", progress)
         self.seen = 0  # samples attacked so far: the next one's number, for its noise
 
     @property
@@ -347,7 +214,7 @@ class Attack(Habits):
             call = self._call(victim)
             scores, labels = victim.scores(self._to_pixels(images.clone())), labels.clone()
             call.check_classes(scores, labels)
-            return None if call.success is None else call.success(scores, labels), call.loss(scores, labels).detach()
+            return call.judge(scores, labels), call.values(scores, labels)
 
     def checked(self, x: Any, y: Labels) -> tuple[Tensor, Tensor, bool]:
         """The arguments of a call, checked.
@@ -376,8 +243,8 @@ class Attack(Habits):
             seen = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(x).__name__
             pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
             raise InputError(f"x must be floats (B, ...), got {seen}{': divide pixels by 255' if pixels else ''}")
-        if images.layout != torch.strided:
-            raise InputError(f"x must be a dense tensor, got {images.layout}")
+        if images.layout != torch.strided or images.is_meta:
+            raise InputError(f"x must be a dense tensor with values, got {images.layout} on {images.device}")
         if self.device is not None:
             images = images.to(self.device)
         try:
@@ -416,7 +283,7 @@ class Attack(Habits):
         problem = Problem(
             self._call(victim), wide, labels, numbers, eps, low, high, self.norm, self.strict, images.dtype, exact
         )
-        _check_inputs(problem)
+        refuse_outside(problem)
         return problem
 
     def _numbers(self, images: Tensor, index: object) -> Tensor:
@@ -440,7 +307,7 @@ class Attack(Habits):
         """The bounds' order, and an L-inf radius that forgot its / 255."""
         if not bool((low < high).all()):
             raise InputError(f"bounds must be (low, high) with low below high, got {self.bounds}")
-        eps, width = float(torch.as_tensor(self.eps).max()), float((high - low).max())
+        eps, width = float(torch.as_tensor(self.eps, dtype=torch.float64).max()), float((high - low).max())
         if self.norm == "linf" and eps > width * (1 + 1e-6):
             raise InputError(
                 f"eps must be at most {width:g}, the width of the bounds, got {eps:g}: is a / 255 missing?"
@@ -464,11 +331,10 @@ class Attack(Habits):
         call, labels = problem.call, problem.labels
         scores = call.victim.scores(out)
         call.check_classes(scores, labels)
-        loss = call.loss(scores, labels).detach()
+        loss = call.values(scores, labels)
         delta = (out.double() - problem.origin.double()).flatten(1)
         norm = delta.abs().amax(dim=1) if self.norm == "linf" else row_norms(delta)[:, 0]
-        success = None if call.success is None else call.success(scores, labels)
-        return AttackInfo(success, loss, norm, history, call.victim.queries)
+        return AttackInfo(call.judge(scores, labels), loss, norm, history, call.victim.queries)
 
     def _checked_start(self, start: object, problem: Problem) -> Tensor:
         try:
@@ -506,88 +372,6 @@ def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
         bool (B,).
     """
     return logits.argmax(dim=1) != labels
-
-
-def quarter(eps: Value) -> Value:
-    """eps / 4, the step of alpha=None; where eps is 0 any step above it.
-
-    Parameters
-    ----------
-    eps
-        A number, or numbers of any shape.
-    """
-    if isinstance(eps, (int, float)):
-        return eps / 4 or 1.0
-    part = torch.as_tensor(eps) / 4
-    return torch.where(part > 0, part, 1.0)
-
-
-def whole(name: str, value: object, least: int) -> int:
-    """An integer of `least` or more, of Python's or numpy's."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise InputError(f"{name} must be an integer of {least} or more, got {value!r}")
-    return number
-
-
-def check_values(name: str, value: Value, least: float | None = None, above: bool = False) -> None:
-    """Refuse what is no finite number or numbers, of `least` or more."""
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{name} must be a number or numbers, got {value!r}") from error
-    if not bool(tensor.isfinite().all()) or not tensor.numel():
-        raise InputError(f"{name} must be finite{_limit(least, above)}, got {value}")
-    if least is not None and not bool(((tensor > least) if above else (tensor >= least)).all()):
-        raise InputError(f"{name} must be finite{_limit(least, above)}, got {value}")
-
-
-def check_number(name: str, value: object, least: float, most: float, above: bool = False) -> None:
-    """Refuse what is no real number from least to most."""
-    real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not real or not (least < value <= most if above else least <= value <= most):  # type: ignore[operator]
-        end = "" if most == float("inf") else f" and at most {most:g}"
-        raise InputError(f"{name} must be a number{_limit(least, above)}{end}, got {value!r}")
-
-
-def _limit(least: float | None, above: bool) -> str:
-    return "" if least is None else f" and {'above' if above else 'at least'} {least:g}"
-
-
-def _check_inputs(problem: Problem) -> None:
-    wide = problem.origin
-    if not len(wide):
-        return
-    if not bool(wide.isfinite().all()):
-        bad = int((~wide.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"x must be finite, sample {bad} is not")
-    low, high = problem.spread(problem.low), problem.spread(problem.high)
-    beyond = torch.maximum(low - wide, wide - high)
-    outside = beyond > 0
-    if not bool(outside.any()):
-        return
-    least, most = float(wide.min()), float(wide.max())
-    bounds = (float(problem.low.min()), float(problem.high.max()))
-    share, width = float(outside.double().mean()), float((high - low).max())
-    message = f"x must lie in bounds {bounds}, got values from {least:.8g} up to {most:.8g}"
-    if float(beyond.max()) <= 0.01 * width or (share < 0.01 and float(beyond.max()) <= 0.3 * width):
-        bad = int(outside.flatten(1).any(1).nonzero()[0])
-        message += (
-            f": {int(outside.sum())} of {wide.numel()} values lie outside, by at most {float(beyond.max()):.3g} (first "
-            f"in sample {bad}), as resizing and rounding leave them; clip them first, x.clip({bounds[0]:g}, "
-            f"{bounds[1]:g})"
-        )
-    elif bounds == (0.0, 1.0) and most > 4:
-        message += ": these look like pixels from 0 to 255; divide by 255, or pass bounds=(0, 255) and eps in pixels"
-    elif bounds == (0.0, 1.0):
-        message += (
-            ": these look normalised. Pass pixels from 0 to 1 and normalize=(mean, std), which happens inside "
-            "the attack, or say which bounds and eps the normalised values have: (1, C), a value a channel"
-        )
-    raise InputError(message)
 
 
 class Progress:

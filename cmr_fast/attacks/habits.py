@@ -49,7 +49,18 @@ class Habits:
         self.normalization_used = {"mean": mean.float().reshape(shape), "std": std.float().reshape(shape)}
 
     def set_device(self, device: torch.device | str) -> None:
-        """Move inputs to this device before they are attacked; what is returned lies there too."""
+        """Move inputs to this device before they are attacked; what is returned lies there too.
+
+        Parameters
+        ----------
+        device
+            'cpu', 'cuda:0', ...
+
+        Raises
+        ------
+        InputError
+            For what is no device.
+        """
         try:
             self.device = torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -62,6 +73,11 @@ class Habits:
 
         cuDNN's recurrent networks have a gradient in training mode only. Modes, running statistics and the rest of the
         model are put back after every call.
+
+        Parameters
+        ----------
+        model_training, batchnorm_training, dropout_training
+            Which parts are in training mode.
         """
         self.victim.training = (model_training, batchnorm_training, dropout_training)
         if model_training and (batchnorm_training or dropout_training):
@@ -76,15 +92,44 @@ class Habits:
         self._set_mode("default", False)
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
-        """Labels are the classes to reach."""
+        """Labels are the classes to reach.
+
+        Parameters
+        ----------
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For an attack or a loss that has no targets.
+        """
         self._set_mode("targeted(label)", "label")
 
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
-        """Each sample towards a random class other than its label."""
+        """Each sample towards a random class other than its label.
+
+        Parameters
+        ----------
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For an attack or a loss that has no targets.
+        """
         self._set_mode("targeted(random)", "random")
 
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
         """Each sample towards the class that the model gives the kth lowest score, the label left out.
+
+        Parameters
+        ----------
+        kth_min
+            1 is the least likely class.
+        quiet
+            As of torchattacks; nothing is printed anyway.
 
         Raises
         ------
@@ -96,7 +141,20 @@ class Habits:
         self._set_mode("targeted(least-likely)", kth_min)
 
     def set_mode_targeted_by_function(self, target_map_function: TargetMap, quiet: bool = False) -> None:
-        """Each sample towards target_map_function(inputs, labels), int (B,)."""
+        """Each sample towards target_map_function(inputs, labels), int (B,).
+
+        Parameters
+        ----------
+        target_map_function
+            (inputs, labels) -> int (B,).
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For what is no function, and an attack or a loss that has no targets.
+        """
         if not callable(target_map_function):
             raise InputError(f"target_map_function must be a function (inputs, labels), got {target_map_function!r}")
         self._set_mode("targeted(custom)", target_map_function)
@@ -115,7 +173,8 @@ class Habits:
         low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in self.bounds)  # type: ignore[attr-defined]
         low, high = (v if v.ndim < 2 else v.reshape(*v.shape, 1, 1) for v in (low, high))
         boxed = torch.minimum(torch.maximum(pixels, low), high)
-        return torch.where((boxed - pixels).abs() <= 1e-5 * (high - low), boxed, pixels)
+        rounding = max(1e-5, 4 * torch.finfo(x.dtype).eps)
+        return torch.where((boxed - pixels).abs() <= rounding * (high - low), boxed, pixels)
 
     def _from_pixels(self, x: Tensor) -> Tensor:
         if self.normalization_used is None:

@@ -165,6 +165,32 @@ def find(loss: str | Loss) -> Loss:
     return NAMED[loss]
 
 
+def one_each(values: object, count: int) -> Tensor:
+    """What a loss has returned, checked.
+
+    Parameters
+    ----------
+    values
+        Of a loss.
+    count
+        Samples B.
+
+    Returns
+    -------
+    Tensor
+        Float (B,).
+
+    Raises
+    ------
+    InputError
+        For anything else.
+    """
+    if isinstance(values, Tensor) and values.shape == (count,) and values.is_floating_point():
+        return values
+    seen = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise InputError(f"loss must return one value a sample, float ({count},), got {seen}")
+
+
 def ranking_ce(scores: Tensor, relevant: Tensor) -> Tensor:
     """-log of the softmax mass on the relevant items.
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from cmr_fast.attacks import losses
-from cmr_fast.attacks.base import Attack, Call, Options, Problem, Progress, check_number, check_values, quarter, whole
+from cmr_fast.attacks.base import Attack, Options, Progress
 from cmr_fast.attacks.habits import TargetMap
+from cmr_fast.attacks.problem import Call, Problem
+from cmr_fast.attacks.settings import flag, numbers, quarter, real, whole
 from cmr_fast.attacks.victim import Model, Victim
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value, as_values, pgd_noise, row_sums
@@ -108,9 +110,9 @@ class PGD(Attack):
         eps: Value = 8 / 255,
         alpha: Value | None = 2 / 255,
         steps: int = 10,
+        random_start: bool = True,
         *,
         targeted: Targeted = False,
-        random_start: bool = True,
         restarts: int = 1,
         momentum: float | None = None,
         early_stop: bool = False,
@@ -118,16 +120,16 @@ class PGD(Attack):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(model, eps=eps, **options)
-        alpha = quarter(eps) if alpha is None else alpha
-        check_values("alpha", alpha, 0.0, above=True)
+        alpha = numbers("alpha", quarter(self.eps) if alpha is None else alpha, 0.0, above=True)
+        random_start, early_stop = flag("random_start", random_start), flag("early_stop", early_stop)
         steps, restarts = whole("steps", steps, 0), whole("restarts", restarts, 1)
         if momentum is not None:
-            check_number("momentum", momentum, 0.0, 1e30)
+            momentum = real("momentum", momentum, 0.0, 1e30)
         if restarts > 1 and not random_start:
             raise InputError(f"{restarts} restarts without a random start would be one and the same run")
         if early_stop and self.success is None:
             raise InputError("early_stop needs to know what success is: pass success=(outputs, y) -> bool (B,)")
-        if graph and early_stop:
+        if flag("graph", graph) and early_stop:
             raise InputError("graph=True replays a fixed loop, early_stop changes it: choose one")
         if graph and (self.victim.channels_last or self.victim.fold):
             raise InputError("graph=True reads the model's own weights, channels_last and fold copies: choose one")
@@ -277,8 +279,9 @@ class PGD(Attack):
         call = problem.call
         outputs = call.victim.scores(problem.returned(result))
         values = self._objective(call)(outputs, targets).reshape(self.restarts, count)
-        if call.success is not None:
-            fooled = call.success(outputs, problem.labels).reshape(self.restarts, count)
+        mask = call.judge(outputs, problem.labels)
+        if mask is not None:
+            fooled = mask.reshape(self.restarts, count)
             values = torch.where(fooled | ~fooled.any(dim=0), values, -torch.inf)
         kept = values.argmax(dim=0) * count + torch.arange(count, device=result.device)
         return result[kept], history[:, kept]
@@ -351,9 +354,9 @@ class FGSM(PGD):
     """
 
     def __init__(self, model: Model, eps: Value = 8 / 255, **options: Unpack[PGDOptions]) -> None:
-        check_values("eps", eps, 0.0)
-        largest = torch.as_tensor(eps, dtype=torch.float64)
-        alpha = eps if bool((largest > 0).all()) else torch.where(largest > 0, largest, 1.0)
+        eps = numbers("eps", eps, 0.0)
+        radii = torch.as_tensor(eps, dtype=torch.float64)
+        alpha = eps if bool((radii > 0).all()) else torch.where(radii > 0, radii, 1.0)
         options.setdefault("random_start", False)
         super().__init__(model, eps, alpha, 1, **options)
 
@@ -411,7 +414,7 @@ class CW(PGD):
         kappa: float = 50.0,
         **options: Unpack[PGDOptions],
     ) -> None:
-        check_number("kappa", kappa, 0.0, float("inf"))
+        kappa = real("kappa", kappa, 0.0, float("inf"))
         options.setdefault("loss", "cw")
         super().__init__(model, eps, alpha, steps, **options)
         self.kappa = kappa

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmr_fast.attacks import registry
-from cmr_fast.attacks.base import Attack, Options, check_number, whole
+from cmr_fast.attacks.base import Attack, Options
 from cmr_fast.attacks.losses import ranking_ce, ranking_dlr, ranking_margin
+from cmr_fast.attacks.settings import real, whole
 from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.attacks.victim import Victim
 from cmr_fast.errors import InputError
@@ -76,7 +77,13 @@ class Ranker(nn.Module):
         self.register_buffer("gallery", F.normalize(signs if codes else gallery.float(), dim=1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (B, N), which have a gradient."""
+        """Scores (B, N), which have a gradient.
+
+        Parameters
+        ----------
+        x
+            Inputs (B, ...).
+        """
         embedded, gallery = self._embedded(x), self.get_buffer("gallery")
         unit = embedded.tanh() / embedded.shape[1] ** 0.5 if self.codes else F.normalize(embedded, dim=1)
         return torch.mm(self.scale * unit, gallery.T)
@@ -202,8 +209,8 @@ def recall_under_attack(
     """
     _check(x, gallery, relevant, k, codes)
     restarts, batch = whole("restarts", restarts, 1), whole("batch", batch, 1)
-    check_number("scale", scale, 0.0, float("inf"), above=True)
-    seed = whole("seed", options.pop("seed", 0), 0)
+    scale = real("scale", scale, 0.0, 1e30, above=True)
+    seed = whole("seed", options.pop("seed", 0), 0, 2**63)
     makers = _makers(attacks, len(gallery), surrogate)
     model = Ranker(encode, gallery, scale=scale, codes=codes)
     hits = {"clean": _hits(model, x, relevant, k, None, batch)}

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmr_fast.attacks import losses
-from cmr_fast.attacks.base import Array, AttackInfo, Call, Labels, Problem, check_number, misclassified, whole
+from cmr_fast.attacks.base import Array, AttackInfo, Labels, misclassified
 from cmr_fast.attacks.pgd import PGD
+from cmr_fast.attacks.problem import Call, Problem
+from cmr_fast.attacks.settings import real, whole
 from cmr_fast.attacks.victim import Model, Victim
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Norm, Value
@@ -96,14 +98,13 @@ class FeatureScatter(PGD):
         if refused := [name for name in NOT_OURS if name in options]:
             raise InputError(f"feature scattering has a loss of its own, over all samples: it takes no {refused[0]}")
         super().__init__(model, eps, alpha, steps, **options)
-        if solver not in ("sinkhorn", "ipot"):
+        if not isinstance(solver, str) or solver not in ("sinkhorn", "ipot"):
             raise InputError(f"solver must be 'sinkhorn' or 'ipot', got {solver!r}")
-        if ot_grad not in ("envelope", "unrolled"):
+        if not isinstance(ot_grad, str) or ot_grad not in ("envelope", "unrolled"):
             raise InputError(f"ot_grad must be 'envelope' or 'unrolled', got {ot_grad!r}")
-        check_number("reg", reg, 0.0, float("inf"), above=True)
-        check_number("tol", tol, 0.0, float("inf"))
         self.group = None if group is None else whole("group", group, 1)
-        self.solver, self.reg, self.tol, self.ot_grad = solver, reg, tol, ot_grad
+        self.solver, self.ot_grad = solver, ot_grad
+        self.reg, self.tol = real("reg", reg, 0.0, 1e30, above=True), real("tol", tol, 0.0, float("inf"))
         self.max_iter = {"sinkhorn": 100, "ipot": 50}[solver] if max_iter is None else whole("max_iter", max_iter, 0)
 
     @overload
@@ -138,7 +139,18 @@ class FeatureScatter(PGD):
         return super().__call__(x, y, index=index, start=start, return_info=return_info)
 
     def checked(self, x: Any, y: Labels) -> tuple[Tensor, Tensor, bool]:
-        """As of the other attacks; without labels, -1 for each."""
+        """As of the other attacks; without labels, -1 for each.
+
+        Parameters
+        ----------
+        x, y
+            As of a call.
+
+        Returns
+        -------
+        images, labels, was_numpy
+            As of the other attacks.
+        """
         none = np.full(len(x), -1) if y is None and hasattr(x, "__len__") else y
         return super().checked(x, none)
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmr_fast.attacks.base import Attack, Options, Problem, Progress, check_number, whole
+from cmr_fast.attacks.base import Attack, Options, Progress
+from cmr_fast.attacks.problem import Problem
+from cmr_fast.attacks.settings import real, whole
 from cmr_fast.attacks.victim import Model
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
@@ -66,16 +68,15 @@ class LocalSearch(Attack):
         batch: int = 1024,
         **options: Unpack[Options],
     ) -> None:
-        if options.get("norm", "linf") != "linf":
-            raise InputError(f"the ball of a local search is L-inf, got norm={options['norm']!r}")
         # without a radius the ball is the box
         super().__init__(model, eps=0.0 if eps is None else eps, **options)
+        if self.norm != "linf":
+            raise InputError(f"the ball of a local search is L-inf, got norm={self.norm!r}")
         if eps is None:
             low, high = (torch.as_tensor(v, dtype=torch.float64) for v in self.bounds)
             self.eps = float((high - low).max())
-        check_number("r", r, 0.0, 2.0, above=True)
-        check_number("p", p, 0.0, float("inf"), above=True)
-        self.steps, self.p, self.r, self.d = whole("rounds", rounds, 1), p, r, whole("d", d, 0)
+        self.p, self.r = real("p", p, 0.0, 1e30, above=True), real("r", r, 0.0, 2.0, above=True)
+        self.steps, self.d = whole("rounds", rounds, 1), whole("d", d, 0)
         self.t = (5 if eps is None else 32) if t is None else whole("t", t, 1)
         self.candidates, self.batch = whole("candidates", candidates, 1), whole("batch", batch, 1)
         self.bounded = eps is not None
@@ -90,7 +91,7 @@ class LocalSearch(Attack):
         tried = min(self.candidates, max(pixels // 10, 1))
         outputs = call.victim.scores(now)
         call.check_classes(outputs, problem.labels)
-        values = call.loss(outputs, problem.labels).detach()
+        values = call.values(outputs, problem.labels)
         result, best = now.clone(), values.clone()
         history = values.to(now.dtype).expand(self.steps, -1).clone()
         alive = (~problem.fooled(outputs, now)).nonzero()[:, 0]
@@ -106,7 +107,7 @@ class LocalSearch(Attack):
                 near[alive] = self._around(chosen, x)
                 tried = self.candidates
                 outputs = call.victim.scores(x)
-                values = call.loss(outputs, part.labels).detach()
+                values = call.values(outputs, part.labels)
                 now[alive], history[step + 1 :, alive] = x, values.to(history.dtype)
                 fooled = part.fooled(outputs, x)
                 better = fooled | (values >= best[alive])
@@ -133,7 +134,7 @@ class LocalSearch(Attack):
         eps = problem.spread(problem.eps)
         faces = [problem.boxed(problem.origin + step) for step in (eps, -eps)]
         highest, which = torch.stack([self._costs(problem, x, places, face) for face in faces]).max(dim=0)
-        now = problem.call.loss(problem.call.victim.scores(x), problem.labels)[:, None]
+        now = problem.call.values(problem.call.victim.scores(x), problem.labels)[:, None]
         best = highest.masked_fill(~near, -torch.inf).topk(min(self.t, highest.shape[1]), dim=1)
         rises, taken = best.values > now, places.gather(1, best.indices)
         up = which.gather(1, best.indices) == 0
@@ -159,7 +160,7 @@ class LocalSearch(Attack):
             rows = torch.arange(len(sample), device=x.device)
             tried[rows, :, place] = probe[sample, :, place]
             scores = problem.call.victim.scores(tried.reshape(-1, *x.shape[1:]))
-            costs.append(problem.call.loss(scores, problem.labels[sample]))
+            costs.append(problem.call.values(scores, problem.labels[sample]))
         return torch.cat(costs).reshape(count, n)
 
     def _cyclic(self, problem: Problem, x: Tensor) -> Tensor:

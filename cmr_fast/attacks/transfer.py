@@ -67,7 +67,18 @@ class Transfer:
         return adv, replace(info, success=success, loss=loss)
 
     def refuse_a_copy(self, x: Array) -> None:
-        """Raise where the surrogate answers the first 16 of x as the victim does, bit for bit."""
+        """Raise where the surrogate answers the first 16 of x as the victim does, bit for bit.
+
+        Parameters
+        ----------
+        x
+            Samples (B, ...).
+
+        Raises
+        ------
+        InputError
+            There.
+        """
         images = torch.as_tensor(x)
         if self._compared or not len(images):
             return

@@ -20,7 +20,13 @@ _random: dict[torch.device, list[Any]] = {}  # device -> [attacks that may draw 
 
 
 def widened(x: Tensor) -> Tensor:
-    """float32 of 16-bit floats; everything else as it is."""
+    """float32 of 16-bit floats; everything else as it is.
+
+    Parameters
+    ----------
+    x
+        Of any type.
+    """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -62,7 +68,7 @@ class Victim:
             raise InputError(f"model must be a torch module or a callable, got {type(model).__name__}")
         if (channels_last or fold) and not isinstance(model, nn.Module):
             raise InputError(f"channels_last and fold need a torch module, got {type(model).__name__}")
-        if dtype not in (None, torch.bfloat16, torch.float16):
+        if dtype is not None and not any(dtype is kind for kind in (torch.bfloat16, torch.float16)):
             raise InputError(f"dtype must be torch.bfloat16, torch.float16 or None (as the model is), got {dtype}")
         self.model, self.dtype = model, dtype
         self.normalize: tuple[Tensor, Tensor] | None = None if normalize is None else per_channel(normalize)
@@ -70,6 +76,7 @@ class Victim:
         self.training = (False, False, False)  # the model's mode under attack, its batch normalisation's, its dropout's
         self.queries = 0
         self.copied = False  # whether weights of this call are copies
+        self._traced: list[Any] = []  # the model as torch.fx has traced it, and the modules that it had then
         self._exact: Model = model
         self._run: Model = model
         self._input_dtype = torch.float32
@@ -99,7 +106,7 @@ class Victim:
             call.queries, call._input_dtype = 0, x.dtype
             if self.normalize is not None:
                 mean, std = (as_values(v, x, name) for v, name in zip(self.normalize, ("mean", "std"), strict=True))
-                call.normalize = mean, std
+                call.normalize = mean.clone(), std.clone()
             if isinstance(self.model, nn.Module):
                 stack.enter_context(_frozen(self.model, self.training))
                 call._exact, call._run = call._functions(self.model)
@@ -114,12 +121,7 @@ class Victim:
         self.copied = bool(copied)
         fast = model
         if self.fold:
-            from torch.fx.experimental.optimization import fuse
-
-            try:
-                fast = fuse(model)
-            except Exception as error:
-                raise InputError(f"fold=True needs a model that torch.fx can trace: {error}") from error
+            fast = self._folded(model)
             copied = {name: t.clone() for name, t in fast.named_parameters() if t.is_inference()}
         if self.channels_last:
             for name, p in fast.named_parameters():
@@ -127,13 +129,33 @@ class Victim:
                     copied[name] = p.detach().clone(memory_format=torch.channels_last)
         return exact, _with_weights(fast, copied) if copied else fast
 
+    def _folded(self, model: nn.Module) -> nn.Module:
+        """A copy of the model with its weights of now. It is traced once: then no other thread may run a module."""
+        from torch.fx import symbolic_trace
+        from torch.fx.experimental.optimization import fuse
+
+        modules = list(model.modules())
+        with _LOCK:
+            try:
+                if self._traced[1:] != modules:
+                    self._traced[:] = [symbolic_trace(model), *modules]
+                return fuse(self._traced[0], no_trace=True)
+            except Exception as error:
+                raise InputError(f"fold=True needs a model that torch.fx can trace: {error}") from error
+
     @property
     def approximate(self) -> bool:
         """Whether gradients come from something that rounds otherwise than the model itself."""
         return self.dtype is not None or self.fold
 
     def input(self, x: Tensor) -> Tensor:
-        """What the model is given for x: in the type of the call's input, normalised; counted as queries."""
+        """What the model is given for x: in the type of the call's input, normalised; counted as queries.
+
+        Parameters
+        ----------
+        x
+            Floats (B, ...).
+        """
         self.queries += len(x)
         x = x.to(self._input_dtype)
         if self.normalize is None:
@@ -142,20 +164,67 @@ class Victim:
         return (x - mean) / std
 
     def outputs(self, x: Tensor) -> Tensor:
-        """Outputs of the model as it is, with their graph."""
-        return widened(_outputs(_called(self._exact, self.input(x)), len(x)))
+        """Outputs of the model as it is, with their graph.
+
+        Parameters
+        ----------
+        x
+            Floats (B, ...).
+
+        Returns
+        -------
+        Tensor
+            (B, ...), float32 or more.
+
+        Raises
+        ------
+        InputError
+            For a model that returns anything else than a float row a sample.
+        """
+        return widened(self._outputs(self._exact, self.input(x)))
 
     def scores(self, x: Tensor) -> Tensor:
-        """Outputs of the model as it is, whatever the gradients are computed with: success is decided by these."""
+        """Outputs of the model as it is, whatever the gradients are computed with: success is decided by these.
+
+        Parameters
+        ----------
+        x
+            Floats (B, ...).
+
+        Returns
+        -------
+        Tensor
+            As of `outputs`, without a graph.
+        """
         with torch.no_grad():
             return self.outputs(x)
 
     def gradient(self, x: Tensor, loss: losses.Loss, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs, losses (B,) in float32 or more, and the gradient of their sum: each sample's own."""
+        """Outputs, losses (B,) in float32 or more, and the gradient of their sum: each sample's own.
+
+        Parameters
+        ----------
+        x
+            Floats (B, ...).
+        loss
+            (outputs, labels) -> (B,).
+        labels
+            One row a sample.
+
+        Returns
+        -------
+        outputs, losses, gradient
+            (B, ...), (B,), like x.
+
+        Raises
+        ------
+        InputError
+            For a loss of another shape, or one that has no gradient with respect to x.
+        """
         x = x.detach().requires_grad_()
         try:
             outputs = widened(self._fast(x))
-            values = loss(outputs, labels)
+            values = losses.one_each(loss(outputs, labels), len(x))
         except RuntimeError as error:
             if "nference tensor" not in str(error):
                 raise
@@ -163,8 +232,6 @@ class Victim:
                 "the model or the loss holds tensors made under torch.inference_mode, through which there is no "
                 "gradient; make them outside, or pass the torch module itself, whose weights are copied"
             ) from error
-        if values.shape != x.shape[:1]:
-            raise InputError(f"loss must return one value a sample, ({len(x)},), got {tuple(values.shape)}")
         if not values.requires_grad:
             raise InputError("the loss has no gradient with respect to the input: does the model detach it?")
         (gradient,) = torch.autograd.grad(values.sum(), x)
@@ -176,14 +243,38 @@ class Victim:
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.dtype is None:
-            return _outputs(_called(self._run, x), len(x))
+            return self._outputs(self._run, x)
         with torch.autocast(x.device.type, dtype=self.dtype):
-            return _outputs(_called(self._run, x), len(x))
+            return self._outputs(self._run, x)
+
+    def _outputs(self, run: Model, x: Tensor) -> Tensor:
+        try:
+            result: object = run(x)
+        except RuntimeError as error:
+            if words := _explained(self.model, x):
+                raise InputError(f"{words} ({error})") from error
+            raise
+        if isinstance(result, Tensor) and result.is_floating_point() and result.ndim and len(result) == len(x):
+            return result
+        seen = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise InputError(
+            f"the model must return a float tensor ({len(x)}, ...), a row a sample, got {seen}; wrap it so that it does"
+        )
 
     def probe(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Refuse a model that is random, or whose output for a sample depends on the rest of its batch.
 
         Three forward passes of two samples.
+
+        Parameters
+        ----------
+        x, low, high
+            Samples (B, ...), and the box, (1, 1 or C) each.
+
+        Raises
+        ------
+        InputError
+            For such a model.
         """
         low, high = (v.reshape(*v.shape, *[1] * (x.ndim - 2)) for v in (low, high))
         second = x[1:2] if len(x) > 1 else low + high - x
@@ -293,24 +384,35 @@ def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Model:
     return run
 
 
-def _called(model: Model, x: Tensor) -> Tensor:
-    try:
-        return model(x)
-    except RuntimeError as error:
-        if x.dtype == torch.float64 and "dtype" in str(error):
-            raise InputError(
-                f"the model cannot take float64, which numpy makes by itself; expected x like its weights ({error})"
-            ) from error
-        if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
-            raise InputError(
-                f"the model cannot take x {tuple(x.shape)} ({error}): these look like images with channels last, "
-                "expected (B, C, H, W): x.transpose(0, 3, 1, 2) in numpy, x.permute(0, 3, 1, 2) in torch"
-            ) from error
-        raise
+def _explained(model: Model, x: Tensor) -> str | None:
+    """What is wrong with x where a model's error shows it, else None."""
+    weights = [p for p in model.parameters() if p.is_floating_point()] if isinstance(model, nn.Module) else []
+    if weights and weights[0].device != x.device:
+        return f"x is on {x.device}, the model's weights on {weights[0].device}: move one of them, or atk.set_device"
+    if weights and weights[0].dtype != x.dtype:
+        numpys = ", which numpy makes by itself" if x.dtype == torch.float64 else ""
+        return f"x must be {weights[0].dtype} as the model's weights are, got {x.dtype}{numpys}"
+    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        return (
+            f"x {tuple(x.shape)} looks like images with channels last, expected (B, C, H, W): x.transpose(0, 3, 1, 2) "
+            "in numpy, x.permute(0, 3, 1, 2) in torch"
+        )
+    return None
 
 
 def per_channel(normalize: tuple[Value, Value]) -> tuple[Tensor, Tensor]:
-    """Mean and std as (1, C) or (1, 1)."""
+    """Mean and std as (1, C) or (1, 1).
+
+    Parameters
+    ----------
+    normalize
+        (mean, std), a number or a value a channel each.
+
+    Raises
+    ------
+    InputError
+        For a std that is not above 0, and what is no numbers.
+    """
     if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
         raise InputError(f"normalize must be (mean, std), got {normalize!r}")
     try:
@@ -320,12 +422,3 @@ def per_channel(normalize: tuple[Value, Value]) -> tuple[Tensor, Tensor]:
     if not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise InputError(f"normalize must be a finite mean and a std above 0, got {normalize!r}")
     return mean, std
-
-
-def _outputs(result: object, count: int) -> Tensor:
-    if isinstance(result, Tensor) and result.is_floating_point() and result.ndim and len(result) == count:
-        return result
-    seen = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-    raise InputError(
-        f"the model must return a float tensor ({count}, ...), a row a sample, got {seen}; wrap it so that it does"
-    )

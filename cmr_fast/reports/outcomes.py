@@ -169,7 +169,13 @@ def draw(
 
 @contextmanager
 def going_on(keep: Path | None) -> Iterator[None]:
-    """An interrupt says whether finished attacks lie in the folder `keep`, from which the same command goes on."""
+    """An interrupt says whether finished attacks lie in the folder `keep`, from which the same command goes on.
+
+    Parameters
+    ----------
+    keep
+        A folder, or None.
+    """
     try:
         yield
     except KeyboardInterrupt:

@@ -186,7 +186,18 @@ def print_report(report: RecallReport, title: str) -> None:
 
 
 def rows(recall: RecallUnderAttack) -> list[list[str]]:
-    """The table's rows: R@K by attack, the worst case, both definitions of the success rate."""
+    """The table's rows: R@K by attack, the worst case, both definitions of the success rate.
+
+    Parameters
+    ----------
+    recall
+        Of one model.
+
+    Returns
+    -------
+    list of list of str
+        Name, then a share for each K.
+    """
     each = [*recall.rows(), ("right before, wrong after (of those right)", recall.success)]
     each.append(("clean less worst case", recall.drop))
     return [[name, *(f"{value:.1%}" for value in left.values())] for name, left in each]
