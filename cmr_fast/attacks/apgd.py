@@ -9,33 +9,48 @@ since the last one, or whose best loss has not changed although its size has not
 again from its best point.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from cmr_fast.attacks import losses
-from cmr_fast.attacks.base import Attack, Model, Problem, Progress
+from cmr_fast.attacks.base import Attack, Options, Progress
+from cmr_fast.attacks.problem import Problem
+from cmr_fast.attacks.settings import flag, real, whole
+from cmr_fast.attacks.victim import Model
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
 
 MIX = 0.75  # of the new step, the rest is momentum
 FIRST, LEAST, SHRINK = 0.22, 0.06, 0.03  # checkpoint distances, as shares of the steps
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-
 
 class APGD(Attack):
     """`adv = APGD(model, eps=8/255, steps=100)(x, y)`: APGD-CE; loss="dlr" is APGD-DLR.
 
-    steps        gradients a run
-    restarts     runs, each on the samples that no run before it has fooled
-    rho          share of the steps since a checkpoint in which the loss must rise for the size to be kept
-    early_stop   a sample leaves the batch once it fools the model, which does not change who is fooled
-    and what PGD takes: norm, loss, success, bounds, normalize, strict, dtype, channels_last, fold, seed, ...
+    Parameters
+    ----------
+    model, eps, options
+        As of PGD: norm, loss, success, bounds, normalize, strict, dtype, channels_last, fold, seed, ...
+    steps
+        Gradients a run.
+    restarts
+        Runs, each on the samples that no run before it has fooled.
+    rho
+        Share of the steps since a checkpoint in which the loss must rise for the size to be kept.
+    early_stop
+        A sample leaves the batch once it fools the model, which does not change who is fooled.
 
+    Raises
+    ------
+    InputError
+        For settings out of their range; of a call, as PGD.
+
+    Notes
+    -----
     Samples that the model has wrong as they are come back as they are. `start` replaces the first run's random start.
+    Croce and Hein 2020, Algorithm 1.
     """
 
     def __init__(
@@ -47,26 +62,23 @@ class APGD(Attack):
         restarts: int = 1,
         rho: float = 0.75,
         early_stop: bool = True,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(model, eps=eps, **options)
-        for name, number in (("steps", steps), ("restarts", restarts)):
-            if not isinstance(number, int) or number < 1:
-                raise InputError(f"{name} must be an integer of 1 or more, got {number!r}")
-        if not 0 <= rho <= 1:
-            raise InputError(f"rho must be from 0 to 1, got {rho!r}")
-        self.steps, self.restarts, self.rho, self.early_stop = steps, restarts, rho, early_stop
+        self.steps, self.restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
+        self.rho, self.early_stop = real("rho", rho, 0.0, 1.0), flag("early_stop", early_stop)
 
-    def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[Objective, Tensor]]:
+    def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[losses.Loss, Tensor]]:
         """What each run raises, and what it compares the outputs with."""
-        return [(self.loss, problem.labels)] * self.restarts
+        return [(problem.call.loss, problem.labels)] * self.restarts
 
     def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        clean = self.victim.scores(problem.origin)
-        self._check_classes(clean, problem.labels)
-        found, best = problem.origin.clone(), clean.new_full((len(clean),), -torch.inf)
-        history = self.loss(clean, problem.labels).detach().expand(self.steps, -1).clone()
-        alive = (~self._fooled(clean, problem.origin, problem.labels)).nonzero()[:, 0]
+        call = problem.call
+        clean = call.victim.scores(problem.origin)
+        call.check_classes(clean, problem.labels)
+        result, best = problem.origin.clone(), clean.new_full((len(clean),), -torch.inf)
+        history = call.values(clean, problem.labels).expand(self.steps, -1).clone()
+        alive = (~problem.fooled(clean, problem.origin)).nonzero()[:, 0]
         runs = self._runs(problem, clean)
         with Progress(self.progress, self.steps * len(runs), type(self).__name__) as progress:
             for run, (objective, goals) in enumerate(runs):
@@ -74,22 +86,23 @@ class APGD(Attack):
                     break
                 part = problem.rows(alive)
                 x = self._sphere(part, run) if start is None or run else start[alive]
-                x, value, fooled, losses_, broken = self._ascend(part, x, objective, goals[alive], progress)
-                where = torch.full((len(found),), -1, device=x.device)
+                x, value, fooled, curve, broken = self._ascend(part, x, objective, goals[alive], progress)
+                where = torch.full((len(result),), -1, device=x.device)
                 where[alive] = broken
-                self._refuse_broken(where, len(found))
+                self._refuse_broken(where, len(result))
                 better = fooled | (value > best[alive])
                 kept = alive[better]
-                found[kept], best[kept], history[:, kept] = x[better], value[better], losses_[:, better]
+                result[kept], best[kept], history[:, kept] = x[better], value[better], curve[:, better]
                 alive = alive[~fooled]
-        return found, history
+        return result, history
 
     def _ascend(
-        self, problem: Problem, x: Tensor, objective: Objective, goals: Tensor, progress: Progress
+        self, problem: Problem, x: Tensor, objective: losses.Loss, goals: Tensor, progress: Progress
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One run: points, their losses, who is fooled, the losses before each step, where a gradient broke."""
+        victim = problem.call.victim
         count, rows = len(x), torch.arange(len(x), device=x.device)
-        found, fooled = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
+        result, fooled = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
         highest = torch.full((count,), -torch.inf, dtype=x.dtype, device=x.device)
         history, broken = x.new_zeros((self.steps, count)), torch.full((count,), -1, device=x.device)
         flags = broken.int()
@@ -102,18 +115,18 @@ class APGD(Attack):
         for step in range(self.steps + 1):
             last = step == self.steps
             if last:  # the last point is only looked at
-                outputs = self.victim.scores(x)
+                outputs = victim.scores(x)
                 values, gradient = objective(outputs, goals).detach(), best_gradient
             else:
-                outputs, values, gradient = self.victim.gradient(x, objective, goals)
+                outputs, values, gradient = victim.gradient(x, objective, goals)
                 history[step:, rows] = values.to(history.dtype)
             values = values.to(best.dtype)
-            hit = self._fooled(outputs, x, problem.labels) & ~values.isnan()
+            hit = problem.fooled(outputs, x) & ~values.isnan()
             new = values > best
             best = torch.where(new, values, best)
             best_x[new], best_gradient[new] = x[new], gradient[new]
             improved = hit | (~fooled[rows] & new)  # a point that fools the model is never given up for a higher loss
-            found[rows[improved]], highest[rows[improved]] = x[improved], values[improved]
+            result[rows[improved]], highest[rows[improved]] = x[improved], values[improved]
             fooled[rows[hit]] = True
             if last:
                 broken[rows] = flags.long()
@@ -138,53 +151,68 @@ class APGD(Attack):
                 rises, halved, at_check = rises[stay], halved[stay], at_check[stay]
                 if not len(rows):
                     break
-            ahead = self._moved(problem, x.clone(), gradient, size, flags, step)
+            ahead = problem.step(x.clone(), gradient, size, flags, step)
             mix = MIX if step else 1.0
             mixed = x + mix * (ahead - x) + (1 - mix) * (x - old)
             still = torch.zeros_like(mixed)  # a step along zero is the projection alone
-            old, x = x, self._moved(problem, mixed, still, size, flags, step)
+            old, x = x, problem.step(mixed, still, size, flags, step)
             progress.step()
-        return found, highest, fooled, history, broken
-
-    def _moved(self, problem: Problem, x: Tensor, along: Tensor, size: Tensor, flags: Tensor, step: int) -> Tensor:
-        box, l2 = (problem.low, problem.high), self.norm == "l2"
-        torch.ops.cmr_fast.pgd_step_(x, along, problem.origin, size, problem.eps, *box, flags, step, l2, None, None)
-        return x
+        return result, highest, fooled, history, broken
 
     def _sphere(self, problem: Problem, run: int) -> Tensor:
         """A random point of the ball's surface, clipped: in L-inf the noise of one sample divided by its largest."""
         origin = problem.origin
-        each = origin[0].numel()
         if self.norm == "linf":
-            noise = self._noise(problem, run, each)
-            delta = noise / noise.abs().amax(dim=1, keepdim=True)
+            noise = problem.noise(self.seed, run, origin[0].numel())
+            delta = (noise / noise.abs().amax(dim=1, keepdim=True)).reshape(origin.shape)
         else:
-            u = (self._noise(problem, run, 2 * each).double() + 1) / 2
-            normal = (-2 * u[:, :each].log()).sqrt() * (2 * torch.pi * u[:, each:]).cos()
-            delta = (normal / normal.norm(dim=1, keepdim=True).clamp(min=1e-30)).to(origin.dtype)
-        eps, low, high = (problem.spread(v) for v in (problem.eps, problem.low, problem.high))
-        return torch.minimum(torch.maximum(origin + eps * delta.reshape(origin.shape), low), high).contiguous()
+            delta = problem.directions(self.seed, run)[0].to(origin.dtype)
+        return problem.boxed(origin + problem.spread(problem.eps) * delta).contiguous()
 
 
 class APGDT(APGD):
     """APGD-T: one run of APGD on the targeted DLR for each of the likeliest wrong classes, on who is left.
 
-    targets   how many classes (9, AutoAttack's, or all wrong ones if there are fewer)
+    Parameters
+    ----------
+    model, eps, steps, options
+        As of APGD.
+    targets
+        How many classes (9, AutoAttack's, or all wrong ones if there are fewer).
+    restarts, rho, early_stop
+        As of APGD; the restarts are of each class.
+
+    Raises
+    ------
+    InputError
+        For a loss of one's own, and models of fewer than 4 classes.
+
+    Notes
+    -----
+    Croce and Hein 2020, Eq. 7.
     """
 
     def __init__(
-        self, model: Model, eps: Value = 8 / 255, steps: int = 100, *, targets: int = 9, **options: Any
+        self,
+        model: Model,
+        eps: Value = 8 / 255,
+        steps: int = 100,
+        *,
+        targets: int = 9,
+        restarts: int = 1,
+        rho: float = 0.75,
+        early_stop: bool = True,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(model, eps, steps, **{"loss": "dlr", **options})
+        options.setdefault("loss", "dlr")
+        super().__init__(model, eps, steps, restarts=restarts, rho=rho, early_stop=early_stop, **options)
         if not self.classifier:
             raise InputError(
                 "APGDT raises the targeted DLR of a classifier's logits; use APGD with a loss of one's own"
             )
-        if not isinstance(targets, int) or targets < 1:
-            raise InputError(f"targets must be an integer of 1 or more, got {targets!r}")
-        self.targets = targets
+        self.targets = whole("targets", targets, 1)
 
-    def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[Objective, Tensor]]:
+    def _runs(self, problem: Problem, clean: Tensor) -> list[tuple[losses.Loss, Tensor]]:
         ranked = clean.scatter(1, problem.labels[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
 
         def objective(logits: Tensor, goals: Tensor) -> Tensor:

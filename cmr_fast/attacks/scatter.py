@@ -8,42 +8,83 @@ adversarial training"): an attack without labels that moves the features of a ba
 The gradient is of the distance between two sets: a sample's step depends on the group it is transported in.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmr_fast.attacks.base import Array, Model, Problem, misclassified
+from cmr_fast.attacks import losses
+from cmr_fast.attacks.base import Array, AttackInfo, Labels, misclassified
 from cmr_fast.attacks.pgd import PGD
+from cmr_fast.attacks.problem import Call, Problem
+from cmr_fast.attacks.settings import real, whole
+from cmr_fast.attacks.victim import Model, Victim
 from cmr_fast.errors import InputError
-from cmr_fast.ops.pgd import Value
+from cmr_fast.ops.pgd import Norm, Value
 from cmr_fast.ops.sinkhorn import ipot, sinkhorn
 
 NOT_OURS = ("loss", "success", "targeted", "restarts", "early_stop", "graph")
 
 
+class ScatterOptions(TypedDict, total=False):
+    """What of PGD's keywords feature scattering takes."""
+
+    norm: Norm
+    random_start: bool
+    momentum: float | None
+    bounds: tuple[Value, Value]
+    normalize: tuple[Value, Value] | None
+    strict: bool
+    dtype: torch.dtype | None
+    channels_last: bool
+    fold: bool
+    seed: int
+    generator: torch.Generator | None
+    check: bool
+    progress: bool | None
+
+
 class FeatureScatter(PGD):
     """`adv = FeatureScatter(model)(x)`; labels are not needed. The paper's settings are the defaults.
 
-    model      its outputs (B, ...) are what is scattered: logits in the paper; pass what returns features for those
-    group      samples that are transported together, in the order of the batch; the last group may be smaller.
-               None: the whole batch. Say 32 to get on one device what four devices with batches of 32 would do
-    solver     "sinkhorn", or "ipot" with beta = reg
-    reg        of the entropy, in units of the cost, which lies between 0 and 2
-    max_iter   of the solver; sinkhorn stops once its potentials move by less than tol in sum, as the paper's code does
-    ot_grad    "envelope": T is held fixed, which is the gradient at the optimum. "unrolled": through the iterations, as
-               the paper's code has it; slower, by torch's own operators
-    and what PGD takes: norm, random_start, momentum, bounds, normalize, strict, dtype, channels_last, fold, seed, ...
+    Parameters
+    ----------
+    model
+        Its outputs (B, ...) are what is scattered: logits in the paper; pass what returns features for those.
+    eps, alpha, steps, options
+        As of PGD: norm, random_start, momentum, bounds, normalize, strict, dtype, channels_last, fold, seed, ...
+    group
+        Samples that are transported together, in the order of the batch; the last group may be smaller. None: the whole
+        batch. Say 32 to get on one device what four devices with batches of 32 would do.
+    solver
+        "sinkhorn", or "ipot" with beta = reg.
+    reg
+        Of the entropy, in units of the cost, which lies between 0 and 2.
+    max_iter, tol
+        Of the solver; sinkhorn stops once its potentials move by less than tol in sum, as the paper's code does.
+    ot_grad
+        "envelope": T is held fixed, which is the gradient at the optimum. "unrolled": through the iterations, as the
+        paper's code has it; slower, by torch's own operators.
 
-    The random start may leave the box, as in the paper; what is returned does not.
+    Raises
+    ------
+    InputError
+        For settings out of their range, and PGD's settings that do not fit; of a call, as PGD.
+
+    Notes
+    -----
+    The random start may leave the box, as in the paper; what is returned does not. Zhang and Wang 2019, Algorithm 1.
     """
+
+    supported_mode: tuple[str, ...] = ("default",)
 
     def __init__(
         self,
         model: Model,
         eps: Value = 8 / 255,
-        alpha: Value = 8 / 255,
+        alpha: Value | None = 8 / 255,
         steps: int = 1,
         *,
         group: int | None = None,
@@ -52,72 +93,103 @@ class FeatureScatter(PGD):
         max_iter: int | None = None,
         tol: float = 0.1,
         ot_grad: Literal["envelope", "unrolled"] = "envelope",
-        **options: Any,
+        **options: Unpack[ScatterOptions],
     ) -> None:
         if refused := [name for name in NOT_OURS if name in options]:
             raise InputError(f"feature scattering has a loss of its own, over all samples: it takes no {refused[0]}")
-        super().__init__(model, eps, alpha, steps, loss=self._cost, success=misclassified, **options)
-        if group is not None and (not isinstance(group, int) or group < 1):
-            raise InputError(f"group must be an integer of 1 or more, or None, got {group!r}")
-        if solver not in ("sinkhorn", "ipot"):
+        super().__init__(model, eps, alpha, steps, **options)
+        if not isinstance(solver, str) or solver not in ("sinkhorn", "ipot"):
             raise InputError(f"solver must be 'sinkhorn' or 'ipot', got {solver!r}")
-        if ot_grad not in ("envelope", "unrolled"):
+        if not isinstance(ot_grad, str) or ot_grad not in ("envelope", "unrolled"):
             raise InputError(f"ot_grad must be 'envelope' or 'unrolled', got {ot_grad!r}")
-        self.group, self.solver, self.reg, self.tol, self.ot_grad = group, solver, reg, tol, ot_grad
-        self.max_iter = max_iter if max_iter is not None else {"sinkhorn": 100, "ipot": 50}[solver]
-        self._clean: Tensor | None = None  # unit features of the clean batch, while it is attacked
+        self.group = None if group is None else whole("group", group, 1)
+        self.solver, self.ot_grad = solver, ot_grad
+        self.reg, self.tol = real("reg", reg, 0.0, 1e30, above=True), real("tol", tol, 0.0, float("inf"))
+        self.max_iter = {"sinkhorn": 100, "ipot": 50}[solver] if max_iter is None else whole("max_iter", max_iter, 0)
 
+    @overload
     def __call__(
         self,
         x: Array,
-        y: Array | None = None,
+        y: Labels = None,
         *,
-        index: Array | None = None,
-        start: Array | None = None,
-        return_info: bool = False,
+        index: object = None,
+        start: object = None,
+        return_info: Literal[False] = False,
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, y: Labels = None, *, index: object = None, start: object = None, return_info: Literal[True]
+    ) -> tuple[Array, AttackInfo]: ...
+
+    @overload
+    def __call__(
+        self, x: Array, y: Labels = None, *, index: object = None, start: object = None, return_info: bool
+    ) -> Array | tuple[Array, AttackInfo]: ...
+
+    def __call__(
+        self, x: Any, y: Labels = None, *, index: object = None, start: object = None, return_info: bool = False
     ) -> Any:
-        """As of the other attacks; y is looked at for the AttackInfo's `success` alone, whose loss is a sample's share
-        of the transport cost, in sum D times the number of groups."""
-        self.success, self.classifier = (None, False) if y is None else (misclassified, True)
-        try:
-            labels = torch.zeros(len(x), dtype=torch.int64) if y is None else y
-            return super().__call__(x, labels, index=index, start=start, return_info=return_info)
-        finally:
-            self._clean = None
+        """Scattered samples, as of the other attacks.
 
-    def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        self._remember(problem)
-        return super()._perturb(problem, start)
+        y is looked at for the AttackInfo's `success` alone, which is None without it; `loss` is a sample's share of the
+        transport cost, in sum D times the number of groups.
+        """
+        return super().__call__(x, y, index=index, start=start, return_info=return_info)
 
-    def _describe(self, out: Tensor, problem: Problem, history: Tensor) -> Any:
-        if self._clean is None:
-            self._remember(problem)
-        return super()._describe(out, problem, history)
+    def checked(self, x: Any, y: Labels) -> tuple[Tensor, Tensor, bool]:
+        """As of the other attacks; without labels, -1 for each.
 
-    def _remember(self, problem: Problem) -> None:
-        self._clean = F.normalize(self.victim.scores(problem.origin).flatten(1), dim=1)
+        Parameters
+        ----------
+        x, y
+            As of a call.
+
+        Returns
+        -------
+        images, labels, was_numpy
+            As of the other attacks.
+        """
+        none = np.full(len(x), -1) if y is None and hasattr(x, "__len__") else y
+        return super().checked(x, none)
+
+    def _call(self, victim: Victim) -> Call:
+        return Call(victim, self.loss, None, False)
+
+    def _set_out(self, problem: Problem) -> None:
+        """The call's loss, from its clean features; who is fooled is asked where there are labels."""
+        problem.call.loss = self._cost_from(problem)
+        if bool((problem.labels != -1).any()):
+            problem.call.success, problem.call.classifier = misclassified, True
 
     def _random_start(self, problem: Problem, stream: int) -> Tensor:
         if self.norm == "l2":
             return super()._random_start(problem, stream)
         origin = problem.origin
-        noise = self._noise(problem, stream, origin[0].numel()).reshape(origin.shape)
+        noise = problem.noise(self.seed, stream, origin[0].numel()).reshape(origin.shape)
         return origin + problem.spread(problem.eps) * noise
 
-    def _cost(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """sum_i T_ij C_ij of every sample j, (B,)."""
-        assert self._clean is not None
-        clean, moved = self._clean, F.normalize(outputs.flatten(1), dim=1)
-        size = min(self.group or len(clean), len(clean))
-        whole = len(clean) // size * size
-        parts = [(clean[:whole].unflatten(0, (-1, size)), moved[:whole].unflatten(0, (-1, size)))]
-        if whole < len(clean):
-            parts.append((clean[None, whole:], moved[None, whole:]))
-        costs = []
-        for theirs, ours in parts:
-            cost = (1 - theirs @ ours.mT).clamp(min=0)
-            costs.append((self._plan(cost) * cost).sum(dim=1).flatten())
-        return torch.cat(costs)
+    def _cost_from(self, problem: Problem) -> losses.Loss:
+        """The loss of a call: sum_i T_ij C_ij of every sample j, (B,), from the clean batch's unit features."""
+        clean = F.normalize(problem.call.victim.scores(problem.origin).flatten(1), dim=1)
+
+        def cost_of(outputs: Tensor, labels: Tensor) -> Tensor:
+            moved = F.normalize(outputs.flatten(1), dim=1)
+            size = min(self.group or len(clean), len(clean))
+            whole_groups = len(clean) // max(size, 1) * size
+            parts = []
+            if whole_groups:
+                parts = [tuple(v[:whole_groups].reshape(-1, size, v.shape[1]) for v in (clean, moved))]
+            if whole_groups < len(clean):
+                parts.append((clean[None, whole_groups:], moved[None, whole_groups:]))
+            costs = [clean.new_zeros(0)]
+            for before, after in parts:
+                cost = (1 - before @ after.mT).clamp(min=0)
+                costs.append((self._plan(cost) * cost).sum(dim=1).flatten())
+            return torch.cat(costs)
+
+        return cost_of
 
     def _plan(self, cost: Tensor) -> Tensor:
         if self.solver == "ipot":

@@ -6,13 +6,16 @@ class likeliest, and sets these to r I, wrapped into the range. The next candida
 them. In a ball a round tries each candidate at both faces of it, and sets the t that raise the loss most.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmr_fast.attacks.base import Attack, Model, Problem, Progress
+from cmr_fast.attacks.base import Attack, Options, Progress
+from cmr_fast.attacks.problem import Problem
+from cmr_fast.attacks.settings import real, whole
+from cmr_fast.attacks.victim import Model
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Value
 
@@ -20,18 +23,35 @@ from cmr_fast.ops.pgd import Value
 class LocalSearch(Attack):
     """`adv = LocalSearch(model)(x, y)` for images x (B, C, H, W). Candidates of all samples are one batch.
 
-    rounds       R, at most; a sample stops once it fools the model
-    p, r, d, t   as above; t is 5 unless given, in a ball 32
-    candidates   pixels tried a round; of more, these are drawn. The first are 10 % of the image, drawn
-    eps          None, the paper's attack, bounds how many pixels change but not by how much. A radius (L-inf) keeps
-                 every query and the result in that ball, where a pixel's channels go up or down by eps together
-    batch        images a forward pass
-    and what every attack takes: loss, success, bounds, normalize, seed, check, progress
+    Parameters
+    ----------
+    model, options
+        As of PGD: loss, success, bounds, normalize, seed, check, progress. norm is "linf".
+    eps
+        None, the paper's attack, bounds how many pixels change but not by how much. A radius (L-inf) keeps every query
+        and the result in that ball, where a pixel's channels go up or down by eps together.
+    rounds
+        R, at most; a sample stops once it fools the model.
+    p, r, d, t
+        As above; t is 5 unless given, in a ball 32.
+    candidates
+        Pixels tried a round; of more, these are drawn. The first are 10 % of the image, drawn.
+    batch
+        Images a forward pass.
 
-    Without a ball the pixels taken are those whose probe has the lowest loss, as in foolbox. That looks the wrong way
-    round, but r I grows until it wraps to the other side, and there a probe costs the true class much. On the small
-    network of the tests it fooled every sample where taking the highest loss fooled a fifth. In a ball nothing wraps:
-    the paper's move, clipped, fooled no image of a plainly trained network where PGD fools all.
+    Raises
+    ------
+    InputError
+        For settings out of their range; of a call, as PGD, and for x that is no images.
+
+    Notes
+    -----
+    A sample that never fools the model comes back as the point of its highest loss.
+
+    Without a ball the pixels taken are those whose probe has the lowest loss, as in foolbox: r I grows until it wraps
+    to the other side, and there a probe costs the true class much. In a ball nothing wraps, so the highest loss is
+    taken.
+    Narodytska and Kasiviswanathan 2017, Algorithm 2.
     """
 
     def __init__(
@@ -46,52 +66,59 @@ class LocalSearch(Attack):
         t: int | None = None,
         candidates: int = 128,
         batch: int = 1024,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        if options.get("norm", "linf") != "linf":
-            raise InputError(f"the ball of a local search is L-inf, got norm={options['norm']!r}")
-        t = (5 if eps is None else 32) if t is None else t
-        low, high = (torch.as_tensor(v, dtype=torch.float64) for v in options.get("bounds", (0.0, 1.0)))
-        super().__init__(model, eps=float((high - low).max()) if eps is None else eps, **options)
-        for name, number, least in (
-            ("rounds", rounds, 1), ("d", d, 0), ("t", t, 1), ("candidates", candidates, 1), ("batch", batch, 1)
-        ):  # fmt: skip
-            if not isinstance(number, int) or number < least:
-                raise InputError(f"{name} must be an integer of {least} or more, got {number!r}")
-        if not 0 < r <= 2 or p <= 0:
-            raise InputError(f"r must be above 0 and at most 2, and p above 0, got r={r!r}, p={p!r}")
-        self.steps, self.p, self.r, self.d, self.t = rounds, p, r, d, t
-        self.candidates, self.batch, self.bounded = candidates, batch, eps is not None
+        # without a radius the ball is the box
+        super().__init__(model, eps=0.0 if eps is None else eps, **options)
+        if self.norm != "linf":
+            raise InputError(f"the ball of a local search is L-inf, got norm={self.norm!r}")
+        if eps is None:
+            low, high = (torch.as_tensor(v, dtype=torch.float64) for v in self.bounds)
+            self.eps = float((high - low).max())
+        self.p, self.r = real("p", p, 0.0, 1e30, above=True), real("r", r, 0.0, 2.0, above=True)
+        self.steps, self.d = whole("rounds", rounds, 1), whole("d", d, 0)
+        self.t = (5 if eps is None else 32) if t is None else whole("t", t, 1)
+        self.candidates, self.batch = whole("candidates", candidates, 1), whole("batch", batch, 1)
+        self.bounded = eps is not None
 
     def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:
         if problem.origin.ndim != 4:
             raise InputError(f"a local search needs images (B, C, H, W), got {tuple(problem.origin.shape)}")
-        found = problem.origin.clone() if start is None else start
-        pixels = found[0, 0].numel()
-        near = torch.ones((len(found), pixels), dtype=torch.bool, device=found.device)
+        call = problem.call
+        now = problem.origin.clone() if start is None else self._in_ball(problem, start)
+        pixels = now[0, 0].numel()
+        near = torch.ones((len(now), pixels), dtype=torch.bool, device=now.device)
         tried = min(self.candidates, max(pixels // 10, 1))
-        outputs = self.victim.scores(found)
-        self._check_classes(outputs, problem.labels)
-        values = self.loss(outputs, problem.labels)
-        history = values.detach().to(found.dtype).expand(self.steps, -1).clone()
-        alive = (~self._fooled(outputs, found, problem.labels)).nonzero()[:, 0]
+        outputs = call.victim.scores(now)
+        call.check_classes(outputs, problem.labels)
+        values = call.values(outputs, problem.labels)
+        result, best = now.clone(), values.clone()
+        history = values.to(now.dtype).expand(self.steps, -1).clone()
+        alive = (~problem.fooled(outputs, now)).nonzero()[:, 0]
         with Progress(self.progress, self.steps, type(self).__name__) as progress:
             for step in range(self.steps):
                 if not len(alive):
                     break
-                part, x = problem.rows(alive), found[alive]
-                draw = self._noise(part, step, pixels).masked_fill(~near[alive], -2)  # noise is above -1
+                part, x = problem.rows(alive), now[alive]
+                draw = part.noise(self.seed, step, pixels).masked_fill(~near[alive], -2)  # noise is above -1
                 order = draw.topk(min(tried, pixels), dim=1)
                 move = self._to_a_face if self.bounded else self._cyclically
                 x, chosen = move(part, x, order.indices, order.values != -2)
                 near[alive] = self._around(chosen, x)
                 tried = self.candidates
-                outputs = self.victim.scores(x)
-                found[alive] = x
-                history[step + 1 :, alive] = self.loss(outputs, part.labels).to(history.dtype)
-                alive = alive[~self._fooled(outputs, x, part.labels)]
+                outputs = call.victim.scores(x)
+                values = call.values(outputs, part.labels)
+                now[alive], history[step + 1 :, alive] = x, values.to(history.dtype)
+                fooled = part.fooled(outputs, x)
+                better = fooled | (values >= best[alive])
+                result[alive[better]], best[alive[better]] = x[better], values[better]
+                alive = alive[~fooled]
                 progress.step()
-        return found, history
+        return result, history
+
+    def _in_ball(self, problem: Problem, start: Tensor) -> Tensor:
+        eps = problem.spread(problem.eps)
+        return problem.boxed(torch.minimum(torch.maximum(start, problem.origin - eps), problem.origin + eps))
 
     def _cyclically(self, problem: Problem, x: Tensor, places: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """The paper's round: t of `places` (B, n), those that are `near`, to r I; x, and bool (B, pixels) of them."""
@@ -100,41 +127,40 @@ class LocalSearch(Attack):
         best = costs.masked_fill(~near, torch.inf).topk(min(self.t, costs.shape[1]), dim=1, largest=False)
         chosen = self._at(x, places.gather(1, best.indices), near.gather(1, best.indices))
         x = torch.where(chosen.reshape(len(x), 1, *x.shape[2:]), self._cyclic(problem, x), x)
-        return self._boxed(problem, x), chosen
+        return problem.boxed(x), chosen
 
     def _to_a_face(self, problem: Problem, x: Tensor, places: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """A round in the ball: t of `places` to origin + eps or origin - eps, where that raises the loss."""
         eps = problem.spread(problem.eps)
-        faces = [self._boxed(problem, problem.origin + step) for step in (eps, -eps)]
-        losses = torch.stack([self._costs(problem, x, places, face) for face in faces])
-        highest, which = losses.max(dim=0)
-        now = self.loss(self.victim.scores(x), problem.labels)[:, None]
+        faces = [problem.boxed(problem.origin + step) for step in (eps, -eps)]
+        highest, which = torch.stack([self._costs(problem, x, places, face) for face in faces]).max(dim=0)
+        now = problem.call.values(problem.call.victim.scores(x), problem.labels)[:, None]
         best = highest.masked_fill(~near, -torch.inf).topk(min(self.t, highest.shape[1]), dim=1)
         rises, taken = best.values > now, places.gather(1, best.indices)
         up = which.gather(1, best.indices) == 0
-        for face, mine in zip(faces, (up, ~up), strict=True):
-            moved = self._at(x, taken, rises & mine).reshape(len(x), 1, *x.shape[2:])
+        for face, side in zip(faces, (up, ~up), strict=True):
+            moved = self._at(x, taken, rises & side).reshape(len(x), 1, *x.shape[2:])
             x = torch.where(moved, face, x)
         return x, self._at(x, taken, rises)
 
-    def _at(self, x: Tensor, places: Tensor, there: Tensor) -> Tensor:
-        """bool (B, pixels): those of `places` (B, k) that are `there`."""
-        found = torch.zeros((len(x), x[0, 0].numel()), dtype=torch.bool, device=x.device)
-        return found.scatter(1, places, there)
+    def _at(self, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        """bool (B, pixels): those of `places` (B, k) where `mask` is set."""
+        return torch.zeros((len(x), x[0, 0].numel()), dtype=torch.bool, device=x.device).scatter(1, places, mask)
 
     def _costs(self, problem: Problem, x: Tensor, places: Tensor, probe: Tensor) -> Tensor:
         """The loss with one pixel as in `probe`, for each of `places` (B, n): (B, n)."""
         count, n = places.shape
         probe = probe.flatten(2)
         costs = []
-        for sample, place in zip(
-            torch.arange(count, device=x.device).repeat_interleave(n).split(self.batch),
-            places.flatten().split(self.batch), strict=True,
-        ):  # fmt: skip
+        samples = torch.arange(count, device=x.device).repeat_interleave(n)
+        for number in range(0, count * n, self.batch):
+            some = slice(number, number + self.batch)
+            sample, place = samples[some], places.flatten()[some]
             tried = x[sample].flatten(2)
             rows = torch.arange(len(sample), device=x.device)
             tried[rows, :, place] = probe[sample, :, place]
-            costs.append(self.loss(self.victim.scores(tried.reshape(-1, *x.shape[1:])), problem.labels[sample]))
+            scores = problem.call.victim.scores(tried.reshape(-1, *x.shape[1:]))
+            costs.append(problem.call.values(scores, problem.labels[sample]))
         return torch.cat(costs).reshape(count, n)
 
     def _cyclic(self, problem: Problem, x: Tensor) -> Tensor:
@@ -146,10 +172,6 @@ class LocalSearch(Attack):
     def _scale(self, problem: Problem) -> tuple[Tensor, Tensor]:
         low, high = problem.spread(problem.low), problem.spread(problem.high)
         return (low + high) / 2, high - low
-
-    def _boxed(self, problem: Problem, x: Tensor) -> Tensor:
-        low, high = problem.spread(problem.low), problem.spread(problem.high)
-        return torch.minimum(torch.maximum(x, low), high)
 
     def _around(self, chosen: Tensor, x: Tensor) -> Tensor:
         grown = F.max_pool2d(chosen.reshape(len(x), 1, *x.shape[2:]).float(), 2 * self.d + 1, 1, self.d)

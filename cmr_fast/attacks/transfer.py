@@ -2,34 +2,60 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from cmr_fast.attacks.base import Array, Attack, Model
+from cmr_fast.attacks.base import Array, Attack, AttackInfo, Labels
 from cmr_fast.attacks.pgd import PGD
+from cmr_fast.attacks.victim import Model
 from cmr_fast.errors import InputError
 
 
 class Transfer:
     """`adv = Transfer(victim, surrogate=other, attack=PGD, eps=8/255, steps=20)(x, y)`.
 
-    attack, options    what attacks the surrogate, and its arguments; those of victim and surrogate are the same
+    Parameters
+    ----------
+    victim, surrogate
+        The model that is to be fooled, and the one whose gradients are followed.
+    attack
+        What attacks the surrogate: a class of this package, or a function of a model and `options` that makes one.
+    options
+        Its arguments; those of victim and surrogate are the same.
 
-    The surrogate must be another function. The victim itself, a copy of it, and a model that shares its weights or
-    answers the first batch with the same bits are refused: such a black box would be a white box in disguise.
+    Raises
+    ------
+    InputError
+        Where the surrogate is no other function: the victim itself, a copy of it, a model that shares its weights or
+        answers the first batch with the same bits. Such a black box would be a white box in disguise.
     """
 
-    def __init__(self, victim: Model, surrogate: Model, attack: Callable[..., Attack] = PGD, **options: Any) -> None:
+    def __init__(self, victim: Model, surrogate: Model, attack: Callable[..., Attack] = PGD, **options: object) -> None:
         if surrogate is victim or _weights_shared(victim, surrogate):
             raise InputError("surrogate and victim are the same model: that is a white-box attack, not a transfer")
         self.attack = attack(surrogate, **options)
-        self._on_victim = attack(victim, **options)
+        self.on_victim = attack(victim, **options)
         self._compared = False
 
+    @overload
     def __call__(
-        self, x: Array, y: Array, *, index: Array | None = None, start: Array | None = None, return_info: bool = False
+        self, x: Array, y: Labels, *, index: object = None, start: object = None, return_info: Literal[False] = False
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, y: Labels, *, index: object = None, start: object = None, return_info: Literal[True]
+    ) -> tuple[Array, AttackInfo]: ...
+
+    @overload
+    def __call__(
+        self, x: Array, y: Labels, *, index: object = None, start: object = None, return_info: bool
+    ) -> Array | tuple[Array, AttackInfo]: ...
+
+    def __call__(
+        self, x: Any, y: Labels, *, index: object = None, start: object = None, return_info: bool = False
     ) -> Any:
         """As of the attack; success and loss in the AttackInfo are the victim's, losses and queries the surrogate's."""
         self.refuse_a_copy(x)
@@ -37,24 +63,29 @@ class Transfer:
         if not return_info:
             return result
         adv, info = result
-        images, labels, _ = self._on_victim._checked(adv, y)
-        victim = self._on_victim.victim
-        with victim.attacked(images):
-            scores = victim.scores(images)
-            self._on_victim._check_classes(scores, labels)
-            success = None if self._on_victim.success is None else self._on_victim.success(scores, labels)
-            loss = self._on_victim.loss(scores, labels).detach()
+        success, loss = self.on_victim.judged(adv, y)
         return adv, replace(info, success=success, loss=loss)
 
     def refuse_a_copy(self, x: Array) -> None:
-        """Raise where the surrogate answers the first 16 of x as the victim does, bit for bit."""
-        if self._compared or not len(x):
+        """Raise where the surrogate answers the first 16 of x as the victim does, bit for bit.
+
+        Parameters
+        ----------
+        x
+            Samples (B, ...).
+
+        Raises
+        ------
+        InputError
+            There.
+        """
+        images = torch.as_tensor(x)
+        if self._compared or not len(images):
             return
-        images = torch.as_tensor(x)[:16]
-        answers = []
-        for victim in (self.attack.victim, self._on_victim.victim):
-            with victim.attacked(images):
-                answers.append(victim.scores(images.detach()))
+        answers: list[Tensor] = []
+        for victim in (self.attack.victim, self.on_victim.victim):
+            with victim.prepare(images) as prepared:
+                answers.append(prepared.scores(images[:16].detach().clone()))
         if answers[0].shape == answers[1].shape and torch.equal(*answers):
             raise InputError(
                 "the surrogate answers the first samples with the victim's bits: is it a copy of the victim? That is a "
@@ -64,7 +95,7 @@ class Transfer:
 
 
 def _weights_shared(victim: Model, surrogate: Model) -> bool:
-    """Whether one of the victim's weights is also one of the surrogate's, in the same memory."""
+    """Whether every weight of the surrogate is one of the victim's, in the same memory."""
     if not isinstance(victim, nn.Module) or not isinstance(surrogate, nn.Module):
         return False
 
@@ -72,5 +103,5 @@ def _weights_shared(victim: Model, surrogate: Model) -> bool:
         return weight.untyped_storage().data_ptr()
 
     own = {memory(p) for p in victim.parameters() if p.numel()}
-    both = [memory(p) for p in surrogate.parameters() if p.numel()]
-    return bool(both) and all(p in own for p in both)
+    shared = [memory(p) for p in surrogate.parameters() if p.numel()]
+    return bool(shared) and all(p in own for p in shared)

@@ -34,8 +34,9 @@ class Attack(DataFlags):
 
     Example:  cmr-fast attack runs/scatter-cifar10-seed0 --attacks clean pgd20 apgd-dlr cw100x5
 
-    Attacks on classifiers:  clean, fgsm, pgdN, cwN, mifgsmN, targetedN, apgd-ce, apgd-dlr, apgd-t, local-search,
-    square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps; xR after a name makes R restarts.
+    Attacks on classifiers:  clean, fgsm, pgdN, cwN, mifgsmN, targetedN, noiseN, apgd-ce, apgd-dlr, apgd-t (apgdN-ce,
+    apgdN-dlr, apgdN-t), local-search, square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps (of
+    noise, points); xR after a name makes R restarts.
     """
 
     trained: Positional[Path]
@@ -97,14 +98,7 @@ class Attack(DataFlags):
         settings = robustness.Settings(eps=eps, images=self.images, batch=self.batch, seed=self.seed, fast=self.fast)
         x, y = robustness.pixels_of(dataset.test, settings.images)
         surrogate = load_surrogate(self.surrogate)
-        try:
-            outcomes = robustness.attack_all(
-                model, x, y, attacks, settings, surrogate=surrogate, keep=self.out, title="attacking"
-            )
-        except KeyboardInterrupt:
-            if self.out is not None and any(self.out.glob("*.json")):
-                raise KeyboardInterrupt(f"the same command goes on from the attacks kept in {self.out}") from None
-            raise
+        outcomes = robustness.attack_all(model, x, y, attacks, settings, surrogate=surrogate, keep=self.out)
         title = f"{self.trained}: {len(x)} test images of {dataset.name}, eps {eps * 255:.3g}/255"
         robustness.print_outcomes(title, {"accuracy": outcomes})
         if self.save is not None:
@@ -176,10 +170,9 @@ def _save(
 
     from cmr_fast.reports import robustness
 
-    name = robustness.split_restarts(attack)[0]
-    atk = robustness.attack_named(name, model, settings, settings.seed, surrogate)
+    atk = robustness.attack_of(attack, model, settings, surrogate=surrogate)
     rows = torch.arange(len(x)).split(settings.batch)
     adversarial = x if atk is None else torch.cat([atk(x[r], y[r], index=r) for r in rows])
     with write_aside(path) as aside, open(aside, "wb") as file:
         np.savez(file, images=x.numpy(), labels=y.numpy(), adversarial=adversarial.numpy())
-    print(f"{path}: {len(x)} images and what {name} made of them")
+    print(f"{path}: {len(x)} images and what {attack} made of them")

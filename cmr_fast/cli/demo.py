@@ -190,7 +190,7 @@ def attack_queries(model: Any, dataset: "PairedDataset", count: int = 100, share
     """Print what attacks on the features of image queries leave of R@K; `share` of the features' range is the ball."""
     import torch
 
-    from cmr_fast.attacks.ranking import ATTACKS, recall_under_attack
+    from cmr_fast.attacks.ranking import recall_under_attack
     from cmr_fast.ops.labels import share_label
     from cmr_fast.reports import recall
 
@@ -199,11 +199,10 @@ def attack_queries(model: Any, dataset: "PairedDataset", count: int = 100, share
     rows = rows[relevant.any(dim=1)]
     encoder, gallery = recall.queried(model, dataset.database.text)
     x, bounds = dataset.query.image, (float(dataset.query.image.min()), float(dataset.query.image.max()))
-    attacks = {name: ATTACKS[name] for name in ("PGD-20 ce", "APGD-50 dlr")}
     with busy("attacking"):
         result = recall_under_attack(
             encoder, x[rows], gallery, relevant[rows], eps=share * (bounds[1] - bounds[0]), bounds=bounds,
-            attacks=attacks, batch=count, check=False, progress=False,
+            attacks=("pgd20", "apgd50-dlr"), batch=count, check=False, progress=False,
         )  # fmt: skip
     table = new_table("a relevant text among the first", *(str(k) for k in result.clean))
     for name, left in result.rows():

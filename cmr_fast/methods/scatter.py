@@ -256,8 +256,7 @@ class Scatter(Classifier):
         return {"accuracy": accuracy(self, dataset.test), "pgd20_accuracy": robust, "pgd20_images": len(sample)}
 
     def _pgd(self, steps: int) -> PGD:
-        eps = self.config.eps
-        return PGD(self, eps, eps / 4 if eps else 1.0, steps, check=False, progress=False)
+        return PGD(self, self.config.eps, None, steps, check=False, progress=False)
 
 
 class Madry(Scatter):

@@ -2,54 +2,53 @@
 
 The rebuttal of Feature Scattering (Zhang and Wang 2019) answers a charge of gradient masking with four checks: black
 box by transfer, PGD-100 and CW-100 with restarts, the loss against the step, an attack without gradients. All four are
-here, with what came later: APGD on the DLR loss and AutoAttack's own warnings (Croce and Hein 2020). Its model keeps
-60.6 % under PGD-20 and 36.6 % under AutoAttack, so no verdict rests on PGD alone.
+here, with what came later: APGD on the DLR loss and AutoAttack's own warnings (Croce and Hein 2020).
 """
 
 import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cmr_fast import __version__
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting, new_table, show
-from cmr_fast.attacks import checks
-from cmr_fast.attacks.adapters import FAB, Square
-from cmr_fast.attacks.apgd import APGD, APGDT
-from cmr_fast.attacks.base import Model, Victim
-from cmr_fast.attacks.pgd import CW, FGSM, MIFGSM, PGD
-from cmr_fast.attacks.search import LocalSearch
+from cmr_fast.attacks import checks, registry
+from cmr_fast.attacks.base import Attack
+from cmr_fast.attacks.pgd import PGD
+from cmr_fast.attacks.registry import STANDARD, check_names
 from cmr_fast.attacks.transfer import Transfer
+from cmr_fast.attacks.victim import Model, Victim
 from cmr_fast.data.images import Images
 from cmr_fast.errors import InputError
-from cmr_fast.reports import figures
+from cmr_fast.reports.outcomes import BROKEN, Examined, Outcome, draw, going_on, worst_case
 from cmr_fast.reports.page import write_page
 
-STANDARD = (
-    *("clean", "fgsm", "pgd20", "pgd100x5", "cw20", "cw100x5", "apgd-ce", "apgd-dlr", "apgd-t"),
-    *("transfer-pgd20", "transfer-pgd100", "transfer-cw20", "transfer-cw100", "local-search"),
-)
-FEW = ("local-search", "square", "fab")
-NAMES = (
-    "clean, fgsm, pgdN, cwN, mifgsmN, targetedN (random targets), apgd-ce, apgd-dlr, apgd-t, local-search, square and "
-    "fab (torchattacks'), transfer-pgdN and transfer-cwN (with a surrogate); N steps, xR after a name for R restarts"
-)
+__all__ = [
+    "STANDARD", "Outcome", "Robustness", "Settings", "attack_all", "attack_of", "check_names", "examine", "pixels_of",
+    "print_outcomes", "worst_case", "write_report",
+]  # fmt: skip
+
+FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of eps, in the sweep
 MISLED = 0.05  # PGD overstates where the strongest attack leaves this much less
-BROKEN = 0.05  # accuracy that counts as none
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a classifier is attacked."""
+    """How a classifier is attacked.
+
+    Raises
+    ------
+    InputError
+        For values out of their range.
+    """
 
     eps: float = 8 / 255
     """Radius of the L-inf ball, of pixels from 0 to 1."""
@@ -65,83 +64,45 @@ class Settings:
     """Gradients in bfloat16; whether an image is fooled is decided in float32 all the same."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 1:
-            raise InputError(f"eps must be from 0 to 1, pixels being from 0 to 1, got {self.eps}")
-        for name in ("images", "few", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
+        if not number or not 0 <= self.eps <= 1:
+            raise InputError(f"eps must be from 0 to 1, pixels being from 0 to 1, got {self.eps!r}")
+        for name, least in (("images", 1), ("few", 1), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} must be at least {least}, a whole number, got {value!r}")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One attack: who is still right after all its restarts, and what each restart left.
+def attack_of(
+    name: str,
+    model: Model,
+    settings: Settings,
+    *,
+    seed: int | None = None,
+    surrogate: Model | None = None,
+    early_stop: bool = False,
+) -> Attack | Transfer | None:
+    """The attack of that name, one restart of it, as a report runs it.
 
-    right     bool (N,), after all restarts
-    runs      accuracy after each restart alone
-    losses    mean loss before each step of the first restart; empty where there are no steps
+    Parameters
+    ----------
+    name, model, surrogate, early_stop
+        As of registry.make.
+    settings
+        eps, and the type of the gradients.
+    seed
+        None: that of the settings.
+
+    Returns
+    -------
+    Attack, Transfer or None
+        None for "clean".
     """
-
-    name: str
-    right: Tensor
-    runs: list[float]
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.double().mean())
-
-    @property
-    def spread(self) -> float:
-        """Accuracy of the weakest restart less that of the strongest."""
-        return max(self.runs) - min(self.runs)
-
-
-def attack_named(
-    name: str, model: Model, settings: Settings, seed: int, surrogate: Model | None = None, early_stop: bool = False
-) -> Any:
-    """The attack that a name like "pgd20" or "apgd-dlr" stands for, without its restarts; None for "clean".
-
-    early_stop    PGD and CW drop an image from the batch once it is fooled; APGD always does
-    """
-    eps, step = settings.eps, settings.eps / 4 or 1.0
-    dtype = torch.bfloat16 if settings.fast else None
-    common: dict[str, Any] = {"eps": eps, "seed": seed, "check": False, "progress": False}
-    matched = re.fullmatch(r"(transfer-)?(pgd|cw|mifgsm|targeted)([1-9]\d*)", name)
-    if matched:
-        transfer, kind, steps = matched[1], matched[2], int(matched[3])
-        more: dict[str, Any] = {"alpha": step, "steps": steps, "dtype": dtype}
-        make: Callable[..., Any] = PGD
-        if kind == "cw":
-            make = CW
-        elif kind == "mifgsm":
-            make = MIFGSM
-        elif kind == "targeted":
-            more["targeted"] = "random"
-        if not transfer:
-            return make(model, early_stop=early_stop, **common, **more)
-        if surrogate is None:
-            raise InputError(f"{name} is crafted on another model: expected a surrogate, got none")
-        return Transfer(model, surrogate, make, **common, **more)
-    others: dict[str, Callable[[], Any]] = {
-        "clean": lambda: None,
-        "fgsm": lambda: FGSM(model, dtype=dtype, **common),
-        "apgd-ce": lambda: APGD(model, dtype=dtype, **common),
-        "apgd-dlr": lambda: APGD(model, loss="dlr", dtype=dtype, **common),
-        "apgd-t": lambda: APGDT(model, dtype=dtype, **common),
-        "local-search": lambda: LocalSearch(model, rounds=30, **common),
-        "square": lambda: Square(model, **common),
-        "fab": lambda: FAB(model, **common),
-    }
-    if name not in others:
-        raise InputError(f"unknown attack {name!r}, expected one of {NAMES}")
-    return others[name]()
-
-
-def split_restarts(name: str) -> tuple[str, int]:
-    """("pgd100", 5) of "pgd100x5"."""
-    matched = re.fullmatch(r"(.+?)x(\d+)", name)
-    return (matched[1], int(matched[2])) if matched and int(matched[2]) else (name, 1)
+    return registry.make(
+        name, model, eps=settings.eps, surrogate=surrogate, early_stop=early_stop,
+        dtype=torch.bfloat16 if settings.fast else None, seed=settings.seed if seed is None else seed, check=False,
+        progress=False,
+    )  # fmt: skip
 
 
 def attack_all(
@@ -155,67 +116,106 @@ def attack_all(
     keep: Path | None = None,
     title: str = "attacking",
 ) -> dict[str, Outcome]:
-    """Every attack of `names` on pixels x (N, 3, H, W) from 0 to 1 with labels y (N,): {name: Outcome}.
+    """Every attack of `names`.
 
-    Images that the model has wrong as they are count as fooled and are not attacked. FEW attacks see the first
-    `settings.few` of them only.
-    keep    a folder that holds each finished attack, so that a report that was killed goes on; what lies there from
-            another model, other images or settings is made anew
+    Images that the model has wrong as they are count as fooled and are not attacked. Attacks that take thousands of
+    queries an image see the first `settings.few` of them only.
+
+    Parameters
+    ----------
+    model
+        A classifier.
+    x, y
+        Pixels float (N, 3, H, W) from 0 to 1, and labels int (N,).
+    names
+        As of registry.read.
+    settings
+        Radius, batch, seed.
+    surrogate
+        What transfer attacks are crafted on.
+    keep
+        A folder that holds each finished attack, so that a report that was killed goes on; what lies there from another
+        model, other images or settings is made anew.
+    title
+        Of the progress bar.
+
+    Returns
+    -------
+    dict of Outcome
+        By name.
+
+    Raises
+    ------
+    InputError
+        Before any work, for unknown names, attacks that the number of classes rules out, transfers without a surrogate
+        or on a copy of the victim.
     """
-    for name in names:  # a misspelt name is refused before hours of work
-        atk = attack_named(split_restarts(name)[0], model, settings, 0, surrogate)
+    check_names(names)
+    for name, why in registry.unfit(names, _classes(model, x)).items():
+        raise InputError(f"{name} {why}; leave it out")
+    for name in names:
+        atk = attack_of(name, model, settings, surrogate=surrogate)
         if isinstance(atk, Transfer):
             atk.refuse_a_copy(x)
-    clean = torch.cat(
-        [_right(model, *part) for part in zip(x.split(settings.batch), y.split(settings.batch), strict=True)]
-    )
-    marks = [0, 0] if keep is None else [_mark(model, x, y, settings, other) for other in (None, surrogate)]
-    found: dict[str, Outcome] = {}
+    batches = zip(x.split(settings.batch), y.split(settings.batch), strict=True)
+    clean = torch.cat([_right(model, *part) for part in batches])
+    checksums = [0, 0] if keep is None else [_checksum(model, x, y, settings, other) for other in (None, surrogate)]
+    result: dict[str, Outcome] = {}
     passes = {name: _passes(name, len(x), settings) for name in names}
-    with counting(sum(passes.values()), title) as tell:
+    with counting(sum(passes.values()), title) as advance, going_on(keep):
         for name in names:
-            file, mark = None if keep is None else keep / f"{name}.json", marks[name.startswith("transfer-")]
-            stored = None if file is None else _stored(file, mark)
+            file = None if keep is None else keep / f"{name}.json"
+            checksum = checksums[registry.read(name).transfer]
+            stored = None if file is None else _stored(file, checksum)
             if stored is None:
-                stored = _run(name, model, x, y, clean, settings, surrogate, tell)
+                stored = _run(name, model, x, y, clean, settings, surrogate, advance)
                 if file is not None:
-                    _store(file, mark, stored)
+                    _store(file, checksum, stored)
             else:
-                tell(passes[name])
-            found[name] = stored
-    return found
+                advance(passes[name])
+            result[name] = stored
+    return result
 
 
-def _count(name: str, there: int, settings: Settings) -> int:
-    return min(there, settings.few) if split_restarts(name)[0] in FEW else there
+def _classes(model: Model, x: Tensor) -> int:
+    with Victim(model).prepare(x) as victim:
+        scores = victim.scores(x[:1])
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise InputError(f"a classifier must return logits (B, classes) of two classes or more, got {(*scores.shape,)}")
+    return scores.shape[1]
 
 
-def _passes(name: str, there: int, settings: Settings) -> int:
+def _count(name: str, images: int, settings: Settings) -> int:
+    return min(images, settings.few) if registry.read(name).entry.slow else images
+
+
+def _passes(name: str, images: int, settings: Settings) -> int:
     """Batches that an attack takes, over all its restarts."""
-    return -(-_count(name, there, settings) // settings.batch) * split_restarts(name)[1]
+    return -(-_count(name, images, settings) // settings.batch) * registry.read(name).restarts
 
 
 def _run(
     name: str, model: Model, x: Tensor, y: Tensor, clean: Tensor, settings: Settings, surrogate: Model | None,
-    tell: Callable[[int], Any],
+    advance: Callable[[int], object],
 ) -> Outcome:  # fmt: skip
-    base, restarts = split_restarts(name)
     count, began = _count(name, len(x), settings), time.perf_counter()
     every = torch.ones(count, dtype=torch.bool)
     runs, curve = [], Tensor()
-    for restart in range(restarts):
+    for restart in range(registry.read(name).restarts):
         # the first run goes to its end, for the curve
-        atk = attack_named(base, model, settings, settings.seed + restart, surrogate, early_stop=restart > 0)
+        seed = settings.seed + restart
+        atk = attack_of(name, model, settings, seed=seed, surrogate=surrogate, early_stop=restart > 0)
         right, weights, sums = clean[:count].clone(), 0, Tensor()
         for rows in torch.arange(count).split(settings.batch):
             rows = rows[clean[rows]]
             if atk is not None and len(rows):
-                _, info = atk(x[rows], y[rows], index=rows, return_info=True)
+                info = atk(x[rows], y[rows], index=rows, return_info=True)[1]
+                assert info.success is not None
                 right[rows] = ~info.success.cpu()
                 if info.losses.numel():
                     summed = info.losses.double().sum(dim=1).cpu()
                     sums, weights = (summed if not weights else sums + summed), weights + len(rows)
-            tell(1)
+            advance(1)
         runs.append(float(right.double().mean()))
         every &= right
         if restart == 0 and weights:
@@ -223,56 +223,64 @@ def _run(
     return Outcome(name, every, runs, curve.tolist(), time.perf_counter() - began)
 
 
-@torch.no_grad()
 def _right(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """bool (B,) on the CPU: who is classified right, in evaluation mode."""
-    victim = Victim(model)
-    with victim.attacked(x):
+    with Victim(model).prepare(x) as victim:
         return (victim.scores(x).argmax(dim=1) == y).cpu()
 
 
-def worst_case(outcomes: Mapping[str, Outcome]) -> Tensor:
-    """bool (N,): who survives every attack; those that an attack did not see count by the others."""
-    count = max(len(o.right) for o in outcomes.values())
-    left = torch.ones(count, dtype=torch.bool)
-    for outcome in outcomes.values():
-        left[: len(outcome.right)] &= outcome.right
-    return left
-
-
 @dataclass(frozen=True)
-class Robustness:
-    """All of one model: outcomes by attack, accuracy by eps under PGD-20, the checks, and what to make of it."""
+class Robustness(Examined):
+    """All of one classifier.
+
+    Attributes
+    ----------
+    name
+        Of the model.
+    outcomes
+        By attack.
+    sweep
+        Accuracy by eps under PGD-20.
+    findings
+        Of the checks.
+    left_out
+        Attacks that the number of classes rules out, and why.
+    """
 
     name: str
     outcomes: dict[str, Outcome]
     sweep: dict[float, float]
     findings: list[checks.Finding]
+    left_out: dict[str, str] = field(default_factory=dict)
+    measure = "accuracy"
 
-    @property
-    def worst(self) -> float:
-        return float(worst_case(self.outcomes).double().mean())
+    def suspicions(self) -> list[str]:
+        """The checks that are; where none is, how much PGD overstates."""
+        names = [finding.name for finding in self.findings if finding.suspicious]
+        pgd, left = self._pgd()
+        over = left - self.worst
+        if names or pgd == "clean" or over <= MISLED:
+            return names
+        return [f"{pgd} overstates by {over:.1%}, its loss is a poor guide here"]
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether the gradient is masked, or PGD overstates for another reason."""
-        return any(finding.suspicious for finding in self.findings) or self._overstated() > MISLED
+    def broken(self) -> bool:
+        """Whether next to nothing survives."""
+        return self.worst <= BROKEN
+
+    def curve(self) -> list[float]:
+        """Of the longest PGD."""
+        return max((o.losses for n, o in self.outcomes.items() if n.startswith("pgd")), key=len, default=[])
 
     def _pgd(self) -> tuple[str, float]:
         """Madry's evaluation, as most papers give it: the first of the PGD rows."""
-        found = [(n, o.accuracy) for n, o in self.outcomes.items() if re.fullmatch(r"pgd\d+(x\d+)?", n)]
-        return found[0] if found else ("clean", self.outcomes["clean"].accuracy)
+        rows = [(n, o.accuracy) for n, o in self.outcomes.items() if re.fullmatch(r"pgd\d+(x\d+)?", n)]
+        return rows[0] if rows else ("clean", self.outcomes["clean"].accuracy)
 
-    def _overstated(self) -> float:
-        return self._pgd()[1] - self.worst if self._pgd()[0] != "clean" else 0.0
-
-    def verdict(self) -> str:
-        """A few sentences: is it robust, and can its PGD number be quoted?"""
+    def numbers(self) -> str:
+        """Clean, PGD, all together, the strongest alone, the spread of restarts, what was left out."""
         (pgd, left), worst = self._pgd(), self.worst
-        clean = self.outcomes["clean"].accuracy
-        told = [f.name for f in self.findings if f.suspicious]
-        own = "" if pgd == "clean" else f"{pgd} leaves {left:.1%}, "
-        numbers = f"Clean {clean:.1%}, {own}every attack together {worst:.1%}"
+        alone = "" if pgd == "clean" else f"{pgd} leaves {left:.1%}, "
+        numbers = f"Clean {self.outcomes['clean'].accuracy:.1%}, {alone}every attack together {worst:.1%}"
         if worst > BROKEN:
             by = min((o for n, o in self.outcomes.items() if n != "clean"), key=lambda o: o.accuracy)
             numbers += f" (the strongest alone, {by.name}, {by.accuracy:.1%})"
@@ -280,19 +288,9 @@ class Robustness:
         spread = {n: o.spread for n, o in self.outcomes.items() if len(o.runs) > 1}
         if spread:
             numbers += " Restarts differ by " + ", ".join(f"{s:.1%} ({n})" for n, s in spread.items()) + "."
-        if told:
-            return (
-                f"SUSPICIOUS: the model's gradient misleads attacks that follow it ({', '.join(told)}). Do not quote "
-                f"its accuracy under PGD. {numbers}"
-            )
-        if self._overstated() > MISLED:
-            return (
-                f"SUSPICIOUS: {pgd} overstates by {self._overstated():.1%}. Its loss is a poor guide here, "
-                f"quote the worst case. {numbers}"
-            )
-        if worst <= BROKEN:
-            return f"Not robust, and nothing is hidden: no check is suspicious. {numbers}"
-        return f"No sign of a masked gradient. The worst case bounds the robust accuracy from above. {numbers}"
+        if self.left_out:
+            numbers += " Left out: " + "; ".join(f"{name} {why}" for name, why in self.left_out.items()) + "."
+        return numbers
 
 
 def examine(
@@ -306,39 +304,69 @@ def examine(
     surrogate: Model | None = None,
     keep: Path | None = None,
 ) -> Robustness:
-    """Attacks, eps sweep and checks of one classifier. names: STANDARD, less the transfers without a surrogate."""
+    """Attacks, eps sweep and checks of one classifier.
+
+    Parameters
+    ----------
+    name
+        Of the model.
+    model, x, y, settings, surrogate, keep
+        As of attack_all.
+    names
+        Attacks; None: STANDARD, less the transfers without a surrogate. Attacks that the number of classes rules out
+        (DLR needs 3, targeted DLR 4) are left out before the work begins, and the verdict says so.
+
+    Returns
+    -------
+    Robustness
+        With its verdict.
+
+    Raises
+    ------
+    InputError
+        As attack_all, and where no attack is left.
+    """
     if names is None:
-        names = [n for n in STANDARD if surrogate is not None or not n.startswith("transfer-")]
+        names = [n for n in STANDARD if surrogate is not None or not registry.read(n).transfer]
     check_names(names)
     if "clean" not in names:
         names = ["clean", *names]
+    left_out = registry.unfit(names, _classes(model, x))
+    names = [n for n in names if n not in left_out]
     if set(names) == {"clean"}:
-        raise InputError("a report needs an attack beside clean: its verdict would rest on nothing")
+        why = "".join(f" ({n} {w})" for n, w in left_out.items())
+        raise InputError(f"a report needs an attack beside clean: its verdict would rest on nothing{why}")
     outcomes = attack_all(model, x, y, names, settings, surrogate=surrogate, keep=keep, title=f"attacking {name}")
     few = slice(0, settings.few)
-    known = None if keep is None else keep / "checks.json"
-    mark = 0 if keep is None else _mark(model, x, y, settings, surrogate)
-    stored = None if known is None else _read(known, mark)
+    file = None if keep is None else keep / "checks.json"
+    checksum = 0 if keep is None else _checksum(model, x, y, settings, surrogate)
+    stored = None if file is None else _read(file, checksum)
     if stored is None:
-        factors = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
         sweep = {}
-        with counting(len(factors) + 1, f"checking {name}") as tell:
-            for eps in (settings.eps * factor for factor in factors):
-                atk = PGD(model, eps, eps / 4 or 1.0, 20, check=False, progress=False)
+        with counting(len(FACTORS) + 1, f"checking {name}") as advance, going_on(keep):
+            for eps in (settings.eps * factor for factor in FACTORS):
+                atk = PGD(model, eps, None, 20, check=False, progress=False)
                 sweep[eps] = checks.accuracy(atk, x[few], y[few])
-                tell(1)
-            options: dict[str, Any] = {"progress": False}
-            findings = checks.masking(model, x[few], y[few], eps=settings.eps, surrogate=surrogate, **options)
-            tell(1)
+                advance(1)
+            findings = checks.masking(model, x[few], y[few], eps=settings.eps, surrogate=surrogate, progress=False)
+            advance(1)
         stored = {"sweep": list(sweep.items()), "findings": [asdict(finding) for finding in findings]}
-        if known is not None:
-            _write(known, mark, stored)
-    found = [checks.Finding(**finding) for finding in stored["findings"]]
-    return Robustness(name, outcomes, {float(e): a for e, a in stored["sweep"]}, found)
+        if file is not None:
+            _write(file, checksum, stored)
+    findings = [checks.Finding(**finding) for finding in stored["findings"]]
+    return Robustness(name, outcomes, {float(e): a for e, a in stored["sweep"]}, findings, left_out)
 
 
 def print_outcomes(title: str, models: Mapping[str, Mapping[str, Outcome]]) -> None:
-    """Accuracy by attack, a column a model; of several restarts the strongest together, and their spread."""
+    """Accuracy by attack, a column a model; of several restarts the strongest together, and their spread.
+
+    Parameters
+    ----------
+    title
+        Above the table.
+    models
+        Outcomes by model and attack.
+    """
     table = new_table("accuracy under")
     for name in models:
         table.add_column(name, justify="right")
@@ -364,52 +392,36 @@ def _table(models: Mapping[str, Mapping[str, Outcome]]) -> list[list[str]]:
     return [*rows, ["every attack together", *worst]]
 
 
-def write_report(found: Sequence[Robustness], out: Path, title: str, settings: Settings) -> None:
-    """robustness.csv, README.md, index.html and the figures in the folder `out`."""
+def write_report(reports: Sequence[Robustness], out: Path, title: str, settings: Settings) -> None:
+    """robustness.csv, README.md, index.html and the figures.
+
+    Parameters
+    ----------
+    reports
+        Of one model or more.
+    out
+        The folder; made where it is missing.
+    title
+        Of the page.
+    settings
+        With which they were examined.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    models = {r.name: r.outcomes for r in found}
-    names = list(models)
-    pages = []
-
-    def figure(file: str, caption: str, draw: Callable[[Path], None]) -> None:
-        draw(out / file)
-        pages.append((file, caption))
-
-    bars = {r.name: {n: o.accuracy for n, o in r.outcomes.items()} for r in found}
-    figure(
-        "attacks.png", f"Accuracy under each attack, {title}",
-        lambda path: figures.plot_bars(path, f"Accuracy under attack, {title}", bars, "accuracy"),
-    )  # fmt: skip
-    curves = {
-        r.name: (np.arange(len(curve)), np.asarray(curve))
-        for r in found
-        if (curve := max((o.losses for n, o in r.outcomes.items() if n.startswith("pgd")), key=len, default=[]))
-    }
-    if curves:
-        figure(
-            "loss-against-step.png", f"Loss against step of PGD (mean over images, first restart), {title}",
-            lambda path: figures.plot_lines(path, f"Loss against step of PGD, {title}", curves, "step", "cross entropy",
-                                            looks=names, from_zero=False),
-        )  # fmt: skip
-    sweeps = {r.name: (np.array(list(r.sweep)) * 255, np.array(list(r.sweep.values()))) for r in found}
-    few = min(settings.few, *(len(r.outcomes["clean"].right) for r in found))
-    figure(
-        "eps-sweep.png", f"Accuracy under PGD-20 against the radius ({few} images), {title}",
-        lambda path: figures.plot_lines(path, f"Accuracy against the radius, PGD-20, {title}", sweeps,
-                                        "eps, in 1/255", "accuracy", looks=names),
-    )  # fmt: skip
-    words = [f"{r.name}: {r.verdict()}" for r in found]
-    words += [f"{r.name}, {finding}" for r in found for finding in r.findings]
+    models = {r.name: r.outcomes for r in reports}
+    figures = draw({r.name: r for r in reports}, out, title, loss="cross entropy", unit=(1 / 255, "eps, in 1/255"))
+    words = [f"{r.name}: {r.verdict()}" for r in reports]
+    words += [f"{r.name}, {finding}" for r in reports for finding in r.findings]
+    images = max(len(o.right) for r in reports for o in r.outcomes.values())
     note = (
-        f"Accuracy on {max(len(o.right) for r in found for o in r.outcomes.values())} test images, L-inf ball of "
-        f"{settings.eps * 255:.3g}/255. An attack with restarts counts an image as fooled where any of them fooled it; "
-        "the spread is the weakest restart's accuracy less the strongest's."
+        f"Accuracy on {images} test images, the sweep and the checks on {min(settings.few, images)} of them, L-inf "
+        f"ball of {settings.eps * 255:.3g}/255. An attack with restarts counts an image as fooled where any of them "
+        "fooled it; the spread is the weakest restart's accuracy less the strongest's."
     )
-    write_page(out, "Robustness", ["accuracy under", *names], _table(models), note, pages, words, "robustness.csv")
+    write_page(out, "Robustness", ["accuracy under", *models], _table(models), note, figures, words, "robustness.csv")
 
 
-def _mark(model: Model, x: Tensor, y: Tensor, settings: Settings, surrogate: Model | None) -> int:
-    """A checksum of everything that an outcome depends on, this package's version among it."""
+def _checksum(model: Model, x: Tensor, y: Tensor, settings: Settings, surrogate: Model | None) -> int:
+    """Of everything that an outcome depends on, this package's version among it."""
     value = zlib.crc32(json.dumps([__version__, asdict(settings)], sort_keys=True).encode())
     for one in (model, surrogate):
         if isinstance(one, torch.nn.Module):
@@ -422,25 +434,25 @@ def _mark(model: Model, x: Tensor, y: Tensor, settings: Settings, surrogate: Mod
     return value
 
 
-def _store(file: Path, mark: int, outcome: Outcome) -> None:
-    _write(file, mark, {**vars(outcome), "right": "".join("01"[bit] for bit in outcome.right.int().tolist())})
+def _store(file: Path, checksum: int, outcome: Outcome) -> None:
+    _write(file, checksum, {**vars(outcome), "right": "".join("01"[bit] for bit in outcome.right.int().tolist())})
 
 
-def _stored(file: Path, mark: int) -> Outcome | None:
-    values = _read(file, mark)
+def _stored(file: Path, checksum: int) -> Outcome | None:
+    values = _read(file, checksum)
     if values is None:
         return None
     right = torch.tensor([bit == "1" for bit in values.pop("right")])
     return Outcome(right=right, **values)
 
 
-def _write(file: Path, mark: int, values: dict[str, Any]) -> None:
+def _write(file: Path, checksum: int, values: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(file) as aside:
-        aside.write_text(json.dumps({"mark": mark, **values}) + "\n")
+        aside.write_text(json.dumps({"mark": checksum, **values}) + "\n")
 
 
-def _read(file: Path, mark: int) -> dict[str, Any] | None:
+def _read(file: Path, checksum: int) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
@@ -449,19 +461,23 @@ def _read(file: Path, mark: int) -> dict[str, Any] | None:
             raise ValueError(f"expected an object, got {type(values).__name__}")
     except ValueError as error:
         raise InputError(f"{file}: damaged ({error}); delete it to make it anew") from error
-    return values if values.pop("mark", None) == mark else None
+    return values if values.pop("mark", None) == checksum else None
 
 
 def pixels_of(images: Images, count: int) -> tuple[Tensor, Tensor]:
-    """`count` of the images, each class its share, as pixels and labels; always the same ones."""
+    """Some images, each class its share; always the same ones.
+
+    Parameters
+    ----------
+    images
+        A split.
+    count
+        How many; all where there are no more.
+
+    Returns
+    -------
+    pixels, labels
+        float32 (N, 3, H, W) from 0 to 1, int64 (N,).
+    """
     few = images.sample(count)
     return few.pixels(), few.labels
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Refuse a repeated name, and none."""
-    names = list(names)
-    if not names:
-        raise InputError(f"expected at least one attack of {NAMES}, got none")
-    if len(set(names)) != len(names):
-        raise InputError(f"each attack can be named once, got {' '.join(names)}")

@@ -1,5 +1,8 @@
 """Small networks and data for the attacks' tests: trained in a second, vulnerable as usual."""
 
+import copy
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +34,12 @@ def samples(count: int, seed: int = 1, classes: int = 5, size: int = 8) -> tuple
 
 
 def trained(seed: int = 0, steps: int = 150) -> nn.Sequential:
+    """Another copy at each call; trained once a process."""
+    return copy.deepcopy(_trained(seed, steps))
+
+
+@cache
+def _trained(seed: int, steps: int) -> nn.Sequential:
     model = network(seed)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     x, y = samples(256, seed=7)

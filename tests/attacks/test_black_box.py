@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from networks import trained
-from test_pgd_attacks import _problem, assert_same, state_of
+from test_pgd_attacks import assert_same, state_of
 from torch import nn
 
 import cmr_fast as cf
@@ -70,16 +70,16 @@ def test_local_search_follows_the_algorithm():
 def test_local_search_tries_one_pixel_at_a_time(model, data):
     x, y = data[0][:3], data[1][:3]
     atk = attacks.LocalSearch(model, p=10.0, batch=7)
-    problem = _problem(x, y)
     places = torch.stack([torch.randperm(64)[:11] for _ in range(3)])
-    with atk.victim.attacked(x):
+    with atk.victim.prepare(x) as victim:
+        problem = atk._problem(victim, x, y, None)
         costs = atk._costs(problem, x, places, 0.5 + 10 * (x - 0.5).sign())
         for sample in range(3):
             for i, place in enumerate(places[sample].tolist()):
                 tried = x[sample : sample + 1].clone()
                 row, column = divmod(place, 8)
                 tried[0, :, row, column] = 0.5 + 10 * (tried[0, :, row, column] - 0.5).sign()
-                want = atk.loss(atk.victim.scores(tried), y[sample : sample + 1])
+                want = atk.loss(victim.scores(tried), y[sample : sample + 1])
                 torch.testing.assert_close(costs[sample, i : i + 1], want, rtol=1e-4, atol=1e-5)
 
 
@@ -88,11 +88,11 @@ def test_local_search_in_a_ball_sets_the_pixels_that_raise_the_loss_most(model, 
     x, y = data[0][:2], data[1][:2]
     eps, t = 0.05, 6
     atk = attacks.LocalSearch(model, eps, 1, t=t, candidates=64, success=lambda z, y: torch.zeros(len(z)).bool())
-    problem = _problem(x, y, eps=eps)
     every = torch.arange(64).expand(2, -1)
     net = copy.deepcopy(model).eval()
-    with atk.victim.attacked(x), torch.no_grad():
-        found, chosen = atk._to_a_face(problem, x, every, torch.ones_like(every, dtype=torch.bool))
+    with atk.victim.prepare(x) as victim, torch.no_grad():
+        problem = atk._problem(victim, x, y, None)
+        moved, chosen = atk._to_a_face(problem, x, every, torch.ones_like(every, dtype=torch.bool))
         for sample in range(2):
             one, label = x[sample : sample + 1], y[sample : sample + 1]
             losses = {}
@@ -111,7 +111,7 @@ def test_local_search_in_a_ball_sets_the_pixels_that_raise_the_loss_most(model, 
             torch.testing.assert_close(raised, sorted(of_pixel[place][0] for place in best), rtol=1e-5, atol=1e-6)
             for place in range(64):
                 want = (one + of_pixel[place][1] * eps).clamp(0, 1) if place in taken else one
-                assert torch.equal(found[sample].flatten(1)[:, place], want.flatten(2)[0, :, place])
+                assert torch.equal(moved[sample].flatten(1)[:, place], want.flatten(2)[0, :, place])
 
 
 def test_local_search_in_a_ball_breaks_a_plain_model_without_its_gradient(model, data):

@@ -57,9 +57,11 @@ def test_bit_for_bit_torchattacks_from_its_random_start_and_for_fgsm(model):
 def test_l2_follows_torchattacks(model):
     torchattacks = pytest.importorskip("torchattacks")
     x, y = samples(16)
-    theirs = torchattacks.PGDL2(copy.deepcopy(model), eps=0.5, alpha=0.1, steps=10, random_start=False)(x, y)
-    ours = attacks.PGD(model, eps=0.5, alpha=0.1, steps=10, norm="l2", random_start=False)(x, y)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    # without what torchattacks adds to the gradient's norm: a ReLU network blows that up from step to step
+    options = {"eps": 0.5, "alpha": 0.1, "steps": 10, "random_start": False}
+    theirs = torchattacks.PGDL2(copy.deepcopy(model), eps_for_division=0.0, **options)(x, y)
+    ours = attacks.PGD(model, norm="l2", **options)(x, y)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -110,18 +112,12 @@ def test_random_targets_are_uniform_over_the_other_classes(model):
     x, y = samples(16)
     x, y = x.repeat(50, 1, 1, 1), y.repeat(50)
     atk = attacks.PGD(model, EPS, ALPHA, 1, targeted="random", restarts=2)
-    problem = _problem(x, y).rows(torch.arange(len(x)).repeat(2))
-    with atk.victim.attacked(x):
+    with atk.victim.prepare(x) as victim:
+        problem = atk._problem(victim, x, y, None).rows(torch.arange(len(x)).repeat(2))
         targets = atk._targets(problem)
     shift = (targets - problem.labels) % 5
     assert shift.min() == 1 and (shift.bincount(minlength=5)[1:] - 400).abs().max() < 80
     assert (targets[:800] != targets[800:]).float().mean() > 0.6  # another draw for another restart
-
-
-def _problem(x, y, eps=EPS):
-    from cmr_fast.attacks.base import Problem
-
-    return Problem(x, y, torch.arange(len(x)), *(torch.full((1, 1), v) for v in (eps, 0.0, 1.0)))
 
 
 def test_any_loss_and_any_targets(model, data):
@@ -496,7 +492,7 @@ def test_a_start_is_put_into_the_ball_by_the_first_step(model, data):
 def test_progress_is_shown_when_asked_or_slow(model, data, monkeypatch):
     from contextlib import contextmanager
 
-    from cmr_fast.attacks import base as engine
+    from cmr_fast.attacks import base
 
     told = []
 
@@ -505,13 +501,13 @@ def test_progress_is_shown_when_asked_or_slow(model, data, monkeypatch):
         told.append((total, what))
         yield told.append
 
-    monkeypatch.setattr(engine._terminal, "counting", counting)
+    monkeypatch.setattr(base._terminal, "counting", counting)
     attacks.PGD(model, EPS, ALPHA, 3)(*data)
     assert told == []
     attacks.PGD(model, EPS, ALPHA, 3, progress=True)(*data)
     assert told == [(3, "PGD"), 0, 1, 1, 1]
     told.clear()
-    monkeypatch.setattr(engine, "SLOW", -1.0)
+    monkeypatch.setattr(base, "SLOW", -1.0)
     attacks.PGD(model, EPS, ALPHA, 3)(*data)
     assert len(told) == 5
     attacks.PGD(model, EPS, ALPHA, 3, progress=False)(*data)
@@ -548,7 +544,7 @@ def test_cifar10(data_root):
     if not (data_root / "cifar10" / "cifar10_jpeg.npz").is_file():
         pytest.skip(f"no CIFAR-10 under {data_root}")
     x, y = cifar10(data_root / "cifar10", 2200)
-    net = network(classes=10)
+    net = network(seed=0, classes=10)
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     for step in range(150):
         rows = slice(step % 30 * 64, step % 30 * 64 + 64)

@@ -114,7 +114,7 @@ def test_the_report_calls_out_a_hidden_gradient_and_not_a_plain_one(case, tmp_pa
     other = trained(seed=0, steps=160).eval()  # nearly the same network
     surrogate = other, other(x).detach().repeat_interleave(2, dim=0)
     plain = robust_recall.examine(encode, x, gallery, relevant, eps=0.03, surrogate=surrogate)
-    assert not plain.findings() and "SUSPICIOUS" not in plain.verdict()
+    assert not plain.suspicions() and "SUSPICIOUS" not in plain.verdict()
     assert plain.sweep[0.0] == pytest.approx(plain.recall.clean[1])
     assert list(plain.sweep.values())[-1] < plain.recall.clean[1] and plain.losses[-1] > plain.losses[0]
     masked = Stepped(encode)
@@ -122,7 +122,7 @@ def test_the_report_calls_out_a_hidden_gradient_and_not_a_plain_one(case, tmp_pa
     hidden = robust_recall.examine(
         masked, x, its_gallery, relevant, eps=0.03, surrogate=(copy.deepcopy(encode), gallery)
     )
-    assert hidden.findings() and "SUSPICIOUS" in hidden.verdict()
+    assert hidden.suspicions() and "SUSPICIOUS" in hidden.verdict()
     robust_recall.write_report({"plain": plain, "masked": hidden}, tmp_path, "templates", 0.03)
     assert "SUSPICIOUS" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "recall.csv").read_text().startswith("run,")

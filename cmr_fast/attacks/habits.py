@@ -1,0 +1,258 @@
+"""The settings that torchattacks' attacks have as methods, under torchattacks' names and with its meaning."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cmr_fast._files import write_aside
+from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cmr_fast.attacks.victim import Victim
+
+TargetMap = Callable[[Tensor, Tensor], Tensor]
+
+
+class Habits:
+    """What an attack is told after it was made. Set these before the calls, not beside them from another thread."""
+
+    supported_mode: tuple[str, ...] = ("default",)
+    attack_mode = "default"
+    check: bool
+    victim: "Victim"
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self.normalization_used: dict[str, Tensor] | None = None
+
+    def set_normalization_used(self, mean: Any, std: Any) -> None:
+        """Say that the inputs are normalised: x = (pixels - mean) / std.
+
+        Parameters
+        ----------
+        mean, std
+            A value a channel. bounds and eps stay in pixels; what is returned is normalised as x is.
+
+        Raises
+        ------
+        InputError
+            For a std that is not above 0, and values that are no numbers.
+        """
+        from cmr_fast.attacks.victim import per_channel
+
+        self.victim.normalize = per_channel((mean, std))
+        mean, std = self.victim.normalize
+        shape = (1, -1, 1, 1)
+        self.normalization_used = {"mean": mean.float().reshape(shape), "std": std.float().reshape(shape)}
+
+    def set_device(self, device: torch.device | str) -> None:
+        """Move inputs to this device before they are attacked; what is returned lies there too.
+
+        Parameters
+        ----------
+        device
+            'cpu', 'cuda:0', ...
+
+        Raises
+        ------
+        InputError
+            For what is no device.
+        """
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"device must be one of torch's, like 'cpu' or 'cuda:0', got {device!r}") from error
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """Attack the model in training mode, its batch normalisation and dropout in evaluation mode unless asked for.
+
+        cuDNN's recurrent networks have a gradient in training mode only. Modes, running statistics and the rest of the
+        model are put back after every call.
+
+        Parameters
+        ----------
+        model_training, batchnorm_training, dropout_training
+            Which parts are in training mode.
+        """
+        self.victim.training = (model_training, batchnorm_training, dropout_training)
+        if model_training and (batchnorm_training or dropout_training):
+            self.check = False  # asked for: a model that is random, or mixes its batch
+
+    def get_mode(self) -> str:
+        """The mode: "default", "targeted(label)", "targeted(random)", "targeted(least-likely)", "targeted(custom)"."""
+        return self.attack_mode
+
+    def set_mode_default(self) -> None:
+        """Untargeted: away from the labels."""
+        self._set_mode("default", False)
+
+    def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
+        """Labels are the classes to reach.
+
+        Parameters
+        ----------
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For an attack or a loss that has no targets.
+        """
+        self._set_mode("targeted(label)", "label")
+
+    def set_mode_targeted_random(self, quiet: bool = False) -> None:
+        """Each sample towards a random class other than its label.
+
+        Parameters
+        ----------
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For an attack or a loss that has no targets.
+        """
+        self._set_mode("targeted(random)", "random")
+
+    def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
+        """Each sample towards the class that the model gives the kth lowest score, the label left out.
+
+        Parameters
+        ----------
+        kth_min
+            1 is the least likely class.
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For a kth_min below 1; where it is above the number of wrong classes, at the call.
+        """
+        if not isinstance(kth_min, int) or kth_min < 1:
+            raise InputError(f"kth_min must be an integer of 1 or more, got {kth_min!r}")
+        self._set_mode("targeted(least-likely)", kth_min)
+
+    def set_mode_targeted_by_function(self, target_map_function: TargetMap, quiet: bool = False) -> None:
+        """Each sample towards target_map_function(inputs, labels), int (B,).
+
+        Parameters
+        ----------
+        target_map_function
+            (inputs, labels) -> int (B,).
+        quiet
+            As of torchattacks; nothing is printed anyway.
+
+        Raises
+        ------
+        InputError
+            For what is no function, and an attack or a loss that has no targets.
+        """
+        if not callable(target_map_function):
+            raise InputError(f"target_map_function must be a function (inputs, labels), got {target_map_function!r}")
+        self._set_mode("targeted(custom)", target_map_function)
+
+    def _set_mode(self, mode: str, targeted: Any) -> None:
+        if mode != "default" and "targeted" not in self.supported_mode:
+            raise InputError(f"{type(self).__name__} has no targeted mode; PGD, FGSM, MIFGSM and CW have")
+        self.attack_mode = mode
+
+    def _to_pixels(self, x: Tensor) -> Tensor:
+        """Pixels of inputs that set_normalization_used calls normalised; what rounding put outside is put back."""
+        if self.normalization_used is None:
+            return x
+        mean, std = (v.to(x) for v in self.normalization_used.values())
+        pixels = x * std + mean
+        low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in self.bounds)  # type: ignore[attr-defined]
+        low, high = (v if v.ndim < 2 else v.reshape(*v.shape, 1, 1) for v in (low, high))
+        boxed = torch.minimum(torch.maximum(pixels, low), high)
+        rounding = max(1e-5, 4 * torch.finfo(x.dtype).eps)
+        return torch.where((boxed - pixels).abs() <= rounding * (high - low), boxed, pixels)
+
+    def _from_pixels(self, x: Tensor) -> Tensor:
+        if self.normalization_used is None:
+            return x
+        mean, std = (v.to(x) for v in self.normalization_used.values())
+        return (x - mean) / std
+
+    def save(
+        self,
+        data_loader: Iterable[Any],
+        save_path: str | Path | None = None,
+        verbose: bool = True,
+        return_verbose: bool = False,
+        save_predictions: bool = False,
+        save_clean_inputs: bool = False,
+        save_type: str = "float",
+    ) -> tuple[float, float, float] | None:
+        """Attack all batches of a loader, and write what was made of them as torchattacks does.
+
+        Parameters
+        ----------
+        data_loader
+            Batches (inputs, labels).
+        save_path
+            A torch file of a dict: adv_inputs (N, ...), labels (N,), save_type; preds, clean_inputs where asked for.
+            Pixels, also where inputs are normalised. None: nothing is written.
+        verbose
+            Print a line about all of it at the end.
+        return_verbose
+            Return robust accuracy in per cent, mean L2 distance of the samples that fool the model, and seconds.
+        save_type
+            "float", or "int": uint8 from 0 to 255.
+
+        Raises
+        ------
+        InputError
+            Before any work, for a path that cannot be written and an unknown save_type.
+        """
+        import time
+
+        if save_type not in ("float", "int"):
+            raise InputError(f"save_type must be 'float' or 'int', got {save_type!r}")
+        path = None if save_path is None else Path(save_path)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(f"{path}: expected the name of a file in a folder that exists")
+        began = time.perf_counter()
+        parts: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
+        distances = []
+        for inputs, labels in data_loader:
+            adv: Tensor = self(inputs, labels)  # type: ignore[operator]
+            clean, adv = self._to_pixels(inputs.to(adv)), self._to_pixels(adv)
+            with self.victim.prepare(adv) as victim:
+                preds = victim.scores(adv.clone()).argmax(dim=1).cpu()
+            wrong = preds != labels.cpu()
+            distances.append((adv - clean).cpu().flatten(1)[wrong].norm(dim=1))
+            for name, value in zip(parts, (adv, labels, preds, clean), strict=True):
+                parts[name].append(value.detach().cpu())
+        if not distances:
+            raise InputError("data_loader must have at least one batch, got none")
+        whole = {name: torch.cat(values) for name, values in parts.items()}
+        accuracy = 100 * float((whole["preds"] == whole["labels"]).double().mean())
+        distance, seconds = float(torch.cat(distances).mean()), time.perf_counter() - began
+        if path is not None:
+            left_out = [] if save_predictions else ["preds"]
+            left_out += [] if save_clean_inputs else ["clean_inputs"]
+            kept: dict[str, Any] = {name: value for name, value in whole.items() if name not in left_out}
+            if save_type == "int":
+                for name in {"adv_inputs", "clean_inputs"} & set(kept):
+                    kept[name] = (kept[name] * 255).to(torch.uint8)
+            with write_aside(path) as aside:
+                torch.save({**kept, "save_type": save_type}, aside)
+        if verbose:
+            print(f"Robust accuracy: {accuracy:.2f} % / L2: {distance:.5f} ({seconds:.3f} s)")
+        return (accuracy, distance, seconds) if return_verbose else None
+
+    def __repr__(self) -> str:
+        shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("victim", "seen")}
+        shown["attack_mode"], shown["normalization_used"] = self.attack_mode, self.normalization_used is not None
+        model = type(self.victim.model).__name__
+        values = ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in shown.items())
+        return f"{type(self).__name__}(model={model}, {values})"
