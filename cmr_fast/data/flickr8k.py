@@ -287,7 +287,7 @@ def lite0(weights: Path) -> torch.nn.Module:
         import timm
     except ImportError as error:
         raise InputError("EfficientNet-Lite0 needs timm: pip install timm") from error
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     try:
         stored: Any = torch.load(weights, map_location="cpu", weights_only=True)
         values = list(stored.values())
