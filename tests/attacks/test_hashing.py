@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from cmr_fast.attacks import CMLA, CodeAttack, anchor_code, centre_codes
-from cmr_fast.attacks.hashing import sign, within
+from cmr_fast.attacks.codes import sign, within
 from cmr_fast.errors import InputError
 from cmr_fast.ops import pack_codes
 from cmr_fast.retrieval.metrics import evaluate_codes
