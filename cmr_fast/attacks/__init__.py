@@ -17,6 +17,10 @@ _WHERE = {
     "Square": "adapters",
     "FAB": "adapters",
     "AttackInfo": "base",
+    "CMLA": "hashing",
+    "CodeAttack": "hashing",
+    "anchor_code": "hashing",
+    "centre_codes": "hashing",
 }
 _MODULES = ("losses", "checks")
 

@@ -42,8 +42,9 @@ class Attack(DataFlags):
     trained: Positional[Path]
     """Run folder, or model.safetensors."""
     attacks: tuple[str, ...] = ()
-    """Names as above. None: clean, pgd20 and apgd-dlr. A retriever is attacked by PGD and APGD on the ranking, and
-    takes no names."""
+    """Names as above. None: clean, pgd20 and apgd-dlr. A retriever is attacked by PGD and APGD on the ranking; one that
+    makes codes also by CMLA: cmla, cmla-positives, cmla-both, cmla-nointra, cmla-single, cmla-turns, cmla-sign,
+    cmla-compat, with the steps after the name or none (500)."""
     eps: float | None = None
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
     8/255."""
@@ -79,6 +80,8 @@ class Attack(DataFlags):
         model = load_run(self.trained)
         if is_classifier(model):
             self._classifier(model)
+        elif any(name.startswith("cmla") for name in self.attacks):
+            self._codes(model)
         else:
             self._retriever(model)
 
@@ -103,6 +106,26 @@ class Attack(DataFlags):
         robustness.print_outcomes(title, {"accuracy": outcomes})
         if self.save is not None:
             _save(self.save, attacks[-1], model, x, y, settings, surrogate)
+
+    def _codes(self, model: "Method") -> None:
+        """CMLA: perturbed images and texts as queries, all four tasks."""
+        from cmr_fast.reports import hashing
+
+        refuse_flags(
+            {"save": self.save, "restarts": self.restarts, "surrogate": self.surrogate, "fast": self.fast},
+            "is for other attacks than CMLA",
+        )
+        if self.out is not None:
+            check_report_folder(self.out, self.force)
+        dataset = self.pairs_of(model, self.trained)
+        names = [name for name in self.attacks if name != "clean"]
+        result = hashing.examine(model, dataset, names, count=self.images, share=self.eps)  # type: ignore[arg-type]
+        queries = len(result.queries["clean"])
+        title = f"{model.name} on {dataset.name}, {queries} queries, {len(dataset.database)} in the database"
+        hashing.print_report(result, title)
+        if self.out is not None:
+            hashing.write_report(result, self.out, title)
+            print(f"\nReport: {self.out / 'index.html'}")
 
     def _retriever(self, model: "Method") -> None:
         """Image features are the queries, all texts of the database the gallery."""

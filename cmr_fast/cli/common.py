@@ -62,11 +62,13 @@ class DataFlags:
                 f"{trained}: a classifier, expected a retriever; `cmr-fast attack` and `report` measure it"
             )
         dataset = load_pairs(*self.source(trained))
-        for name in ("image", "text"):
-            needed, seen = getattr(model, f"{name}_dim"), getattr(dataset, f"{name}_dim")
-            if needed != seen:
+        for name in model.init_arguments:
+            needed, seen = getattr(model, name), getattr(dataset, name)
+            if name != "num_classes" and needed != seen:
+                part, _, what = name.partition("_")
+                what = "features of {} dimensions" if what == "dim" else "s of shape {}"
                 raise InputError(
-                    f"{trained}: expects {name} features of {needed} dimensions, {dataset.name} has {seen}"
+                    f"{trained}: expects {part}{' ' * (what[0] == 'f')}{what.format(needed)}, {dataset.name} has {seen}"
                 )
         return dataset
 

@@ -27,6 +27,9 @@ class TrainingData(DataFlags):
     preset: str = "paper"
     """Settings to start from, which the flags below then change: `paper`, or what was chosen by validation on a data
     set (see Presets above), with which the tables in bench/results repeat."""
+    adversarial: tuple[int, ...] = ()
+    """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
+    its own for each number, and attack every one anew. None: no such training."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Train:
             raise InputError(f"--bits must be at most {MAX_BITS}, got {bits}")
         options = self.source.loader_options()
         load = load_labelled_images if is_classifier(METHODS[self.method]) else load_pairs
+        if self.source.adversarial and not getattr(METHODS[self.method], "binary", False):
+            raise InputError(f"--adversarial is for hashing methods; {self.method} makes no codes")
         dataset = load(self.source.data, options)
         if _wants_a_gpu(self.config):
             print(
@@ -60,6 +65,8 @@ class Train:
         out = str(self.run.out).replace("<data>", dataset.name).replace("<seed>", str(self.run.seed))
         run = train(self.method, self.config, dataset, replace(self.run, out=Path(out)))
         record_source(run.path, self.source.data, options)
+        if self.source.adversarial:
+            self._harden(run, dataset, options)
         if self.run.quiet:
             return
         if is_classifier(run.model):
@@ -67,6 +74,17 @@ class Train:
         else:
             assert isinstance(dataset, PairedDataset)
             _print_retriever(run, dataset, self.config.epochs)
+
+    def _harden(self, run: "Run", dataset: Any, options: dict[str, Any]) -> None:
+        from cmr_fast.reports import hashing
+
+        settings = replace(self.run, out=run.path)
+        rows = hashing.defend(run.model, dataset, settings, self.source.adversarial)  # type: ignore[arg-type]
+        for row in rows[1:]:
+            record_source(run.path.with_name(f"{run.path.name}-adversarial{row.samples}"), self.source.data, options)
+        if not self.run.quiet:
+            hashing.print_defences(rows, f"{self.method} on {dataset.name}: mAP after adversarial training")
+            print()
 
 
 def flags_of(method: str, preset: str = "paper") -> type[Train]:

@@ -150,6 +150,11 @@ class PairedDataset:
         return _feature_dim(self.name, "image", self.train.image)
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of an image: (dim,) of features, (3, H, W) of raw pixels."""
+        return tuple(self.train.image.shape[1:])
+
+    @property
     def text_dim(self) -> int:
         """Columns of the text features. InputError for captions and token ids."""
         return _feature_dim(self.name, "text", self.train.text)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _CLASSES = {
     "acmr": ("acmr", "ACMR"),
     "cmimh": ("cmimh", "CMIMH"),
+    "dcmh": ("dcmh", "DCMH"),
     "scatter": ("scatter", "Scatter"),
     "madry": ("scatter", "Madry"),
     "plain": ("scatter", "Plain"),

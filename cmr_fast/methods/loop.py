@@ -60,12 +60,15 @@ class _State:
     done: bool = False
 
 
-def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
+def train(
+    method: str | type[Method], config: Any, dataset: Dataset, run: RunConfig, *, start: Method | None = None
+) -> Run:
     """Train `method` on `dataset` and evaluate the best weights on its query and database splits, or its test split.
 
     method   a name of METHODS or a Method class
     config   the method's Config, or None for its defaults
     dataset  a PairedDataset; an ImageDataset for a classifier
+    start    a trained model of the method whose weights (and input scaling) to go on from, instead of random ones
 
     The folder `run.out` gets config.json, metrics.csv, tensorboard/, checkpoint.safetensors, model.safetensors and
     results.json. The random state is set from (seed, epoch) at every epoch, so a run that is killed and resumed ends
@@ -81,6 +84,9 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
     if not isinstance(dataset, kind.dataset):
         raise InputError(f"{kind.name} is trained on a {kind.dataset.__name__}, got a {type(dataset).__name__}")
     dataset = _dense(kind, dataset)
+    if start is not None and (type(start) is not kind or run.refit):
+        seen = "refit" if run.refit else type(start).__name__
+        raise InputError(f"start must be a trained {kind.__name__}, and is for a training without refit; got {seen}")
     if run.refit:
         return _refit(kind, config, dataset, run)
     rows, held_rows = len(dataset.train), 0
@@ -101,14 +107,19 @@ def train(method: str | type[Method], config: Any, dataset: Dataset, run: RunCon
         raise InputError(f"{dataset.name}: training needs at least two pairs, got {rows}{taken}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with torch.random.fork_rng(devices=range(devices)), _threads(run.threads):
-        return _train(kind, config, dataset, run)
+        return _train(kind, config, dataset, run, start)
 
 
-def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) -> Run:
+def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig, start: Method | None) -> Run:
     fabric = _fabric(run)
     _reseed(run.seed, 0)
     model = kind(config, *(getattr(dataset, name) for name in kind.init_arguments))
     model.fit_inputs(dataset.train)
+    if start is not None:
+        try:
+            model.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise InputError(f"start: its weights do not fit the config and the data: {error}") from error
     fabric.setup_module(model)
     plain = model.optimizers()
     optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
@@ -314,6 +325,7 @@ def _round(
     """An epoch, or so many steps; returns the mean of each logged scalar."""
     _reseed(seed, number)
     model.train()
+    model.begin_round(split, (number - 1) * schedule.every / schedule.total)
     sums: dict[str, Tensor] = {}
     count = 0
     # the true precisions need no context: networks and data have the dtype, and Fabric's would change torch's default

@@ -51,6 +51,12 @@ class Method(nn.Module):
         """The optimizers, by the name that `step` uses."""
         raise NotImplementedError
 
+    def begin_round(self, split: Any, progress: float) -> None:
+        """Called before the batches of an epoch (or round) with the whole training split, on the device.
+
+        progress as in `step`: that of the first batch.
+        """
+
     def step(
         self,
         batch: Any,

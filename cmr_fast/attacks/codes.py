@@ -1,0 +1,218 @@
+"""What attacks on hash codes share: the victim's encoders, an item's budget, the perturbation under an optimizer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cmr_fast.errors import InputError
+
+Modality = Literal["image", "text"]
+Norm = Literal["linf", "l2", "l1"]
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
+_BETAS = (0.9, 0.999)
+
+
+class Hashing(Protocol):
+    """What is attacked: a trained method, or anything with `encode(modality, x) -> (N, bits)` whose signs are codes."""
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, ...) inputs -> (N, bits); bit = value >= 0."""
+
+
+def sign(values: Tensor) -> Tensor:
+    """1 where a value is >= 0, else -1: the package's codes as numbers."""
+    return (values >= 0).to(values.dtype) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Both encoders of a victim, and how their outputs become relaxed codes."""
+
+    encode: Callable[[Modality, Tensor], Tensor]
+    modules: tuple[nn.Module, ...]
+    relax: str
+
+    @classmethod
+    def of(cls, model: Any, relax: str) -> "Encoders":
+        if hasattr(model, "encode"):
+            return cls(model.encode, (model,) if isinstance(model, nn.Module) else (), relax)
+        if isinstance(model, tuple | list) and len(model) == 2 and all(callable(part) for part in model):
+            pair = dict(zip(MODALITIES, model, strict=True))
+            modules = tuple(part for part in model if isinstance(part, nn.Module))
+            return cls(lambda modality, x: pair[modality](x), modules, relax)
+        raise InputError(
+            "model must have encode(modality, x), or be a pair (image encoder, text encoder), got "
+            f"{type(model).__name__}"
+        )
+
+    def relaxed(self, modality: Modality, x: Tensor) -> Tensor:
+        values = self.encode(modality, x)
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(x):
+            seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(f"the {modality} encoder must return ({len(x)}, bits), got {seen}")
+        return values.tanh() if self.relax == "tanh" else values
+
+    @torch.no_grad()
+    def codes(self, inputs: dict[Modality, Tensor], batch: int) -> dict[Modality, Tensor]:
+        """Binary codes as +-1."""
+        out = {m: [sign(self.relaxed(m, part)) for part in x.split(batch)] for m, x in inputs.items()}
+        codes = {m: torch.cat(parts) for m, parts in out.items()}
+        widths = [c.shape[1] for c in codes.values()]
+        if widths[0] != widths[1]:
+            raise InputError(f"both encoders must make codes of one length, got {widths[0]} bits and {widths[1]} bits")
+        return codes
+
+    @torch.no_grad()
+    def probe(self, inputs: dict[Modality, Tensor]) -> None:
+        """Refuse a model whose output for an item depends on the others of its batch, or is random."""
+        for modality, x in inputs.items():
+            if len(x) < 2:
+                continue
+            beside, alone = (self.relaxed(modality, part)[:1] for part in (x[:8], torch.cat([x[:1], x[:1]])))
+            apart = float((beside - alone).abs().max())
+            if apart > 1e-3:
+                raise InputError(
+                    f"the {modality} code of an item depends on the rest of its batch, or is random (it changed by "
+                    f"{apart:.3g} of 1): batch normalisation without running statistics, or dropout? Use evaluation "
+                    "mode, or pass check=False"
+                )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far an item may move, and where it must stay."""
+
+    eps: float
+    norm: Norm
+    bounds: tuple[float, float]
+    lr: float
+
+    @classmethod
+    def checked(
+        cls, name: str, eps: float, norm: Norm, bounds: tuple[float, float], lr: float | None, share: float
+    ) -> "Budget":
+        if not 0 <= eps < torch.inf:
+            raise InputError(f"{name}_eps must be finite and 0 or more, got {eps!r}")
+        if len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise InputError(f"{name}_bounds must be (low, high), got {bounds!r}")
+        if lr is not None and not 0 < lr < torch.inf:
+            raise InputError(f"{name}_lr must be above 0, got {lr!r}")
+        return cls(float(eps), norm, (float(bounds[0]), float(bounds[1])), eps * share if lr is None else lr)
+
+    def inputs(self, x: Tensor, name: str) -> Tensor:
+        """x as floats. InputError where it is not what the budget is for."""
+        if x.ndim < 2 or not (x.is_floating_point() or x.dtype == torch.uint8):
+            raise InputError(f"{name} must be floats (N, ...) or uint8 pixels, got {x.dtype} {tuple(x.shape)}")
+        x = x.detach()
+        x = x if x.dtype == torch.float64 else x.float()
+        low, high = self.bounds
+        if x.numel() and not (x.isfinite().all() and float(x.min()) >= low and float(x.max()) <= high):
+            raise InputError(
+                f"{name} must lie in its bounds, {low:g} to {high:g}, got {float(x.min()):g} to {float(x.max()):g}"
+            )
+        return x
+
+
+class Perturbation:
+    """One batch's perturbation under an optimizer."""
+
+    def __init__(self, clean: Tensor, budget: Budget, steps: int, optimizer: str, *, one_sided: bool) -> None:
+        self.clean, self.budget, self.optimizer, self.one_sided = clean, budget, optimizer, one_sided
+        self.noise = torch.zeros_like(clean)
+        self.first, self.second = torch.zeros_like(clean), torch.zeros_like(clean)
+        self.count = 0
+
+    def point(self) -> Tensor:
+        """Where the gradient is wanted."""
+        self.noise.requires_grad_()
+        x = self.clean + self.noise
+        # the code clips inside the graph; else the noise stays where the sum is in the box
+        return x.clamp(*self.budget.bounds) if self.one_sided else x
+
+    def step(self, loss: Tensor) -> None:
+        (slope,) = torch.autograd.grad(loss, self.noise)
+        self.noise = self.noise.detach()
+        self.count += 1
+        rate = self.budget.lr
+        if self.optimizer == "sign":
+            self.noise -= rate * slope.sign()
+        else:
+            b1, b2 = _BETAS
+            self.first.mul_(b1).add_(slope, alpha=1 - b1)
+            self.second.mul_(b2).addcmul_(slope, slope, value=1 - b2)
+            rest1, rest2 = 1 - b1**self.count, (1 - b2**self.count) ** 0.5
+            if self.one_sided:  # TensorFlow adds epsilon before the bias is corrected
+                self.noise.addcdiv_(self.first, self.second.sqrt().add_(1e-8), value=-rate * rest2 / rest1)
+            else:  # a gradient of any size counts: J is a sum whose scale says nothing
+                self.noise.addcdiv_(self.first, (self.second.sqrt() / rest2).add_(1e-30), value=-rate / rest1)
+        self._project()
+
+    def _project(self) -> None:
+        eps = self.budget.eps
+        if self.one_sided:
+            self.noise.clamp_(0, eps)
+            return
+        if self.budget.norm == "linf":
+            self.noise.clamp_(-eps, eps)
+        else:
+            self.noise = within(self.noise, eps, self.budget.norm)
+        low, high = self.budget.bounds
+        self.noise = (self.clean + self.noise).clamp_(low, high) - self.clean
+
+    def result(self) -> Tensor:
+        """The perturbed items, in the box, and in the ball as their own numbers say."""
+        x, p = (self.clean + self.noise).clamp(*self.budget.bounds), ORDER[self.budget.norm]
+        margin = 1e-7
+        while True:  # rounding can leave an item outside by its last bits
+            moved = (x.double() - self.clean.double()).flatten(1)
+            size = moved.abs() if self.budget.norm == "linf" else torch.linalg.vector_norm(moved, p, 1, keepdim=True)
+            if not (size > self.budget.eps).any():
+                return x
+            shrink = torch.where(size > self.budget.eps, self.budget.eps * (1 - margin) / size.clamp(min=1e-300), 1.0)
+            nearer = self.clean.double() + (moved * shrink).view_as(x)
+            x = torch.where((shrink < 1).expand_as(moved).view_as(x), nearer.to(x.dtype), x).clamp(*self.budget.bounds)
+            margin *= 4
+
+
+def within(noise: Tensor, eps: float, norm: Norm) -> Tensor:
+    """Noise (N, ...) projected onto the l2 or l1 ball of radius eps, item by item."""
+    flat = noise.flatten(1)
+    if norm == "l2":
+        size = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+        return (flat * (eps / size.clamp(min=1e-30)).clamp(max=1)).view_as(noise)
+    # l1: soft threshold (Duchi et al. 2008, Fig. 1)
+    ordered = flat.abs().sort(dim=1, descending=True).values
+    excess = ordered.cumsum(dim=1) - eps
+    count = torch.arange(1, flat.shape[1] + 1, device=flat.device)
+    last = ((ordered * count > excess) * count).amax(dim=1, keepdim=True).clamp(min=1)
+    threshold = (excess.gather(1, last - 1) / last).clamp(min=0)
+    return (flat.sign() * (flat.abs() - threshold).clamp(min=0)).view_as(noise)
+
+
+@contextmanager
+def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode and parameters without gradients inside; as before outside."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    asked = [p for module in modules for p in module.parameters() if p.requires_grad]
+    try:
+        for module in modules:
+            module.eval()
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def check_differentiable(values: Tensor, modality: Modality) -> None:
+    if not values.requires_grad:
+        raise InputError(f"the {modality} codes have no gradient with respect to the input: does the model detach it?")

@@ -1,0 +1,413 @@
+"""Attacks on cross-modal hashing: CMLA (Li et al.; NeurIPS 2019), and on one modality by given codes (DHTA, CgAT).
+
+CMLA perturbs images v and texts t so that their codes leave the items of the other modality that share a label, while
+within their modality they stay where they were. For images, over perturbed items i and clean items j of the batch,
+
+    J = sum_ij [log(1 + e^-inter_ij) + S_ij inter_ij] + sum_ij [log(1 + e^intra_ij) - S_ij intra_ij] + sum_i |delta_i|_p
+
+    inter_ij = 1/2 h~v_i . ht_j,    intra_ij = 1/2 h~v_i . hv_j,    |delta_i|_p <= eps,
+
+h~ the relaxed code of the perturbed item, h the binary code of a clean one; of texts with v and t exchanged. The first
+sum is the likelihood of 1 - S: it also pulls together what shares no label (flip="all", as the authors' poster and code
+have it). Their author response says that only S = 1 is pushed: flip="positives", the sum over S_ij = 1 of
+log(1 + e^inter). With clean codes on the right, every item is attacked by itself, whatever its batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmr_fast.attacks.codes import (
+    ORDER,
+    Budget,
+    Encoders,
+    Hashing,
+    Modality,
+    Norm,
+    Perturbation,
+    check_differentiable,
+    frozen,
+    sign,
+)
+from cmr_fast.errors import InputError
+from cmr_fast.ops import pack_codes, pairwise_nll, pairwise_squared
+from cmr_fast.ops._tensors import as_tensor, like_input
+from cmr_fast.ops.labels import share_label
+
+Array = Any  # numpy array or torch tensor
+_OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """What CMLA returns.
+
+    Attributes
+    ----------
+    image, text : Tensor or numpy.ndarray
+        The perturbed inputs, of the kind, dtype and shape of those given.
+    distortion : dict
+        D by modality: the mean over items of the root mean square of their perturbation, in units of the bounds'
+        width. What the authors print beside every mAP.
+    losses : dict
+        J by modality before each step, (steps,), the mean over the items.
+    """
+
+    image: Array
+    text: Array
+    distortion: dict[str, float]
+    losses: dict[str, Tensor]
+
+
+class CMLA:
+    """Cross-Modal Learning with Adversarial samples: perturbs images and texts of a hashing model.
+
+    `atk = CMLA(model, image_eps=10, image_bounds=(0, 255)); result = atk(image, text, labels)`
+
+    Parameters
+    ----------
+    model : Hashing
+        A trained hashing method, or a pair (image encoder, text encoder) of callables x -> (N, bits).
+    image_eps, text_eps : float
+        Budgets |delta|_p of an item, in the units of its input. The authors' code: 10 of 255, and 0.01 of 1.
+    image_bounds, text_bounds : (float, float)
+        The range of the inputs; perturbed ones stay in it.
+    norm : {"linf", "l2", "l1"}
+        p of the budget and of the distortion term (the paper gives none; the code clips each value: linf).
+    steps : int
+        Iterations (code: 500).
+    optimizer : {"adam", "sign"}
+        Adam on the perturbation from 0, as the code, or steps of fixed size along the gradient's sign.
+    image_lr, text_lr : float, optional
+        The step size. None: a twentieth of image_eps and a fifth of text_eps (code: 0.5 and 0.002); with "sign" a
+        tenth.
+    flip : {"all", "positives"}
+        Which pairs the inter-modal term moves, see the module.
+    keep_intra : bool
+        True keeps the similarities within the modality; False attacks them too, by the author response's term
+        sum |(1 - S) intra - log(1 + e^intra)|^2.
+    intra : float
+        Weight of that term; 0 leaves it out.
+    distortion : float
+        Weight of the distortion term.
+    single_modal : bool
+        Attack each modality against its own clean codes alone (flipped similarities), for comparison.
+    alternate : bool
+        The two perturbations are updated in turn, each against the other's codes of that moment; this makes an item's
+        result depend on its batch. False: each against the other's clean codes, as the code does.
+    relax : {"tanh", "none"}
+        What makes the encoder's outputs relaxed codes. "none" for outputs that are tanh's already.
+    compat : {"cmla"}, optional
+        The authors' code: text first, supervision from within batches of 128 (the last one overlaps), no 1/2, means
+        for sums, mean |x~ - x|, perturbations of one sign in [0, eps], TensorFlow's Adam. It sets flip="all" and
+        keeps intra-modal similarities.
+    batch : int
+        Items at a time; the result does not depend on it unless `alternate` or `compat` say so.
+    check : bool
+        Refuse a model whose code of an item depends on the rest of its batch.
+
+    Raises
+    ------
+    InputError
+        For options that are none of these, or a budget below 0.
+    """
+
+    def __init__(
+        self,
+        model: Hashing | Sequence[Callable[[Tensor], Tensor]],
+        *,
+        image_eps: float = 10 / 255,
+        text_eps: float = 0.01,
+        image_bounds: tuple[float, float] = (0.0, 1.0),
+        text_bounds: tuple[float, float] = (0.0, 1.0),
+        norm: Norm = "linf",
+        steps: int = 500,
+        optimizer: Literal["adam", "sign"] = "adam",
+        image_lr: float | None = None,
+        text_lr: float | None = None,
+        flip: Literal["all", "positives"] = "all",
+        keep_intra: bool = True,
+        intra: float = 1.0,
+        distortion: float = 1.0,
+        single_modal: bool = False,
+        alternate: bool = False,
+        relax: Literal["tanh", "none"] = "tanh",
+        compat: Literal["cmla"] | None = None,
+        batch: int = 128,
+        check: bool = True,
+    ) -> None:
+        choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "norm": (norm, tuple(ORDER)),
+            "optimizer": (optimizer, ("adam", "sign")),
+            "flip": (flip, ("all", "positives")),
+            "relax": (relax, ("tanh", "none")),
+            "compat": (compat, (None, "cmla")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        if compat and (alternate or single_modal or flip != "all" or not keep_intra or norm != "linf"):
+            raise InputError(
+                "compat='cmla' is the authors' code: expected flip='all', keep_intra=True, norm='linf' and neither "
+                "alternate nor single_modal"
+            )
+        for name, count in (("steps", steps), ("batch", batch)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise InputError(f"{name} must be a whole number of 1 or more, got {count!r}")
+        for name, number in (("intra", intra), ("distortion", distortion)):
+            if not 0 <= number < torch.inf:
+                raise InputError(f"{name} must be 0 or more, got {number!r}")
+        self.model = Encoders.of(model, relax)
+        shares = (1 / 20, 1 / 5) if optimizer == "adam" else (0.1, 0.1)
+        self.budgets: dict[Modality, Budget] = {
+            "image": Budget.checked("image", image_eps, norm, image_bounds, image_lr, shares[0]),
+            "text": Budget.checked("text", text_eps, norm, text_bounds, text_lr, shares[1]),
+        }
+        self.norm, self.steps, self.optimizer, self.flip = norm, steps, optimizer, flip
+        self.keep_intra, self.intra, self.distortion = keep_intra, intra, distortion
+        self.single_modal, self.alternate, self.compat = single_modal, alternate, compat
+        self.batch, self.check = batch, check
+
+    def __call__(self, image: Array, text: Array, labels: Array) -> Perturbed:
+        """Perturb pairs.
+
+        Parameters
+        ----------
+        image : Tensor or numpy.ndarray
+            Float (N, ...) in image_bounds; uint8 pixels come back as float32.
+        text : Tensor or numpy.ndarray
+            Float (N, d) in text_bounds.
+        labels : Tensor or numpy.ndarray
+            Class ids, integers (N,), or multi-hot rows (N, C); rows without a label share none.
+
+        Returns
+        -------
+        Perturbed
+
+        Raises
+        ------
+        InputError
+            Where sizes disagree, inputs lie outside the bounds or are not finite, the two codes differ in length, or a
+            code depends on batch mates.
+        """
+        inputs: dict[Modality, Tensor] = {}
+        given: dict[Modality, Array] = {"image": image, "text": text}
+        for m, value in given.items():
+            inputs[m] = self.budgets[m].inputs(as_tensor(value, m)[0], m)
+        classes = _labels(labels, len(inputs["image"])).to(inputs["image"].device)
+        if len(inputs["text"]) != len(classes):
+            raise InputError(f"image, text and labels must be of one length, got {len(inputs['text'])} texts")
+        result = {m: x.clone() for m, x in inputs.items()}
+        losses = {m: torch.zeros(self.steps, dtype=torch.float64) for m in inputs}
+        with frozen(self.model.modules):
+            if self.check:
+                self.model.probe(inputs)
+            clean = self.model.codes(inputs, self.batch)
+            for rows in self._batches(len(classes)):
+                self._attack(rows, inputs, clean, classes, result, losses)
+        moved: dict[str, float] = {m: _distortion(result[m], x, self.budgets[m].bounds) for m, x in inputs.items()}
+        weight = max(1, sum(len(rows) for rows in self._batches(len(classes))))
+        out = {m: like_input(result[m].to(_dtype(value)), as_tensor(value, m)[1]) for m, value in given.items()}
+        return Perturbed(out["image"], out["text"], moved, {m: (x / weight).float() for m, x in losses.items()})
+
+    def _batches(self, count: int) -> list[Tensor]:
+        rows = list(torch.arange(count).split(self.batch))
+        if self.compat and count > self.batch:
+            rows[-1] = torch.arange(count - self.batch, count)
+        return rows if count else []
+
+    def _attack(
+        self, rows: Tensor, inputs: dict[Modality, Tensor], clean: dict[Modality, Tensor], labels: Tensor,
+        result: dict[Modality, Tensor], losses: dict[Modality, Tensor],
+    ) -> None:  # fmt: skip
+        within = self.compat is not None
+        right: dict[Modality, Tensor] = {m: codes[rows] if within else codes.clone() for m, codes in clean.items()}
+        known = {m: codes[rows] if within else codes for m, codes in clean.items()}
+        mine = labels[rows]
+        theirs = mine if within else labels
+        runs: dict[Modality, Perturbation] = {
+            m: Perturbation(inputs[m][rows], self.budgets[m], self.steps, self.optimizer, one_sided=within)
+            for m in ("text", "image")
+        }
+
+        def step(modality: Modality, number: int) -> None:
+            run = runs[modality]
+            x = run.point()
+            values = self.model.relaxed(modality, x)
+            check_differentiable(values, modality)
+            loss = self._objective(values, right[_OTHER[modality]], known[modality], mine, theirs)
+            loss = loss + self._penalty(x, run.clean)
+            run.step(loss)
+            losses[modality][number] += float(loss.detach()) * (len(rows) if within else 1)
+            if self.alternate:
+                right[modality][rows] = sign(values.detach())
+
+        if self.alternate:
+            for number in range(self.steps):
+                for modality in runs:
+                    step(modality, number)
+        else:
+            for modality in runs:
+                for number in range(self.steps):
+                    step(modality, number)
+        for modality, run in runs.items():
+            result[modality][rows] = run.result()
+
+    def _objective(self, values: Tensor, other: Tensor, own: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
+        """The two sums of J for relaxed codes `values` (n, bits) against clean ones (N, bits)."""
+        scale, packed = 1.0 if self.compat else 0.5, (_packed(mine), _packed(theirs))
+        values = values.to(own.dtype)
+        against = own if self.single_modal else other
+        if self.flip == "all":  # log(1 + e^-x) + S x is the likelihood of S at -x
+            total = cast(Tensor, pairwise_nll(-values, against, packed, scale=scale))
+        else:
+            pushed = F.softplus(scale * values @ against.T)
+            total = pushed.masked_fill(~share_label(mine, theirs), 0).sum()
+        if self.intra and not self.single_modal:
+            if self.keep_intra:
+                kept = pairwise_nll(values, own, packed, scale=scale)
+            else:
+                apart = ~share_label(mine, theirs)
+                kept = 2 * pairwise_squared(values, own, apart, scale=scale, positive=1.0)
+            total = total + self.intra * cast(Tensor, kept)
+        return total / (len(mine) * len(theirs)) if self.compat else total
+
+    def _penalty(self, x: Tensor, clean: Tensor) -> Tensor:
+        moved = (x - clean).flatten(1)
+        if self.compat:
+            return self.distortion * moved.abs().mean()
+        if self.norm == "l2":  # its gradient at 0 is 0
+            squares = moved.square().sum(dim=1)
+            return self.distortion * squares[squares > 0].sqrt().sum()
+        return self.distortion * torch.linalg.vector_norm(moved, ord=ORDER[self.norm], dim=1).sum()
+
+
+class CodeAttack:
+    """Moves one modality's inputs towards or away from given codes, by signed steps: DHTA's and CgAT's attacks.
+
+    Minimises - (1 / bits) t . h~ for a target t (Bai et al. 2020, Eq. 8, with its alpha = 1), or + for away=True (Wang
+    et al. 2023, CgAT's attack). Codes to aim at: `anchor_code`, `centre_codes`.
+
+    Parameters
+    ----------
+    model : Hashing
+        As in CMLA.
+    modality : {"image", "text"}
+        What is perturbed.
+    eps, bounds, norm : float, (float, float), str
+        Budget of an item and range of the inputs.
+    steps : int
+        Signed steps (DHTA: 2000; CgAT: 100 of 1/255).
+    lr : float, optional
+        Their size; None: a tenth of eps.
+    away : bool
+        Move away from the codes instead.
+    relax : {"tanh", "none"}
+        As in CMLA.
+    batch : int
+        Items at a time.
+    """
+
+    def __init__(
+        self,
+        model: Hashing | Sequence[Callable[[Tensor], Tensor]],
+        modality: Modality = "image",
+        *,
+        eps: float = 8 / 255,
+        bounds: tuple[float, float] = (0.0, 1.0),
+        norm: Norm = "linf",
+        steps: int = 100,
+        lr: float | None = None,
+        away: bool = False,
+        relax: Literal["tanh", "none"] = "tanh",
+        batch: int = 128,
+    ) -> None:
+        if modality not in _OTHER or norm not in ORDER or relax not in ("tanh", "none"):
+            raise InputError(
+                f"modality must be image or text, norm one of {', '.join(ORDER)}, relax tanh or none, got "
+                f"{modality!r}, {norm!r} and {relax!r}"
+            )
+        self.model, self.modality, self.away = Encoders.of(model, relax), modality, away
+        self.budget = Budget.checked(modality, eps, norm, bounds, lr, 0.1)
+        self.steps, self.batch = steps, batch
+
+    def __call__(self, x: Array, codes: Array) -> Array:
+        """Perturb x (N, ...) with regard to codes of +-1, (N, bits) or one for all (bits,); of x's kind."""
+        values, was_numpy = as_tensor(x, "x")
+        inputs = self.budget.inputs(values, self.modality)
+        aims = as_tensor(codes, "codes")[0].to(inputs.device, inputs.dtype)
+        aims = aims.expand(len(inputs), -1) if aims.ndim == 1 else aims
+        if aims.ndim != 2 or len(aims) != len(inputs):
+            raise InputError(f"codes must be ({len(inputs)}, bits) or (bits,), got {tuple(aims.shape)}")
+        out = inputs.clone()
+        with frozen(self.model.modules):
+            for rows in torch.arange(len(inputs)).split(self.batch):
+                run = Perturbation(inputs[rows], self.budget, self.steps, "sign", one_sided=False)
+                for _ in range(self.steps):
+                    relaxed = self.model.relaxed(self.modality, run.point())
+                    if relaxed.shape != aims[rows].shape:
+                        raise InputError(f"codes must be of the model's {relaxed.shape[1]} bits, got {aims.shape[1]}")
+                    check_differentiable(relaxed, self.modality)
+                    agreement = (relaxed * aims[rows]).sum() / aims.shape[1]
+                    run.step(agreement if self.away else -agreement)
+                out[rows] = run.result()
+        return like_input(out.to(_dtype(x)), was_numpy)
+
+
+def anchor_code(codes: Tensor) -> Tensor:
+    """DHTA's anchor of a set of codes (n, bits) of +-1: each bit as most of them have it (component voting, Alg. 1).
+
+    It has the least summed Hamming distance to the set; a bit that is even becomes 1.
+    """
+    if codes.ndim != 2 or not len(codes):
+        raise InputError(f"codes must be (n, bits) of at least one, got {tuple(codes.shape)}")
+    return sign(codes.sum(dim=0))
+
+
+def centre_codes(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
+    """CgAT's centre code of each query, (Q, bits) of +-1: near the codes that share a label, far from the others.
+
+    b = sign(1/Np sum_positives b_j - 1/Nn sum_negatives b_j), the optimum of its Eq. 5 with equal weights; a query
+    without positives (or negatives) has only the other sum.
+
+    Parameters
+    ----------
+    codes : Tensor
+        (N, bits) of +-1, with `labels` (N,) or (N, C).
+    query_labels : Tensor
+        (Q,) or (Q, C).
+    """
+    alike = share_label(query_labels, labels).to(codes.dtype)
+    apart = 1 - alike
+    near = alike @ codes / alike.sum(dim=1, keepdim=True).clamp(min=1)
+    far = apart @ codes / apart.sum(dim=1, keepdim=True).clamp(min=1)
+    return sign(near - far)
+
+
+def _labels(labels: Array, count: int) -> Tensor:
+    values = as_tensor(labels, "labels")[0]
+    if values.ndim not in (1, 2) or len(values) != count or values.is_floating_point() or values.is_complex():
+        raise InputError(
+            f"labels must be integers ({count},), or 0 and 1 ({count}, classes), got {values.dtype} "
+            f"{tuple(values.shape)}"
+        )
+    return values
+
+
+def _packed(labels: Tensor) -> Tensor:
+    return pack_codes(labels.bool()) if labels.ndim == 2 else labels.long()
+
+
+def _distortion(x: Tensor, clean: Tensor, bounds: tuple[float, float]) -> float:
+    moved = (x.double() - clean.double()).flatten(1) / (bounds[1] - bounds[0])
+    return float(moved.square().mean(dim=1).sqrt().mean()) if len(moved) else 0.0
+
+
+def _dtype(value: Any) -> torch.dtype:
+    """The dtype to give back: the input's own, float32 for pixels."""
+    dtype = as_tensor(value, "x")[0].dtype
+    return dtype if dtype.is_floating_point else torch.float32

@@ -1,0 +1,241 @@
+"""DCMH: Deep Cross-Modal Hashing (Jiang and Li; CVPR 2017), on features or on raw pixels.
+
+F and G are what the image and the text network say of the whole training set, (N, bits) each, kept in buffers;
+Theta = 1/2 F G^T; S_ij = 1 where two items share a label. Eq. 1:
+
+    J = - sum_ij [S_ij Theta_ij - log(1 + e^Theta_ij)] + gamma (|B - F|^2 + |B - G|^2) + eta (|F 1|^2 + |G 1|^2)
+
+A step updates each network by its batch's rows of J against the buffered codes of the other modality; B = sign(F + G)
+once an epoch. A code's bit is output >= 0, as everywhere here; the authors' sign(0) = 0 would make a third value. The
+authors train one network for a pass over the data, then the other; here both take their step on every batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from cmr_fast.data.pairs import Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.evaluation import MODALITIES, Modality
+from cmr_fast.methods.method import Retriever
+from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
+from cmr_fast.models.hashing import CNNF, BagLinear, mostly_zero
+from cmr_fast.ops import CodeBuffer, dcmh_loss, pack_codes
+
+_TURNS: tuple[tuple[Modality, Modality], ...] = (("image", "text"), ("text", "image"))
+_IMAGES = 128  # pixels are encoded so many at a time
+
+
+@dataclass(frozen=True)
+class DCMHConfig:
+    """DCMH's settings: the paper's, and those of the authors' TensorFlow code where the paper gives none."""
+
+    bits: int = 32
+    """Length of the code (IV-B: 16, 32, 64)."""
+    epochs: int = 500
+    """Passes over the training split (code: 500; validation may stop earlier)."""
+    batch_size: int = 128
+    """Pairs a batch (IV-B)."""
+    gamma: float = 1.0
+    """Weight of |B - F|^2 and |B - G|^2 (IV-B)."""
+    eta: float = 1.0
+    """Weight of |F 1|^2 and |G 1|^2 (IV-B)."""
+    pair_loss: Literal["nll", "squared"] = "nll"
+    """nll: Eq. 1's likelihood; squared: 1/2 (S Theta - log(1 + e^Theta))^2 with S in {0, 0.999}, SSAH's code's form."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd: plain SGD (IV-B); adam: Adam, which learns networks that start from random weights many times sooner."""
+    lr: float = 10**-1.5
+    """The optimizer's rate at the start (IV-B searches 10^-6 to 10^-1; code: 10^-1.5). It falls to lr_end in a line."""
+    lr_end: float = 1e-6
+    """The rate at the end (code; the MATLAB code falls to 10^-3 as a power)."""
+    weight_decay: float = 0.0
+    """SGD's weight decay (TensorFlow code: none; MATLAB: 5e-4). Above 0, the text layer's gradient is dense: slower."""
+    image_hidden: int = 4096
+    """Hidden units between image features and bits; of pixels, CNN-F's fc7 is that layer (Table 1)."""
+    text_hidden: int = 8192
+    """Hidden units between the bag of words and bits (Table 2)."""
+    image_input: Scaling = "standard"
+    """Scaling of image features: raw, standard, hellinger or chi2; pixels are centred by their mean."""
+    text_input: Scaling = "raw"
+    """Scaling of text features (TensorFlow code: raw bags of words; only these are fast)."""
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        for name in ("bits", "epochs", "image_hidden", "text_hidden"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2, got {self.batch_size}")
+        for name in ("gamma", "eta", "lr", "lr_end", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if self.optimizer == "adam" and self.weight_decay:
+            raise InputError(f"weight_decay is for sgd; expected 0 with adam, got {self.weight_decay}")
+        choices = {
+            "pair_loss": ("nll", "squared"),
+            "optimizer": ("sgd", "adam"),
+            "image_input": SCALINGS,
+            "text_input": SCALINGS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+# By validation mAP on Flickr8k-24's own validation split at 32 bits. |F 1|^2 sees a buffer that is up to an epoch old:
+# with networks from random weights its gradient overshoots, the more the larger eta is (1, 0.1 and 0 were tried).
+_FLICKR8K = DCMHConfig(optimizer="adam", lr=3e-4, eta=0.0, image_hidden=1024, text_hidden=1024, epochs=20)
+
+
+class Memory(nn.Module):
+    """Buffers (N, width) of the training set, of whatever N a stored state has."""
+
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        for name, width in widths.items():
+            self.register_buffer(name, torch.zeros(0, width))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name, own in list(self.named_buffers()):
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.ndim == 2 and stored.shape[1:] == own.shape[1:]:
+                setattr(self, name, own.new_zeros(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class DCMH(Retriever):
+    """An image network and a text network into `bits` outputs each, and their outputs for the whole training set."""
+
+    name: ClassVar[str] = "dcmh"
+    binary: ClassVar[bool] = True
+    Config: ClassVar[type[Any]] = DCMHConfig
+    presets: ClassVar[dict[str, Any]] = {"flickr8k": _FLICKR8K}
+    preset_data: ClassVar[dict[str, str]] = dict.fromkeys(presets, "flickr8k")
+    init_arguments: ClassVar[tuple[str, ...]] = ("image_shape", "text_dim", "num_classes")
+
+    def __init__(self, config: DCMHConfig, image_shape: Sequence[int], text_dim: int, num_classes: int) -> None:
+        super().__init__(config, math.prod(image_shape), text_dim, num_classes)
+        self.config: DCMHConfig = config
+        self.image_shape = tuple(image_shape)
+        self.image_scaling = InputScaling(config.image_input, self.image_dim) if self._features else None
+        self.text_scaling = InputScaling(config.text_input, text_dim)
+        if self.image_scaling is not None:
+            hidden = config.image_hidden
+            below: nn.Module = nn.Sequential(nn.Linear(self.image_scaling.out_dim, hidden), nn.ReLU())
+        else:
+            hidden = 4096
+            below = CNNF(*self.image_shape[1:])
+        self.image_network = nn.Sequential(below, nn.Linear(hidden, config.bits))
+        self.text_network = nn.Sequential(
+            BagLinear(self.text_scaling.out_dim, config.text_hidden),
+            nn.ReLU(),
+            nn.Linear(config.text_hidden, config.bits),
+        )
+        self.memory = Memory(image=config.bits, text=config.bits)
+        self._codes: dict[Modality, CodeBuffer] = {}
+        self._signs, self._labels = torch.empty(0), torch.empty(0)
+
+    @property
+    def _features(self) -> bool:
+        return len(self.image_shape) == 1
+
+    def fit_inputs(self, train: Pairs) -> None:
+        """Fit the scalings, or the mean pixel, on the training split; labels are not looked at."""
+        if self.image_scaling is not None:
+            self.image_scaling.fit(train.image)
+        else:
+            cast(CNNF, self.image_network[0]).fit(train.image)
+        self.text_scaling.fit(cast(Tensor, train.text))
+        bag = cast(BagLinear, self.text_network[0])
+        bag.sparse = self.config.weight_decay == 0 and mostly_zero(self.text_scaling(cast(Tensor, train.text)))
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One for each network; of Adam, one more for the layer of the bag of words, whose gradient is sparse."""
+        c = self.config
+        if c.optimizer == "sgd":
+            networks = {"image": self.image_network, "text": self.text_network}
+            return {
+                name: torch.optim.SGD(network.parameters(), lr=c.lr, weight_decay=c.weight_decay)
+                for name, network in networks.items()
+            }
+        bag = cast(BagLinear, self.text_network[0])
+        rest = [p for p in self.text_network.parameters() if p is not bag.weight]
+        kind = torch.optim.SparseAdam if bag.sparse else torch.optim.Adam
+        return {
+            "image": torch.optim.Adam(self.image_network.parameters(), lr=c.lr),
+            "text": torch.optim.Adam(rest, lr=c.lr),
+            "text_bag": kind([bag.weight], lr=c.lr),
+        }
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, ...) features, or pixels of 0 to 255 -> outputs (N, bits); the code's bit is output >= 0."""
+        if modality == "text":
+            return cast(Tensor, self.text_network(self.text_scaling(features)))
+        if self.image_scaling is not None:
+            return cast(Tensor, self.image_network(self.image_scaling(features)))
+        return torch.cat([self.image_network(part) for part in features.split(_IMAGES)])
+
+    @torch.no_grad()
+    def begin_round(self, split: Pairs, progress: float) -> None:
+        """F and G of all rows where there are none yet; B = sign(F + G)."""
+        if progress == 0 or len(cast(Tensor, self.memory.image)) != len(split):
+            for modality in MODALITIES:
+                rows = torch.arange(len(split), device=split.labels.device).split(1024)
+                parts = [self.encode(modality, getattr(split.select(part), modality)) for part in rows]
+                setattr(self.memory, modality, full(torch.cat(parts)))
+        for modality in MODALITIES:
+            self._codes[modality] = CodeBuffer(getattr(self.memory, modality))
+            setattr(self.memory, modality, self._codes[modality].codes)  # one memory: an update is seen in both
+        self._signs = signs(self._codes["image"].codes + self._codes["text"].codes)
+        self._labels = packed_labels(split.labels)
+
+    def step(
+        self,
+        batch: Pairs,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """The image network, then the text network, by the batch's rows of J over n N (Algorithm 1)."""
+        c, rows = self.config, cast(Tensor, batch.rows)
+        rate = c.lr + progress * (c.lr_end - c.lr)
+        logged = {}
+        for modality, other in _TURNS:
+            own_steps = [optimizer for name, optimizer in optimizers.items() if name.startswith(modality)]
+            for optimizer in own_steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            outputs = full(self.encode(modality, getattr(batch, modality)))
+            own, theirs = self._codes[modality], self._codes[other]
+            loss = dcmh_loss(
+                outputs, rows, own, theirs, (self._labels[rows], self._labels), self._signs[rows],
+                gamma=c.gamma, eta=c.eta, squared=c.pair_loss == "squared",
+            ) / (len(rows) * len(self._labels))  # fmt: skip
+            own.update(rows, outputs)
+            for optimizer in own_steps:
+                optimizer.zero_grad()
+            backward(loss)
+            for optimizer in own_steps:
+                optimizer.step()
+            logged[f"loss_{modality}"] = loss.detach()
+        return logged
+
+
+def signs(values: Tensor) -> Tensor:
+    """1 where a value is >= 0, else -1."""
+    return (values >= 0).to(values.dtype) * 2 - 1
+
+
+def packed_labels(labels: Tensor) -> Tensor:
+    """Labels as the pairwise losses compare them fastest: class ids as they are, multi-hot rows packed."""
+    return pack_codes(labels.bool()) if labels.ndim == 2 else labels
+
+
+def full(x: Tensor) -> Tensor:
+    """Losses are computed in float32 at least, whatever the networks run in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,153 @@
+"""CMLA against a trained hashing method, and adversarial training: fine-tuning on adversarial samples beside the clean.
+
+The author response's Table 2 and the authors' code: N training pairs are attacked, their perturbed copies join the
+training split with the labels of the originals, and training goes on from the trained weights (code: 5 epochs).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmr_fast.attacks.hashing import CMLA, Perturbed
+from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods.evaluation import MODALITIES, Modality
+from cmr_fast.methods.loop import train
+from cmr_fast.methods.method import Retriever, Run, RunConfig
+
+IMAGE_SHARE, TEXT_SHARE = 10 / 255, 0.01
+"""The authors' budgets, as shares of the inputs' range."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cmla": {},
+    "cmla-positives": {"flip": "positives"},
+    "cmla-both": {"keep_intra": False},
+    "cmla-nointra": {"intra": 0.0},
+    "cmla-single": {"single_modal": True},
+    "cmla-turns": {"alternate": True},
+    "cmla-sign": {"optimizer": "sign"},
+    "cmla-compat": {"compat": "cmla"},
+}
+"""Attacks by name; a number after the name is the steps, 500 where there is none."""
+
+
+def bounds_of(dataset: PairedDataset, modality: Modality) -> tuple[float, float]:
+    """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and largest value of all splits."""
+    if getattr(dataset.train, modality).dtype == torch.uint8:
+        return 0.0, 255.0
+    values = [getattr(s, modality) for s in (dataset.train, dataset.query, dataset.database)]
+    return min(float(x.min()) for x in values), max(float(x.max()) for x in values)
+
+
+def named_attack(
+    name: str, model: Retriever, dataset: PairedDataset, *, share: float | None = None, **options: Any
+) -> CMLA:
+    """The CMLA variant of a name, such as cmla, cmla100 or cmla-single, for a model on a data set.
+
+    Parameters
+    ----------
+    name : str
+        One of VARIANTS, with the number of steps after it or none (500).
+    share : float, optional
+        The image budget as a share of the inputs' range; the text's stays in the authors' proportion, 0.01 to 10/255.
+        None: the authors' own.
+    **options
+        Of CMLA, beside those of the variant.
+
+    Raises
+    ------
+    InputError
+        For other names, a share outside 0 to 1, and a model that makes no codes.
+    """
+    match = re.fullmatch(r"([a-z-]+?)(\d*)", name)
+    if match is None or match[1] not in VARIANTS or match[2] == "0":
+        raise InputError(f"unknown attack {name!r} on hash codes, expected one of {', '.join(VARIANTS)}, as in cmla100")
+    if not model.binary:
+        raise InputError(f"{name} attacks codes, but {model.name} makes embeddings; expected a hashing method")
+    share = IMAGE_SHARE if share is None else share
+    if not 0 <= share <= 1:
+        raise InputError(f"eps must be from 0 to 1, a share of the inputs' range, got {share}")
+    settings: dict[str, Any] = {"steps": int(match[2] or 500)}
+    for modality, part in zip(MODALITIES, (share, share * TEXT_SHARE / IMAGE_SHARE), strict=True):
+        low, high = bounds_of(dataset, modality)
+        settings |= {f"{modality}_eps": part * (high - low), f"{modality}_bounds": (low, high)}
+    return CMLA(model, **(settings | VARIANTS[match[1]] | options))
+
+
+def perturb(attack: CMLA, pairs: Pairs) -> tuple[Pairs, Perturbed]:
+    """The pairs as `attack` leaves them, on the CPU, and what it says of them. Perturbed pixels are floats."""
+    if not isinstance(pairs.text, Tensor) or not pairs.text.is_floating_point():
+        raise InputError("CMLA perturbs text features; the texts of this data set are captions or token ids")
+    weight = _device(attack)
+    result = attack(pairs.image.to(weight), pairs.text.to(weight), pairs.labels.to(weight))
+    return pairs._unchecked({"image": result.image.cpu(), "text": result.text.cpu(), "labels": pairs.labels}), result
+
+
+def harden(
+    model: Retriever,
+    dataset: PairedDataset,
+    run: RunConfig,
+    count: int,
+    *,
+    epochs: int = 5,
+    rounds: int = 1,
+    attack: str = "cmla",
+    options: Mapping[str, Any] | None = None,
+) -> Run:
+    """Adversarial training of a trained hashing method: fine-tune on the training split and on attacked copies of it.
+
+    Parameters
+    ----------
+    model : Retriever
+        The trained model to go on from; it is not changed.
+    dataset : PairedDataset
+        Its validation split, if any, stays out: weights are those of the last epoch.
+    run : RunConfig
+        Folder, seed and device of the fine-tuning.
+    count : int
+        Adversarial samples: so many training pairs, drawn by the seed, are attacked.
+    epochs : int
+        Of fine-tuning in all (code: 5).
+    rounds : int
+        Above 1 the samples are made anew, against the model of that moment, so many times; `epochs` is divided among
+        them.
+    attack, options
+        As in `named_attack`.
+
+    Returns
+    -------
+    Run
+        Of the last round, in `run.out`; earlier rounds are beside it, named -round1, -round2 ...
+
+    Raises
+    ------
+    InputError
+        Where `count` is not from 1 to the training pairs, or `rounds` does not divide `epochs`.
+    """
+    if not 1 <= count <= len(dataset.train):
+        raise InputError(f"expected 1 to {len(dataset.train)} adversarial samples, the training pairs; got {count}")
+    if rounds < 1 or epochs % rounds:
+        raise InputError(f"rounds must divide the epochs, {epochs}, got {rounds}")
+    drawn = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(run.seed))[:count]
+    config = replace(model.config, epochs=epochs // rounds)
+    start, done = model, None
+    for number in range(1, rounds + 1):
+        attacker = named_attack(attack, start, dataset, **(options or {}))
+        samples, _ = perturb(attacker, dataset.train.select(drawn))
+        if dataset.train.image.dtype == torch.uint8:
+            samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})
+        more = replace(dataset, train=dataset.train.joined(samples), valid=None)
+        out = run.out if number == rounds else run.out.with_name(f"{run.out.name}-round{number}")
+        done = train(type(model), config, more, replace(run, out=out, valid_fraction=0.0, refit=False), start=start)
+        assert isinstance(done.model, Retriever)
+        start = done.model
+    assert done is not None
+    return done
+
+
+def _device(attack: CMLA) -> torch.device:
+    parameter = next((p for module in attack.model.modules for p in module.parameters()), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,356 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from cmr_fast.attacks import CMLA, CodeAttack, anchor_code, centre_codes
+from cmr_fast.attacks.codes import sign, within
+from cmr_fast.errors import InputError
+from cmr_fast.ops import pack_codes
+from cmr_fast.retrieval.metrics import evaluate_codes
+
+BITS = 8
+
+
+class Linear(nn.Module):
+    """Two linear encoders whose classes have opposite codes."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(1)
+        self.image, self.text = nn.Linear(6, BITS).to(dtype), nn.Linear(5, BITS).to(dtype)
+
+    def encode(self, modality, x):
+        return (self.image if modality == "image" else self.text)(x)
+
+
+def items(count=12, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(count, 6, generator=generator, dtype=dtype)
+    text = torch.rand(count, 5, generator=generator, dtype=dtype)
+    return image, text, torch.arange(count) % 3
+
+
+def loops(values, other, own, labels, *, flip="all", keep=True, scale=0.5):
+    """J without its last term, pair by pair."""
+    total = 0.0
+    for i in range(len(values)):
+        for j in range(len(own)):
+            s = float(labels[i] == labels[j])
+            inter = scale * float(values[i] @ other[j])
+            intra = scale * float(values[i] @ own[j])
+            if flip == "all":
+                total += math.log(1 + math.exp(-inter)) + s * inter
+            elif s and flip == "positives":
+                total += math.log(1 + math.exp(inter))
+            log = math.log(1 + math.exp(intra))
+            total += log - s * intra if keep else ((1 - s) * intra - log) ** 2
+    return total
+
+
+@pytest.mark.parametrize("flip", ["all", "positives"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_objective_is_the_printed_sum(flip, keep):
+    image, text, labels = items()
+    model = Linear()
+    atk = CMLA(model, flip=flip, keep_intra=keep)
+    values = model.encode("image", image).tanh().detach()
+    other, own = sign(model.encode("text", text)).detach(), sign(values)
+    expected = loops(values, other, own, labels, flip=flip, keep=keep)
+    assert float(atk._objective(values, other, own, labels, labels)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_single_modal_attacks_the_own_codes():
+    image, _, labels = items()
+    model = Linear()
+    values = model.encode("image", image).tanh().detach()
+    own = sign(values)
+    expected = loops(values, own, own, labels) - loops(values, own, own, labels, flip="none")
+    atk = CMLA(model, single_modal=True)
+    assert float(atk._objective(values, -own, own, labels, labels)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_multi_label_pairs_share_any_label():
+    model, (image, text, _) = Linear(), items(6)
+    rows = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=torch.uint8)
+    values = model.encode("image", image).tanh().detach()
+    other = sign(model.encode("text", text)).detach()
+    share = (rows.double() @ rows.double().T > 0).double()
+    inter, intra = 0.5 * values @ other.T, 0.5 * values @ sign(values).T
+    expected = (nn.functional.softplus(-inter) + share * inter + nn.functional.softplus(intra) - share * intra).sum()
+    assert_close(CMLA(model)._objective(values, other, sign(values), rows, rows), expected)
+
+
+@pytest.mark.parametrize(("norm", "p"), [("linf", torch.inf), ("l2", 2), ("l1", 1)])
+def test_penalty_is_the_norm(norm, p):
+    image, _, _ = items()
+    moved = image + 0.1 * torch.randn(image.shape, dtype=image.dtype, generator=torch.Generator().manual_seed(3))
+    expected = torch.linalg.vector_norm(moved - image, ord=p, dim=1).sum()
+    assert_close(CMLA(Linear(), norm=norm, distortion=2.0)._penalty(moved, image), 2 * expected)
+    x = image.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(CMLA(Linear(), norm=norm)._penalty(x, image), x)
+    assert slope.isfinite().all()
+
+
+def test_compat_takes_the_codes_first_steps():
+    """The authors' two steps, as their formulas say: no 1/2, means, clip in the graph, Adam of TensorFlow, one side."""
+    image, text, labels = items(7)
+    model = Linear()
+    eps, lr = 0.05, 0.02
+    result = CMLA(
+        model, image_eps=eps, image_lr=lr, text_eps=0.01, text_lr=0.004, steps=2, compat="cmla", batch=7
+    )(image, text, labels)  # fmt: skip
+    share = (labels[:, None] == labels).double()
+    codes = {"image": sign(model.encode("image", image)).detach(), "text": sign(model.encode("text", text)).detach()}
+    for name, other, x, budget, rate in (
+        ("image", "text", image, eps, lr), ("text", "image", text, 0.01, 0.004)
+    ):  # fmt: skip
+        noise = torch.zeros_like(x)
+        m, v = torch.zeros_like(x), torch.zeros_like(x)
+        for t in (1, 2):
+            noise = noise.detach().requires_grad_()
+            moved = (x + noise).clamp(0, 1)
+            hash_ = model.encode(name, moved).tanh()
+            inter, intra = hash_ @ codes[other].T, hash_ @ codes[name].T
+            loss = (share * inter + (1 + (-inter).exp()).log()).mean() + (x - moved).abs().mean()
+            loss = loss + ((1 + intra.exp()).log() - share * intra).mean()
+            (g,) = torch.autograd.grad(loss, noise)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            step = rate * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+            noise = (noise.detach() - step * m / (v.sqrt() + 1e-8)).clamp(0, budget)
+        assert_close(getattr(result, name), (x + noise).clamp(0, 1), rtol=1e-9, atol=1e-12)
+        assert (getattr(result, name) >= x).all()
+
+
+def test_compat_batches_overlap_at_the_end():
+    atk = CMLA(Linear(), compat="cmla", batch=5)
+    assert [b.tolist() for b in atk._batches(12)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [7, 8, 9, 10, 11]]
+    assert [len(b) for b in CMLA(Linear(), batch=5)._batches(12)] == [5, 5, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": "positives"}, {"keep_intra": False}, {"optimizer": "sign"}])
+def test_a_result_does_not_depend_on_its_batch(options):
+    image, text, labels = items()
+    whole = CMLA(Linear(), steps=15, batch=12, **options)(image, text, labels)
+    parts = CMLA(Linear(), steps=15, batch=5, **options)(image, text, labels)
+    assert_close(parts.image, whole.image, rtol=1e-9, atol=1e-12)
+    assert_close(parts.text, whole.text, rtol=1e-9, atol=1e-12)
+    assert_close(parts.losses["image"], whole.losses["image"])
+
+
+def test_updates_in_turn_see_the_others_codes_of_that_moment():
+    image, text, labels = items()
+    options = {"image_eps": 0.5, "text_eps": 0.5, "image_lr": 0.05, "text_lr": 0.05, "steps": 20}
+    apart, together = (CMLA(Linear(), alternate=a, **options)(image, text, labels) for a in (False, True))
+    # the text's first step is the same, the image's already sees the text moved only where a bit flipped
+    assert apart.losses["text"][0] == together.losses["text"][0]
+    assert not torch.equal(apart.image, together.image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_budget_and_box_are_held_exactly(norm, optimizer, dtype):
+    image, text, labels = items(40, dtype)
+    image[0], image[1] = 0, 1
+    eps = 0.13
+    result = CMLA(
+        Linear(dtype), image_eps=eps, text_eps=0.07, image_lr=0.1, norm=norm, optimizer=optimizer, steps=8
+    )(image, text, labels)  # fmt: skip
+    ord_ = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    for x, clean, most in ((result.image, image, eps), (result.text, text, 0.07)):
+        size = torch.linalg.vector_norm(x.double() - clean.double(), ord=ord_, dim=1)
+        assert (size <= most).all() and (size > 0.5 * most).any()
+        assert (x >= 0).all() and (x <= 1).all() and x.dtype == dtype
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_projection_is_the_nearest_point_of_the_ball(norm):
+    noise = torch.randn(20, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ord_ = 2 if norm == "l2" else 1
+    near = within(noise, 1.5, norm)
+    assert (torch.linalg.vector_norm(near, ord=ord_, dim=1) <= 1.5 + 1e-12).all()
+    inside = torch.randn(4000, 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inside = inside * (1.5 / torch.linalg.vector_norm(inside, ord=ord_, dim=2, keepdim=True))
+    best = (inside - noise).square().sum(dim=2).min(dim=0).values
+    assert ((near - noise).square().sum(dim=1) <= best + 1e-12).all()
+    assert_close(within(0.01 * noise, 1.5, norm), 0.01 * noise)
+
+
+def test_a_budget_of_nothing_changes_nothing():
+    image, text, labels = items()
+    result = CMLA(Linear(), image_eps=0.0, text_eps=0.0, steps=3)(image, text, labels)
+    assert torch.equal(result.image, image) and torch.equal(result.text, text)
+    assert result.distortion == {"image": 0.0, "text": 0.0}
+
+
+def test_distortion_is_the_root_mean_square_in_units_of_the_range():
+    image, text, labels = items()
+    result = CMLA(Linear(), image_eps=5.0, image_bounds=(-10, 10), steps=4)(10 * image, text, labels)
+    moved = (result.image - 10 * image) / 20
+    assert result.distortion["image"] == pytest.approx(float(moved.square().mean(dim=1).sqrt().mean()))
+
+
+class Classes(nn.Module):
+    """Class c's code is row c; items are one-hot classes with noise: an undefended hashing model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.codes = nn.Parameter(torch.linalg.qr(torch.randn(16, 16))[0][:4].sign())
+
+    def encode(self, modality, x):
+        return (x - 0.5) @ self.codes
+
+
+def scores(model, image, text, database, labels):
+    """mAP of I2T and I2I, T2I and T2T."""
+
+    def packed(modality, x):
+        return pack_codes(model.encode(modality, x).detach() >= 0)
+
+    base = {m: packed(m, database) for m in ("image", "text")}
+    return {
+        f"{a[0]}2{b[0]}": evaluate_codes(packed(a, x), base[b], labels, labels).map
+        for a, x in (("image", image), ("text", text))
+        for b in ("image", "text")
+    }
+
+
+def easy_items():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 4
+    return torch.eye(4)[labels] * 0.5 + 0.25 * torch.rand(60, 4, generator=generator), labels
+
+
+def test_an_undefended_model_falls():
+    x, labels = easy_items()
+    model = Classes()
+    clean = scores(model, x, x, x, labels)
+    assert min(clean.values()) > 0.99
+    result = CMLA(model, keep_intra=False, image_eps=0.5, text_eps=0.5, steps=60)(x, x, labels)
+    after = scores(model, result.image, result.text, x, labels)
+    assert after["i2t"] < 0.6 * clean["i2t"] and after["t2i"] < 0.6 * clean["t2i"]
+
+
+def test_the_intra_term_keeps_what_the_attack_without_it_loses():
+    x, labels = easy_items()
+    model, agree = Classes(), {}
+    own = sign(model.encode("image", x)).detach()
+    for keep in (True, False):
+        result = CMLA(model, keep_intra=keep, image_eps=0.5, text_eps=0.5, steps=60)(x, x, labels)
+        moved = model.encode("image", result.image).tanh().detach()
+        agree[keep] = float((moved @ own.T)[labels[:, None] == labels].mean())
+    assert agree[True] > agree[False] + 0.5
+
+
+def test_the_model_comes_back_as_it_was():
+    image, text, labels = items()
+    model = Linear().train()
+    model.text.weight.requires_grad_(False)
+    model.image.weight.grad = torch.ones_like(model.image.weight)
+    state = torch.get_rng_state()
+    CMLA(model, steps=2)(image, text, labels)
+    assert model.training and model.image.training
+    assert model.image.weight.requires_grad and not model.text.weight.requires_grad
+    assert torch.equal(model.image.weight.grad, torch.ones_like(model.image.weight))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_numpy_comes_back_as_numpy_and_pixels_as_floats():
+    _, text, labels = items(4, torch.float32)
+    pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, BITS))
+    atk = CMLA((network, nn.Linear(5, BITS)), image_eps=10.0, image_bounds=(0, 255), steps=2)
+    result = atk(pixels.numpy(), text.numpy(), labels.numpy())
+    assert isinstance(result.image, np.ndarray) and result.image.dtype == np.float32
+    assert isinstance(result.text, np.ndarray) and result.image.shape == (4, 3, 8, 8)
+    assert np.abs(result.image - pixels.numpy().astype(np.float32)).max() <= 10
+
+
+def test_bad_input_is_named():
+    image, text, labels = items()
+    with pytest.raises(InputError, match=r"image must lie in its bounds, 0 to 1, got .* to 2"):
+        CMLA(Linear())(2 * image / image.max(), text, labels)
+    with pytest.raises(InputError, match="image must lie in its bounds"):
+        CMLA(Linear())(image * torch.nan, text, labels)
+    with pytest.raises(InputError, match="of one length"):
+        CMLA(Linear())(image, text[:3], labels)
+    with pytest.raises(InputError, match="labels must be integers"):
+        CMLA(Linear())(image, text, labels[:3])
+    with pytest.raises(InputError, match="codes of one length, got 8 bits and 4 bits"):
+        CMLA((nn.Linear(6, 8).double(), nn.Linear(5, 4).double()))(image, text, labels)
+    with pytest.raises(InputError, match="image_eps must be"):
+        CMLA(Linear(), image_eps=-1.0)
+    with pytest.raises(InputError, match="authors' code"):
+        CMLA(Linear(), compat="cmla", keep_intra=False)
+    with pytest.raises(InputError, match="flip must be"):
+        CMLA(Linear(), flip="some")
+    with pytest.raises(InputError, match="steps must be"):
+        CMLA(Linear(), steps=0)
+    with pytest.raises(InputError, match="model must have encode"):
+        CMLA(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="detach"):
+        CMLA((lambda x: x.detach() @ torch.ones(6, 4).double(), nn.Linear(5, 4).double()), steps=1)(image, text, labels)
+
+
+def test_codes_that_depend_on_batch_mates_are_named():
+    image, text, labels = items()
+    network = nn.Sequential(nn.Linear(6, BITS), nn.BatchNorm1d(BITS, track_running_stats=False)).double()
+    model = (network, nn.Linear(5, BITS).double())
+    with pytest.raises(InputError, match="the image code of an item depends on the rest of its batch"):
+        CMLA(model)(image, text, labels)
+
+
+def test_items_without_labels_and_none_at_all():
+    image, text, _ = items(4)
+    result = CMLA(Linear(), steps=2)(image, text, torch.zeros(4, 3, dtype=torch.uint8))
+    assert result.image.isfinite().all()
+    empty = CMLA(Linear(), steps=2)(image[:0], text[:0], torch.zeros(0, dtype=torch.int64))
+    assert empty.image.shape == (0, 6) and empty.distortion["image"] == 0
+
+
+# codes to aim at
+
+
+def test_anchor_code_is_nearest_to_the_set_by_enumeration():
+    codes = sign(torch.randn(7, 6, generator=torch.Generator().manual_seed(0)))
+    every = torch.tensor([[1.0 if i >> b & 1 else -1.0 for b in range(6)] for i in range(64)])
+    distances = (6 - every @ codes.T).sum(dim=1)
+    assert (6 - anchor_code(codes) @ codes.T).sum() == distances.min()
+    assert anchor_code(torch.tensor([[1.0], [-1.0]])).tolist() == [1.0]
+
+
+def test_centre_codes_have_the_best_score_by_enumeration():
+    codes = sign(torch.randn(9, 5, generator=torch.Generator().manual_seed(1)))
+    labels, queries = torch.arange(9) % 2, torch.tensor([0, 1, 7])
+    every = torch.tensor([[1.0 if i >> b & 1 else -1.0 for b in range(5)] for i in range(32)])
+    for query, centre in zip(queries, centre_codes(codes, labels, queries), strict=True):
+        same = labels == query
+        near = codes[same].mean(dim=0) if same.any() else torch.zeros(5)
+        far = codes[~same].mean(dim=0)
+        assert_close(centre @ (near - far), (every @ (near - far)).max())
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_code_attack_moves_towards_or_away(away):
+    image, _, _ = items(20)
+    model = Linear()
+    aim = sign(torch.randn(BITS, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    moved = CodeAttack(model, "image", eps=0.2, steps=30, away=away)(image, aim)
+    before, after = (model.encode("image", x).tanh() @ aim for x in (image, moved))
+    assert (after < before).all() if away else (after > before).all()
+    assert (moved - image).abs().max() <= 0.2 and moved.min() >= 0 and moved.max() <= 1
+
+
+def test_code_attack_refuses_codes_that_do_not_fit():
+    image, _, _ = items(5)
+    with pytest.raises(InputError, match="codes must be"):
+        CodeAttack(Linear())(image, torch.ones(3, BITS))
+    with pytest.raises(InputError, match="of the model's 8 bits, got 4"):
+        CodeAttack(Linear())(image, torch.ones(4))
+    with pytest.raises(InputError, match="modality must be"):
+        CodeAttack(Linear(), "sound")

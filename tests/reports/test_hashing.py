@@ -1,0 +1,147 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from small import small_dataset
+
+from cmr_fast.attacks import CMLA
+from cmr_fast.data import save_pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods.cmimh import CMIMH, CMIMHConfig
+from cmr_fast.methods.dcmh import DCMHConfig
+from cmr_fast.methods.evaluation import averaged, evaluate_model
+from cmr_fast.methods.hardening import VARIANTS, bounds_of, harden, named_attack, perturb
+from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.reports import hashing
+
+CONFIG = DCMHConfig(
+    bits=8, epochs=25, batch_size=16, image_hidden=24, text_hidden=24, optimizer="adam", lr=5e-3, eta=0.01,
+    text_input="standard",
+)  # fmt: skip
+RUN = RunConfig(device="cpu", threads=1, quiet=True, patience=0, valid_fraction=0.0)
+SHARE = 0.3
+
+
+@pytest.fixture(scope="module")
+def data():
+    return small_dataset(multi=True)
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    return train("dcmh", CONFIG, data, replace(RUN, out=tmp_path_factory.mktemp("run") / "dcmh")).model
+
+
+def test_clean_scores_are_the_evaluations(model, data):
+    row, _ = hashing.score(model, data.query, data.database, "clean")
+    expected = averaged(evaluate_model(model, data))
+    assert row.map["i2t"] == expected["i2t"] and row.map["t2i"] == expected["t2i"]
+    assert row.cross == pytest.approx(expected["average"])
+    assert all(0 < row.tie_aware[task] <= 1 for task in hashing.TASKS)
+
+
+def test_an_undefended_model_falls_and_the_report_says_so(model, data, tmp_path):
+    result = hashing.examine(model, data, ["cmla-both40", "cmla40"], share=SHARE)
+    clean, both, kept = result.rows
+    assert both.cross < clean.cross - 0.2 and clean.distortion == {"image": 0.0, "text": 0.0}
+    assert 0 < both.distortion["image"] <= SHARE
+    assert kept.map["i2i"] + kept.map["t2t"] > both.map["i2i"] + both.map["t2t"]
+    assert "takes" in hashing.verdict(result)[0] and "little" not in hashing.verdict(result)[0]
+    hashing.write_report(result, tmp_path, "small")
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in stored] == ["clean", "cmla-both40", "cmla40"]
+    for file in ("README.md", "index.html", "results.csv", "precision-recall.png", "precision-at.png", "loss.png",
+                 "texts.png"):  # fmt: skip
+        assert (tmp_path / file).stat().st_size > 0
+
+
+def test_an_attack_that_does_not_bite_is_named(model, data):
+    assert "little" in hashing.verdict(hashing.examine(model, data, ["cmla2"], share=1e-6))[0]
+
+
+def test_names_say_what_runs(model, data):
+    assert named_attack("cmla", model, data).steps == 500
+    assert named_attack("cmla-compat100", model, data).compat == "cmla"
+    low, high = bounds_of(data, "image")
+    budget = named_attack("cmla7", model, data).budgets["image"]
+    assert budget.eps == pytest.approx(10 / 255 * (high - low)) and budget.bounds == (low, high)
+    assert named_attack("cmla", model, data, share=0.2).budgets["text"].eps == pytest.approx(
+        0.2 * 0.01 * 25.5 * (bounds_of(data, "text")[1] - bounds_of(data, "text")[0])
+    )
+    for name in VARIANTS:
+        assert isinstance(named_attack(f"{name}3", model, data), CMLA)
+    for wrong in ("pgd20", "cmla-", "cmla0", "cmla-other"):
+        with pytest.raises(InputError, match="unknown attack"):
+            named_attack(wrong, model, data)
+    with pytest.raises(InputError, match="eps must be from 0 to 1"):
+        named_attack("cmla", model, data, share=2.0)
+
+
+def test_other_hashing_methods_are_attacked_too(data):
+    torch.manual_seed(0)
+    small = CMIMHConfig(bits=6, hidden=12, critic_hidden=8, critic_dim=5)
+    cmimh = CMIMH(small, data.image_dim, data.text_dim, data.num_classes)
+    cmimh.fit_inputs(data.train)
+    result = hashing.examine(cmimh, data, ["cmla5"], count=10, share=SHARE)
+    assert len(result.queries["cmla5"]) == 10 and result.rows[1].distortion["text"] > 0
+
+
+def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, tmp_path):
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    seen = []
+
+    def counted(kind, config, more, run, *, start):
+        seen.append((len(more.train), config.epochs, start))
+        return train(kind, config, more, run, start=start)
+
+    from cmr_fast.methods import hardening
+
+    original, hardening.train = hardening.train, counted
+    try:
+        run = harden(model, data, replace(RUN, out=tmp_path / "hard"), 12, epochs=4, rounds=2, attack="cmla5")
+    finally:
+        hardening.train = original
+    assert seen[0] == (len(data.train) + 12, 2, model) and seen[1][2] is not model
+    assert (tmp_path / "hard" / "model.safetensors").exists() and (tmp_path / "hard-round1").exists()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
+    with pytest.raises(InputError, match="expected 1 to 45 adversarial samples"):
+        harden(model, data, RUN, 46)
+    with pytest.raises(InputError, match="rounds must divide"):
+        harden(model, data, RUN, 5, epochs=5, rounds=2)
+
+
+def test_defence_reports_the_models_own_attack_beside_the_stored_queries(model, data, tmp_path, capsys):
+    rows = hashing.defend(
+        model, data, replace(RUN, out=tmp_path / "base"), [20], attack="cmla-both20", share=SHARE, epochs=3
+    )
+    assert [row.samples for row in rows] == [0, 20]
+    assert rows[0].stored is rows[0].adaptive
+    stored, _ = hashing.score(
+        model, perturb(named_attack("cmla-both20", model, data, share=SHARE), data.query)[0], data.database, "x"
+    )
+    assert stored.map == rows[0].adaptive.map
+    hashing.print_defences(rows, "small")
+    printed = capsys.readouterr().out
+    assert "attacked anew" in printed and f"{rows[1].adaptive.map['i2t']:.3f}" in printed
+    assert (tmp_path / "base-adversarial20" / "model.safetensors").exists()
+
+
+def test_from_the_command_line(data, tmp_path, capsys):
+    from cmr_fast.cli import main
+
+    save_pairs(tmp_path / "small.npz", data)
+    flags = "--epochs 10 --bits 8 --batch-size 16 --text-hidden 24 --image-hidden 24 --optimizer adam --lr 5e-3"
+    assert main(
+        f"train dcmh --data {tmp_path}/small.npz {flags} --eta 0.01 --adversarial 10 --out {tmp_path}/run "
+        "--device cpu".split()
+    ) in (0, None)  # fmt: skip
+    out = capsys.readouterr().out
+    assert "mAP after adversarial training" in out
+    assert main(
+        f"attack {tmp_path}/run-adversarial10 --attacks cmla20 cmla-nointra20 --out {tmp_path}/report".split()
+    ) in (0, None)  # fmt: skip
+    out = capsys.readouterr().out
+    assert "cmla-nointra20" in out and "D image" in out and (tmp_path / "report" / "index.html").exists()
