@@ -184,7 +184,8 @@ def within(noise: Tensor, eps: float, norm: Norm) -> Tensor:
     flat = noise.flatten(1)
     if norm == "l2":
         size = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        return (flat * (eps / size.clamp(min=1e-30)).clamp(max=1)).view_as(noise)
+        shrunk: Tensor = flat * (eps / size.clamp(min=1e-30)).clamp(max=1)
+        return shrunk.view_as(noise)
     # l1: soft threshold (Duchi et al. 2008, Fig. 1)
     ordered = flat.abs().sort(dim=1, descending=True).values
     excess = ordered.cumsum(dim=1) - eps

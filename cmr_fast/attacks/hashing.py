@@ -283,7 +283,8 @@ class CMLA:
         if self.norm == "l2":  # its gradient at 0 is 0
             squares = moved.square().sum(dim=1)
             return self.distortion * squares[squares > 0].sqrt().sum()
-        return self.distortion * torch.linalg.vector_norm(moved, ord=ORDER[self.norm], dim=1).sum()
+        lengths: Tensor = torch.linalg.vector_norm(moved, ord=ORDER[self.norm], dim=1)
+        return self.distortion * lengths.sum()
 
 
 class CodeAttack:

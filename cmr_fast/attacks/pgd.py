@@ -324,7 +324,7 @@ class PGD(Attack):
                 fixed.step(moving, self._along(gradient, velocity), held[7], flags, step)
             return moving, torch.stack(history), flags
 
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loop()

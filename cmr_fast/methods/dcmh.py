@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.losses import CodeBuffer, dcmh_loss
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.models.hashing import CNNF, BagLinear, mostly_zero
-from cmr_fast.ops import CodeBuffer, dcmh_loss, pack_codes
+from cmr_fast.ops import pack_codes
 
 _TURNS: tuple[tuple[Modality, Modality], ...] = (("image", "text"), ("text", "image"))
 _IMAGES = 128  # pixels are encoded so many at a time
