@@ -108,6 +108,8 @@ def check_step(
 def as_values(value: Value, x: Tensor, name: str) -> Tensor:
     """A number, (B,), (1, C) or (B, C) as a tensor (1 or B, 1 or C) of x's dtype and device."""
     if isinstance(value, int | float):  # a kernel's argument: a copy to a GPU would wait for it
+        if value != value:
+            raise InputError(f"{name} must be a number, or numbers, got {value!r}")
         return torch.full((1, 1), value, dtype=x.dtype, device=x.device)
     try:
         tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
