@@ -33,6 +33,14 @@ def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
         raise InputError(f"{name} must be bool, integer or float, got dtype {x.dtype}") from error
 
 
+def described(x: object) -> str:
+    """What a message says of something that does not fit."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    layout = "" if x.layout == torch.strided else f"{x.layout} "
+    return f"{layout}{x.dtype} {tuple(x.shape)} on {x.device}"
+
+
 class _SharedMemory:
     """A read-only array (a memory map, say) as one that torch takes as it is; the ops never write to it."""
 
@@ -51,7 +59,7 @@ def as_number(value: object, name: str, *, least: float = -math.inf, above: bool
     number = value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value
     if isinstance(number, numbers.Real) and not isinstance(number, bool):
         x = float(number)
-        if not finite or (math.isfinite(x) and (x > least or (x == least and not above))):
+        if not finite or (abs(x) < math.inf and (x > least or (x == least and not above))):  # which dynamo traces
             return x
     expected = "" if least == -math.inf else f" above {least:g}" if above else f" of {least:g} or more"
     raise InputError(f"{name} must be a {'finite ' if finite else ''}number{expected}, got {value!r}")

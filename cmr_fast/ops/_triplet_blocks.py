@@ -167,7 +167,7 @@ def _origin(x: Tensor, y: Tensor) -> Tensor | None:
 def weights_of(
     d: Tensor, positive: Tensor, negative: Tensor, margin: float, mining: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Distances (R, N) and who is what -> weights (R, N); per row: sum of open hinges, triplets, open triplets.
+    """Distances (R, N) and who is what -> weights (R, N); per row: sum of w d, triplets, open triplets.
 
     A positive weighs the number of its triplets that are open, a negative minus that.
     """
@@ -202,5 +202,4 @@ def weights_of(
         w.scatter_add_(1, ordered.indices.gather(1, place), -w)
     is_open = w.clamp(min=0).sum(1)
     w = w.to(d.dtype)
-    loss = (w.double() * torch.where(positive, limit, d).double()).sum(1)
-    return w, loss, triplets, is_open
+    return w, (w.double() * d.double()).sum(1), triplets, is_open

@@ -8,6 +8,7 @@ set.
 """
 
 import math
+import numbers
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ from cmr_fast.ops._info_nce_tiles import (
     torch_sigmoid,
 )
 from cmr_fast.ops._library import LIBRARY, refuse_twice, register, register_loss
-from cmr_fast.ops._tensors import as_number
+from cmr_fast.ops._tensors import as_number, described
 
 Positives = Tensor | tuple[Tensor, Tensor] | None
 Reduction = Literal["mean", "sum", "none"]
@@ -229,9 +230,8 @@ def _shapes(*tensors: Tensor) -> str:
 def _inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
     """Refuse what does not fit; the scale as a tensor () in the dtype that the loss is computed in."""
     for x, name in ((image, "image"), (text, "text")):
-        if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-            seen = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"{name} must be a floating-point tensor (N, d), got {seen}")
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
+            raise InputError(f"{name} must be a floating-point tensor (N, d), got {described(x)}")
     if image.shape[1] != text.shape[1]:
         raise InputError(f"image and text must have one width, got {_shapes(image, text)}")
     if image.dtype != text.dtype or image.device != text.device:
@@ -251,8 +251,8 @@ def _scalar(x: Tensor | float, like: Tensor, name: str) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     if not isinstance(x, Tensor):
         return torch.full((), as_number(x, name, finite=False), dtype=dtype, device=like.device)
-    if x.numel() != 1 or not x.is_floating_point():
-        raise InputError(f"{name} must be a number or a tensor of one float, got {x.dtype} {tuple(x.shape)}")
+    if x.layout != torch.strided or x.numel() != 1 or not x.is_floating_point():
+        raise InputError(f"{name} must be a number or a tensor of one float, got {described(x)}")
     if x.device != like.device:
         raise InputError(f"{name} must be on {like.device} as the features are, got {x.device}")
     return x.reshape(()).to(dtype)
@@ -264,7 +264,7 @@ def _positives(
     """-> image_ids, text_ids, weights as the op takes them; all None is the diagonal."""
     n, m = len(image), len(text)
     if positives is None:
-        if not isinstance(offset, int):
+        if isinstance(offset, bool) or not isinstance(offset, numbers.Integral):
             raise InputError(f"offset must be an integer, got {offset!r}")
         if offset == 0 and n > m:
             raise InputError(f"each image needs its text: expected at least {n} texts, got {m} (or give positives)")
@@ -278,9 +278,8 @@ def _positives(
         raise InputError(f"positives must be a pair of ids, those of image and of text, got {len(positives)}")
     ids = positives if isinstance(positives, tuple) else (positives, positives)
     for x in ids:
-        if not isinstance(x, Tensor) or x.device != image.device:
-            seen = f"one on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"positives must be tensors on {image.device}, got {seen}")
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.device != image.device:
+            raise InputError(f"positives must be dense tensors on {image.device}, got {described(x)}")
     first, second = ids
     if isinstance(positives, tuple) or first.ndim == 1:
         if first.dtype != torch.int64 or second.dtype != torch.int64 or first.shape != (n,) or second.shape != (m,):
@@ -408,6 +407,15 @@ def _js_critic(
     return 2 * math.log(2) - loss, -of_image, -of_text
 
 
+def _sigmoid_pairs(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
+    mask: Tensor | None, offset: int, positive: float, negative: float, gradients: bool, backend: str | None,
+    threads: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    pairs = Pairs(image_ids, text_ids, mask, offset)
+    return _sigmoid("sigmoid_loss", image, text, scale, bias, pairs, (positive, negative), gradients, backend, threads)
+
+
 def _sigmoid(
     op: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, each: tuple[float, float],
     gradients: bool, backend: str | None, threads: int | None,
@@ -468,6 +476,16 @@ register_loss(
     _sigmoid_loss,
     lambda image, text, scale, bias, image_ids, text_ids, mask, offset, weight, gradients, *rest: sigmoid_outputs(
         image, text, scale, bias, gradients
+    ),
+    differentiable=(0, 1, 2, 3),
+)
+register_loss(  # sigmoid_loss of before 0.2: programs exported with it hold this name
+    "sigmoid_pairs(Tensor image, Tensor text, Tensor scale, Tensor bias, Tensor? image_ids, Tensor? text_ids, "
+    "Tensor? mask, int offset, float positive, float negative, bool gradients, str? backend, int? threads) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _sigmoid_pairs,
+    lambda image, text, scale, bias, image_ids, text_ids, mask, offset, positive, negative, gradients, *rest: (
+        sigmoid_outputs(image, text, scale, bias, gradients)
     ),
     differentiable=(0, 1, 2, 3),
 )

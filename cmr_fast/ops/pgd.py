@@ -10,7 +10,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops._tensors import as_integer
+from cmr_fast.ops._tensors import as_integer, described
 
 Norm = Literal["linf", "l2"]
 NORMS = ("linf", "l2")
@@ -80,21 +80,22 @@ def check_step(
     """The arguments of pgd_step_, checked; alpha, eps and the bounds as tensors (1 or B, 1 or C) of x's kind."""
     if norm not in NORMS:
         raise InputError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
-        raise InputError(f"x must be a float tensor (B, ...), got {_kind(x)}")
+    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point() or x.ndim < 1:
+        raise InputError(f"x must be a float tensor (B, ...), got {described(x)}")
     if not x.is_contiguous():
         raise InputError(f"x is changed in place and must be contiguous, got strides {x.stride()} for {tuple(x.shape)}")
     for name, tensor in (("gradient", gradient), ("origin", origin)):
-        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != (
+        if not isinstance(tensor, Tensor) or (tensor.layout, tensor.shape, tensor.dtype, tensor.device) != (
+            x.layout,
             x.shape,
             x.dtype,
             x.device,
         ):
-            raise InputError(f"{name} must be like x, {_kind(x)}, got {_kind(tensor)}")
+            raise InputError(f"{name} must be like x, {described(x)}, got {described(tensor)}")
     if broken is not None and not isinstance(broken, Tensor):
-        raise InputError(f"broken must be int32 ({len(x)},) on {x.device}, got {_kind(broken)}")
+        raise InputError(f"broken must be int32 ({len(x)},) on {x.device}, got {described(broken)}")
     if broken is not None and (broken.dtype, broken.shape, broken.device) != (torch.int32, x.shape[:1], x.device):
-        raise InputError(f"broken must be int32 ({len(x)},) on {x.device}, got {_kind(broken)}")
+        raise InputError(f"broken must be int32 ({len(x)},) on {x.device}, got {described(broken)}")
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise InputError(f"bounds must be a pair, the least and the greatest value, got {bounds!r}")
     each = {"alpha": alpha, "eps": eps, "low": bounds[0], "high": bounds[1]}
@@ -107,6 +108,8 @@ def check_step(
 def as_values(value: Value, x: Tensor, name: str) -> Tensor:
     """A number, (B,), (1, C) or (B, C) as a tensor (1 or B, 1 or C) of x's dtype and device."""
     if isinstance(value, int | float):  # a kernel's argument: a copy to a GPU would wait for it
+        if value != value:
+            raise InputError(f"{name} must be a number, or numbers, got {value!r}")
         return torch.full((1, 1), value, dtype=x.dtype, device=x.device)
     try:
         tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
@@ -154,17 +157,13 @@ def pgd_noise(
     -----
     Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
     """
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
-        raise InputError(f"index must be an int64 tensor (B,), got {_kind(index)}")
+    if not isinstance(index, Tensor) or index.layout != torch.strided or index.dtype != torch.int64 or index.ndim != 1:
+        raise InputError(f"index must be an int64 tensor (B,), got {described(index)}")
     count, seed = as_integer(count, "count", 0), as_integer(seed, "seed", 0, 2**64 - 1)
     # torch's schemas know signed integers only
     signed = seed - 2**64 if seed >= 2**63 else seed
     noise: Tensor = torch.ops.cmr_fast.pgd_noise(index, count, signed, *_dispatch.how(backend, threads))
     return noise
-
-
-def _kind(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _step(

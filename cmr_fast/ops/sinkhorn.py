@@ -8,7 +8,7 @@ change from run to run or with `threads`.
 import functools
 import math
 import sys
-from typing import Any, Generic, Literal, NamedTuple, NoReturn
+from typing import Any, Generic, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,11 +196,10 @@ def _transport(
         rows, columns = (x.to(dtype) for x in masses)
         plan, iterations, error = _iterate(op, problems.to(dtype), rows, columns, reg, max_iter, tol, stop, inner)
         plan = plan.to(values.dtype)
-    elif op == "sinkhorn":
-        options = reg, max_iter, tol, stop, backend, threads
-        plan, iterations, error = torch.ops.cmr_fast.sinkhorn(problems, *masses, *options)
     else:
-        plan, iterations, error = torch.ops.cmr_fast.ipot(problems, *masses, reg, max_iter, inner, backend, threads)
+        plan, iterations, error = torch.ops.cmr_fast.sinkhorn(
+            problems, *masses, reg, max_iter, tol, stop == "potentials", op == "ipot", inner, backend, threads
+        )
     if values.ndim == 2:
         plan = plan[0]
     if details:
@@ -270,20 +269,6 @@ def _fake(cost: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _sinkhorn(
-    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: str, backend: str | None,
-    threads: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _solve("sinkhorn", cost, mu, nu, reg, max_iter, tol, stop, 1, backend, threads)
-
-
-def _ipot(
-    cost: Tensor, mu: Tensor, nu: Tensor, beta: float, max_iter: int, inner: int, backend: str | None,
-    threads: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _solve("ipot", cost, mu, nu, beta, max_iter, 0.0, "marginals", inner, backend, threads)
-
-
 def _unfit(cost: Tensor) -> dict[str, str]:
     m, n = cost.shape[1:]
     if cost.dtype == torch.float64:
@@ -293,10 +278,12 @@ def _unfit(cost: Tensor) -> dict[str, str]:
     return {}
 
 
-def _solve(
-    op: Op, cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, stop: str, inner: int,
-    backend: str | None, threads: int | None,
+def _sinkhorn(
+    cost: Tensor, mu: Tensor, nu: Tensor, reg: float, max_iter: int, tol: float, potentials: bool, proximal: bool,
+    inner: int, backend: str | None, threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op: Op = "ipot" if proximal else "sinkhorn"
+    stop = "potentials" if potentials else "marginals"
     _check_values(op, cost, mu, nu, reg)
     chosen = _dispatch.choose_backend(op, cost.device.type, backend, _unfit(cost))
     if chosen == "torch":
@@ -402,27 +389,19 @@ def _backward_op(upstream: Tensor, plan: Tensor, mu: Tensor, nu: Tensor, reg: fl
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[0], inputs[1], inputs[2])
-    ctx.reg = inputs[3]
+    ctx.reg, ctx.proximal = inputs[3], inputs[7]
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 6
-
-
-def _no_fixed_point(ctx: Any, *_: Tensor) -> NoReturn:
-    raise InputError("ipot's plan is no fixed point, it has no derivative of its own: expected grad='unrolled'")
+    if ctx.proximal:
+        raise InputError("ipot's plan is no fixed point, it has no derivative of its own: expected grad='unrolled'")
+    return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 8
 
 
 register(
-    "sinkhorn(Tensor cost, Tensor mu, Tensor nu, float reg, int max_iter, float tol, str stop, str? backend, "
-    "int? threads) -> (Tensor, Tensor, Tensor)",
+    "sinkhorn(Tensor cost, Tensor mu, Tensor nu, float reg, int max_iter, float tol, bool potentials, bool proximal, "
+    "int inner, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
     _sinkhorn,
-    _fake,
-)
-register(
-    "ipot(Tensor cost, Tensor mu, Tensor nu, float beta, int max_iter, int inner, str? backend, int? threads) "
-    "-> (Tensor, Tensor, Tensor)",
-    _ipot,
     _fake,
 )
 register(
@@ -431,7 +410,6 @@ register(
     lambda upstream, plan, mu, nu, reg: tuple(x.new_empty(x.shape) for x in (plan, mu, nu)),
 )
 torch.library.register_autograd("cmr_fast::sinkhorn", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::ipot", _no_fixed_point, lib=LIBRARY)
 torch.library.register_autograd(
     "cmr_fast::sinkhorn_backward", functools.partial(refuse_twice, hint="; use grad='unrolled'"), lib=LIBRARY
 )

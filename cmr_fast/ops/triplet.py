@@ -280,7 +280,7 @@ def _triplet_margin(
     candidate_labels = labels if other_labels is None else other_labels
     chosen = _dispatch.choose_backend("triplet_margin", x.device.type, backend, _unfit(x, len(y)))
     _, grad_x, grad_other = _outputs(x, other, needs_grad_x, needs_grad_other)
-    losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)  # sum of the open hinges of an anchor
+    losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)  # sum of an anchor's weighed distances
     counts = torch.zeros((2, len(x)), dtype=torch.int64, device=x.device)  # its triplets, and those of them open
     sweep = Sweep(x, other, chosen, distance, threads)
 
@@ -323,7 +323,8 @@ def _triplet_margin(
             return sums[rows]
 
     sweep.run(weigh, grad_x, grad_other)
-    loss = losses.sum()
+    # the margin of each open triplet, in float64; one that rounding opened may be below 0 by that
+    loss = (losses + margin * counts[1].double()).clamp_(min=0).sum()
     if reduction != "sum":
         number = counts[REDUCTIONS.index(reduction)].sum().clamp(min=1)
         loss = loss / number

@@ -18,9 +18,9 @@
 // Rank       Branch-free binary search in the limits, padded with infinity to 2^L - 1 and stored as a tree, level after
 //            level: node k has the children 2 k and 2 k + 1. AVX-512: a level of up to 256 nodes is looked up in
 //            registers by permutation, below that one gathers.
-// Sums       float64 in 16 lanes by column: every instruction set and number of threads gives the same bits. Hinges are
-//            taken with the limit as rounded, so no term is negative. The module is compiled without contraction to
-//            fused multiply-add.
+// Sums       float64 in 16 lanes by column: every instruction set and number of threads gives the same bits. The sum is
+//            that of the weighed distances; the caller adds the margin once for each open triplet, in float64. The
+//            module is compiled without contraction to fused multiply-add.
 // Bound      The two products of 2 N d operations a row each (three where the gradient of both sides is wanted, or the
 //            batch does not fit one block); this file is a few cycles a candidate beside d / 8 cycles for a product.
 // Non-finite A NaN or an infinite distance makes the loss NaN or infinite: each distance takes part in the sum.
@@ -223,13 +223,11 @@ struct Triplet {
         m.triplets[row] = triplets;
         m.open[row] = open;
         const float *const d = s.d, *const weights = s.weights;
-        const int32_t* const kind = s.kind;
         double lanes[kLanes] = {};
         by_lanes(n, [&](int64_t first, int64_t count) CMR_INLINE {
             for (int64_t l = 0; l < count; ++l) {
                 const int64_t j = first + l;
-                const float own = d[j], limit = own + m.margin;
-                lanes[l] += static_cast<double>(weights[j]) * static_cast<double>(kind[j] == 1 ? limit : own);
+                lanes[l] += static_cast<double>(weights[j]) * static_cast<double>(d[j]);
             }
         });
         b.losses[row] = total(lanes);

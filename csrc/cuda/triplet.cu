@@ -210,7 +210,7 @@ __device__ void finish(const Row& row, double* scratch, const Weight& weight) {
     for (int64_t j = threadIdx.x; j < row.p.candidates; j += kThreads) {
         const int kind = row.kind(j);
         const float d = row.distance(j), w = weight(j, kind, d, triplets);
-        loss += static_cast<double>(w) * static_cast<double>(kind == 1 ? __fadd_rn(d, row.p.margin) : d);
+        loss += static_cast<double>(w) * static_cast<double>(d);
         open += w > 0 ? w : 0;
         if (row.p.wants_e) {
             const float e = row.e(d, w);

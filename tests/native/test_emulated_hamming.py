@@ -91,7 +91,7 @@ def test_little_workspace_means_batches_not_other_results(emulated, monkeypatch)
     rng = np.random.default_rng(0)
     q, db = codes(rng, 21, 8), codes(rng, 5000, 8)
     for workspace in (1, 20_000):
-        monkeypatch.setattr(hamming_cuda, "device_of", lambda tensor, w=workspace: hamming_cuda.Device(0, 0, 64, w))
+        monkeypatch.setattr(hamming_cuda, "device_of", lambda tensor, w=workspace: hamming_cuda.Device(64, w))
         assert_topk(q, db, 9)
         assert_topk(q[:3], db, 4000)
 
@@ -144,7 +144,7 @@ def test_topk_on_arbitrary_shapes(emulated, nbytes, n, queries, k, values, warps
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CMR_FAST_CUDA_FORM", form)
         patch.setenv("CMR_SHIM_ORDER", order)
-        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(0, 0, warps, 1 << 30))
+        patch.setattr(hamming_cuda, "device_of", lambda tensor: hamming_cuda.Device(warps, 1 << 30))
         assert_topk(q, db, k)
 
 

@@ -310,9 +310,10 @@ def test_opcheck_and_compile():
     cost = torch.from_numpy(costs(17, 2, 5, 6))
     mu, nu = (torch.from_numpy(masses(5, 2, n)) for n in (5, 6))
     for backend in ("cpp", "torch"):
-        arguments = (cost.clone().requires_grad_(), mu, nu[0], 0.1, 20, 0.0, "marginals", backend, 1)
+        arguments = (cost.clone().requires_grad_(), mu, nu[0], 0.1, 20, 0.0, True, False, 1, backend, 1)
         torch.library.opcheck(torch.ops.cmr_fast.sinkhorn.default, arguments)
-        torch.library.opcheck(torch.ops.cmr_fast.ipot.default, (cost, mu, nu[0], 0.1, 20, 2, backend, 1))
+        arguments = (cost, mu, nu[0], 0.1, 20, 0.0, False, True, 2, backend, 1)
+        torch.library.opcheck(torch.ops.cmr_fast.sinkhorn.default, arguments)
     torch.library.opcheck(torch.ops.cmr_fast.sinkhorn_backward.default, (cost, sinkhorn(cost, 0.1), mu, nu[0], 0.1))
     for grad in ("envelope", "implicit", "unrolled"):
 
