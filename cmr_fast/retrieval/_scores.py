@@ -16,6 +16,7 @@ METRICS = ("cosine", "l2", "ip")
 Metric = Literal["cosine", "l2", "ip"]
 
 _NEVER = np.iinfo(np.int64).max
+_SQUARED = 1e-140  # largest elements below: squares may lose digits
 _TINY = 1e-280  # below, products may lose digits to the smallest float64
 
 
@@ -29,9 +30,7 @@ class Scores:
     def __init__(self, query: Tensor, database: Tensor, metric: Metric) -> None:
         x, y = query, database
         if metric == "cosine":
-            # by the largest element first, so that no square underflows
-            x, y = (v / torch.where(v == 0, 0, v).abs().amax(dim=1, keepdim=True).clamp_min(5e-324) for v in (x, y))
-            x, y = (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) for v in (x, y))
+            x, y = (_unit(v) for v in (x, y))
         self._x, self._y, self._l2 = x, y, metric == "l2"
         self._rounding = (y.shape[1] + 4) * torch.finfo(y.dtype).eps
         self.paying = True
@@ -93,8 +92,20 @@ class Scores:
         return x, y, y.norm(dim=1).max()
 
 
+def _unit(v: Tensor) -> Tensor:
+    """Rows divided by their norms; zero stays zero."""
+    largest = torch.linalg.vector_norm(v, ord=torch.inf, dim=1, keepdim=True)
+    small = (largest > 0) & (largest < _SQUARED)
+    if bool(small.any()):  # so that no square underflows
+        v = v / torch.where(small, largest, 1.0)
+    return v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+
+
 def _no_row_twice(y: Tensor) -> bool:
     """True only where no two rows are equal, by a hash of their bits that is exact in any order of summation."""
     odd = torch.randint(2**62, (y.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    hashes = ((y + 0.0).view(torch.int64) * odd.to(y.device)).sum(dim=1)  # + 0.0: -0 and 0 are equal
-    return len(hashes.unique()) == len(y)
+    for columns in (16, y.shape[1]):  # the first ones tell most rows apart
+        part = (y[:, :columns] + 0.0).view(torch.int64)  # + 0.0: -0 and 0 are equal
+        if len((part * odd[:columns].to(y.device)).sum(dim=1).unique()) == len(y):
+            return True
+    return False

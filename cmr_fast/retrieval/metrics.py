@@ -212,13 +212,14 @@ def _measure_certain(
         _leave_out(keys, relevant, each, asked, 1 << (60 - index_bits))
     packed = ((keys << index_bits | np.arange(width)) << 1) | relevant if index_bits else (keys << 1) | relevant
     packed.sort(axis=1)
-    ordered = packed >> (index_bits + 1)
+    ordered = packed >> (index_bits + 1) if index_bits else packed
     steps = np.diff(ordered, axis=1)
+    certain = np.ones(len(each), dtype=bool)
     if index_bits:
         certain = np.count_nonzero(steps == 0, axis=1) == equal
         steps[steps == 0] = np.iinfo(np.int64).max
-    else:
-        certain = np.ones(len(each), dtype=bool)
+    elif width > 1:
+        apart = 2 * np.minimum(apart, 1 << 60) + 1  # relevance is still in the keys
     certain &= (steps.min(axis=1) if width > 1 else np.inf) > apart
     scores.paying = bool(2 * np.count_nonzero(certain) >= len(each))
     if not certain.any():
