@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._tensors import Array, as_codes, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
 from cmr_fast.ops.hamming import _check_bits, hamming_distances, hamming_topk, pack_codes, unpack_codes
 
 EFFORT = 0.05  # see SearchTables.search
@@ -41,6 +41,11 @@ class SearchTables:
 
     They refer to the codes and do not copy them: the codes must not change. Beyond the codes they take `nbytes`
     bytes of memory. Searching is safe from many threads at once.
+
+    Attributes
+    ----------
+    bits : int
+        Code length.
     """
 
     def __init__(
@@ -63,10 +68,25 @@ class SearchTables:
     ) -> "SearchTables":
         """Build the tables.
 
-        codes        uint8 (N, nbytes) packed codes on the CPU, N < 2^31
-        bits         code length where it is not 8 * nbytes
-        substrings   how many tables; default: by N and bits
-        threads      default: all processors of this process
+        Parameters
+        ----------
+        codes : ndarray or Tensor
+            uint8 (N, nbytes) packed codes on the CPU, N < 2^31.
+        bits : int, optional
+            Code length where it is not 8 * nbytes.
+        substrings : int, optional
+            How many tables; default: by N and bits.
+        threads : int, optional
+            Default: all processors of this process.
+
+        Returns
+        -------
+        SearchTables
+
+        Raises
+        ------
+        InputError
+            For what are no such codes, and where the native kernels are missing.
         """
         database, bits = _database(codes, bits)
         native, threads = _native(), _dispatch.choose_threads(threads)
@@ -115,29 +135,47 @@ class SearchTables:
     def search(
         self, q: Array, k: int, *, threads: int | None = None, effort: float | None = None
     ) -> tuple[Array, Array]:
-        """The k nearest codes of every query: what hamming_topk(q, codes, k, bits=bits) returns, ties included.
+        """The k nearest codes of every query.
 
-        effort   what queries may spend on the tables in vain, as a share of what scanning them costs: 0 only scans,
-                 infinity never gives up; default 0.05, or 0 where nothing is expected to be saved. The result does not
-                 depend on it.
+        Parameters
+        ----------
+        q : ndarray or Tensor
+            uint8 (Q, nbytes), of the kind that the codes were.
+        k : int
+            1 or more.
+        threads : int, optional
+            Default: all processors of this process.
+        effort : float, optional
+            What queries may spend on the tables in vain, as a share of what scanning them costs: 0 only scans, infinity
+            never gives up; default 0.05, or 0 where nothing is expected to be saved. The result does not depend on it.
+
+        Returns
+        -------
+        distances, indices
+            What hamming_topk(q, codes, k, bits=bits) returns, ties included.
+
+        Raises
+        ------
+        InputError
+            For queries that are no codes of this length, and another k, threads or effort.
         """
         queries, _, was_numpy = as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
-        _check_k(k)
+        k = as_integer(k, "k", 1)
         check_stray(queries, self.bits, "q")
         if effort is None:
             effort = EFFORT if self.expected_cost(k) < _VAIN else 0.0
-        if not effort >= 0:
-            raise InputError(f"effort must be 0 or more, got {effort}")
+        effort = as_number(effort, "effort", least=0, finite=False)
         if effort == 0:
-            distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
+            distances, indices = hamming_topk(queries, self._codes, k, bits=self.bits, threads=threads)
             return like_input(distances, was_numpy), like_input(indices, was_numpy)
-        distances, indices, done, _ = self._search(queries, int(k), threads, effort)
+        distances, indices, done, _ = self._search(queries, k, threads, effort)
         left = (~done).nonzero()[:, 0]
         if len(left) == len(queries):
-            distances, indices = hamming_topk(queries, self._codes, int(k), bits=self.bits, threads=threads)
+            distances, indices = hamming_topk(queries, self._codes, k, bits=self.bits, threads=threads)
         elif len(left):
-            found = hamming_topk(queries[left], self._codes, int(k), bits=self.bits, threads=threads)
-            distances[left], indices[left] = found
+            distances[left], indices[left] = hamming_topk(
+                queries[left], self._codes, k, bits=self.bits, threads=threads
+            )
         return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
     def expected_cost(self, k: int) -> float:
@@ -216,7 +254,8 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     rows = _spread(n, _SAMPLE)
     nearest, _ = hamming_topk(database[rows], database, min(k + 1, n), bits=bits, threads=threads)
     reach = nearest[:, -1:].long()
-    some = torch.randint(n, (min(n, _COUNTED),), generator=torch.Generator().manual_seed(0)).unique()
+    drawn = torch.randint(n, (min(n, _COUNTED),), generator=torch.Generator().manual_seed(0))
+    some = torch.from_numpy(np.unique(drawn.numpy()))
     queries, counted = unpack_codes(database[rows], bits), unpack_codes(database[some], bits)
     parts, scale = _substrings(bits, n, None), n / len(some)
     per_query, per_lookup, per_bucket, per_word, per_survivor = _native().multi_index_costs()
@@ -266,11 +305,6 @@ def check_stray(codes: Tensor, bits: int, name: str) -> None:
         )
 
 
-def _check_k(k: object) -> None:
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise InputError(f"k must be an integer of 1 or more, got {k!r}")
-
-
 def _native() -> Any:
     module = _dispatch.native()
     if not isinstance(module, ModuleType):
@@ -279,7 +313,7 @@ def _native() -> Any:
 
 
 def _scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
-    return _native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k)
+    return float(_native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k))
 
 
 def _spread(n: int, count: int) -> Tensor:

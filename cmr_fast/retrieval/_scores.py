@@ -40,7 +40,7 @@ class Scores:
         """Which of these database rows have an equal one, bool of the same shape."""
         if not self.repeats:
             return np.zeros(rows.shape, dtype=bool)
-        return (self._distinct[2] > 1)[self._distinct[1]].cpu().numpy()[rows]
+        return np.asarray((self._distinct[2] > 1)[self._distinct[1]].cpu().numpy()[rows])
 
     def coarse(self, rows: slice, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys int64 (B, N) within +-2^(bits - 1), and for each query what two keys must differ by to be certain."""
@@ -82,7 +82,8 @@ class Scores:
     @cached_property
     def _distinct(self) -> tuple[Tensor, Tensor, Tensor]:
         """The different rows of the database, which of them each row is, and how many are each."""
-        return torch.unique(self._y, dim=0, return_inverse=True, return_counts=True)
+        rows, place, counts = torch.unique(self._y, dim=0, return_inverse=True, return_counts=True)
+        return rows, place, counts
 
     @cached_property
     def _products(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +99,8 @@ def _unit(v: Tensor) -> Tensor:
     small = (largest > 0) & (largest < _SQUARED)
     if bool(small.any()):  # so that no square underflows
         v = v / torch.where(small, largest, 1.0)
-    return v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+    norms: Tensor = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return v / norms.clamp_min(torch.finfo(v.dtype).tiny)
 
 
 def _no_row_twice(y: Tensor) -> bool:
@@ -106,6 +108,7 @@ def _no_row_twice(y: Tensor) -> bool:
     odd = torch.randint(2**62, (y.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
     for columns in (16, y.shape[1]):  # the first ones tell most rows apart
         part = (y[:, :columns] + 0.0).view(torch.int64)  # + 0.0: -0 and 0 are equal
-        if len((part * odd[:columns].to(y.device)).sum(dim=1).unique()) == len(y):
+        hashes = torch.sort((part * odd[:columns].to(y.device)).sum(dim=1)).values
+        if not bool((hashes[1:] == hashes[:-1]).any()):
             return True
     return False

@@ -268,7 +268,7 @@ def _leave_out(keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: 
 
 def _distances(q: Array, db: Array, rows: np.ndarray) -> np.ndarray:
     """Hamming distance of each query to one database row, int64 (B,)."""
-    return np.unpackbits(to_numpy(q) ^ to_numpy(db)[rows], axis=1).sum(axis=1, dtype=np.int64)
+    return np.asarray(np.unpackbits(to_numpy(q) ^ to_numpy(db)[rows], axis=1).sum(axis=1, dtype=np.int64))
 
 
 def _take_out(
@@ -347,7 +347,7 @@ def _divide(sums: np.ndarray, inside: np.ndarray, counts: np.ndarray, asked: _As
     """(B,) average precision from sums over hits that are certain; nan where the convention leaves the query out."""
     rule = asked.rule
     below = {"R": counts, "hits": inside, "min": np.minimum(asked.cut, counts)}[rule.denominator]
-    ap = sums / np.maximum(below, 1)
+    ap: np.ndarray = sums / np.maximum(below, 1)
     if rule.zero != "counts 0":
         ap[below == 0] = np.nan
     return ap
@@ -376,7 +376,7 @@ def _average_precisions(groups: Groups, counts: np.ndarray, asked: _Asked) -> np
         below = np.bincount(groups.query, ranks * groups.relevant / groups.size, size)
     else:
         below = counts if rule.denominator == "R" else capped
-    ap = totals / np.where(below > 0, below, 1)
+    ap: np.ndarray = totals / np.where(below > 0, below, 1)
     if rule.denominator == "hits":
         for g in np.flatnonzero(mixed(groups, ranks)):
             query = groups.query[g]
@@ -412,7 +412,7 @@ def _ranked_relevance(keys: np.ndarray, relevant: np.ndarray) -> np.ndarray:
         return out
     packed = ((keys << index_bits | np.arange(keys.shape[1])) << 1) | relevant
     packed.sort(axis=1)
-    return (packed & 1).astype(bool)
+    return np.asarray(packed & 1, dtype=bool)
 
 
 def _sorted_by_key(keys: np.ndarray, relevant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
