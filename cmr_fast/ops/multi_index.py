@@ -164,7 +164,9 @@ class SearchTables:
         check_stray(queries, self.bits, "q")
         if effort is None:
             effort = EFFORT if self.expected_cost(k) < _VAIN else 0.0
-        effort = as_number(effort, "effort", least=0, finite=False)
+        effort = as_number(effort, "effort", finite=False)
+        if not effort >= 0:
+            raise InputError(f"effort must be 0 or more, got {effort}")
         if effort == 0:
             distances, indices = hamming_topk(queries, self._codes, k, bits=self.bits, threads=threads)
             return like_input(distances, was_numpy), like_input(indices, was_numpy)
