@@ -113,12 +113,12 @@ class SearchTables:
                 entries.data_ptr(), _address(groups), words.data_ptr(),
             )  # fmt: skip
             tables.append((first, length, offsets, groups, words))
-        kept = None if count == n else _empty(count + 1, torch.int32).copy_(starts[: count + 1])
+        group_starts = None if count == n else _empty(count + 1, torch.int32).copy_(starts[: count + 1])
         if bits <= 64:
             different = None
         elif count < n:
             different = _empty(count * nbytes, torch.uint8).copy_(different[: count * nbytes])
-        return cls(database, bits, order, kept, different, tables)
+        return cls(database, bits, order, group_starts, different, tables)
 
     def __len__(self) -> int:
         return len(self._codes)
@@ -326,9 +326,9 @@ def _substrings(bits: int, n: int, count: int | None) -> list[Part]:
     """One substring where codes are few, else as many as make buckets of up to about 2^_BUCKET_BITS codes."""
     key_bits = math.log2(max(n, 2))
     if count is None:
-        few = bits <= max(16, min(key_bits + 1, _MAX_KEY_BITS))
+        whole = bits <= max(16, min(key_bits + 1, _MAX_KEY_BITS))
         wanted = math.ceil(bits / max(8.0, min(key_bits - _BUCKET_BITS, _MAX_KEY_BITS - 2)))
-        count = 1 if few else max(2, wanted)
+        count = 1 if whole else max(2, wanted)
     least = -(-bits // _MAX_KEY_BITS)
     if not least <= count <= bits:
         raise InputError(f"codes of {bits} bits must be cut into {least} to {bits} substrings, got {count}")

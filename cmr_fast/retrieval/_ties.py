@@ -59,11 +59,15 @@ class Groups:
         bounds = np.append(np.flatnonzero(new), keys.size)
         hits = np.concatenate([[0], np.cumsum(relevant.ravel(), dtype=np.int64)])
         r = np.diff(hits[bounds])
-        kept = np.flatnonzero(r)
-        starts = bounds[kept]
+        nonempty = np.flatnonzero(r)
+        starts = bounds[nonempty]
         query = starts // width
         return cls(
-            query, bounds[kept + 1] - starts, r[kept], starts - query * width, hits[starts] - hits[query * width]
+            query,
+            bounds[nonempty + 1] - starts,
+            r[nonempty],
+            starts - query * width,
+            hits[starts] - hits[query * width],
         )
 
     def one(self, g: np.integer) -> tuple[int, int, int, int]:
