@@ -12,7 +12,8 @@ import cmr_fast
 
 ROOT = Path(cmr_fast.__file__).parent
 FLOORS = (
-    ("errors", "_files", "_terminal", "_cpu", "_cuda"),
+    ("errors",),
+    ("_files", "_terminal", "_cpu", "_cuda"),
     ("ops",),
     ("losses", "retrieval", "data", "models"),  # beside each other: none imports another
     ("attacks",),

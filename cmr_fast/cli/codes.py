@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def open_codes(path: Path, bits: int | None) -> "np.ndarray | HammingIndex":
     """Codes of a .npy file (as an array), an index file or a faiss file (with their ids), left in the file."""
-    from cmr_fast.retrieval.index import index_kind
+    from cmr_fast.retrieval import index_kind
 
     check_exists(path)
     if path.is_file() and index_kind(path):

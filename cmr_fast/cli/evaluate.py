@@ -41,7 +41,7 @@ class Evaluate(DataFlags):
     convention: str = "all"
     """How AP is defined: all, topk_hits, topk_R, topk_min, map_at_r, first_k_hits, hits_skip, sephfamily; or every."""
     ties: str = "index"
-    """How equal distances are ranked: index, tie_aware, optimistic, pessimistic; or every."""
+    """How equal distances are ranked: index, tie_aware, optimistic, pessimistic, threshold; or every."""
     k: int | None = None
     """Cut of the ranking (mAP@k). None: the whole ranking."""
     out: Path | None = None

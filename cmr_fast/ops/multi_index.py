@@ -42,6 +42,11 @@ class SearchTables:
 
     They refer to the codes and do not copy them: the codes must not change. Beyond the codes they take `nbytes`
     bytes of memory. Searching is safe from many threads at once.
+
+    Attributes
+    ----------
+    bits : int
+        Code length.
     """
 
     def __init__(
@@ -110,12 +115,12 @@ class SearchTables:
                 entries.data_ptr(), _address(groups), words.data_ptr(),
             )  # fmt: skip
             tables.append((first, length, offsets, groups, words))
-        kept = None if count == n else _empty(count + 1, torch.int32).copy_(starts[: count + 1])
+        group_starts = None if count == n else _empty(count + 1, torch.int32).copy_(starts[: count + 1])
         if bits <= 64:
             different = None
         elif count < n:
             different = _empty(count * nbytes, torch.uint8).copy_(different[: count * nbytes])
-        return cls(database, bits, order, kept, different, tables)
+        return cls(database, bits, order, group_starts, different, tables)
 
     def __len__(self) -> int:
         return len(self._codes)
@@ -339,7 +344,8 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     rows = _spread(n, _SAMPLE)
     nearest, _ = hamming_topk(database[rows], database, min(k + 1, n), bits=bits, threads=threads)
     reach = nearest[:, -1:].long()
-    some = torch.randint(n, (min(n, _COUNTED),), generator=torch.Generator().manual_seed(0)).unique()
+    drawn = torch.randint(n, (min(n, _COUNTED),), generator=torch.Generator().manual_seed(0))
+    some = torch.from_numpy(np.unique(drawn.numpy()))
     queries, counted = unpack_codes(database[rows], bits), unpack_codes(database[some], bits)
     parts, scale = _substrings(bits, n, None), n / len(some)
     per_query, per_lookup, per_bucket, per_word, per_survivor = _native().multi_index_costs()
@@ -408,9 +414,9 @@ def _substrings(bits: int, n: int, count: int | None) -> list[Part]:
     """One substring where codes are few, else as many as make buckets of up to about 2^_BUCKET_BITS codes."""
     key_bits = math.log2(max(n, 2))
     if count is None:
-        few = bits <= max(16, min(key_bits + 1, _MAX_KEY_BITS))
+        whole = bits <= max(16, min(key_bits + 1, _MAX_KEY_BITS))
         wanted = math.ceil(bits / max(8.0, min(key_bits - _BUCKET_BITS, _MAX_KEY_BITS - 2)))
-        count = 1 if few else max(2, wanted)
+        count = 1 if whole else max(2, wanted)
     least = -(-bits // _MAX_KEY_BITS)
     if not least <= count <= bits:
         raise InputError(f"codes of {bits} bits must be cut into {least} to {bits} substrings, got {count}")

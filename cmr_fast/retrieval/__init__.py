@@ -1,5 +1,6 @@
 """Search and evaluation: HammingIndex, and retrieval metrics by named convention and tie rule."""
 
+from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, convention_table, tie_table
 from cmr_fast.retrieval.index import HammingIndex
 from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
@@ -13,5 +14,6 @@ __all__ = [
     "convention_table",
     "evaluate_codes",
     "evaluate_embeddings",
+    "index_kind",
     "tie_table",
 ]

@@ -47,8 +47,8 @@ class SearchPlan:
             return
         try:
             if self.tables is None:
-                few = multi_index.num_tables(bits, len(codes)) == 1  # built faster than estimated
-                if few or multi_index.estimated_cost(codes, bits, k, threads) < multi_index.WORTH:
+                single = multi_index.num_tables(bits, len(codes)) == 1  # built faster than estimated
+                if single or multi_index.estimated_cost(codes, bits, k, threads) < multi_index.WORTH:
                     self.tables = SearchTables.build(codes, bits, threads=threads)
                 else:
                     self._hopeless = k if self._hopeless is None else min(k, self._hopeless)

@@ -16,6 +16,7 @@ METRICS = ("cosine", "l2", "ip")
 Metric = Literal["cosine", "l2", "ip"]
 
 _NEVER = np.iinfo(np.int64).max
+_SQUARED = 1e-140  # largest elements below: squares may lose digits
 _TINY = 1e-280  # below, products may lose digits to the smallest float64
 
 
@@ -29,9 +30,7 @@ class Scores:
     def __init__(self, query: Tensor, database: Tensor, metric: Metric) -> None:
         x, y = query, database
         if metric == "cosine":
-            # by the largest element first, so that no square underflows
-            x, y = (v / torch.where(v == 0, 0, v).abs().amax(dim=1, keepdim=True).clamp_min(5e-324) for v in (x, y))
-            x, y = (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) for v in (x, y))
+            x, y = (_unit(v) for v in (x, y))
         self._x, self._y, self._l2 = x, y, metric == "l2"
         self._rounding = (y.shape[1] + 4) * torch.finfo(y.dtype).eps
         self.paying = True
@@ -41,7 +40,7 @@ class Scores:
         """Which of these database rows have an equal one, bool of the same shape."""
         if not self.repeats:
             return np.zeros(rows.shape, dtype=bool)
-        return (self._distinct[2] > 1)[self._distinct[1]].cpu().numpy()[rows]
+        return np.asarray((self._distinct[2] > 1)[self._distinct[1]].cpu().numpy()[rows])
 
     def coarse(self, rows: slice, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys int64 (B, N) within +-2^(bits - 1), and for each query what two keys must differ by to be certain."""
@@ -83,7 +82,8 @@ class Scores:
     @cached_property
     def _distinct(self) -> tuple[Tensor, Tensor, Tensor]:
         """The different rows of the database, which of them each row is, and how many are each."""
-        return torch.unique(self._y, dim=0, return_inverse=True, return_counts=True)
+        rows, place, counts = torch.unique(self._y, dim=0, return_inverse=True, return_counts=True)
+        return rows, place, counts
 
     @cached_property
     def _products(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +93,22 @@ class Scores:
         return x, y, y.norm(dim=1).max()
 
 
+def _unit(v: Tensor) -> Tensor:
+    """Rows divided by their norms; zero stays zero."""
+    largest = torch.linalg.vector_norm(v, ord=torch.inf, dim=1, keepdim=True)
+    small = (largest > 0) & (largest < _SQUARED)
+    if bool(small.any()):  # so that no square underflows
+        v = v / torch.where(small, largest, 1.0)
+    norms: Tensor = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return v / norms.clamp_min(torch.finfo(v.dtype).tiny)
+
+
 def _no_row_twice(y: Tensor) -> bool:
     """True only where no two rows are equal, by a hash of their bits that is exact in any order of summation."""
     odd = torch.randint(2**62, (y.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    hashes = ((y + 0.0).view(torch.int64) * odd.to(y.device)).sum(dim=1)  # + 0.0: -0 and 0 are equal
-    return len(hashes.unique()) == len(y)
+    for columns in (16, y.shape[1]):  # the first ones tell most rows apart
+        part = (y[:, :columns] + 0.0).view(torch.int64)  # + 0.0: -0 and 0 are equal
+        hashes = torch.sort((part * odd[:columns].to(y.device)).sum(dim=1)).values
+        if not bool((hashes[1:] == hashes[:-1]).any()):
+            return True
+    return False

@@ -75,7 +75,7 @@ class Part:
         """Row numbers -> ids, int64, of the same shape."""
         if isinstance(self.ids, range):
             return places + self.ids.start if self.ids.start else places
-        return self.ids[places].astype(np.int64, copy=False)
+        return np.asarray(self.ids[places].astype(np.int64, copy=False))
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """The rows, rising, whose ids are among `ids`, which rise."""

@@ -59,11 +59,15 @@ class Groups:
         bounds = np.append(np.flatnonzero(new), keys.size)
         hits = np.concatenate([[0], np.cumsum(relevant.ravel(), dtype=np.int64)])
         r = np.diff(hits[bounds])
-        kept = np.flatnonzero(r)
-        starts = bounds[kept]
+        nonempty = np.flatnonzero(r)
+        starts = bounds[nonempty]
         query = starts // width
         return cls(
-            query, bounds[kept + 1] - starts, r[kept], starts - query * width, hits[starts] - hits[query * width]
+            query,
+            bounds[nonempty + 1] - starts,
+            r[nonempty],
+            starts - query * width,
+            hits[starts] - hits[query * width],
         )
 
     def one(self, g: np.integer) -> tuple[int, int, int, int]:
@@ -118,11 +122,11 @@ def _harmonic_steps(
 def precision_sums(groups: Groups, ranks: np.ndarray, harmonic: np.ndarray) -> np.ndarray:
     """E[sum of precisions at the hits among a group's first `ranks` ranks], (G,) float64; 0 <= ranks <= size."""
     if groups.single:
-        return ranks * groups.relevant * ((groups.hits_before + groups.relevant) / (groups.before + 1))
+        return np.asarray(ranks * groups.relevant * ((groups.hits_before + groups.relevant) / (groups.before + 1)))
     n, r = groups.size, groups.relevant
     dh, spread = _harmonic_steps(groups.before, ranks, harmonic)
     b = (r - 1) / np.maximum(n - 1, 1)
-    return r / n * ((groups.hits_before + 1) * dh + b * spread)
+    return np.asarray(r / n * ((groups.hits_before + 1) * dh + b * spread))
 
 
 def mixed(groups: Groups, ranks: np.ndarray) -> np.ndarray:
@@ -170,11 +174,11 @@ def _later_than(n: int, r: int, t: int, places: np.ndarray) -> np.ndarray:
     s = np.arange(t, n - r + t)
     pmf = np.zeros(n + 1)
     pmf[t : n - r + t + 1] = _weights(s / (s - t + 1) * (n - s - r + t) / (n - s))
-    return 1 - np.concatenate([[0.0], np.cumsum(pmf)])[np.maximum(places + 1, 0)]
+    return np.asarray(1 - np.concatenate([[0.0], np.cumsum(pmf)])[np.maximum(places + 1, 0)])
 
 
 def _weights(ratios: np.ndarray) -> np.ndarray:
     """Probabilities from the ratios of neighbours."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
     weights = np.exp(logs - logs.max())
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())

@@ -13,10 +13,18 @@ class Convention:
     P(i) is the precision of the first i ranks, rel(i) is 1 where rank i is relevant, R counts the query's relevant
     items in the database, hits those of them inside the cut. k defaults to the database size.
 
-    cut             "k": the first k ranks; "R": the first min(k, R) ranks; "hits": the first min(k, R) hits
-    denominator     "R", "hits", or "min", which is min(k, R)
-    zero            "counts 0": a query with R = 0 has AP 0 and counts; "skip R = 0": it is left out of the mean;
-                    "skip hits = 0": so is one with no hit inside the cut
+    Attributes
+    ----------
+    name, formula : str
+    cut : str
+        "k": the first k ranks; "R": the first min(k, R) ranks; "hits": the first min(k, R) hits.
+    denominator : str
+        "R", "hits", or "min", which is min(k, R).
+    zero : str
+        "counts 0": a query with R = 0 has AP 0 and counts; "skip R = 0": it is left out of the mean; "skip hits = 0":
+        so is one with no hit inside the cut.
+    used_by, note : str
+        Published code that computes it, and what to know.
     """
 
     name: str
@@ -102,12 +110,24 @@ TIES = tuple(_TIES)
 
 
 def convention_table() -> dict[str, Convention]:
-    """Every mAP convention by name: formula, denominator, rule for queries without hits, and who uses it."""
+    """Every mAP convention.
+
+    Returns
+    -------
+    dict of str to Convention
+        By name: formula, denominator, rule for queries without hits, and who uses it.
+    """
     return {row.name: row for row in _TABLE}
 
 
 def tie_table() -> dict[str, str]:
-    """Every tie rule by name, in one line."""
+    """Every tie rule.
+
+    Returns
+    -------
+    dict of str to str
+        By name, in one line.
+    """
     return dict(_TIES)
 
 

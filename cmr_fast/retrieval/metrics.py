@@ -98,25 +98,25 @@ def evaluate_codes(
     queries, database = check_code_arrays(q, db)
     levels = check_bits(bits, queries, database) + 1
     labels = Labels(q_labels, db_labels, len(queries), len(database))
-    asked = _ask(labels, k, convention, ties, pairs, exclude_self)
+    setting = _check_setting(labels, k, convention, ties, pairs, exclude_self)
     q_packed, db_packed = (like(x, queries) for x in labels.packed())
-    cut = cast(Literal["rank", "relevant", "hits"], {"k": "rank", "R": "relevant", "hits": "hits"}[asked.rule.cut])
-    by_op = asked.ties == "index" and asked.exclude is None  # the op ranks whole databases
+    cut = cast(Literal["rank", "relevant", "hits"], {"k": "rank", "R": "relevant", "hits": "hits"}[setting.rule.cut])
+    by_op = setting.ties == "index" and setting.exclude is None  # the op ranks whole databases
 
     def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
-        partners = asked.partners[rows] if asked.partners is not None else None
+        partners = setting.partners[rows] if setting.partners is not None else None
         ranked = ranking(
-            queries[rows], database, q_packed[rows], db_packed, k=asked.cut, cut=cut, order=by_op, curves=by_op,
+            queries[rows], database, q_packed[rows], db_packed, k=setting.cut, cut=cut, order=by_op, curves=by_op,
             partners=like(partners, queries) if by_op and partners is not None else None, threads=threads,
         )  # fmt: skip
         items, hits = to_numpy(ranked.items)[:, :levels], to_numpy(ranked.relevant)[:, :levels]
-        if asked.exclude is not None:
-            _take_out(asked.exclude[rows], queries[rows], database, labels, rows, items, hits)
+        if setting.exclude is not None:
+            _take_out(setting.exclude[rows], queries[rows], database, labels, rows, items, hits)
         counts = hits.sum(axis=1)
         curves.add_radius(items, hits, counts)
         if by_op:
             sums, inside, first = to_numpy(ranked.sums), to_numpy(ranked.hits), to_numpy(ranked.first)
-            ap = _divide(sums, inside, counts, asked)
+            ap = _divide(sums, inside, counts, setting)
             curves.add_steps(to_numpy(ranked.hit_steps), to_numpy(ranked.recall_steps), first)
             if partners is not None:
                 level = _distances(queries[rows], database, partners)
@@ -124,20 +124,20 @@ def evaluate_codes(
                 before += to_numpy(ranked.tied_before) - items[np.arange(len(level)), level]
                 curves.add_pairs(_partner_alone(np.ones_like(before), before))
             return ap, counts
-        if asked.ties == "index":
+        if setting.ties == "index":
             keys = to_numpy(hamming_distances(queries[rows], database, threads=threads)).astype(np.uint16)
-            return _measure_keys(keys, labels.relevant(rows), np.arange(rows.start, rows.stop), asked, curves)
-        groups = Groups.from_histograms(items, hits).ordered(asked.ties)
+            return _measure_keys(keys, labels.relevant(rows), np.arange(rows.start, rows.stop), setting, curves)
+        groups = Groups.from_histograms(items, hits).ordered(setting.ties)
         curves.add(groups, counts)
         if partners is not None:
             level, each = _distances(queries[rows], database, partners), np.arange(len(partners))
             size, before = items[each, level], np.cumsum(items, axis=1)[each, level] - items[each, level]
-            curves.add_pairs(_partner_alone(size, before).ordered(asked.ties))
-        return _average_precisions(groups, counts, asked), counts
+            curves.add_pairs(_partner_alone(size, before).ordered(setting.ties))
+        return _average_precisions(groups, counts, setting), counts
 
     # a bit per item and a few histograms are what a query holds; of one that leaves itself out, distances and relevance
-    held = 8 * len(database) if asked.ties == "index" and not by_op else len(database) // 8 + 32 * levels
-    return _evaluate(measure, max(1, 8 * _BLOCK // held), asked, labels, levels, "hamming")
+    held = 8 * len(database) if setting.ties == "index" and not by_op else len(database) // 8 + 32 * levels
+    return _evaluate(measure, max(1, 8 * _BLOCK // held), setting, labels, levels, "hamming")
 
 
 def evaluate_embeddings(
@@ -181,23 +181,23 @@ def evaluate_embeddings(
         raise InputError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     x, y = check_embeddings(query, database)
     labels = Labels(q_labels, db_labels, len(x), len(y))
-    asked = _ask(labels, k, convention, ties, pairs, exclude_self)
+    setting = _check_setting(labels, k, convention, ties, pairs, exclude_self)
     scores = Scores(x, y, metric)
 
     def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
         relevant, each = labels.relevant(rows), np.arange(rows.start, rows.stop)
-        ap, counts, certain = _measure_certain(scores, relevant, each, asked, curves)
+        ap, counts, certain = _measure_certain(scores, relevant, each, setting, curves)
         doubtful = np.flatnonzero(~certain)
         if len(doubtful):
             keys, which = scores.exact(each[doubtful]), each[doubtful]
-            ap[doubtful], counts[doubtful] = _measure_keys(keys, relevant[doubtful], which, asked, curves)
+            ap[doubtful], counts[doubtful] = _measure_keys(keys, relevant[doubtful], which, setting, curves)
         return ap, counts
 
-    return _evaluate(measure, max(1, _BLOCK // len(y)), asked, labels, None, metric)
+    return _evaluate(measure, max(1, _BLOCK // len(y)), setting, labels, None, metric)
 
 
 def _measure_certain(
-    scores: Scores, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", curves: Curves
+    scores: Scores, relevant: np.ndarray, each: np.ndarray, setting: "_Setting", curves: Curves
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Average precision and relevant items of the queries `each`, as far as coarse keys are certain: the mask says."""
     ap, counts, certain = np.zeros(len(each)), np.zeros(len(each), dtype=np.int64), np.zeros(len(each), dtype=bool)
@@ -207,18 +207,19 @@ def _measure_certain(
     index_bits = width.bit_length() if scores.repeats else 0
     keys, apart = scores.coarse(slice(int(each[0]), int(each[-1]) + 1), 60 - index_bits)
     equal = np.full(len(each), scores.repeats)  # neighbours that must be equal
-    if asked.exclude is not None:
-        equal -= scores.is_repeated(asked.exclude[each]) & (asked.exclude[each] >= 0)
-        _leave_out(keys, relevant, each, asked, 1 << (60 - index_bits))
+    if setting.exclude is not None:
+        equal -= scores.is_repeated(setting.exclude[each]) & (setting.exclude[each] >= 0)
+        _leave_out(keys, relevant, each, setting, 1 << (60 - index_bits))
     packed = ((keys << index_bits | np.arange(width)) << 1) | relevant if index_bits else (keys << 1) | relevant
     packed.sort(axis=1)
-    ordered = packed >> (index_bits + 1)
+    ordered = packed >> (index_bits + 1) if index_bits else packed
     steps = np.diff(ordered, axis=1)
+    certain = np.ones(len(each), dtype=bool)
     if index_bits:
         certain = np.count_nonzero(steps == 0, axis=1) == equal
         steps[steps == 0] = np.iinfo(np.int64).max
-    else:
-        certain = np.ones(len(each), dtype=bool)
+    elif width > 1:
+        apart = 2 * np.minimum(apart, 1 << 60) + 1  # relevance is still in the keys
     certain &= (steps.min(axis=1) if width > 1 else np.inf) > apart
     scores.paying = bool(2 * np.count_nonzero(certain) >= len(each))
     if not certain.any():
@@ -226,48 +227,48 @@ def _measure_certain(
     packed &= 1
     rows = slice(None) if certain.all() else certain
     ranked = packed.astype(bool)[rows]
-    if asked.ties == "index" or not index_bits:
+    if setting.ties == "index" or not index_bits:
         groups = Groups.from_ranking(ranked)
     else:
-        groups = Groups.from_sorted_keys(ordered[rows], ranked).ordered(asked.ties)
-    ap[rows], counts[rows] = _measure_groups(groups, keys[rows], relevant[rows], each[rows], asked, curves)
+        groups = Groups.from_sorted_keys(ordered[rows], ranked).ordered(setting.ties)
+    ap[rows], counts[rows] = _measure_groups(groups, keys[rows], relevant[rows], each[rows], setting, curves)
     return ap, counts, certain
 
 
 def _measure_keys(
-    keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", curves: Curves
+    keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, setting: "_Setting", curves: Curves
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B, N) keys, rising with the distance, and relevance -> average precision and relevant items of each query."""
-    if asked.exclude is not None:
-        _leave_out(keys, relevant, each, asked, int(keys.max()) + 1)
-    if asked.ties == "index":
+    if setting.exclude is not None:
+        _leave_out(keys, relevant, each, setting, int(keys.max()) + 1)
+    if setting.ties == "index":
         groups = Groups.from_ranking(_ranked_relevance(keys, relevant))
     else:
-        groups = Groups.from_sorted_keys(*_sorted_by_key(keys, relevant)).ordered(asked.ties)
-    return _measure_groups(groups, keys, relevant, each, asked, curves)
+        groups = Groups.from_sorted_keys(*_sorted_by_key(keys, relevant)).ordered(setting.ties)
+    return _measure_groups(groups, keys, relevant, each, setting, curves)
 
 
 def _measure_groups(
-    groups: Groups, keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", curves: Curves
+    groups: Groups, keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, setting: "_Setting", curves: Curves
 ) -> tuple[np.ndarray, np.ndarray]:
     counts = np.count_nonzero(relevant, axis=1)
     curves.add(groups, counts)
-    if asked.partners is not None:
-        curves.add_pairs(_pair_groups(keys, asked.partners[each], asked.ties))
-    return _average_precisions(groups, counts, asked), counts
+    if setting.partners is not None:
+        curves.add_pairs(_pair_groups(keys, setting.partners[each], setting.ties))
+    return _average_precisions(groups, counts, setting), counts
 
 
-def _leave_out(keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, asked: "_Asked", last: int) -> None:
+def _leave_out(keys: np.ndarray, relevant: np.ndarray, each: np.ndarray, setting: "_Setting", last: int) -> None:
     """Put what queries leave out last, where nothing counts it, in place."""
-    assert asked.exclude is not None
-    out = np.flatnonzero(asked.exclude[each] >= 0)
-    keys[out, asked.exclude[each][out]] = last
-    relevant[out, asked.exclude[each][out]] = False
+    assert setting.exclude is not None
+    out = np.flatnonzero(setting.exclude[each] >= 0)
+    keys[out, setting.exclude[each][out]] = last
+    relevant[out, setting.exclude[each][out]] = False
 
 
 def _distances(q: Array, db: Array, rows: np.ndarray) -> np.ndarray:
     """Hamming distance of each query to one database row, int64 (B,)."""
-    return np.unpackbits(to_numpy(q) ^ to_numpy(db)[rows], axis=1).sum(axis=1, dtype=np.int64)
+    return np.asarray(np.unpackbits(to_numpy(q) ^ to_numpy(db)[rows], axis=1).sum(axis=1, dtype=np.int64))
 
 
 def _take_out(
@@ -281,8 +282,8 @@ def _take_out(
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What an evaluation was asked for, checked."""
+class _Setting:
+    """What an evaluation is to measure, checked."""
 
     rule: Convention
     ties: str
@@ -294,12 +295,14 @@ class _Asked:
     harmonic: np.ndarray
 
 
-def _ask(labels: Labels, k: int | None, convention: str, ties: str, pairs: object, exclude_self: object) -> _Asked:
+def _check_setting(
+    labels: Labels, k: int | None, convention: str, ties: str, pairs: object, exclude_self: object
+) -> _Setting:
     rule, tie_rule = find_convention(convention), find_ties(ties)
     exclude = check_exclude(exclude_self, labels.num_queries, labels.num_database)
     size = labels.num_database - (exclude is not None and bool((exclude >= 0).all()))
-    asked_k = None if k is None else as_integer(k, "k", 1, also=", or None for the whole ranking")
-    cut = size if asked_k is None else min(asked_k, size)
+    checked_k = None if k is None else as_integer(k, "k", 1, also=", or None for the whole ranking")
+    cut = size if checked_k is None else min(checked_k, size)
     if rule.zero == "skip hits = 0" and tie_rule == "tie_aware" and cut < size:
         raise InputError(
             f"{rule.name} at k={k} has no tie-aware value: which queries count depends on the order of ties; "
@@ -307,21 +310,21 @@ def _ask(labels: Labels, k: int | None, convention: str, ties: str, pairs: objec
         )
     harmonic = harmonic_numbers(0 if tie_rule in ("index", "threshold") else size)
     partners = check_pairs(pairs, labels.num_queries, labels.num_database, exclude)
-    return _Asked(rule, tie_rule, asked_k, cut, size, partners, exclude, harmonic)
+    return _Setting(rule, tie_rule, checked_k, cut, size, partners, exclude, harmonic)
 
 
 def _evaluate(
     measure: Callable[[slice, Curves], tuple[np.ndarray, np.ndarray]],
     block: int,
-    asked: _Asked,
+    setting: _Setting,
     labels: Labels,
     levels: int | None,
     metric: str,
 ) -> RetrievalResult:
     """measure(rows, curves) -> (B,) average precision and (B,) relevant items; it adds the block to the curves."""
-    num_queries, size = labels.num_queries, asked.size
+    num_queries, size = labels.num_queries, setting.size
     ap, relevant_counts = np.empty(num_queries), np.empty(num_queries, dtype=np.int64)
-    curves = Curves(size, levels, asked.partners is not None)
+    curves = Curves(size, levels, setting.partners is not None)
     for start in range(0, num_queries, block):
         rows = slice(start, min(start + block, num_queries))
         ap[rows], relevant_counts[rows] = measure(rows, curves)
@@ -331,9 +334,9 @@ def _evaluate(
         map=float(ap[counted].mean()) if counted.any() else float("nan"),
         ap=ap,
         relevant=relevant_counts,
-        convention=asked.rule.name,
-        ties=asked.ties,
-        k=asked.k,
+        convention=setting.rule.name,
+        ties=setting.ties,
+        k=setting.k,
         metric=metric,
         num_queries=num_queries,
         num_database=size,
@@ -342,19 +345,19 @@ def _evaluate(
     )
 
 
-def _divide(sums: np.ndarray, inside: np.ndarray, counts: np.ndarray, asked: _Asked) -> np.ndarray:
+def _divide(sums: np.ndarray, inside: np.ndarray, counts: np.ndarray, setting: _Setting) -> np.ndarray:
     """(B,) average precision from sums over hits that are certain; nan where the convention leaves the query out."""
-    rule = asked.rule
-    below = {"R": counts, "hits": inside, "min": np.minimum(asked.cut, counts)}[rule.denominator]
-    ap = sums / np.maximum(below, 1)
+    rule = setting.rule
+    below = {"R": counts, "hits": inside, "min": np.minimum(setting.cut, counts)}[rule.denominator]
+    ap: np.ndarray = sums / np.maximum(below, 1)
     if rule.zero != "counts 0":
         ap[below == 0] = np.nan
     return ap
 
 
-def _average_precisions(groups: Groups, counts: np.ndarray, asked: _Asked) -> np.ndarray:
+def _average_precisions(groups: Groups, counts: np.ndarray, setting: _Setting) -> np.ndarray:
     """(B,) expected average precision; nan where the convention leaves the query out."""
-    rule, cut, harmonic, size = asked.rule, asked.cut, asked.harmonic, len(counts)
+    rule, cut, harmonic, size = setting.rule, setting.cut, setting.harmonic, len(counts)
     capped = np.minimum(cut, counts)  # min(k, R)
     if rule.cut == "hits" and groups.single:
         wanted = np.clip(capped[groups.query] - groups.hits_before, 0, groups.relevant)
@@ -375,7 +378,7 @@ def _average_precisions(groups: Groups, counts: np.ndarray, asked: _Asked) -> np
         below = np.bincount(groups.query, ranks * groups.relevant / groups.size, size)
     else:
         below = counts if rule.denominator == "R" else capped
-    ap = totals / np.where(below > 0, below, 1)
+    ap: np.ndarray = totals / np.where(below > 0, below, 1)
     if rule.denominator == "hits":
         for g in np.flatnonzero(mixed(groups, ranks)):
             query = groups.query[g]
@@ -411,7 +414,7 @@ def _ranked_relevance(keys: np.ndarray, relevant: np.ndarray) -> np.ndarray:
         return out
     packed = ((keys << index_bits | np.arange(keys.shape[1])) << 1) | relevant
     packed.sort(axis=1)
-    return (packed & 1).astype(bool)
+    return np.asarray(packed & 1, dtype=bool)
 
 
 def _sorted_by_key(keys: np.ndarray, relevant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

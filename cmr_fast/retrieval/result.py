@@ -56,8 +56,8 @@ class Curves:
 
     def add_radius(self, items: np.ndarray, hits: np.ndarray, counts: np.ndarray) -> None:
         assert self.radius is not None
-        within, found = np.cumsum(items, axis=1), np.cumsum(hits, axis=1)
-        parts = (within, found, within > 0, found / np.maximum(within, 1), found / np.maximum(counts, 1)[:, None])
+        within, near = np.cumsum(items, axis=1), np.cumsum(hits, axis=1)  # relevant ones among them
+        parts = (within, near, within > 0, near / np.maximum(within, 1), near / np.maximum(counts, 1)[:, None])
         for total, part in zip(self.radius, parts, strict=True):
             total += part.sum(axis=0)
 
@@ -86,16 +86,23 @@ class PrecisionRecall(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResult:
-    """What one ranking of a database by a set of queries is worth. Every array is numpy float64.
-
-    map            mean average precision over the queries that the convention counts (nan where it counts none)
-    ap             (Q,) average precision per query; nan where the convention leaves the query out
-    relevant       (Q,) int64, relevant items of each query in the database
-    convention, ties, k, metric                 as asked (k None: the whole ranking)
-    num_queries, num_database, num_counted      queries, database items, queries in the mean
+    """What one ranking of a database by a set of queries is worth.
 
     Under ties="tie_aware" every value of the curves, too, is the exact mean over the orders of equally distant items.
     The curves do not depend on the convention or on k.
+
+    Attributes
+    ----------
+    map : float
+        Mean average precision over the queries that the convention counts; nan where it counts none.
+    ap : ndarray
+        float64 (Q,), average precision per query; nan where the convention leaves the query out.
+    relevant : ndarray
+        int64 (Q,), relevant items of each query in the database.
+    convention, ties, k, metric
+        As asked (k None: the whole ranking; metric "hamming" for codes).
+    num_queries, num_database, num_counted : int
+        Queries, database items to rank, queries in the mean.
     """
 
     map: float
@@ -113,26 +120,57 @@ class RetrievalResult:
     def precision_at(self, ks: Ranks, *, zero_relevant: ZeroRelevant = "zero") -> np.ndarray:
         """Prec@K, hits in the first K over K, mean over queries; over a range of K it is the precision-scope curve.
 
-        K beyond the database keeps K below the line. zero_relevant="skip" leaves out queries with nothing to find.
+        Parameters
+        ----------
+        ks : int or sequence of int
+            Ranks, 1 or more; K beyond the database keeps K below the line.
+        zero_relevant : {"zero", "skip"}
+            Whether a query with nothing to find counts 0 or is left out.
+
+        Returns
+        -------
+        ndarray
+            float64, of the shape of `ks`.
+
+        Raises
+        ------
+        InputError
+            For other ranks or rules.
         """
         k = _check_ks(ks)
-        return self._curves.hits[np.minimum(k, self.num_database)] / k / self._mean_over(zero_relevant)
+        return np.asarray(self._curves.hits[np.minimum(k, self.num_database)] / k / self._mean_over(zero_relevant))
 
     def recall_at(self, ks: Ranks, *, zero_relevant: ZeroRelevant = "zero") -> np.ndarray:
-        """Recall@K, hits in the first K over R, mean over queries; one with nothing to find counts 0 or is left out."""
-        return self._curves.recall[np.minimum(_check_ks(ks), self.num_database)] / self._mean_over(zero_relevant)
+        """Recall@K, hits in the first K over R, mean over queries; arguments as for `precision_at`."""
+        at = np.minimum(_check_ks(ks), self.num_database)
+        return np.asarray(self._curves.recall[at] / self._mean_over(zero_relevant))
 
     def recall_one_at(
         self, ks: Ranks, *, relevance: Literal["label", "pair"] = "label", zero_relevant: ZeroRelevant = "zero"
     ) -> np.ndarray:
         """RecallOne@K (CMIMH, Table VII): the share of queries with a relevant item in the first K.
 
-        relevance      "label": an item that shares a label; "pair": the query's own partner. Partners are given to the
-                       evaluation as `pairs`, or are the same row where there are as many queries as database items
+        Parameters
+        ----------
+        ks, zero_relevant
+            As for `precision_at`.
+        relevance : {"label", "pair"}
+            "label": an item that shares a label; "pair": the query's own partner. Partners are given to the evaluation
+            as `pairs`, or are the same row where there are as many queries as database items and none is left out.
+
+        Returns
+        -------
+        ndarray
+            float64, of the shape of `ks`.
+
+        Raises
+        ------
+        InputError
+            For other ranks or rules, and for pairs that the evaluation knew nothing of.
         """
         k = np.minimum(_check_ks(ks), self.num_database)
         if relevance == "label":
-            return self._curves.any_hit[k] / self._mean_over(zero_relevant)
+            return np.asarray(self._curves.any_hit[k] / self._mean_over(zero_relevant))
         if relevance != "pair":
             raise InputError(f"relevance must be 'pair' or 'label', got {relevance!r}")
         if self._curves.pair is None:
@@ -140,7 +178,7 @@ class RetrievalResult:
                 "relevance='pair' needs the database row of each query's partner: pass pairs= to the evaluation "
                 f"({self.num_queries} queries and {self.num_database} database items are not row by row)"
             )
-        return self._curves.pair[k] / self.num_queries
+        return np.asarray(self._curves.pair[k] / self.num_queries)
 
     def precision_recall_by_rank(self, *, zero_relevant: ZeroRelevant = "zero") -> PrecisionRecall:
         """Mean precision and mean recall of the first K items, K = 1 .. database size."""
@@ -154,11 +192,25 @@ class RetrievalResult:
     ) -> PrecisionRecall:
         """Precision and recall of everything within a Hamming radius, radii 0 .. bits. Codes only.
 
-        average    "micro" pools the retrieved items of all queries (DCMH); "macro" is the mean over queries (CPAH)
-        empty      precision where nothing is within the radius: 0, 1, or "skip" (such queries leave the mean; nan
-                   where nobody retrieves anything)
-
         Recall is retrieved relevant items over relevant items; a query with nothing to find has recall 0 in "macro".
+
+        Parameters
+        ----------
+        average : {"micro", "macro"}
+            "micro" pools the retrieved items of all queries (DCMH); "macro" is the mean over queries (CPAH).
+        empty : {0, 1, "skip"}
+            Precision where nothing is within the radius; "skip": such queries leave the mean (nan where nobody
+            retrieves anything).
+
+        Returns
+        -------
+        PrecisionRecall
+            `at`, `precision` and `recall`, (bits + 1,) each.
+
+        Raises
+        ------
+        InputError
+            For embeddings and other rules.
         """
         within = self._curves.radius
         if within is None:
