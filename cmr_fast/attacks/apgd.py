@@ -76,8 +76,8 @@ class APGD(Attack):
         call = problem.call
         clean = call.victim.scores(problem.origin)
         call.check_classes(clean, problem.labels)
-        result, best = problem.origin.clone(), clean.new_full((len(clean),), -torch.inf)
-        history = call.values(clean, problem.labels).expand(self.steps, -1).clone()
+        result, best = problem.origin.clone(), problem.origin.new_full((len(clean),), -torch.inf)
+        history = call.values(clean, problem.labels).to(best.dtype).expand(self.steps, -1).clone()
         alive = (~problem.fooled(clean, problem.origin)).nonzero()[:, 0]
         runs = self._runs(problem, clean)
         with Progress(self.progress, self.steps * len(runs), type(self).__name__) as progress:

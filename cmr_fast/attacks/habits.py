@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
@@ -204,7 +205,8 @@ class Habits:
         verbose
             Print a line about all of it at the end.
         return_verbose
-            Return robust accuracy in per cent, mean L2 distance of the samples that fool the model, and seconds.
+            Return robust accuracy in per cent, mean L2 distance of the samples that fool the model, in the units of
+            the inputs, and seconds.
         save_type
             "float", or "int": uint8 from 0 to 255.
 
@@ -225,11 +227,12 @@ class Habits:
         distances = []
         for inputs, labels in data_loader:
             adv: Tensor = self(inputs, labels)  # type: ignore[operator]
-            clean, adv = self._to_pixels(inputs.to(adv)), self._to_pixels(adv)
+            inputs = inputs.to(adv)
+            delta, clean, adv = (adv - inputs).cpu(), self._to_pixels(inputs), self._to_pixels(adv)
             with self.victim.prepare(adv) as victim:
                 preds = victim.scores(adv.clone()).argmax(dim=1).cpu()
             wrong = preds != labels.cpu()
-            distances.append((adv - clean).cpu().flatten(1)[wrong].norm(dim=1))
+            distances.append(delta.flatten(1)[wrong].norm(dim=1))
             for name, value in zip(parts, (adv, labels, preds, clean), strict=True):
                 parts[name].append(value.detach().cpu())
         if not distances:
@@ -249,6 +252,58 @@ class Habits:
         if verbose:
             print(f"Robust accuracy: {accuracy:.2f} % / L2: {distance:.5f} ({seconds:.3f} s)")
         return (accuracy, distance, seconds) if return_verbose else None
+
+    @staticmethod
+    def load(
+        load_path: str | Path,
+        batch_size: int = 128,
+        shuffle: bool = False,
+        normalize: dict[str, Any] | None = None,
+        load_predictions: bool = False,
+        load_clean_inputs: bool = False,
+    ) -> DataLoader[tuple[Tensor, ...]]:
+        """What `save` has written, ours or torchattacks'.
+
+        Parameters
+        ----------
+        load_path
+            The file.
+        batch_size, shuffle
+            Of the loader.
+        normalize
+            {"mean": ..., "std": ...}, a value a channel each, applied to the pixels.
+        load_predictions, load_clean_inputs
+            Add `preds` and `clean_inputs` to the batches.
+
+        Returns
+        -------
+        DataLoader
+            Batches (adv_inputs, labels, ...), pixels as floats.
+
+        Raises
+        ------
+        InputError
+            For a file that does not hold them.
+        """
+        from cmr_fast.attacks.victim import per_channel
+
+        try:
+            stored = torch.load(load_path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch raises whatever its unpickler stumbles over
+            raise InputError(f"{load_path}: expected what save has written ({error})") from error
+        names = ["adv_inputs", "labels", *["preds"] * load_predictions, *["clean_inputs"] * load_clean_inputs]
+        if not isinstance(stored, dict) or (missing := [name for name in names if name not in stored]):
+            seen = f"no {missing[0]}" if isinstance(stored, dict) else f"a {type(stored).__name__}"
+            raise InputError(f"{load_path}: expected {', '.join(names)}, got {seen}")
+        for name in {"adv_inputs", "clean_inputs"} & set(names):
+            x = stored[name].float() / (255 if stored[name].dtype == torch.uint8 else 1)
+            if normalize is not None:
+                mean, std = (v.to(x).reshape(1, -1, 1, 1) for v in per_channel((normalize["mean"], normalize["std"])))
+                x = (x - mean) / std
+            stored[name] = x
+        return DataLoader(TensorDataset(*(stored[name] for name in names)), batch_size, shuffle=shuffle)
 
     def __repr__(self) -> str:
         shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("victim", "seen")}

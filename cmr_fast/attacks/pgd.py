@@ -247,12 +247,12 @@ class PGD(Attack):
         if self.targeted in (False, "label"):
             return problem.labels
         if callable(self.targeted):
-            targets = torch.as_tensor(self.targeted(problem.origin, problem.labels)).to(problem.labels)
-            if targets.shape != problem.labels.shape:
-                raise InputError(
-                    f"the target function must return int {tuple(problem.labels.shape)}, got {tuple(targets.shape)}"
-                )
-            return targets
+            targets = self.targeted(problem.origin, problem.labels)
+            shape = problem.labels.shape
+            if not isinstance(targets, Tensor) or targets.shape != shape or targets.is_floating_point():
+                seen = targets if not isinstance(targets, Tensor) else f"{targets.dtype} {tuple(targets.shape)}"
+                raise InputError(f"the target function must return int {tuple(shape)}, got {seen}")
+            return targets.to(problem.labels)
         least = self.targeted != "random"
         scores = problem.call.victim.scores(problem.origin if least else problem.origin[:1])
         problem.call.check_classes(scores, problem.labels)
@@ -386,7 +386,7 @@ class MIFGSM(PGD):
         **options: Unpack[PGDOptions],
     ) -> None:
         options.setdefault("random_start", False)
-        options.setdefault("momentum", decay)
+        options.setdefault("momentum", real("decay", decay, 0.0, 1e30))
         super().__init__(model, eps, alpha, steps, **options)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmr_fast.attacks import losses
 from cmr_fast.errors import InputError
-from cmr_fast.ops.pgd import Value, as_values
+from cmr_fast.ops.pgd import Value
 
 Model = Callable[[Tensor], Tensor]
 _LOCK = threading.RLock()
@@ -105,8 +105,14 @@ class Victim:
             call = copy.copy(self)
             call.queries, call._input_dtype = 0, x.dtype
             if self.normalize is not None:
-                mean, std = (as_values(v, x, name) for v, name in zip(self.normalize, ("mean", "std"), strict=True))
-                call.normalize = mean.clone(), std.clone()
+                if any(v.shape[1] not in (1, x.shape[1]) for v in self.normalize):
+                    counts = " and ".join(str(v.shape[1]) for v in self.normalize)
+                    raise InputError(
+                        f"normalize must be (mean, std), a number or a value for each of {x.shape[1]} channels, got "
+                        f"{counts} values for x {tuple(x.shape)}{_channels_last(x)}"
+                    )
+                mean, std = (v.to(x, copy=True) for v in self.normalize)
+                call.normalize = mean, std
             if isinstance(self.model, nn.Module):
                 stack.enter_context(_frozen(self.model, self.training))
                 call._exact, call._run = call._functions(self.model)
@@ -392,12 +398,17 @@ def _explained(model: Model, x: Tensor) -> str | None:
     if weights and weights[0].dtype != x.dtype:
         numpys = ", which numpy makes by itself" if x.dtype == torch.float64 else ""
         return f"x must be {weights[0].dtype} as the model's weights are, got {x.dtype}{numpys}"
-    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
-        return (
-            f"x {tuple(x.shape)} looks like images with channels last, expected (B, C, H, W): x.transpose(0, 3, 1, 2) "
-            "in numpy, x.permute(0, 3, 1, 2) in torch"
-        )
-    return None
+    return f"the model cannot take x{_channels_last(x)}" if _channels_last(x) else None
+
+
+def _channels_last(x: Tensor) -> str:
+    """What to say of images that seem to have their channels last."""
+    if x.ndim != 4 or x.shape[-1] not in (1, 3, 4) or x.shape[1] in (1, 3, 4):
+        return ""
+    return (
+        f": (B, {', '.join(map(str, x.shape[1:]))}) looks like images with channels last, expected (B, C, H, W): "
+        "x.transpose(0, 3, 1, 2) in numpy, x.permute(0, 3, 1, 2) in torch"
+    )
 
 
 def per_channel(normalize: tuple[Value, Value]) -> tuple[Tensor, Tensor]:

@@ -168,17 +168,19 @@ def draw(
 
 
 @contextmanager
-def going_on(keep: Path | None) -> Iterator[None]:
+def going_on(keep: Path | None, finished: Mapping[str, Outcome]) -> Iterator[None]:
     """An interrupt says whether finished attacks lie in the folder `keep`, from which the same command goes on.
 
     Parameters
     ----------
     keep
         A folder, or None.
+    finished
+        What lies there by then.
     """
     try:
         yield
     except KeyboardInterrupt:
-        if keep is not None and any(keep.glob("*.json")):
+        if keep is not None and finished:
             raise KeyboardInterrupt(f"the same command goes on from the attacks kept in {keep}") from None
         raise

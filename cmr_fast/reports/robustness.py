@@ -162,7 +162,7 @@ def attack_all(
     checksums = [0, 0] if keep is None else [_checksum(model, x, y, settings, other) for other in (None, surrogate)]
     result: dict[str, Outcome] = {}
     passes = {name: _passes(name, len(x), settings) for name in names}
-    with counting(sum(passes.values()), title) as advance, going_on(keep):
+    with counting(sum(passes.values()), title) as advance, going_on(keep, result):
         for name in names:
             file = None if keep is None else keep / f"{name}.json"
             checksum = checksums[registry.read(name).transfer]
@@ -343,7 +343,7 @@ def examine(
     stored = None if file is None else _read(file, checksum)
     if stored is None:
         sweep = {}
-        with counting(len(FACTORS) + 1, f"checking {name}") as advance, going_on(keep):
+        with counting(len(FACTORS) + 1, f"checking {name}") as advance, going_on(keep, outcomes):
             for eps in (settings.eps * factor for factor in FACTORS):
                 atk = PGD(model, eps, None, 20, check=False, progress=False)
                 sweep[eps] = checks.accuracy(atk, x[few], y[few])

@@ -6,14 +6,91 @@ import pytest
 import torch
 from networks import samples, trained
 from test_checks import Masked
+from torch import nn
 
+from cmr_fast.attacks import checks
 from cmr_fast.cli import main
 from cmr_fast.errors import InputError
 from cmr_fast.reports import robustness
 from cmr_fast.reports.robustness import Outcome, Settings, attack_all, examine, print_outcomes, worst_case, write_report
 
 SETTINGS = Settings(eps=8 / 255, images=40, few=40, batch=16)
-QUICK = ("clean", "fgsm", "pgd10", "cw10x2", "apgd-dlr")
+QUICK = ("clean", "fgsm", "pgd10", "cw10x2", "apgd20-dlr")
+
+
+LINEAR = {"images": 20, "few": 5, "batch": 20}
+
+
+def linear(classes):
+    """A linear classifier, 20 images, and its own answers as their labels."""
+    generator = torch.Generator().manual_seed(classes)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, classes)).eval()
+    model[1].weight.data = torch.randn(classes, 48, generator=generator)
+    x = torch.rand(20, 3, 4, 4, generator=generator)
+    return model, x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize(("classes", "missing"), [(2, ["apgd-dlr", "apgd-t"]), (3, ["apgd-t"]), (4, [])])
+def test_the_standard_attacks_fit_the_number_of_classes(classes, missing, monkeypatch):
+    """DLR needs three classes, targeted DLR four: known before the first attack, and said."""
+    monkeypatch.setattr(robustness, "STANDARD", ("clean", "pgd5", "apgd-dlr", "apgd-t", "transfer-pgd5"))
+    monkeypatch.setattr(checks, "masking", lambda *a, **o: [])
+    model, x, y = linear(classes)
+    report = examine("linear", model, x, y, Settings(**LINEAR))
+    assert list(report.outcomes) == [n for n in ("clean", "pgd5", "apgd-dlr", "apgd-t") if n not in missing]
+    assert list(report.left_out) == missing and all(name in report.verdict() for name in missing)
+    assert report.outcomes["clean"].accuracy == 1 and report.worst < 1
+
+
+def test_an_attack_asked_for_by_name_that_the_classes_rule_out_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(robustness, "_run", lambda *a: pytest.fail("work was done"))
+    model, x, y = linear(2)
+    with pytest.raises(InputError, match="apgd-t needs at least 4 classes, there are 2"):
+        attack_all(model, x, y, ["pgd5", "apgd-t"], Settings(**LINEAR))
+    with pytest.raises(InputError, match=r"an attack beside clean.*apgd-dlr needs at least 3 classes"):
+        examine("linear", model, x, y, Settings(**LINEAR), names=["clean", "apgd-dlr"])
+    with pytest.raises(InputError, match="logits"):
+        attack_all(lambda z: z, x, y, ["pgd5"], Settings(**LINEAR))
+
+
+@pytest.mark.parametrize("when", ["second attack", "checks"])
+def test_an_interrupted_report_says_from_where_it_goes_on(when, plain, many, tmp_path, monkeypatch):
+    run = robustness._run
+
+    def interrupted(name, *arguments):
+        if name == "pgd3":
+            raise KeyboardInterrupt
+        return run(name, *arguments)
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    arguments = "plain", plain, *many, SETTINGS
+    with monkeypatch.context() as patch:
+        if when == "checks":
+            patch.setattr(checks, "masking", stop)
+        else:
+            patch.setattr(robustness, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=f"the same command goes on from the attacks kept in {tmp_path}"):
+            examine(*arguments, names=["fgsm", "pgd3"], keep=tmp_path)
+        with pytest.raises(KeyboardInterrupt) as nothing_kept:
+            examine(*arguments, names=["pgd3"])
+        assert not nothing_kept.value.args
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"clean.json", "fgsm.json", "pgd3.json"} - ({"pgd3.json"} if when != "checks" else set())
+    monkeypatch.setattr(robustness, "_run", lambda name, *a: run(name, *a) if name == "pgd3" else pytest.fail("again"))
+    assert set(examine(*arguments, names=["fgsm", "pgd3"], keep=tmp_path).outcomes) == {"clean", "fgsm", "pgd3"}
+
+
+def test_an_interrupt_before_the_first_attack_is_done_promises_nothing(plain, many, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(robustness, "_run", stop)
+    (tmp_path / "fgsm.json").write_text('{"mark": 0}')  # of another model
+    with pytest.raises(KeyboardInterrupt) as error:
+        attack_all(plain, *many, ["pgd3"], SETTINGS, keep=tmp_path)
+    assert not error.value.args
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +106,8 @@ def many():
 def test_each_attack_by_its_name(plain, many):
     x, y = many
     other = trained(seed=5).eval()
-    names = (*QUICK, "mifgsm5", "targeted5", "apgd-ce", "apgd-t", "local-search", "transfer-pgd10", "transfer-cw10")
+    names = (*QUICK, "mifgsm5", "targeted5", "noise5", "apgd20-ce", "apgd20-t", "local-search")
+    names += ("transfer-pgd10", "transfer-cw10")
     found = attack_all(plain, x, y, names, SETTINGS, surrogate=other)
     assert list(found) == list(names)
     clean = (plain(x).argmax(1) == y).double().mean()
@@ -45,7 +123,7 @@ def test_each_attack_by_its_name(plain, many):
 
 def test_numbers_do_not_depend_on_the_batch(plain, many):
     a, b = (
-        attack_all(plain, *many, ["pgd10", "apgd-ce"], Settings(images=40, few=40, batch=batch)) for batch in (7, 40)
+        attack_all(plain, *many, ["pgd10", "apgd20-ce"], Settings(images=40, few=40, batch=batch)) for batch in (7, 40)
     )
     assert all(torch.equal(a[n].right, b[n].right) for n in a)
 
@@ -136,8 +214,12 @@ def test_refuses_names_before_any_work(plain, many, names, options, message, mon
 def test_refuses_settings():
     with pytest.raises(InputError, match="eps must be"):
         Settings(eps=8)
-    with pytest.raises(InputError, match="images must be"):
-        Settings(images=0)
+    for images in (0, 2.5, "8", True, None):
+        with pytest.raises(InputError, match="images must be"):
+            Settings(images=images)
+    for values in ({"eps": "8"}, {"eps": None}, {"eps": float("nan")}, {"seed": -1}, {"seed": "0"}, {"batch": 0}):
+        with pytest.raises(InputError, match=f"{next(iter(values))} must be"):
+            Settings(**values)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +255,7 @@ def test_attack_from_the_command_line(runs, capsys, tmp_path):
 
 def test_report_of_classifiers_from_the_command_line(runs, capsys, tmp_path):
     out = tmp_path / "report"
-    command = ["report", str(runs / "run0"), str(runs / "run1"), "--out", str(out), "--images", "12"]
+    command = ["report", str(runs / "run0"), str(runs / "run1"), "--out", str(out), "--images", "4"]
     command += ["--attacks", "clean", "pgd5"]
     assert main(command) == 0
     shown = capsys.readouterr().out
