@@ -1,7 +1,7 @@
 """SSAH: Self-Supervised Adversarial Hashing (Li, Deng, Li, Liu, Gao, Tao; CVPR 2018), on features or on raw pixels.
 
-A label network turns labels into features F^l, codes H^l and the labels back; an image and a text network learn to agree
-with it. With the whole training set's F^l and H^l in buffers, each network minimises over its batch (Eq. 2 and 6)
+A label network turns labels into features F^l, codes H^l and the labels back; an image and a text network learn to
+agree with it. With the whole training set's F^l and H^l in buffers, each network minimises over its batch (Eq. 2 and 6)
 
     alpha J1 + gamma J2 + eta J3 + beta J4 + delta J_adv
     J1, J2   the pairwise loss of features, and of codes: Theta = 1/2 F^l . F^v, S_ij = 1 where a label is shared
