@@ -13,6 +13,7 @@ _CLASSES = {
     "acmr": ("acmr", "ACMR"),
     "cmimh": ("cmimh", "CMIMH"),
     "dcmh": ("dcmh", "DCMH"),
+    "ssah": ("ssah", "SSAH"),
     "scatter": ("scatter", "Scatter"),
     "madry": ("scatter", "Madry"),
     "plain": ("scatter", "Plain"),
