@@ -77,7 +77,9 @@ class Pairs(NamedTuple):
         """The same, a diagonal written out."""
         weights = self.tile(rows, columns, like.dtype)
         if weights is None:
-            row, column = (torch.arange(x.start, x.stop, device=like.device) for x in (rows, columns))
+            row, column = (
+                torch.arange(x.start, x.stop, dtype=torch.int64, device=like.device) for x in (rows, columns)
+            )
             weights = (row[:, None] + self.offset == column).to(like.dtype)
         return weights
 

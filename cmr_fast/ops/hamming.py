@@ -268,7 +268,7 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
     kept = min(k, len(db))
     for start, table in _torch_blocks(q, db):
         # (distance, index) in one integer: its k smallest are the k nearest, ties to the lower index
-        keys = table.long() * len(db) + torch.arange(len(db), device=q.device)
+        keys = table.long() * len(db) + torch.arange(len(db), dtype=torch.int64, device=q.device)
         best = keys.topk(kept, dim=1, largest=False, sorted=True).values
         distances[start : start + len(table), :kept] = (best // len(db)).int()
         indices[start : start + len(table), :kept] = best % len(db)

@@ -218,7 +218,7 @@ def js_critic(
         gradients = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
         bound: Tensor = torch.ops.cmr_fast.js_critic(image, text, gradients, backend, threads)[0]
         return bound
-    cycle = torch.randperm(count, device=image.device)
+    cycle = torch.randperm(count, dtype=torch.int64, device=image.device)
     joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
     return 2 * math.log(2) - (softplus(-joint).mean() + softplus(apart).mean())
 

@@ -344,18 +344,20 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     rows = _spread(n, _SAMPLE)
     nearest, _ = hamming_topk(database[rows], database, min(k + 1, n), bits=bits, threads=threads)
     reach = nearest[:, -1:].long()
-    drawn = torch.randint(n, (min(n, _COUNTED),), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(
+        n, (min(n, _COUNTED),), generator=torch.Generator("cpu").manual_seed(0), dtype=torch.int64, device="cpu"
+    )
     some = torch.from_numpy(np.unique(drawn.numpy()))
     queries, counted = unpack_codes(database[rows], bits), unpack_codes(database[some], bits)
     parts, scale = _substrings(bits, n, None), n / len(some)
     per_query, per_lookup, per_bucket, per_word, per_survivor = _native().multi_index_costs()
     cost = torch.full((len(rows), 1), per_query, dtype=torch.float64, device="cpu")
     for number, (first, length) in enumerate(parts):
-        here = torch.arange(first, first + length, device="cpu")
+        here = torch.arange(first, first + length, dtype=torch.int64, device="cpu")
         window = (
-            torch.arange(first - min(64, bits - length), first, device="cpu") % bits
+            torch.arange(first - min(64, bits - length), first, dtype=torch.int64, device="cpu") % bits
             if bits > 64
-            else torch.arange(bits, device="cpu")
+            else torch.arange(bits, dtype=torch.int64, device="cpu")
         )
         apart = hamming_distances(pack_codes(queries[:, here]), pack_codes(counted[:, here]), threads=1)
         left = hamming_distances(pack_codes(queries[:, window]), pack_codes(counted[:, window]), threads=1)
@@ -407,7 +409,7 @@ def _scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
 
 
 def _spread(n: int, count: int) -> Tensor:
-    return torch.linspace(0, max(n - 1, 0), min(count, n), dtype=torch.float64).long()
+    return torch.linspace(0, max(n - 1, 0), min(count, n), dtype=torch.float64, device="cpu").long()
 
 
 def _substrings(bits: int, n: int, count: int | None) -> list[Part]:

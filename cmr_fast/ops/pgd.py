@@ -302,7 +302,7 @@ LOW_WORD = 0xFFFFFFFF
 
 def _torch_noise(index: Tensor, count: int, seed: int) -> Tensor:
     """Philox4x32-10 in int64: a 32-bit word times a constant is taken in 16-bit halves, so that nothing overflows."""
-    block = torch.arange(-(-count // 4), device=index.device)[None, :].expand(len(index), -1)
+    block = torch.arange(-(-count // 4), dtype=torch.int64, device=index.device)[None, :].expand(len(index), -1)
     row = index[:, None].expand_as(block)
     c = [block & LOW_WORD, block >> 32, row & LOW_WORD, row >> 32 & LOW_WORD]
     key = [seed & LOW_WORD, seed >> 32 & LOW_WORD]

@@ -210,7 +210,7 @@ def _torch_block(
     ranked = relevant.gather(1, torch.sort(distances, dim=1, stable=True).indices)
     hit = ranked.cumsum(dim=1)
     total = hit[:, -1:]
-    rank = torch.arange(1, distances.shape[1] + 1, device=distances.device)
+    rank = torch.arange(1, distances.shape[1] + 1, dtype=torch.int64, device=distances.device)
     if cut == "hits":
         kept = ranked & (hit <= total.clamp(max=k))
     else:

@@ -202,3 +202,26 @@ def test_bad_input():
 def test_values_describe_themselves():
     assert module._described(torch.ones(1, 1))[1:] == (0, 0)
     assert module._described(torch.ones(4, 3))[1:] == (3, 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_autograd_is_told_of_the_step(run, norm):
+    """As by torch's in-place operators: the version counts, saved tensors are missed, leaves are refused."""
+    y = torch.full((2, 3), 2.0, requires_grad=True)
+    x, origin = torch.full((2, 3), 0.25), torch.zeros(2, 3)
+    values = {"alpha": 0.5, "eps": 1.0, "norm": norm}
+    loss, before = (y * x).sum(), x._version  # y's gradient is x as it is now
+    pgd_step_(x, torch.ones(2, 3), origin, **values)
+    assert x._version == before + 1 and not torch.equal(x, torch.full((2, 3), 0.25))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    leaf = torch.full((2, 3), 0.5, requires_grad=True)
+    with pytest.raises(InputError, match="requires no grad"):
+        pgd_step_(leaf, torch.ones(2, 3), origin, **values)
+    assert torch.equal(leaf, torch.full((2, 3), 0.5))
+    flags = torch.full((2,), -1, dtype=torch.int32)
+    pgd_step_(x, torch.full((2, 3), torch.nan), origin, broken=flags, step=4, **values)
+    assert flags.tolist() == [4, 4] and flags._version == 1
+    with torch.no_grad():
+        pgd_step_(leaf, torch.ones(2, 3), origin, **values)  # as torch's own, where grads are off
+    assert leaf.requires_grad and not torch.equal(leaf, torch.full((2, 3), 0.5))

@@ -515,7 +515,9 @@ def assert_right(case: Case, given: Inputs, got: Outputs, dtype: torch.dtype = t
             continue
         if not w.numel():
             continue
-        least = 1.0 if w.ndim < 2 else 1e-3
+        least = (
+            4.0 if INTERPRETED else 1.0 if w.ndim < 2 else 1e-3
+        )  # triton adds float32 terms of size 1 where they fall
         eps = torch.finfo(dtype).eps * max(float(w.abs().max()), least)
         error, budget = float((g.double() - w).abs().max()), float((e.double() - w).abs().max())
         assert error <= 2 * budget + eps, f"output {i}: error {error:.3g}, eager torch {budget:.3g}, eps {eps:.3g}"

@@ -452,3 +452,28 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(cf.InputError, match="differentiated once"):
         torch.autograd.grad(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize(("size", "far"), [(20, 1e4), (100, 1e3), (100, 1e5), (300, 1e4)])
+def test_one_far_row_costs_the_others_no_digits(run, size, far):
+    """The loss, of distances some of which are large; and the gradient of the other rows. The budget is eager's."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(size, 32, generator=draws))
+    x[0] *= far
+    kinds = torch.randint(0, 5, (size,), generator=draws)
+    kinds[0] = 99
+
+    def eager(x):
+        d, same = torch.cdist(x, x), kinds[:, None] == kinds
+        which = (same & ~torch.eye(size, dtype=torch.bool))[:, :, None] & ~same[:, None, :]
+        return torch.where(which, d[:, :, None] - d[:, None, :] + 0.2, 0).clamp(min=0).sum() / which.sum()
+
+    results = []
+    for loss, dtype in ((eager, torch.float64), (eager, x.dtype), (lambda x: triplet_margin(x, kinds, 0.2), x.dtype)):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        results.append((float(value.detach()), leaf.grad.double()[1:]))
+    (want, slope), (_, eager_slope), (got, ours) = results
+    assert abs(got / want - 1) <= EPS / 2 + 1e-8  # float64 sums of float32 distances, rounded once
+    assert (ours - slope).norm() <= 2 * (eager_slope - slope).norm() + 1e-6 * slope.norm()
