@@ -46,16 +46,19 @@ def packed_codes(codes: object, name: str, bits: int) -> np.ndarray:
         For anything else, saying what it probably is.
     """
     nbytes = -(-bits // 8)
-    if isinstance(codes, np.ma.MaskedArray) or not isinstance(codes, np.ndarray) or codes.dtype != np.uint8:
-        check_codes(as_tensor(codes, name)[0], name)
-    x = to_numpy(codes)
-    if x.ndim != 2:
-        check_codes(as_tensor(x, name)[0], name)
+    plain = type(codes) is np.ndarray or isinstance(codes, np.memmap)
+    x = codes if isinstance(codes, np.ndarray) and plain else None
+    if x is None or x.dtype != np.uint8 or x.ndim != 2:
+        tensor = as_tensor(codes, name)[0]
+        check_codes(tensor, name)
+        x = to_numpy(tensor)
     if x.shape[1] != nbytes:
         unpacked = ": are these bits, not packed yet? See pack_codes" if x.shape[1] == bits else ""
         raise InputError(f"{name} must have {bits} bits ({nbytes} bytes) a code, got {x.shape[1]} bytes{unpacked}")
     for start in range(0, len(x) if bits % 8 else 0, _ROWS):
-        check_stray(torch.from_numpy(np.array(x[start : start + _ROWS, -1:])), bits, name)
+        last = x[start : start + _ROWS, -1:]
+        if (last >> bits % 8).any():
+            check_stray(torch.from_numpy(np.array(last)), bits, name)
     return x
 
 

@@ -522,7 +522,9 @@ class HammingIndex:
     def _nearest(self, part: Part, q: np.ndarray, k: int, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Distances and rows of the k nearest codes of a part: the one place that chooses how a part is searched."""
         if self.tables and not _is_mapped(part.codes):
-            plan = self._plans.setdefault(part, SearchPlan())
+            plan = self._plans.get(part)
+            if plan is None:
+                plan = self._plans.setdefault(part, SearchPlan())
             return plan.topk(q, part.codes, k, self.bits, threads)
         return hamming_topk(q, part.codes, k, bits=self.bits, threads=threads)
 
