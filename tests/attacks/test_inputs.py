@@ -226,8 +226,14 @@ def test_arguments_of_rankings_transfers_checks_and_reports(model, tmp_path):
     crafted = {"victim": model, "surrogate": other, "attack": attacks.PGD, "steps": 1}
     assert not taken(lambda **o: attacks.Transfer(**o)(x, y), crafted, ["victim", "attack", "steps"])
     assert not taken(attacks.Transfer(**crafted), {"x": x, "y": y}, ["x", "y"])
-    for check, names in ((checks.random_output, ["passes"]), (checks.zero_gradient, ["most"]),
-                         (checks.softmax_given, []), (checks.black_box, ["steps", "attacks"]), (checks.plateau, ["steps", "most"])):  # fmt: skip
+    of_checks = {
+        checks.random_output: ["passes"],
+        checks.zero_gradient: ["most"],
+        checks.softmax_given: [],
+        checks.black_box: ["steps", "attacks"],
+        checks.plateau: ["steps", "most"],
+    }
+    for check, names in of_checks.items():
         assert not taken(check, {"model": model, "x": x, "y": y}, ["model", "x", "y", *names])
     settings = robustness.Settings(images=6, few=3, batch=4)
     report = {"model": model, "x": x, "y": y, "names": ["clean"], "settings": settings}
