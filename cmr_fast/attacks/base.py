@@ -234,19 +234,7 @@ class Attack(Habits):
         InputError
             For what is no floats, and labels that are not one a sample.
         """
-        was_numpy = isinstance(x, np.ndarray)
-        try:
-            images = torch.from_numpy(x if x.flags.writeable else x.copy()) if was_numpy else x
-        except (TypeError, ValueError) as error:
-            raise InputError(f"x must be floats (B, ...), got dtype {x.dtype}") from error
-        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
-            seen = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(x).__name__
-            pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
-            raise InputError(f"x must be floats (B, ...), got {seen}{': divide pixels by 255' if pixels else ''}")
-        if images.layout != torch.strided or images.is_meta:
-            raise InputError(f"x must be a dense tensor with values, got {images.layout} on {images.device}")
-        if self.device is not None:
-            images = images.to(self.device)
+        images, was_numpy = self.images(x)
         try:
             labels = torch.as_tensor(y).to(images.device)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -260,6 +248,37 @@ class Attack(Habits):
                 )
             labels = labels.long()
         return images, labels, was_numpy
+
+    def images(self, x: Any) -> tuple[Tensor, bool]:
+        """The samples of a call, checked.
+
+        Parameters
+        ----------
+        x
+            As of a call.
+
+        Returns
+        -------
+        images, was_numpy
+            Float tensor (B, ...) on the attack's device, and whether x was numpy's.
+
+        Raises
+        ------
+        InputError
+            For what is no floats.
+        """
+        was_numpy = isinstance(x, np.ndarray)
+        try:
+            images = torch.from_numpy(x if x.flags.writeable else x.copy()) if was_numpy else x
+        except (TypeError, ValueError) as error:
+            raise InputError(f"x must be floats (B, ...), got dtype {x.dtype}") from error
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
+            seen = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(x).__name__
+            pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
+            raise InputError(f"x must be floats (B, ...), got {seen}{': divide pixels by 255' if pixels else ''}")
+        if images.layout != torch.strided or images.is_meta:
+            raise InputError(f"x must be a dense tensor with values, got {images.layout} on {images.device}")
+        return images if self.device is None else images.to(self.device), was_numpy
 
     def _call(self, victim: Victim) -> Call:
         """What a call goes by; a subclass with a loss of its own says so here."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from cmr_fast.attacks.base import Attack, Labels, Options
 from cmr_fast.attacks.pgd import PGD
 from cmr_fast.attacks.search import LocalSearch
+from cmr_fast.attacks.settings import real, whole
 from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.attacks.victim import Model, widened
 from cmr_fast.errors import InputError
@@ -68,8 +69,7 @@ def random_output(model: Model, x: Any, y: Labels, *, passes: int = 3, **options
     Finding
         `apart`, the largest difference as a share of the outputs' size, and `changed`, the share of other answers.
     """
-    if passes < 2:
-        raise InputError(f"passes must be 2 or more, got {passes}")
+    passes = whole("passes", passes, 2)
     atk, images, _ = _attacked(model, x, y, options)
     with atk.victim.prepare(images) as victim:
         outputs = torch.stack([victim.scores(images) for _ in range(passes)])
@@ -119,7 +119,7 @@ def zero_gradient(model: Model, x: Any, y: Labels, *, most: float = 0.05, **opti
     atk, images, labels = _attacked(model, x, y, options)
     with atk.victim.prepare(images) as victim:
         outputs, _, gradient = victim.gradient(widened(images).clone(), atk.loss, labels.clone())
-    right = outputs.argmax(1) == labels
+    most, right = real("most", most, 0.0, 1.0), outputs.argmax(1) == labels
     zero = (gradient.flatten(1) == 0).all(1)
     share = float(zero[right].float().mean()) if bool(right.any()) else 0.0
     words = f"{share:.1%} of the samples classified right have a gradient of zero, {most:.0%} may"
@@ -149,7 +149,7 @@ def large_eps(
     """
     low, high = (torch.as_tensor(v, dtype=torch.float64) for v in options.get("bounds", (0.0, 1.0)))
     width = float((high - low).max())
-    sweep = list(eps) if eps is not None else [width * part for part in (1 / 64, 1 / 16, 1 / 4, 1)]
+    sweep = [width * part for part in (1 / 64, 1 / 16, 1 / 4, 1)] if eps is None else _several("eps", eps)
     left = [accuracy(PGD(model, e, None, steps, **_unchecked(options)), x, y) for e in sweep]
     rises = any(b > a + SLACK for a, b in pairwise(left))
     words = "accuracy " + ", ".join(f"{a:.1%} at eps {e:.3g}" for e, a in zip(sweep, left, strict=True))
@@ -197,6 +197,8 @@ def black_box(
     if attacks is None:
         kept: Options = {**options, "check": False}
         attacks = [LocalSearch(model, eps, 20, **kept)] if options.get("norm", "linf") == "linf" else []
+    if not isinstance(attacks, (list, tuple)) or not all(isinstance(atk, (Attack, Transfer)) for atk in attacks):
+        raise InputError(f"attacks must be a list of attacks on the model, got {attacks!r}")
     for atk in attacks:
         left[type(atk).__name__] = accuracy(atk, x, y)
     if surrogate is not None:
@@ -234,6 +236,7 @@ def more_steps(
     Finding
         Accuracy by the number of steps.
     """
+    steps = _several("steps", steps)
     left = [accuracy(PGD(model, eps, None, count, **_unchecked(options)), x, y) for count in steps]
     weaker = any(b > a + SLACK for a, b in pairwise(left))
     words = "accuracy " + ", ".join(f"{a:.1%} after {count}" for count, a in zip(steps, left, strict=True))
@@ -267,8 +270,11 @@ def plateau(
     Finding
         `first` and `last`, mean losses, and `tail`, that share.
     """
+    steps, most = whole("steps", steps, 2), real("most", most, 0.0, 1.0)
     atk = PGD(model, eps, None, steps, **_unchecked(options))
     curve = atk(x, y, return_info=True)[1].losses.double().mean(dim=1)
+    if not len(curve):
+        raise InputError(f"a loss against the step needs an eps above 0, got {eps}")
     rise = float(curve[-1] - curve[0])
     tail = float(curve[-1] - curve[-1 - steps // 5])
     share = tail / rise if rise > 0 else 1.0
@@ -336,6 +342,17 @@ def accuracy(attack: Attack | Transfer, x: Any, y: Labels) -> float:
     if success is None or not len(success):
         raise InputError("accuracy needs a classifier and at least one sample")
     return 1 - float(success.double().mean())
+
+
+def _several(name: str, values: Any) -> list[Any]:
+    """One value or more, each of which the attack checks."""
+    try:
+        result = [] if isinstance(values, (str, bytes)) else list(values)
+    except TypeError:
+        result = []
+    if not result:
+        raise InputError(f"{name} must be a list of one or more, got {values!r}")
+    return result
 
 
 def _unchecked(options: Options) -> Options:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cmr_fast.attacks import registry
 from cmr_fast.attacks.base import Attack, Options
 from cmr_fast.attacks.losses import ranking_ce, ranking_dlr, ranking_margin
-from cmr_fast.attacks.settings import real, whole
+from cmr_fast.attacks.settings import flag, real, whole
 from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.attacks.victim import Victim
 from cmr_fast.errors import InputError
@@ -67,12 +67,18 @@ class Ranker(nn.Module):
     Raises
     ------
     InputError
-        When called, for embeddings that are not as wide as the gallery.
+        For arguments of the wrong kind; when called, for embeddings that are not as wide as the gallery.
     """
 
     def __init__(self, encode: Encoder, gallery: Tensor, *, scale: float = 100.0, codes: bool = False) -> None:
         super().__init__()
-        self.encode, self.scale, self.codes = encode, scale, codes
+        if not callable(encode):
+            raise InputError(f"encode must be a function of inputs that returns embeddings, got {encode!r}")
+        if not isinstance(gallery, Tensor) or not gallery.is_floating_point() or gallery.ndim != 2:
+            seen = f"{gallery.dtype} {tuple(gallery.shape)}" if isinstance(gallery, Tensor) else type(gallery).__name__
+            raise InputError(f"gallery must be floats (N, d), got {seen}")
+        self.encode, self.scale = encode, real("scale", scale, 0.0, 1e30, above=True)
+        self.codes = flag("codes", codes)
         signs = torch.where(gallery >= 0, 1.0, -1.0)
         self.register_buffer("gallery", F.normalize(signs if codes else gallery.float(), dim=1), persistent=False)
 
@@ -207,9 +213,8 @@ def recall_under_attack(
         For shapes and types that do not go together, k out of range, unknown attacks, and queries without a relevant
         item or with none but relevant ones.
     """
-    _check(x, gallery, relevant, k, codes)
+    _check(x, gallery, relevant, k, flag("codes", codes))
     restarts, batch = whole("restarts", restarts, 1), whole("batch", batch, 1)
-    scale = real("scale", scale, 0.0, 1e30, above=True)
     seed = whole("seed", options.pop("seed", 0), 0, 2**63)
     makers = _makers(attacks, len(gallery), surrogate)
     model = Ranker(encode, gallery, scale=scale, codes=codes)

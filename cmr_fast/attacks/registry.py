@@ -225,13 +225,15 @@ def check_names(names: Iterable[str]) -> None:
     InputError
         For these.
     """
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise InputError(f"attacks must be a list of names, got {names!r}")
     names = list(names)
     if not names:
         raise InputError(f"expected at least one attack of {NAMES}, got none")
-    if len(set(names)) != len(names):
-        raise InputError(f"each attack can be named once, got {' '.join(names)}")
     for name in names:
         read(name)
+    if len(set(names)) != len(names):
+        raise InputError(f"each attack can be named once, got {' '.join(names)}")
 
 
 def unfit(names: Sequence[str], classes: int, what: str = "classes") -> dict[str, str]:

@@ -33,6 +33,8 @@ class Transfer:
     """
 
     def __init__(self, victim: Model, surrogate: Model, attack: Callable[..., Attack] = PGD, **options: object) -> None:
+        if not callable(attack) or isinstance(attack, Attack):
+            raise InputError(f"attack must be a class, or a function of a model that makes an attack, got {attack!r}")
         if surrogate is victim or _weights_shared(victim, surrogate):
             raise InputError("surrogate and victim are the same model: that is a white-box attack, not a transfer")
         self.attack = attack(surrogate, **options)
@@ -66,7 +68,7 @@ class Transfer:
         success, loss = self.on_victim.judged(adv, y)
         return adv, replace(info, success=success, loss=loss)
 
-    def refuse_a_copy(self, x: Array) -> None:
+    def refuse_a_copy(self, x: Any) -> None:
         """Raise where the surrogate answers the first 16 of x as the victim does, bit for bit.
 
         Parameters
@@ -79,7 +81,7 @@ class Transfer:
         InputError
             There.
         """
-        images = torch.as_tensor(x)
+        images = self.attack.images(x)[0]
         if self._compared or not len(images):
             return
         answers: list[Tensor] = []

@@ -151,6 +151,8 @@ def attack_all(
         or on a copy of the victim.
     """
     check_names(names)
+    keep = _folder(keep)
+    x, y = _samples(model, x, y)
     for name, why in registry.unfit(names, _classes(model, x)).items():
         raise InputError(f"{name} {why}; leave it out")
     for name in names:
@@ -175,6 +177,19 @@ def attack_all(
                 advance(passes[name])
             result[name] = stored
     return result
+
+
+def _samples(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels, _ = PGD(model).checked(x, y)
+    if not len(images):
+        raise InputError("a report needs at least one image, got none")
+    return images, labels
+
+
+def _folder(keep: object) -> Path | None:
+    if keep is not None and not isinstance(keep, (str, Path)):
+        raise InputError(f"keep must be the path of a folder, got {keep!r}")
+    return None if keep is None else Path(keep)
 
 
 def _classes(model: Model, x: Tensor) -> int:
@@ -329,6 +344,8 @@ def examine(
     if names is None:
         names = [n for n in STANDARD if surrogate is not None or not registry.read(n).transfer]
     check_names(names)
+    keep = _folder(keep)
+    x, y = _samples(model, x, y)
     if "clean" not in names:
         names = ["clean", *names]
     left_out = registry.unfit(names, _classes(model, x))

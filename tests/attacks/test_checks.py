@@ -21,7 +21,7 @@ def surrogate():
 
 @pytest.fixture(scope="module")
 def many():
-    return samples(100, seed=21)
+    return samples(50, seed=21)
 
 
 class Masked(nn.Module):

@@ -167,6 +167,87 @@ def test_channels_last_is_no_matter_where_the_model_takes_it():
     assert attacks.PGD(flat, EPS, ALPHA, 2)(x, y).shape == x.shape
 
 
+ODD = [
+    None,
+    "text",
+    "2",
+    -1,
+    2.5,
+    [1, 2],
+    [],
+    (),
+    {},
+    object(),
+    float("nan"),
+    np.array([1, 2]),
+    torch.ones(2),
+    b"x",
+    1j,
+    {"a": 1},
+]
+MEANT = {  # what of ODD each argument takes
+    "attacks": [None],
+    "surrogate": [None],
+    "keep": [None, "text", "2"],
+    "seed": [],
+    "scale": [2.5],
+    "most": [],
+    "eps": [2.5],
+    "k": [[1, 2], np.array([1, 2])],
+}
+
+
+def taken(call, arguments, names):
+    """Which odd values of these arguments are not refused."""
+    result = []
+    for name in names:
+        for value in ODD:
+            if any(value is v or (type(value) is type(v) and np.array_equal(value, v)) for v in MEANT.get(name, [])):
+                continue
+            try:
+                call(**{**arguments, name: value})
+            except InputError:
+                continue
+            result.append((name, value))
+    return result
+
+
+def test_arguments_of_rankings_transfers_checks_and_reports(model, tmp_path):
+    from cmr_fast.attacks import checks, registry
+    from cmr_fast.reports import recall, robustness
+
+    model.eval()
+    x, y = samples(6)
+    other = network(3).eval()
+    ranked = {"encode": model, "x": x, "gallery": model(x).detach(), "relevant": torch.eye(6).bool(), "k": (1,)}
+    more = {"eps": 0.03, "attacks": ("pgd1",), "restarts": 1, "codes": False, "scale": 100.0, "batch": 4, "seed": 0}
+    assert not taken(attacks.recall_under_attack, {**ranked, **more}, [*ranked, *more, "bounds"])
+    assert not taken(attacks.Ranker, {"encode": model, "gallery": x[:, 0, 0]}, ["encode", "gallery", "scale", "codes"])
+    crafted = {"victim": model, "surrogate": other, "attack": attacks.PGD, "steps": 1}
+    assert not taken(lambda **o: attacks.Transfer(**o)(x, y), crafted, ["victim", "attack", "steps"])
+    assert not taken(attacks.Transfer(**crafted), {"x": x, "y": y}, ["x", "y"])
+    of_checks = {
+        checks.random_output: ["passes"],
+        checks.zero_gradient: ["most"],
+        checks.softmax_given: [],
+        checks.black_box: ["steps", "attacks"],
+        checks.plateau: ["steps", "most"],
+    }
+    for check, names in of_checks.items():
+        assert not taken(check, {"model": model, "x": x, "y": y}, ["model", "x", "y", *names])
+    settings = robustness.Settings(images=6, few=3, batch=4)
+    report = {"model": model, "x": x, "y": y, "names": ["clean"], "settings": settings}
+    assert not taken(robustness.attack_all, report, ["model", "x", "y", "names", "keep"])
+    assert not taken(registry.check_names, {"names": ["pgd2"]}, ["names"])
+    with pytest.raises(InputError, match="encode must be"):
+        recall.examine("text", x, ranked["gallery"], ranked["relevant"], eps=0.1, k=(1,))
+    for eps, steps in (([], (1, 2)), (0.1, 3), ("0.1", (1, 2)), (0.1, [])):
+        with pytest.raises(InputError, match="must be"):
+            checks.large_eps(model, x, y, eps=eps) if steps == (1, 2) else checks.more_steps(model, x, y, steps=steps)
+    with pytest.raises(InputError, match="eps above 0"):
+        checks.plateau(model, x, y, eps=0)
+
+
 def test_an_error_of_the_model_itself_is_left_as_it_is(model):
     def broken(z):
         raise RuntimeError("its own")
