@@ -145,3 +145,26 @@ def test_from_the_command_line(data, tmp_path, capsys):
     ) in (0, None)  # fmt: skip
     out = capsys.readouterr().out
     assert "cmla-nointra20" in out and "D image" in out and (tmp_path / "report" / "index.html").exists()
+
+
+def test_raw_pixels_from_the_command_line(tmp_path, capsys):
+    from test_dcmh import pixel_dataset
+
+    from cmr_fast.cli import main
+
+    save_pairs(tmp_path / "pixels.npz", pixel_dataset())
+    assert main(
+        f"train dcmh --data {tmp_path}/pixels.npz --epochs 2 --bits 8 --batch-size 6 --text-hidden 8 --optimizer adam "
+        f"--lr 1e-4 --adversarial 4 --out {tmp_path}/run --device cpu".split()
+    ) in (0, None)  # fmt: skip
+    assert main(f"attack {tmp_path}/run --attacks cmla2 --images 5 --out {tmp_path}/report".split()) in (0, None)
+    assert (tmp_path / "report" / "photos.png").stat().st_size > 0
+    assert main(f"report {tmp_path}/run --out {tmp_path}/tables".split()) in (0, None)
+    assert main(f"train acmr --data {tmp_path}/pixels.npz --out {tmp_path}/acmr".split()) not in (0, None)
+    assert "--adversarial is for hashing methods" in refused(main, tmp_path, capsys)
+
+
+def refused(main, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(f"train acmr --data {tmp_path}/pixels.npz --adversarial 3 --out {tmp_path}/acmr".split()) != 0
+    return capsys.readouterr().err
