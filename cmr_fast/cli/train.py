@@ -30,6 +30,8 @@ class TrainingData(DataFlags):
     adversarial: tuple[int, ...] = ()
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
     its own for each number, and attack every one anew. None: no such training."""
+    adversarial_steps: int = 500
+    """Steps of CMLA, for the samples and for the attacks."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Train:
         load = load_labelled_images if is_classifier(METHODS[self.method]) else load_pairs
         if self.source.adversarial and not getattr(METHODS[self.method], "binary", False):
             raise InputError(f"--adversarial is for hashing methods; {self.method} makes no codes")
+        if self.source.adversarial_steps < 1 or any(count < 1 for count in self.source.adversarial):
+            raise InputError(
+                "--adversarial and --adversarial-steps must be 1 or more, got "
+                f"{' '.join(map(str, self.source.adversarial))} and {self.source.adversarial_steps}"
+            )
         dataset = load(self.source.data, options)
         if _wants_a_gpu(self.config):
             print(
@@ -79,7 +86,8 @@ class Train:
         from cmr_fast.reports import hashing
 
         settings = replace(self.run, out=run.path)
-        rows = hashing.defend(run.model, dataset, settings, self.source.adversarial)  # type: ignore[arg-type]
+        counts, attack = self.source.adversarial, f"cmla{self.source.adversarial_steps}"
+        rows = hashing.defend(run.model, dataset, settings, counts, attack=attack)  # type: ignore[arg-type]
         for row in rows[1:]:
             record_source(run.path.with_name(f"{run.path.name}-adversarial{row.samples}"), self.source.data, options)
         if not self.run.quiet:

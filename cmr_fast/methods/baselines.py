@@ -150,6 +150,84 @@ class CCAITQ(Baseline):
         return to_image @ self.rotation, to_text @ self.rotation
 
 
+class CVH(Baseline):
+    """Cross-View Hashing (Kumar and Udupa 2011) for pairs without other similarities: canonical variates, sign taken.
+
+    Where W is the identity, its eigenproblem is CCA's; so the field runs it as the unsupervised CVH. `ridge` as in CCA.
+    With more bits than variates both modalities share one random projection with orthonormal rows.
+    """
+
+    name = "cvh"
+
+    def __init__(self, bits: int = 32, ridge: float = 1e-3, *, scale: str = "each", seed: int = 0) -> None:
+        super().__init__(scale=scale, seed=seed)
+        self.bits, self.ridge = _check_bits(bits), ridge
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        dim = min(self.bits, image.shape[1], text.shape[1])
+        to_image, to_text = CCA(dim, self.ridge).learn(image, text)
+        if self.bits > dim:
+            frame = _orthonormal_rows(dim, self.bits, self.seed)
+            to_image, to_text = to_image @ frame, to_text @ frame
+        return to_image, to_text
+
+
+class CMFH(Baseline):
+    """Collective Matrix Factorization Hashing (Ding, Guo and Zhou 2014): one factor V for both modalities, by turns.
+
+    Minimises sum_t lam_t |X_t - U_t V|^2 + mu |V - P_t X_t|^2 + gamma (|U_t|^2 + |V|^2 + |P_t|^2), each of U, V and P
+    in closed form; a code is the sign of P_t x (Eq. 4-9; inputs and with them V are centred, so its mean is 0). The
+    defaults are the paper's: lam 0.5 each, mu 100, gamma 0.01.
+    """
+
+    name = "cmfh"
+
+    def __init__(
+        self, bits: int = 32, *, lam: float = 0.5, mu: float = 100.0, gamma: float = 0.01, iterations: int = 100,
+        scale: str = "each", seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(scale=scale, seed=seed)
+        if not 0 < lam < 1 or not (mu > 0 and gamma > 0) or iterations < 1:
+            raise InputError(
+                "lam must lie between 0 and 1, mu and gamma above 0, iterations at 1 or more, got "
+                f"{lam}, {mu}, {gamma} and {iterations}"
+            )
+        self.bits, self.lam, self.mu, self.gamma, self.iterations = _check_bits(bits), lam, mu, gamma, iterations
+        self.losses: list[float] = []
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        sides, weights = (image, text), (self.lam, 1 - self.lam)  # (N, D_t): rows are items, the paper's are columns
+        generator = torch.Generator().manual_seed(self.seed)
+        shared = torch.randn(len(image), self.bits, generator=generator, dtype=image.dtype)
+        eye, self.losses = torch.eye(self.bits, dtype=image.dtype), []
+        inner = [torch.linalg.inv(x.T @ x + self.gamma / self.mu * torch.eye(x.shape[1], dtype=x.dtype)) for x in sides]
+        for _ in range(self.iterations):
+            gram = shared.T @ shared
+            factors = [
+                torch.linalg.solve(gram + self.gamma / w * eye, shared.T @ x)
+                for w, x in zip(weights, sides, strict=True)
+            ]  # (bits, D_t)
+            maps = [i @ (x.T @ shared) for i, x in zip(inner, sides, strict=True)]  # (D_t, bits)
+            left = (2 * self.mu + self.gamma) * eye
+            right = torch.zeros_like(shared)
+            for w, u, p, x in zip(weights, factors, maps, sides, strict=True):
+                left = left + w * u @ u.T
+                right = right + w * x @ u.T + self.mu * x @ p
+            shared = torch.linalg.solve(left, right.T).T
+            self.losses.append(self._loss(sides, weights, shared, factors, maps))
+        return maps[0], maps[1]
+
+    def _loss(
+        self, sides: tuple[Tensor, ...], weights: tuple[float, ...], shared: Tensor, factors: list[Tensor],
+        maps: list[Tensor],
+    ) -> float:  # fmt: skip
+        total = self.gamma * shared.square().sum()
+        for w, u, p, x in zip(weights, factors, maps, sides, strict=True):
+            total = total + w * (x - shared @ u).square().sum() + self.mu * (shared - x @ p).square().sum()
+            total = total + self.gamma * (u.square().sum() + p.square().sum())
+        return float(total)
+
+
 class PCASign(Baseline):
     """Principal components of each modality on its own, sign taken; the weakest honest code.
 
@@ -194,7 +272,7 @@ class Random(Baseline):
         return torch.sin(1e5 * super().encode(modality, features).double()).float()
 
 
-BASELINES: dict[str, type[Baseline]] = {cls.name: cls for cls in (CCA, CCAITQ, PCASign, Random)}
+BASELINES: dict[str, type[Baseline]] = {cls.name: cls for cls in (CCA, CCAITQ, CVH, CMFH, PCASign, Random)}
 
 
 def itq(values: Tensor, bits: int, iterations: int, seed: int) -> Tensor:

@@ -99,6 +99,10 @@ class SSAHConfig:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+# A network that a CPU trains in minutes; validation mAP on Flickr8k-24 at 32 bits was still rising at the fourth epoch.
+_FLICKR8K = SSAHConfig(hidden=1024, lr=3e-4, epochs=10)
+
+
 class MultiScale(nn.Module):
     """(N, words) -> (N, 6 words): the words, and five smoothed copies of them (the code's interp_block).
 
@@ -148,6 +152,8 @@ class SSAH(Retriever):
     name: ClassVar[str] = "ssah"
     binary: ClassVar[bool] = True
     Config: ClassVar[type[Any]] = SSAHConfig
+    presets: ClassVar[dict[str, Any]] = {"flickr8k": _FLICKR8K}
+    preset_data: ClassVar[dict[str, str]] = dict.fromkeys(presets, "flickr8k")
     init_arguments: ClassVar[tuple[str, ...]] = ("image_shape", "text_dim", "num_classes")
 
     def __init__(self, config: SSAHConfig, image_shape: Sequence[int], text_dim: int, num_classes: int) -> None:

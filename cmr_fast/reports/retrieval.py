@@ -80,6 +80,8 @@ def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple
     """To set beside `models`: CCA for embeddings, CCA-ITQ per code length (where they take seconds), random."""
     from cmr_fast.methods.baselines import CCA, CCAITQ, Random
 
+    if len(dataset.image_shape) > 1:  # they take features
+        return []
     models = list(models)
     code_bits = sorted({bits for model in models if (bits := _bits(model))})
     baselines: list[tuple[str, Any]] = []

@@ -1,13 +1,15 @@
+import itertools
 import math
 
 import pytest
 import torch
+from small import small_dataset
 from torch.testing import assert_close
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, PCASign, Random, itq
-from cmr_fast.methods.evaluation import evaluate_model
+from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, CMFH, CVH, PCASign, Random, itq
+from cmr_fast.methods.evaluation import averaged, evaluate_model
 
 CORRELATIONS = (0.9, 0.6, 0.3)
 
@@ -172,3 +174,40 @@ def test_wikipedia_cca_and_random(data_root):
     assert cca["t2i"].map == pytest.approx(0.2008, abs=0.001)
     chance = [evaluate_model(Random(32, seed=seed).fit(data.train), data)["i2t"].map for seed in range(5)]
     assert sum(chance) / 5 == pytest.approx(0.118, abs=0.002)
+
+
+def test_cvh_is_the_sign_of_canonical_variates():
+    data = small_dataset()
+    cvh, cca = CVH(4).fit(data.train), CCA(4).fit(data.train)
+    for name in ("image", "text"):
+        assert_close(cvh.encode(name, getattr(data.query, name)), cca.encode(name, getattr(data.query, name)))
+    assert CVH(12).fit(data.train).encode("image", data.query.image).shape == (45, 12)
+
+
+def test_cmfh_never_rises_and_its_turns_are_minima():
+    data = small_dataset()
+    model = CMFH(6, iterations=30).fit(data.train)
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(model.losses))
+    # at the end no small move of the maps lowers the loss by more than rounding
+    image, text = (getattr(data.train, m).double() for m in ("image", "text"))
+    image, text = ((x - x.mean(0)) / x.std(0, correction=0) for x in (image, text))
+    seen = []
+    model._loss = lambda *args: seen.append(args) or 0.0
+    model.learn(image, text)
+    sides, weights, shared, factors, maps = seen[-1]
+    best = CMFH._loss(model, sides, weights, shared, factors, maps)
+    for scale in (0.99, 1.01):
+        assert CMFH._loss(model, sides, weights, scale * shared, factors, maps) > best
+
+
+def test_cmfh_beats_random_codes():
+    data = small_dataset()
+    scores = {kind: averaged(evaluate_model(kind(16).fit(data.train), data))["average"] for kind in (CMFH, CVH, Random)}
+    assert min(scores[CMFH], scores[CVH]) > scores[Random] + 0.05
+
+
+def test_cmfh_refuses_bad_settings():
+    with pytest.raises(InputError, match="lam must lie"):
+        CMFH(lam=1.0)
+    with pytest.raises(InputError, match="bits must be at least 1"):
+        CMFH(0)

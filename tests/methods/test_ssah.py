@@ -78,7 +78,7 @@ def test_the_adversary_reaches_the_image_and_text_networks():
     optimizers = model.optimizers()
     for _ in range(30):
         said = model.network["image"](model.scaled("image", data.image[:16]))
-        scores.append(float(model.discriminator["image"](said[0]).mean()))
+        scores.append(float(model.discriminator["image"](said[0]).mean().detach()))
         model.step(split.select(torch.arange(16)), optimizers, lambda loss: loss.backward(), 0.0)
     assert scores[-1] > scores[0] + 0.01
     assert "loss_discriminator" in log

@@ -135,8 +135,8 @@ def test_from_the_command_line(data, tmp_path, capsys):
     save_pairs(tmp_path / "small.npz", data)
     flags = "--epochs 10 --bits 8 --batch-size 16 --text-hidden 24 --image-hidden 24 --optimizer adam --lr 5e-3"
     assert main(
-        f"train dcmh --data {tmp_path}/small.npz {flags} --eta 0.01 --adversarial 10 --out {tmp_path}/run "
-        "--device cpu".split()
+        f"train dcmh --data {tmp_path}/small.npz {flags} --eta 0.01 --adversarial 10 --adversarial-steps 20 "
+        f"--out {tmp_path}/run --device cpu".split()
     ) in (0, None)  # fmt: skip
     out = capsys.readouterr().out
     assert "mAP after adversarial training" in out
@@ -145,3 +145,26 @@ def test_from_the_command_line(data, tmp_path, capsys):
     ) in (0, None)  # fmt: skip
     out = capsys.readouterr().out
     assert "cmla-nointra20" in out and "D image" in out and (tmp_path / "report" / "index.html").exists()
+
+
+def test_raw_pixels_from_the_command_line(tmp_path, capsys):
+    from test_dcmh import pixel_dataset
+
+    from cmr_fast.cli import main
+
+    save_pairs(tmp_path / "pixels.npz", pixel_dataset())
+    assert main(
+        f"train dcmh --data {tmp_path}/pixels.npz --epochs 1 --bits 8 --batch-size 6 --text-hidden 8 --optimizer adam "
+        f"--lr 1e-4 --adversarial 2 --adversarial-steps 2 --out {tmp_path}/run --device cpu".split()
+    ) in (0, None)  # fmt: skip
+    assert main(f"attack {tmp_path}/run --attacks cmla2 --images 3 --out {tmp_path}/report".split()) in (0, None)
+    assert (tmp_path / "report" / "photos.png").stat().st_size > 0
+    assert main(f"report {tmp_path}/run --out {tmp_path}/tables".split()) in (0, None)
+    assert main(f"train acmr --data {tmp_path}/pixels.npz --out {tmp_path}/acmr".split()) not in (0, None)
+    assert "--adversarial is for hashing methods" in refused(main, tmp_path, capsys)
+
+
+def refused(main, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(f"train acmr --data {tmp_path}/pixels.npz --adversarial 3 --out {tmp_path}/acmr".split()) != 0
+    return capsys.readouterr().err
