@@ -43,7 +43,12 @@ def bounds_of(dataset: PairedDataset, modality: Modality) -> tuple[float, float]
 
 
 def named_attack(
-    name: str, model: Retriever, dataset: PairedDataset, *, share: float | None = None, **options: Any
+    name: str,
+    model: Retriever,
+    dataset: PairedDataset,
+    *,
+    share: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> CMLA:
     """The CMLA variant of a name, such as cmla, cmla100 or cmla-single, for a model on a data set.
 
@@ -54,7 +59,7 @@ def named_attack(
     share : float, optional
         The image budget as a share of the inputs' range; the text's stays in the authors' proportion, 0.01 to 10/255.
         None: the authors' own.
-    **options
+    options : mapping, optional
         Of CMLA, beside those of the variant.
 
     Raises
@@ -74,7 +79,7 @@ def named_attack(
     for modality, part in zip(MODALITIES, (share, share * TEXT_SHARE / IMAGE_SHARE), strict=True):
         low, high = bounds_of(dataset, modality)
         settings |= {f"{modality}_eps": part * (high - low), f"{modality}_bounds": (low, high)}
-    return CMLA(model, **(settings | VARIANTS[match[1]] | options))
+    return CMLA(model, **(settings | VARIANTS[match[1]] | dict(options or {})))
 
 
 def perturb(attack: CMLA, pairs: Pairs) -> tuple[Pairs, Perturbed]:
@@ -135,7 +140,7 @@ def harden(
     config = replace(model.config, epochs=epochs // rounds)
     start, done = model, None
     for number in range(1, rounds + 1):
-        attacker = named_attack(attack, start, dataset, **(options or {}))
+        attacker = named_attack(attack, start, dataset, options=options)
         samples, _ = perturb(attacker, dataset.train.select(drawn))
         if dataset.train.image.dtype == torch.uint8:
             samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})

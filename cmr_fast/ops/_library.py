@@ -17,10 +17,10 @@ class _Library(torch.library.Library):
     torch would drop it without a word. It is seen at autograd's place in the dispatcher, no longer behind it.
     """
 
-    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **kwargs: Any) -> Any:
         """As torch.library.Library's."""
         if dispatch_key != "Autograd":
-            return super().impl(op_name, fn, dispatch_key, **options)
+            return super().impl(op_name, fn, dispatch_key, **kwargs)
 
         @functools.wraps(fn)
         def reverse_only(keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +28,7 @@ class _Library(torch.library.Library):
                 refuse_forward_mode(str(op_name).rpartition("::")[2], *args, *kwargs.values())
             return fn(keyset, *args, **kwargs)
 
-        return super().impl(op_name, reverse_only, dispatch_key, **options)
+        return super().impl(op_name, reverse_only, dispatch_key, **kwargs)
 
 
 LIBRARY = _Library("cmr_fast", "DEF")

@@ -48,7 +48,7 @@ def pgd_step_(
     broken, step
         int32 (B,): where it is negative and a sample's gradient is not finite, it becomes `step`.
     backend, threads
-        None: the first backend that fits, as many threads as torch has.
+        None: the first backend that fits, as many threads as this process has processors (or CMR_FAST_THREADS says).
 
     Returns
     -------
@@ -141,7 +141,7 @@ def pgd_noise(
     seed
         0 to 2^64 - 1.
     backend, threads
-        None: the first backend that fits, as many threads as torch has.
+        None: the first backend that fits, as many threads as this process has processors (or CMR_FAST_THREADS says).
 
     Returns
     -------

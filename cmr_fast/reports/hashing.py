@@ -5,7 +5,7 @@ are what the attack is after; I2I and T2T tell what its intra-modal term keeps.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,15 +76,20 @@ def score(model: Retriever, query: Pairs, database: Pairs, name: str) -> "tuple[
 
 
 def examine(
-    model: Retriever, dataset: PairedDataset, attacks: Sequence[str], *, count: int | None = None,
-    share: float | None = None, **options: Any,
-) -> Attacked:  # fmt: skip
+    model: Retriever,
+    dataset: PairedDataset,
+    attacks: Sequence[str],
+    *,
+    count: int | None = None,
+    share: float | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Attacked:
     """Attack the first `count` queries (None: all) by each named attack, and score them beside the clean ones."""
     query = dataset.query if count is None else dataset.query.select(torch.arange(min(count, len(dataset.query))))
     row, ranked = score(model, query, dataset.database, "clean")
     out = Attacked([row], {"clean": ranked}, {}, {"clean": query})
     for name in attacks:
-        attack = named_attack(name, model, dataset, share=share, **options)
+        attack = named_attack(name, model, dataset, share=share, options=options)
         with busy(f"{name}, {attack.steps} steps"):
             moved, result = perturb(attack, query)
         row, ranked = score(model, moved, dataset.database, name)

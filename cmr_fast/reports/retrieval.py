@@ -183,10 +183,9 @@ def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "")
     looks = [s.name for s in scores]
     drawn = []
 
-    def figure(file: str, caption: str, curves: Mapping[str, Any], xlabel: str, ylabel: str, **options: Any) -> None:
-        figures.plot_directions(
-            out / file, f"{caption.partition(' (')[0]}, {data}", curves, xlabel, ylabel, looks=looks, **options
-        )
+    def figure(file: str, caption: str, curves: Mapping[str, Any], x: str, y: str, log_x: bool = False) -> None:
+        title = f"{caption.partition(' (')[0]}, {data}"
+        figures.plot_directions(out / file, title, curves, x, y, looks=looks, log_x=log_x)
         drawn.append((file, f"{caption}, {data}"))
 
     def precision(ks: np.ndarray) -> dict[str, dict[str, figures.Curve]]:
