@@ -159,9 +159,11 @@ def _origin(x: Tensor, y: Tensor) -> Tensor | None:
     rows = torch.cat([v[:: -(-len(v) // SAMPLE)] for v in (x, y)]) if y is not x else x[:: -(-len(x) // SAMPLE)]
     middle = len(rows) // 2
     origin = rows.sort(dim=0).values[middle]
-    spread = (rows - origin).abs_().sort(dim=0).values[middle]
-    origin = torch.where(origin.abs() > 2 * spread, origin, 0)
-    return origin if origin.device.type != "cpu" or bool(origin.any()) else None
+    # as many rows as lie within the median deviation lie nearer to the median than half of it
+    far = ((rows - origin).abs_() < 0.5 * origin.abs()).sum(0) > middle
+    if origin.device.type == "cpu" and not bool(far.any()):
+        return None
+    return torch.where(far, origin, 0)
 
 
 def weights_of(
