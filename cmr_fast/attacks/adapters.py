@@ -1,5 +1,7 @@
-"""Square (Andriushchenko et al. 2020) and FAB (Croce and Hein 2020) from torchattacks, with this package's calling
-habits, checks and contract. Needs the extra `attacks`."""
+"""Square (Andriushchenko et al. 2020) and FAB (Croce and Hein 2020) from torchattacks.
+
+With this package's calling habits, checks and contract. Needs the extra `attacks`.
+"""
 
 import contextlib
 import importlib

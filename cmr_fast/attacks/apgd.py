@@ -1,5 +1,6 @@
-"""Auto-PGD (Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks"): PGD that chooses its own step.
+"""Auto-PGD: PGD that chooses its own step.
+
+Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks".
 
     z     = P(x_k + size sign(grad L(x_k)))                         size = 2 eps at first
     x_k+1 = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_k-1))

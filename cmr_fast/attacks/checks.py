@@ -1,5 +1,6 @@
-"""Is a robust accuracy real, or does the model hide its gradient? (Athalye et al. 2018, Carlini et al. 2019, and
-AutoAttack's own warnings, Croce and Hein 2020.)
+"""Checks whether a robust accuracy is real, or the model hides its gradient.
+
+After Athalye et al. 2018, Carlini et al. 2019, and AutoAttack's own warnings (Croce and Hein 2020).
 
 Each check is a function of a model, inputs and labels and returns a Finding; `masking` runs them all. A finding that is
 `suspicious` says that an attack which follows the gradient overstates this model's robustness, not that the model is

@@ -39,6 +39,7 @@ class Encoders:
 
     @classmethod
     def of(cls, model: Any, relax: str) -> "Encoders":
+        """From a trained hashing method, or a pair (image encoder, text encoder) of callables."""
         if hasattr(model, "encode"):
             return cls(model.encode, (model,) if isinstance(model, nn.Module) else (), relax)
         if isinstance(model, tuple | list) and len(model) == 2 and all(callable(part) for part in model):
@@ -51,6 +52,7 @@ class Encoders:
         )
 
     def relaxed(self, modality: Modality, x: Tensor) -> Tensor:
+        """Relaxed codes (n, bits) of inputs (n, ...), checked."""
         values = self.encode(modality, x)
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(x):
             seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -96,6 +98,7 @@ class Budget:
     def checked(
         cls, name: str, eps: float, norm: Norm, bounds: tuple[float, float], lr: float | None, share: float
     ) -> "Budget":
+        """A budget of checked values; lr=None is `share` of eps."""
         if not 0 <= eps < torch.inf:
             raise InputError(f"{name}_eps must be finite and 0 or more, got {eps!r}")
         if len(bounds) != 2 or not bounds[0] < bounds[1]:
@@ -135,6 +138,7 @@ class Perturbation:
         return x.clamp(*self.budget.bounds) if self.one_sided else x
 
     def step(self, loss: Tensor) -> None:
+        """One update of the noise along the gradient of `loss`, a number."""
         (slope,) = torch.autograd.grad(loss, self.noise)
         self.noise = self.noise.detach()
         self.count += 1
@@ -215,5 +219,6 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def check_differentiable(values: Tensor, modality: Modality) -> None:
+    """InputError where codes (n, bits) have no gradient with respect to the input."""
     if not values.requires_grad:
         raise InputError(f"the {modality} codes have no gradient with respect to the input: does the model detach it?")

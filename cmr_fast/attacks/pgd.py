@@ -1,5 +1,6 @@
-"""Projected gradient attacks: PGD (Madry et al. 2018), FGSM (Goodfellow et al. 2015), MI-FGSM (Dong et al. 2018), and
-PGD on Carlini and Wagner's margin.
+"""Projected gradient attacks.
+
+PGD (Madry et al. 2018), FGSM (Goodfellow et al. 2015), MI-FGSM (Dong et al. 2018), PGD on Carlini and Wagner's margin:
 
     x <- clip(P(x + alpha sign(grad L(f(x), y))))     L-inf; L2 with grad / |grad|
 

@@ -1,5 +1,6 @@
-"""Feature Scattering (Zhang and Wang 2019, "Defense against adversarial attacks using feature scattering-based
-adversarial training"): an attack without labels that moves the features of a batch apart as a whole.
+"""Feature Scattering: an attack without labels that moves the features of a batch apart as a whole.
+
+Zhang and Wang 2019, "Defense against adversarial attacks using feature scattering-based adversarial training":
 
     x'  <- x + u,  u uniform in the ball                        (Algorithm 1)
     D   =  min over T of sum_ij T_ij C_ij,  C_ij = max(0, 1 - cos(f(x_i), f(x'_j))),  T 1 = T^T 1 = 1 / n

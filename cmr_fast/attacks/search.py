@@ -1,5 +1,6 @@
-"""Greedy local search (Narodytska and Kasiviswanathan 2017, "Simple black-box adversarial attacks on deep networks"):
-an attack that asks the model for scores and never for a gradient.
+"""Greedy local search: an attack that asks the model for scores and never for a gradient.
+
+Narodytska and Kasiviswanathan 2017, "Simple black-box adversarial attacks on deep networks".
 
 With pixels scaled to [-1/2, 1/2], a round tries each candidate pixel at p sign(I), takes the t that leave the true
 class likeliest, and sets these to r I, wrapped into the range. The next candidates are the (2 d + 1)^2 pixels around

@@ -69,6 +69,7 @@ class Attack(DataFlags):
     """Overwrite the file to save, or an earlier report."""
 
     def __call__(self) -> None:
+        """Run the command."""
         if self.save is not None:
             if self.save.suffix != ".npz" or not self.save.parent.is_dir():
                 raise InputError(f"{self.save}: expected the name of an .npz in a folder that is there")

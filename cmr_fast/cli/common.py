@@ -98,16 +98,19 @@ def _option(name: str, value: str) -> int | str:
 
 
 def is_classifier(model: "Method | type[Method]") -> bool:
+    """Whether a model, or a kind of models, classifies images."""
     from cmr_fast.methods.method import Classifier
 
     return issubclass(model if isinstance(model, type) else type(model), Classifier)
 
 
 def makes_codes(model: "Method") -> bool:
+    """Whether the signs of what a model encodes are a code."""
     return bool(getattr(model, "binary", False))
 
 
 def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
+    """Read pairs; InputError for devices and FIFOs, which would be waited for."""
     from cmr_fast.data import load
 
     _check_regular(data)
@@ -116,6 +119,7 @@ def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
 
 
 def load_labelled_images(data: str, options: Mapping[str, Any]) -> "ImageDataset":
+    """Read labelled images, whose options are checked first."""
     from cmr_fast.data import load_images
 
     _check_regular(data)
@@ -174,6 +178,7 @@ def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":
 
 
 def check_exists(path: Path) -> None:
+    """InputError where there is nothing at `path`."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
 

@@ -47,6 +47,7 @@ class Demo:
     """Seed of the data, the weights and the batches."""
 
     def __call__(self) -> None:
+        """Run the command."""
         demo(self.out, seed=self.seed)
 
 
@@ -116,8 +117,9 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
 
 
 def by_cca(dataset: "PairedDataset") -> "PairedDataset":
-    """The data set with CCA's variates for features, learnt on its training split: CMIMH's inputs, which are 1024
-    principal components in the paper, where the data are more.
+    """The data set with CCA's variates for features, learnt on its training split: CMIMH's inputs.
+
+    In the paper they are 1024 principal components; the data are more there.
     """
     import torch
 

@@ -44,6 +44,7 @@ class Doctor:
     """Print JSON."""
 
     def __call__(self) -> None:
+        """Run the command."""
         report = examine()
         if self.json:
             print(json.dumps(report, indent=2))

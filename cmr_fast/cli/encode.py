@@ -35,6 +35,7 @@ class Encode(DataFlags):
     """Overwrite the output file."""
 
     def __call__(self) -> None:
+        """Run the command."""
         import numpy as np
 
         from cmr_fast.methods.evaluation import encode_all

@@ -50,6 +50,7 @@ class Evaluate(DataFlags):
     """Overwrite the output file."""
 
     def __call__(self) -> None:
+        """Run the command."""
         from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, find_convention, find_ties
 
         if self.out is not None:

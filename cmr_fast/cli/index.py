@@ -35,6 +35,7 @@ class Index:
     """Overwrite the output file."""
 
     def __call__(self) -> None:
+        """Run the command."""
         from cmr_fast.ops._tensors import MAX_BITS
         from cmr_fast.retrieval.index import HammingIndex
 

@@ -47,6 +47,7 @@ class Report(DataFlags):
     """Overwrite the files of an earlier report in that folder."""
 
     def __call__(self) -> None:
+        """Run the command."""
         check_report_folder(self.out, self.force)
         models = [load_run(path) for path in self.runs]
         kinds = {is_classifier(model) for model in models}

@@ -50,6 +50,7 @@ class Search:
     """Overwrite the output file."""
 
     def __call__(self) -> None:
+        """Run the command."""
         import numpy as np
 
         if self.out is not None:

@@ -47,6 +47,7 @@ class Train:
     run: Any
 
     def __call__(self) -> None:
+        """Run the command."""
         from cmr_fast.data.pairs import PairedDataset
         from cmr_fast.methods.loop import train
         from cmr_fast.ops._tensors import MAX_BITS

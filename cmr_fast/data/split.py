@@ -37,7 +37,7 @@ class Split(Protocol):
         """The tensors on `device`, floats in `dtype`."""
 
     def joined(self, other: Self) -> Self:
-        """This split's samples, then the other's."""
+        """The samples of both, this split's first."""
 
     def fingerprint(self) -> int:
         """A checksum of the labels and of up to 1000 samples: tells data sets of one shape apart."""
@@ -80,7 +80,7 @@ class Parts:
         return self._unchecked({name: move(values) for name, values in self._parts().items()}, self.rows)
 
     def joined(self, other: Self) -> Self:
-        """This split's samples, then the other's.
+        """The samples of both, this split's first.
 
         Raises
         ------

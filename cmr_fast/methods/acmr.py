@@ -163,6 +163,7 @@ class ACMR(Retriever):
         )
 
     def fit_inputs(self, train: Pairs) -> None:
+        """Fit the scalings on the training split; labels are not looked at."""
         self.image_scaling.fit(train.image)
         self.text_scaling.fit(cast(Tensor, train.text))
 

@@ -95,6 +95,7 @@ class CCA(Baseline):
         self.correlations = torch.empty(0)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
         whiten_image, whiten_text = (
             _inverse_sqrt_covariance(image, self.ridge),
             _inverse_sqrt_covariance(text, self.ridge),
@@ -143,6 +144,7 @@ class CCAITQ(Baseline):
         self.rotation = torch.empty(0)  # (dim, bits)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
         dim = min(self.bits, image.shape[1], text.shape[1]) if self.dim is None else self.dim
         to_image, to_text = CCA(dim, self.ridge, weight=self.weight).learn(image, text)
         values = torch.cat([image @ to_image, text @ to_text])
@@ -164,6 +166,7 @@ class CVH(Baseline):
         self.bits, self.ridge = _check_bits(bits), ridge
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
         dim = min(self.bits, image.shape[1], text.shape[1])
         to_image, to_text = CCA(dim, self.ridge).learn(image, text)
         if self.bits > dim:
@@ -196,6 +199,7 @@ class CMFH(Baseline):
         self.losses: list[float] = []
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
         sides, weights = (image, text), (self.lam, 1 - self.lam)  # (N, D_t): rows are items, the paper's are columns
         generator = torch.Generator().manual_seed(self.seed)
         shared = torch.randn(len(image), self.bits, generator=generator, dtype=image.dtype)
@@ -243,6 +247,7 @@ class PCASign(Baseline):
         self.bits = _check_bits(bits)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
         dim = min(self.bits, image.shape[1], text.shape[1])
         to_image, to_text = _principal(image, dim), _principal(text, dim)
         agreement = ((image @ to_image) * (text @ to_text)).sum(dim=0)
@@ -263,11 +268,13 @@ class Random(Baseline):
         self.bits = _check_bits(bits)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = [torch.randn(x.shape[1], self.bits, generator=generator, dtype=x.dtype) for x in (image, text)]
         return drawn[0], drawn[1]
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, d) features -> (N, bits), whose signs are random bits."""
         # the phase turns some 10^4 times over the data's spread: neighbours get unrelated bits
         return torch.sin(1e5 * super().encode(modality, features).double()).float()
 

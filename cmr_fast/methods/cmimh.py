@@ -168,6 +168,7 @@ class Inputs(nn.Module):
         self.register_buffer("components", torch.zeros(self.scaling.out_dim if self.reduces else 0, self.out_dim))
 
     def fit(self, features: Tensor) -> None:
+        """Fit scaling, centre and components on features (N, d)."""
         self.scaling.fit(features)
         if self.reduces:
             scaled = self.scaling(features).double()
@@ -176,6 +177,7 @@ class Inputs(nn.Module):
             self.components.copy_(torch.linalg.eigh(scaled.T @ scaled)[1].flip(1)[:, : self.out_dim])
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, d) features -> (N, out_dim) inputs of the networks."""
         scaled = self.scaling(features)
         return (scaled - self.centre) @ self.components if self.reduces else scaled
 
@@ -229,6 +231,7 @@ class CMIMH(Retriever):
             cast(Inputs, inputs).fit(getattr(train, modality))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Of the model, and of the discriminators (IV-B: SGD, decoders at a rate of their own)."""
         c = self.config
         model: list[dict[str, Any]] = [
             {"params": [*self.encoder.parameters(), *self.critic.parameters()]},

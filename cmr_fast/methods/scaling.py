@@ -51,6 +51,7 @@ class InputScaling(nn.Module):
         self.scale.copy_(torch.where(varies, 1 / deviation.clamp(min=1e-300), 0.0))
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, d) features, scaled as they were fitted."""
         return features if self.kind == "raw" else (self._map(features) - self.mean) * self.scale
 
     def _map(self, x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""Feature Scattering-based adversarial training (Zhang and Wang 2019, NeurIPS), and beside it Madry's PGD training
-(2018), the same with random targets, and plain training: a classifier of small images, its perturbation, its loss.
+"""Feature Scattering-based adversarial training (Zhang and Wang 2019, NeurIPS).
+
+Beside it Madry's PGD training (2018), the same with random targets, and plain training: a classifier of small images,
+its perturbation, its loss.
 
     x' = FeatureScatter(x)      without labels, through the network in evaluation mode
     minimise the cross entropy of f(x') against smoothed labels: 1 - delta for the class, delta / (K - 1) for the others
@@ -111,6 +113,7 @@ class Features(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, width) pooled features."""
         return self.net.features(x)
 
 
@@ -196,6 +199,7 @@ class Scatter(Classifier):
         return self.net(x.contiguous(memory_format=torch.channels_last))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """SGD with momentum over all parameters."""
         c = self.config
         return {"net": torch.optim.SGD(self.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)}
 

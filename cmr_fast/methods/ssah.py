@@ -122,6 +122,7 @@ class MultiScale(nn.Module):
         return self.words * (1 + len(self.levels))
 
     def forward(self, text: Tensor) -> Tensor:
+        """(N, words) -> (N, out_dim)."""
         copies = [text]
         for level, weight in zip(self.levels, self.weights, strict=True):
             pooled = F.relu(weight * F.avg_pool1d(text[:, None], _POOL * level))
@@ -138,6 +139,7 @@ class Heads(nn.Module):
         self.code, self.labels = nn.Linear(features, bits), nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of the network below -> features, relaxed codes, labels."""
         features = F.relu(self.features(self.below(x)))
         return features, self.code(features).tanh(), self.labels(features).sigmoid()
 

@@ -49,6 +49,7 @@ class CNNF(nn.Module):
         self.scale.copy_((sample - sample.mean(dim=(0, 2, 3), keepdim=True)).square().mean().sqrt().clamp(min=1e-3))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) pixels of 0 to 255 -> (N, 4096)."""
         x = (pixels.to(self.mean.dtype) - self.mean[:, None, None]) / self.scale
         x = self.features(x).flatten(1)
         return F.relu(self.fc7(F.relu(self.fc6(x))))
@@ -97,6 +98,7 @@ class BagLinear(nn.Module):
         self.bias = nn.Parameter(torch.rand(outputs) * 2 * bound - bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, words) -> (N, width)."""
         if self.training and self.sparse and not x.requires_grad:
             return cast(Tensor, _Bag.apply(x.to(self.weight.dtype), self.weight)) + self.bias
         return x @ self.weight + self.bias

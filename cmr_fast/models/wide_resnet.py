@@ -16,6 +16,7 @@ class Block(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, ...)."""
         active = F.relu(self.norm1(x))
         y = self.conv2(F.relu(self.norm2(self.conv1(active))))
         return y + (x if self.shortcut is None else self.shortcut(active))
@@ -47,4 +48,5 @@ class WideResNet(nn.Module):
         return F.relu(self.norm(x)).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, ...)."""
         return self.head(self.features(x))

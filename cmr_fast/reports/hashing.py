@@ -117,6 +117,7 @@ def verdict(attacked: Attacked) -> list[str]:
 
 
 def print_report(attacked: Attacked, title: str) -> None:
+    """The table of clean and attacked mAP, and of D."""
     table = new_table(HEAD[0])
     for name in HEAD[1:]:
         table.add_column(name, justify="right")
@@ -208,6 +209,7 @@ def defend(
 
 
 def print_defences(rows: Sequence[Defence], title: str) -> None:
+    """The table of defences: natural, attacked anew, and by the stored queries."""
     table = new_table(DEFENCE_HEAD[0])
     for name in DEFENCE_HEAD[1:]:
         table.add_column(name, justify="right")
@@ -218,6 +220,7 @@ def print_defences(rows: Sequence[Defence], title: str) -> None:
 
 
 def defence_cells(row: Defence) -> list[str]:
+    """One row of that table."""
     numbers = [side.map[task] for side in (row.natural, row.adaptive, row.stored) for task in CROSS]
     return [str(row.samples), *(f"{n:.3f}" for n in numbers)]
 

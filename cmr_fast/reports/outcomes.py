@@ -110,7 +110,7 @@ class Examined(ABC):
         return ""
 
     def verdict(self) -> str:
-        """A few sentences: is it robust, and can its number under PGD be quoted?"""
+        """A few sentences on whether it is robust, and whether its number under PGD can be quoted."""
         if suspicions := self.suspicions():
             return (
                 f"SUSPICIOUS: the model's gradient misleads attacks that follow it ({'; '.join(suspicions)}). Do not "

@@ -99,7 +99,7 @@ def _counted(ids: np.ndarray) -> Ids:
 
 
 def write(path: StrPath, nbytes: int, parts: Sequence[Part]) -> None:
-    """Write codes as IndexBinaryFlat, under an IndexBinaryIDMap2 where their ids are not 0, 1, 2, …"""
+    """Write codes as IndexBinaryFlat, under an IndexBinaryIDMap2 where their ids are not 0, 1, 2 and so on."""
     ntotal = sum(map(len, parts))
     own_ids = joined(parts) != range(ntotal)
     fields = (8 * nbytes, nbytes, ntotal, True, 1)

@@ -54,7 +54,7 @@ class Part:
         return self.codes.nbytes + (0 if isinstance(self.ids, range) else self.ids.nbytes)
 
     def sound(self) -> "Part":
-        """This part, verified if it lies in a file and was not yet, while whoever else comes waits."""
+        """The part itself, verified if it lies in a file and was not yet, while whoever else comes waits."""
         if self.source is not None and not self._checked.done:
             with self._checked.lock:
                 if not self._checked.done:

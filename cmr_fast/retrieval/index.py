@@ -481,7 +481,7 @@ class HammingIndex:
         return index
 
     def to_faiss(self, path: StrPath) -> None:
-        """Write a faiss file: IndexBinaryFlat, under an IndexBinaryIDMap2 where ids are not 0, 1, 2, …
+        """Write a faiss file: IndexBinaryFlat, under an IndexBinaryIDMap2 where ids are not 0, 1, 2 and so on.
 
         Parameters
         ----------

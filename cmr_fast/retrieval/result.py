@@ -34,6 +34,7 @@ class Curves:
         self.radius = Radius(*(np.zeros(levels) for _ in range(5))) if levels else None
 
     def add(self, groups: Groups, counts: np.ndarray) -> None:
+        """Add queries' groups of equal rank; counts (Q,) relevant items of each."""
         share = groups.relevant / groups.size
         _add_steps(self.hits, groups, share)
         _add_steps(self.recall, groups, share / counts[groups.query])
@@ -51,10 +52,12 @@ class Curves:
         self.any_hit += np.bincount(first[first > 0], minlength=len(self.any_hit))
 
     def add_pairs(self, groups: Groups) -> None:
+        """Add the groups that hold each query's partner."""
         assert self.pair is not None
         _add_steps(self.pair, groups, 1 / groups.size)
 
     def add_radius(self, items: np.ndarray, hits: np.ndarray, counts: np.ndarray) -> None:
+        """Add queries by radius: items and hits (Q, bits + 1) at each distance, counts (Q,) relevant items."""
         assert self.radius is not None
         within, near = np.cumsum(items, axis=1), np.cumsum(hits, axis=1)  # relevant ones among them
         parts = (within, near, within > 0, near / np.maximum(within, 1), near / np.maximum(counts, 1)[:, None])
