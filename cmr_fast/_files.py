@@ -67,7 +67,7 @@ def write_aside(path: StrPath) -> Iterator[Path]:
         check_replaceable(path)
         target = Path(os.path.realpath(path))
         _make_folder(target.parent)
-        remove_leavings(target)
+        remove_leavings(target.parent, target)
         folder, lock = _own_folder(target)
     aside = folder / target.name
     try:
@@ -126,16 +126,20 @@ def named(path: Path, *standing_in: Path) -> Iterator[None]:
         raise
 
 
-def remove_leavings(target: Path) -> None:
-    """Remove what killed calls of write_aside left beside `target`: folders that nobody holds the lock of."""
+def remove_leavings(place: Path, target: Path | None = None) -> None:
+    """Remove what killed calls of write_aside left in the folder `place`, of `target` or of any file.
+
+    These are folders that nobody holds the lock of.
+    """
     if fcntl is None:
         return
-    pattern = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_ASIDE))
+    prefix = r"\..+\." if target is None else re.escape(_prefix(target))
+    pattern = re.compile(prefix + r"[a-z0-9_]{8}" + re.escape(_ASIDE))
     try:
-        left = [name for name in os.listdir(target.parent) if name[:1] == "." and pattern.fullmatch(name)]
+        left = [name for name in os.listdir(place) if name[:1] == "." and pattern.fullmatch(name)]
     except OSError:  # a folder that can be written but not read
         return
-    for folder in (target.parent / name for name in left):
+    for folder in (place / name for name in left):
         with suppress(OSError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

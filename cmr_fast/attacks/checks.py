@@ -201,7 +201,10 @@ def black_box(
     if not isinstance(attacks, (list, tuple)) or not all(isinstance(atk, (Attack, Transfer)) for atk in attacks):
         raise InputError(f"attacks must be a list of attacks on the model, got {attacks!r}")
     for atk in attacks:
-        left[type(atk).__name__] = accuracy(atk, x, y)
+        kind = type(atk).__name__
+        same = sum(type(other) is type(atk) for other in attacks)
+        number = sum(name.startswith(f"{kind} ") for name in left) + 1
+        left[f"{kind} {number}" if same > 1 or kind == "PGD" else kind] = accuracy(atk, x, y)
     if surrogate is not None:
         transfer = Transfer(model, surrogate, eps=eps, alpha=None, steps=steps, **_unchecked(options))
         left["Transfer"] = accuracy(transfer, x, y)

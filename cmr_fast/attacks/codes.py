@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from cmr_fast.attacks.settings import real
 from cmr_fast.errors import InputError
 
 Modality = Literal["image", "text"]
@@ -15,6 +16,7 @@ Norm = Literal["linf", "l2", "l1"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 _BETAS = (0.9, 0.999)
+_MOST = 1e30  # of a budget or bound
 
 
 class Hashing(Protocol):
@@ -99,13 +101,14 @@ class Budget:
         cls, name: str, eps: float, norm: Norm, bounds: tuple[float, float], lr: float | None, share: float
     ) -> "Budget":
         """A budget of checked values; lr=None is `share` of eps."""
-        if not 0 <= eps < torch.inf:
-            raise InputError(f"{name}_eps must be finite and 0 or more, got {eps!r}")
-        if len(bounds) != 2 or not bounds[0] < bounds[1]:
+        eps = real(f"{name}_eps", eps, 0, _MOST)
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
             raise InputError(f"{name}_bounds must be (low, high), got {bounds!r}")
-        if lr is not None and not 0 < lr < torch.inf:
-            raise InputError(f"{name}_lr must be above 0, got {lr!r}")
-        return cls(float(eps), norm, (float(bounds[0]), float(bounds[1])), eps * share if lr is None else lr)
+        low, high = (real(f"{name}_bounds", bound, -_MOST, _MOST) for bound in bounds)
+        if not low < high:
+            raise InputError(f"{name}_bounds must be (low, high), got {bounds!r}")
+        rate = eps * share if lr is None else real(f"{name}_lr", lr, 0, _MOST, above=True)
+        return cls(eps, norm, (low, high), rate)
 
     def inputs(self, x: Tensor, name: str) -> Tensor:
         """x as floats. InputError where it is not what the budget is for."""
@@ -168,19 +171,32 @@ class Perturbation:
         low, high = self.budget.bounds
         self.noise = (self.clean + self.noise).clamp_(low, high) - self.clean
 
-    def result(self) -> Tensor:
-        """The perturbed items, in the box, and in the ball as their own numbers say."""
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The perturbed items as numbers of `dtype`, in the box, and in the ball as these numbers say."""
         x, p = (self.clean + self.noise).clamp(*self.budget.bounds), ORDER[self.budget.norm]
+        x = self._rounded(x, dtype)
         margin = 1e-7
         while True:  # rounding can leave an item outside by its last bits
             moved = (x.double() - self.clean.double()).flatten(1)
             size = moved.abs() if self.budget.norm == "linf" else torch.linalg.vector_norm(moved, p, 1, keepdim=True)
             if not (size > self.budget.eps).any():
                 return x
-            shrink = torch.where(size > self.budget.eps, self.budget.eps * (1 - margin) / size.clamp(min=1e-300), 1.0)
+            within_eps = self.budget.eps * (1 - min(margin, 1.0))  # in the end the clean item
+            shrink = torch.where(size > self.budget.eps, within_eps / size.clamp(min=1e-300), 1.0)
             nearer = self.clean.double() + (moved * shrink).view_as(x)
             x = torch.where((shrink < 1).expand_as(moved).view_as(x), nearer.to(x.dtype), x).clamp(*self.budget.bounds)
+            x = self._rounded(x, dtype)
             margin *= 4
+
+    def _rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x in numbers of `dtype`, rounded towards the clean item, whose own are of that type."""
+        if dtype.itemsize >= x.dtype.itemsize:
+            return x
+        out, home = x.to(dtype), self.clean.to(dtype)
+        for _ in range(2):  # rounding is off by one step at most, of the wider spacing
+            over = (out.to(x.dtype) - self.clean).abs() > (x - self.clean).abs()
+            out = torch.where(over, torch.nextafter(out, home), out)
+        return out.to(x.dtype)
 
 
 def within(noise: Tensor, eps: float, norm: Norm) -> Tensor:

@@ -33,12 +33,14 @@ from cmr_fast.attacks.codes import (
     frozen,
     sign,
 )
+from cmr_fast.attacks.settings import flag, real, whole
 from cmr_fast.errors import InputError
 from cmr_fast.ops import pack_codes, pairwise_nll, pairwise_squared
 from cmr_fast.ops._tensors import as_tensor, like_input
 from cmr_fast.ops.labels import share_label
 
 Array = Any  # numpy array or torch tensor
+_MOST = 1e30  # of a weight
 _OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
 
 
@@ -97,8 +99,8 @@ class CMLA:
     single_modal : bool
         Attack each modality against its own clean codes alone (flipped similarities), for comparison.
     alternate : bool
-        The two perturbations are updated in turn, each against the other's codes of that moment; this makes an item's
-        result depend on its batch. False: each against the other's clean codes, as the code does.
+        The two perturbations are updated in turn, each against the other's codes before its last step; an item's
+        result then depends on its batch. False: each against the other's clean codes, as the code does.
     relax : {"tanh", "none"}
         What makes the encoder's outputs relaxed codes. "none" for outputs that are tanh's already.
     compat : {"cmla"}, optional
@@ -155,12 +157,10 @@ class CMLA:
                 "compat='cmla' is the authors' code: expected flip='all', keep_intra=True, norm='linf' and neither "
                 "alternate nor single_modal"
             )
-        for name, count in (("steps", steps), ("batch", batch)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise InputError(f"{name} must be a whole number of 1 or more, got {count!r}")
-        for name, number in (("intra", intra), ("distortion", distortion)):
-            if not 0 <= number < torch.inf:
-                raise InputError(f"{name} must be 0 or more, got {number!r}")
+        steps, batch = whole("steps", steps, 1), whole("batch", batch, 1)
+        intra, distortion = real("intra", intra, 0, _MOST), real("distortion", distortion, 0, _MOST)
+        keep_intra, single_modal = flag("keep_intra", keep_intra), flag("single_modal", single_modal)
+        alternate, check = flag("alternate", alternate), flag("check", check)
         self.model = Encoders.of(model, relax)
         shares = (1 / 20, 1 / 5) if optimizer == "adam" else (0.1, 0.1)
         self.budgets: dict[Modality, Budget] = {
@@ -203,15 +203,16 @@ class CMLA:
             raise InputError(f"image, text and labels must be of one length, got {len(inputs['text'])} texts")
         result = {m: x.clone() for m, x in inputs.items()}
         losses = {m: torch.zeros(self.steps, dtype=torch.float64) for m in inputs}
+        dtypes = {m: _dtype(value) for m, value in given.items()}
         with frozen(self.model.modules):
             if self.check:
                 self.model.probe(inputs)
             clean = self.model.codes(inputs, self.batch)
             for rows in self._batches(len(classes)):
-                self._attack(rows, inputs, clean, classes, result, losses)
+                self._attack(rows, inputs, clean, classes, result, losses, dtypes)
         moved: dict[str, float] = {m: _distortion(result[m], x, self.budgets[m].bounds) for m, x in inputs.items()}
         weight = max(1, sum(len(rows) for rows in self._batches(len(classes))))
-        out = {m: like_input(result[m].to(_dtype(value)), as_tensor(value, m)[1]) for m, value in given.items()}
+        out = {m: like_input(result[m].to(dtypes[m]), as_tensor(value, m)[1]) for m, value in given.items()}
         return Perturbed(out["image"], out["text"], moved, {m: (x / weight).float() for m, x in losses.items()})
 
     def _batches(self, count: int) -> list[Tensor]:
@@ -222,7 +223,7 @@ class CMLA:
 
     def _attack(
         self, rows: Tensor, inputs: dict[Modality, Tensor], clean: dict[Modality, Tensor], labels: Tensor,
-        result: dict[Modality, Tensor], losses: dict[Modality, Tensor],
+        result: dict[Modality, Tensor], losses: dict[Modality, Tensor], dtypes: dict[Modality, torch.dtype],
     ) -> None:  # fmt: skip
         within = self.compat is not None
         right: dict[Modality, Tensor] = {m: codes[rows] if within else codes.clone() for m, codes in clean.items()}
@@ -255,7 +256,7 @@ class CMLA:
                 for number in range(self.steps):
                     step(modality, number)
         for modality, run in runs.items():
-            result[modality][rows] = run.result()
+            result[modality][rows] = run.result(dtypes[modality])
 
     def _objective(self, values: Tensor, other: Tensor, own: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
         """The two sums of J for relaxed codes `values` (n, bits) against clean ones (N, bits)."""
@@ -332,9 +333,9 @@ class CodeAttack:
                 f"modality must be image or text, norm one of {', '.join(ORDER)}, relax tanh or none, got "
                 f"{modality!r}, {norm!r} and {relax!r}"
             )
-        self.model, self.modality, self.away = Encoders.of(model, relax), modality, away
+        self.model, self.modality, self.away = Encoders.of(model, relax), modality, flag("away", away)
         self.budget = Budget.checked(modality, eps, norm, bounds, lr, 0.1)
-        self.steps, self.batch = steps, batch
+        self.steps, self.batch = whole("steps", steps, 1), whole("batch", batch, 1)
 
     def __call__(self, x: Array, codes: Array) -> Array:
         """Perturb x (N, ...) with regard to codes of +-1, (N, bits) or one for all (bits,); of x's kind."""
@@ -355,7 +356,7 @@ class CodeAttack:
                     check_differentiable(relaxed, self.modality)
                     agreement = (relaxed * aims[rows]).sum() / aims.shape[1]
                     run.step(agreement if self.away else -agreement)
-                out[rows] = run.result()
+                out[rows] = run.result(_dtype(x))
         return like_input(out.to(_dtype(x)), was_numpy)
 
 

@@ -294,7 +294,7 @@ class PGD(Attack):
             raise InputError("graph=True reads the model's own weights, and these were made under inference_mode")
         inputs = [problem.origin, problem.labels, problem.eps, problem.low, problem.high, x, targets, alpha]
         normalize = None if victim.normalize is None else tuple(tuple(v.flatten().tolist()) for v in victim.normalize)
-        settings = self.attack_mode, self.norm, victim.training, normalize
+        settings = self.attack_mode, self.norm, self.steps, self.momentum, self.loss, victim.training, normalize
         key = settings, tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
         problem.call.check_classes(victim.scores(problem.origin[:1]), targets)  # not in a graph: it waits
         with _REPLAYING:

@@ -218,12 +218,13 @@ def recall_under_attack(
     seed = whole("seed", options.pop("seed", 0), 0, 2**63)
     makers = _makers(attacks, len(gallery), surrogate)
     model = Ranker(encode, gallery, scale=scale, codes=codes)
-    hits = {"clean": _hits(model, x, relevant, k, None, batch)}
+    normalize = options.get("normalize")
+    hits = {"clean": _hits(model, x, relevant, k, None, batch, normalize)}
     for name, (make, several) in makers.items():
         for restart in range(restarts * several):
             # no success: an attack that is content once R@1 is lost would say nothing of R@K
             atk = make(model, eps=eps, seed=seed + restart, **options)
-            left = _hits(model, x, relevant, k, atk, batch)
+            left = _hits(model, x, relevant, k, atk, batch, normalize)
             hits[name] = hits[name] & left if name in hits else left
     before = hits["clean"]
     survived = torch.stack(list(hits.values())).all(dim=0)
@@ -299,16 +300,17 @@ def _makers(
 
 
 def _hits(
-    model: Ranker, x: Tensor, relevant: Tensor, k: Sequence[int], attack: Attack | Transfer | None, batch: int
-) -> Tensor:
+    model: Ranker, x: Tensor, relevant: Tensor, k: Sequence[int], attack: Attack | Transfer | None, batch: int,
+    normalize: tuple[Value, Value] | None,
+) -> Tensor:  # fmt: skip
     """bool (Q, len(k)): whether a relevant item is among the first K, equal scores by index."""
     hits = []
     for number in range(0, len(x), batch):
         part, mask = x[number : number + batch], relevant[number : number + batch]
         if attack is not None:
             part = attack(part, mask, index=torch.arange(number, number + len(part)))
-        with Victim(model).prepare(part):
-            order = model.exact(part).argsort(dim=1, descending=True, stable=True)
+        with Victim(model, normalize).prepare(part) as victim:
+            order = model.exact(victim.input(part)).argsort(dim=1, descending=True, stable=True)
         ranked = mask.gather(1, order)
         hits.append(torch.stack([ranked[:, :n].any(dim=1) for n in k], dim=1).cpu())
     return torch.cat(hits)

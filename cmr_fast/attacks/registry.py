@@ -196,6 +196,8 @@ def make(
         return None
     if losses is RANKING and not entry.rankings:
         raise InputError(f"{name} attacks classifiers; rankings have {', '.join(STANDARD_RANKING)} and the like")
+    if "loss" in options:
+        raise InputError(f"the loss of {name} is in its name; expected no loss beside it, got {options['loss']!r}")
     settings: dict[str, Any] = {"eps": eps, **entry.settings, **options}
     if named.number is not None:
         settings[entry.number] = named.number

@@ -140,11 +140,12 @@ class Victim:
         from torch.fx import symbolic_trace
         from torch.fx.experimental.optimization import fuse
 
-        modules = list(model.modules())
+        # what a trace holds: the modules, and the tensors as they lay then
+        parts = [*model.modules(), *model.parameters(), *model.buffers()]
         with _LOCK:
             try:
-                if self._traced[1:] != modules:
-                    self._traced[:] = [symbolic_trace(model), *modules]
+                if list(map(id, self._traced[1:])) != list(map(id, parts)):
+                    self._traced[:] = [symbolic_trace(model), *parts]
                 return fuse(self._traced[0], no_trace=True)
             except Exception as error:
                 raise InputError(f"fold=True needs a model that torch.fx can trace: {error}") from error
@@ -340,11 +341,12 @@ def _frozen(model: nn.Module, training: tuple[bool, bool, bool]) -> Iterator[Non
     modules, parameters = list(model.modules()), [p for p in model.parameters() if not p.is_inference()]
     moving = [b for b in model.buffers() if not b.is_inference()] if training[0] and training[1] else []
     with _LOCK:
-        buffers = [b.clone() for b in moving]
         for module in modules:
             _hold(module, module.training)
         for parameter in parameters:
             _hold(parameter, parameter.requires_grad)
+        for buffer in moving:
+            _hold(buffer, buffer.clone)
         if training[0]:
             model.train()
             for module in modules:
@@ -366,19 +368,23 @@ def _frozen(model: nn.Module, training: tuple[bool, bool, bool]) -> Iterator[Non
             for parameter in parameters:
                 if _released(parameter):
                     parameter.requires_grad_(True)
-            for buffer, before in zip(moving, buffers, strict=True):
-                buffer.copy_(before)
+            for buffer in moving:
+                if (before := _released(buffer)) is not None:
+                    buffer.copy_(before)
 
 
-def _hold(thing: object, before: bool) -> None:
-    _held.setdefault(id(thing), [thing, 0, before])[1] += 1
+def _hold(thing: object, before: Any) -> None:
+    """Count one attack more; the first one in says what was before, or how to copy it."""
+    if id(thing) not in _held:
+        _held[id(thing)] = [thing, 0, before() if callable(before) else before]
+    _held[id(thing)][1] += 1
 
 
-def _released(thing: object) -> bool | None:
+def _released(thing: object) -> Any:
     """What the last one out restores; None where others are inside still."""
     entry = _held[id(thing)]
     entry[1] -= 1
-    return bool(_held.pop(id(thing))[2]) if not entry[1] else None
+    return _held.pop(id(thing))[2] if not entry[1] else None
 
 
 def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Model:

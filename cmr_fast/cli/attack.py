@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EPS = 8 / 255
 DEFAULT = ("clean", "pgd20", "apgd-dlr")
+BATCH = 250
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Attack(DataFlags):
     cmla-compat, with the steps after the name or none (500)."""
     eps: float | None = None
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
-    8/255."""
+    8/255; of CMLA 10/255 for images, and 0.01 for texts, which stay in that proportion."""
     images: int = 500
     """Test images to attack, each class its share and always the same; of a retriever the first queries."""
     restarts: int | None = None
@@ -59,10 +60,10 @@ class Attack(DataFlags):
     out: Path | None = None
     """Of a classifier: a folder that keeps finished attacks, so that the command goes on where it was stopped. Of a
     retriever: a folder for the report, with plots and a verdict."""
-    batch: int = 250
-    """Images a batch."""
+    batch: int = BATCH
+    """Images a batch. CMLA's result does not depend on it, and it takes its own."""
     seed: int = 0
-    """Seed of the random starts."""
+    """Seed of the random starts. CMLA has none."""
     fast: bool = False
     """Of a classifier: gradients in bfloat16; success is decided in float32."""
     force: bool = False
@@ -113,7 +114,14 @@ class Attack(DataFlags):
         from cmr_fast.reports import hashing
 
         refuse_flags(
-            {"save": self.save, "restarts": self.restarts, "surrogate": self.surrogate, "fast": self.fast},
+            {
+                "save": self.save,
+                "restarts": self.restarts,
+                "surrogate": self.surrogate,
+                "fast": self.fast,
+                "batch": None if self.batch == BATCH else self.batch,
+                "seed": self.seed or None,
+            },
             "is for other attacks than CMLA",
         )
         if self.out is not None:

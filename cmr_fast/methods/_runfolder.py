@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cmr_fast._files import write_aside
+from cmr_fast._files import remove_leavings, write_aside
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ def claim(folder: Path, described: dict[str, Any], resume: bool, kind: "type[Met
         refuse_used(folder)
     config = folder / CONFIG
     if resume:
-        for path in folder.glob(".*.*"):  # what was not yet renamed when the run was killed
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_leavings(folder)  # what was not yet renamed when the run was killed
+        for path in folder.glob(".*.*"):  # the same, of 0.1.0
+            if path.is_file():
+                path.unlink()
         if config.exists():
             same(folder, read_json(config), described, kind, longer=(folder / RESULTS).exists())
             return

@@ -49,7 +49,7 @@ class DCMHConfig:
     pair_loss: Literal["nll", "squared"] = "nll"
     """nll: Eq. 1's likelihood; squared: 1/2 (S Theta - log(1 + e^Theta))^2 with S in {0, 0.999}, SSAH's code's form."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: plain SGD (IV-B); adam: Adam, which learns networks that start from random weights many times sooner."""
+    """sgd: plain SGD (IV-B); adam: Adam."""
     lr: float = 10**-1.5
     """The optimizer's rate at the start (IV-B searches 10^-6 to 10^-1; code: 10^-1.5). It falls to lr_end in a line."""
     lr_end: float = 1e-6

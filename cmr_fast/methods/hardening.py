@@ -100,6 +100,7 @@ def harden(
     epochs: int = 5,
     rounds: int = 1,
     attack: str = "cmla",
+    share: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Run:
     """Adversarial training of a trained hashing method: fine-tune on the training split and on attacked copies of it.
@@ -119,7 +120,7 @@ def harden(
     rounds : int
         Above 1 the samples are made anew, against the model of that moment, so many times; `epochs` is divided among
         them.
-    attack, options
+    attack, share, options
         As in `named_attack`.
 
     Returns
@@ -140,7 +141,7 @@ def harden(
     config = replace(model.config, epochs=epochs // rounds)
     start, done = model, None
     for number in range(1, rounds + 1):
-        attacker = named_attack(attack, start, dataset, options=options)
+        attacker = named_attack(attack, start, dataset, share=share, options=options)
         samples, _ = perturb(attacker, dataset.train.select(drawn))
         if dataset.train.image.dtype == torch.uint8:
             samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})

@@ -222,7 +222,7 @@ def _preset_of_other_data(kind: type[Method], config: Any, data: str) -> str | N
     for name, source in kind.preset_data.items():
         chosen = {k: v for k, v in asdict(kind.presets[name]).items() if v != default[k] and k != "epochs"}
         if not data.startswith(source) and all(getattr(config, k) == v for k, v in chosen.items()):
-            return f"preset {name} was chosen by validation on {source}; on {data} compare it with the default config"
+            return f"preset {name} was made for {source}; on {data} compare it with the default config"
     return None
 
 

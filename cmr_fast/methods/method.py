@@ -38,7 +38,7 @@ class Method(nn.Module):
     presets: ClassVar[dict[str, Any]] = {}
     """Configs by name; `cmr-fast train --preset` starts from one."""
     preset_data: ClassVar[dict[str, str]] = {}
-    """Of the presets that were chosen by validation on one data set: preset -> the data set's name."""
+    """Of the presets that were made for one data set: preset -> the data set's name."""
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__()

@@ -199,7 +199,7 @@ def defend(
         settings = replace(run, out=run.out.with_name(f"{run.out.name}-adversarial{count}"))
         with busy(f"training with {count} adversarial samples"):
             hardened = harden(
-                model, dataset, settings, count, epochs=epochs, rounds=rounds, attack=attack, options={"share": share}
+                model, dataset, settings, count, epochs=epochs, rounds=rounds, attack=attack, share=share
             ).model
         assert isinstance(hardened, Retriever)
         again = examine(hardened, dataset, [attack], share=share)

@@ -177,7 +177,8 @@ def append(
     path = as_path(path)
     with _locked(path) as file:
         old = _read(file, path)
-        remove_leavings(Path(os.path.realpath(path)))
+        target = Path(os.path.realpath(path))
+        remove_leavings(target.parent, target)
         new, next_id = more(old)
         rows = sum(map(len, new))
         if rows == 0:

@@ -212,9 +212,11 @@ def taken(call, arguments, names):
     return result
 
 
-def test_arguments_of_rankings_transfers_checks_and_reports(model, tmp_path):
+def test_arguments_of_rankings_transfers_checks_and_reports(model, tmp_path, monkeypatch):
     from cmr_fast.attacks import checks, registry
     from cmr_fast.reports import recall, robustness
+
+    monkeypatch.chdir(tmp_path)  # names of folders are among the odd values
 
     model.eval()
     x, y = samples(6)

@@ -149,12 +149,13 @@ def test_a_full_disk_ends_training_in_one_line_and_it_goes_on(capsys, monkeypatc
     ]
     argv += ["--critic-hidden", "8", "--critic-dim", "4", "--batch-size", "16", "--out", "run"]
     assert main([*argv, "--epochs", "1"]) == 0
-    monkeypatch.setattr(files.os, "replace", full)
-    said = refused(capsys, *argv, "--epochs", "3", "--resume")
-    assert "No space left on device" in said
-    monkeypatch.undo()
-    os.chdir(Path("run").resolve().parent)
+    before = Path("run/model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        assert "No space left on device" in refused(capsys, *argv, "--epochs", "3", "--resume")
+    assert Path("run/model.safetensors").read_bytes() == before
     assert main([*argv, "--epochs", "3", "--resume"]) == 0
+    assert Path("run/model.safetensors").read_bytes() != before
 
 
 def full(*_: object) -> None:
