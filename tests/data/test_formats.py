@@ -173,7 +173,7 @@ def test_a_folder_named_like_a_file(tmp_path, folder):
         (("annotations/captions_train2017.json", "train2017/1.jpg"), "photos and captions.* encode both"),
         (("Flickr8k.token.txt", "Images/1.jpg"), "photos and captions"),
         (("1.JPG", "2.png"), "photos without texts"),
-        (("dataset_flickr8k.json",), "captions but no features"),
+        (("dataset_flickr30k.json",), "captions but no features"),
         (("train.pt", "test.pth"), r"torch\.load"),
         (("train.csv",), "Tables are not read"),
         (("cifar.tar.gz",), "unpack"),

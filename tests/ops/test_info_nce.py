@@ -453,7 +453,7 @@ def test_the_native_path_runs_the_epilogue(monkeypatch):
         ({"positives": torch.zeros(4, 5)}, r"bool or float \(4, 4\), got torch.float32 \(4, 5\)"),
         ({"positives": torch.zeros(4, 4, dtype=torch.int64)}, "bool or float"),
         ({"positives": torch.arange(4), "offset": 2}, "must be 0 where positives are given"),
-        ({"positives": torch.zeros(4, 4, device="meta")}, "positives must be tensors on cpu"),
+        ({"positives": torch.zeros(4, 4, device="meta")}, "positives must be dense tensors on cpu"),
         ({"direction": "row"}, "direction must be both, image or text, got 'row'"),
         ({"reduction": "max"}, "reduction must be mean, sum or none, got 'max'"),
         ({"backend": "cuda"}, "has the backends cpp, torch"),
