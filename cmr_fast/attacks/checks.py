@@ -194,7 +194,7 @@ def black_box(
         Without a surrogate or an attack.
     """
     white = accuracy(PGD(model, eps, None, steps, **_unchecked(options)), x, y)
-    left = {}
+    left: dict[str, float] = {}
     if attacks is None:
         kept: Options = {**options, "check": False}
         attacks = [LocalSearch(model, eps, 20, **kept)] if options.get("norm", "linf") == "linf" else []
