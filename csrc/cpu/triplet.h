@@ -31,7 +31,7 @@ struct TripletBlock {
     const float *x_squares, *y_squares;  // (rows,), (candidates,) squared norms
     const float *x, *y;                  // (rows, width), (candidates, width)
     int64_t width;
-    double* losses;   // (rows,)
+    double* losses;   // (rows,) sums of weight times distance; of a margin loss the caller adds margin * open
     float* row_sums;  // (rows,) of e
     int64_t* close;   // (rows,) pairs with a weight that are close (kClose)
     int threads;
