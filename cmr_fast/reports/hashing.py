@@ -61,10 +61,12 @@ class Attacked:
     queries: dict[str, Pairs]
 
 
-def score(model: Retriever, query: Pairs, database: Pairs, name: str) -> "tuple[Row, dict[str, RetrievalResult]]":
-    """mAP(all) of query codes over database codes for I2T, T2I, I2I and T2T."""
-    asked, base = ({m: _packed(model, m, getattr(side, m)) for m in MODALITIES} for side in (query, database))
-    bits = model.config.bits
+def score(
+    model: Retriever, query: Pairs, database: Pairs, name: str, base: Mapping[str, Tensor] | None = None
+) -> "tuple[Row, dict[str, RetrievalResult]]":
+    """mAP(all) of query codes over the database's (`base`, where they were made already), for all TASKS."""
+    asked, bits = _codes(model, query), model.config.bits
+    base = _codes(model, database) if base is None else base
     results: dict[str, Any] = {}
     aware: dict[str, float] = {}
     for task in TASKS:
@@ -86,13 +88,14 @@ def examine(
 ) -> Attacked:
     """Attack the first `count` queries (None: all) by each named attack, and score them beside the clean ones."""
     query = dataset.query if count is None else dataset.query.select(torch.arange(min(count, len(dataset.query))))
-    row, ranked = score(model, query, dataset.database, "clean")
+    base = _codes(model, dataset.database)
+    row, ranked = score(model, query, dataset.database, "clean", base)
     out = Attacked([row], {"clean": ranked}, {}, {"clean": query})
     for name in attacks:
         attack = named_attack(name, model, dataset, share=share, options=options)
         with busy(f"{name}, {attack.steps} steps"):
             moved, result = perturb(attack, query)
-        row, ranked = score(model, moved, dataset.database, name)
+        row, ranked = score(model, moved, dataset.database, name, base)
         out.rows.append(replace(row, distortion=result.distortion))
         out.ranked[name] = ranked
         out.losses[name] = {m: loss.numpy() for m, loss in result.losses.items()}
@@ -229,8 +232,9 @@ def _cells(row: Row) -> list[str]:
     return [f"{row.map[task]:.4f}" for task in TASKS] + [f"{row.distortion[m]:.4f}" for m in MODALITIES]
 
 
-def _packed(model: Retriever, modality: Any, features: Any) -> Tensor:
-    return pack_codes(encode_all(model, modality, features) >= 0)
+def _codes(model: Retriever, pairs: Pairs) -> dict[str, Tensor]:
+    """Packed codes by modality."""
+    return {m: pack_codes(encode_all(model, m, getattr(pairs, m)) >= 0) for m in MODALITIES}
 
 
 def _by_rank(result: "RetrievalResult") -> figures.Curve:
