@@ -6,6 +6,7 @@ compat="cmla", which takes the same steps (checked).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ def problem() -> tuple[dict[str, nn.Module], dict[str, Tensor], Tensor]:
     return networks, inputs, torch.arange(PAIRS) % 8
 
 
+def objective(
+    network: nn.Module, x: Tensor, noise: Tensor, high: float, other: Tensor, own: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """J of the authors' code, and the perturbed inputs."""
+    moved = (x + noise).clamp(0, high)
+    values = network(moved).tanh()
+    inter, intra = values @ other.T, values @ own.T
+    total = (share * inter + nn.functional.softplus(-inter)).mean() + (x - moved).abs().mean()
+    return total + (nn.functional.softplus(intra) - share * intra).mean(), moved
+
+
 def port(networks: dict[str, nn.Module], inputs: dict[str, Tensor], labels: Tensor) -> Callable[[], dict[str, Tensor]]:
     def attack() -> dict[str, Tensor]:
         kept = {name: x.clone().numpy() for name, x in inputs.items()}
@@ -45,13 +57,7 @@ def port(networks: dict[str, nn.Module], inputs: dict[str, Tensor], labels: Tens
                 x = inputs[name][rows]
                 noise = torch.zeros_like(x, requires_grad=True)
                 adam = torch.optim.Adam([noise], LR[name])
-
-                def loss(x: Tensor = x, noise: Tensor = noise, name: str = name, other: str = other) -> Any:
-                    moved = (x + noise).clamp(0, HIGH[name])
-                    values = networks[name](moved).tanh()
-                    inter, intra = values @ codes[other].T, values @ codes[name].T  # noqa: B023
-                    total = (share * inter + nn.functional.softplus(-inter)).mean() + (x - moved).abs().mean()  # noqa: B023
-                    return total + (nn.functional.softplus(intra) - share * intra).mean(), moved  # noqa: B023
+                loss = partial(objective, networks[name], x, noise, HIGH[name], codes[other], codes[name], share)
 
                 for _ in range(STEPS):
                     adam.zero_grad()

@@ -111,6 +111,7 @@ class Attack(DataFlags):
 
     def _codes(self, model: "Method") -> None:
         """CMLA: perturbed images and texts as queries, all four tasks."""
+        from cmr_fast.methods.method import Retriever
         from cmr_fast.reports import hashing
 
         refuse_flags(
@@ -127,8 +128,9 @@ class Attack(DataFlags):
         if self.out is not None:
             check_report_folder(self.out, self.force)
         dataset = self.pairs_of(model, self.trained)
+        assert isinstance(model, Retriever)
         names = [name for name in self.attacks if name != "clean"]
-        result = hashing.examine(model, dataset, names, count=self.images, share=self.eps)  # type: ignore[arg-type]
+        result = hashing.examine(model, dataset, names, count=self.images, share=self.eps)
         queries = len(result.queries["clean"])
         title = f"{model.name} on {dataset.name}, {queries} queries, {len(dataset.database)} in the database"
         hashing.print_report(result, title)

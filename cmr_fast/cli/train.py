@@ -84,11 +84,13 @@ class Train:
             _print_retriever(run, dataset, self.config.epochs)
 
     def _harden(self, run: "Run", dataset: Any, options: dict[str, Any]) -> None:
+        from cmr_fast.methods.method import Retriever
         from cmr_fast.reports import hashing
 
+        assert isinstance(run.model, Retriever)
         settings = replace(self.run, out=run.path)
         counts, attack = self.source.adversarial, f"cmla{self.source.adversarial_steps}"
-        rows = hashing.defend(run.model, dataset, settings, counts, attack=attack)  # type: ignore[arg-type]
+        rows = hashing.defend(run.model, dataset, settings, counts, attack=attack)
         for row in rows[1:]:
             record_source(run.path.with_name(f"{run.path.name}-adversarial{row.samples}"), self.source.data, options)
         if not self.run.quiet:
