@@ -1,7 +1,7 @@
 """What attacks on hash codes share: the victim's encoders, an item's budget, the perturbation under an optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cmr_fast.attacks.settings import real
+from cmr_fast.attacks.victim import held
 from cmr_fast.errors import InputError
+from cmr_fast.losses.dcmh import signs
 
 Modality = Literal["image", "text"]
 Norm = Literal["linf", "l2", "l1"]
@@ -24,11 +26,6 @@ class Hashing(Protocol):
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, ...) inputs -> (N, bits); bit = value >= 0."""
-
-
-def sign(values: Tensor) -> Tensor:
-    """1 where a value is >= 0, else -1: the package's codes as numbers."""
-    return (values >= 0).to(values.dtype) * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Encoders:
     @torch.no_grad()
     def codes(self, inputs: dict[Modality, Tensor], batch: int) -> dict[Modality, Tensor]:
         """Binary codes as +-1."""
-        out = {m: [sign(self.relaxed(m, part)) for part in x.split(batch)] for m, x in inputs.items()}
+        out = {m: [signs(self.relaxed(m, part)) for part in x.split(batch)] for m, x in inputs.items()}
         codes = {m: torch.cat(parts) for m, parts in out.items()}
         widths = [c.shape[1] for c in codes.values()]
         if widths[0] != widths[1]:
@@ -217,21 +214,13 @@ def within(noise: Tensor, eps: float, norm: Norm) -> Tensor:
 
 @contextmanager
 def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode and parameters without gradients inside; as before outside."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    asked = [p for module in modules for p in module.parameters() if p.requires_grad]
-    try:
+    """Evaluation mode, parameters without gradients and gradients on inside; as before outside."""
+    with ExitStack() as stack:
         for module in modules:
-            module.eval()
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        for parameter in asked:
-            parameter.requires_grad_(True)
+            stack.enter_context(held(module))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def check_differentiable(values: Tensor, modality: Modality) -> None:

@@ -31,11 +31,11 @@ from cmr_fast.attacks.codes import (
     Perturbation,
     check_differentiable,
     frozen,
-    sign,
 )
 from cmr_fast.attacks.settings import flag, real, whole
 from cmr_fast.errors import InputError
-from cmr_fast.ops import pack_codes, pairwise_nll, pairwise_squared
+from cmr_fast.losses.dcmh import packed_labels, signs
+from cmr_fast.ops import pairwise_nll, pairwise_squared
 from cmr_fast.ops._tensors import as_tensor, like_input
 from cmr_fast.ops.labels import share_label
 
@@ -245,7 +245,7 @@ class CMLA:
             run.step(loss)
             losses[modality][number] += float(loss.detach()) * (len(rows) if within else 1)
             if self.alternate:
-                right[modality][rows] = sign(values.detach())
+                right[modality][rows] = signs(values.detach())
 
         if self.alternate:
             for number in range(self.steps):
@@ -260,7 +260,7 @@ class CMLA:
 
     def _objective(self, values: Tensor, other: Tensor, own: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
         """The two sums of J for relaxed codes `values` (n, bits) against clean ones (N, bits)."""
-        scale, packed = 1.0 if self.compat else 0.5, (_packed(mine), _packed(theirs))
+        scale, packed = 1.0 if self.compat else 0.5, (packed_labels(mine), packed_labels(theirs))
         values = values.to(own.dtype)
         against = own if self.single_modal else other
         if self.flip == "all":  # log(1 + e^-x) + S x is the likelihood of S at -x
@@ -367,7 +367,7 @@ def anchor_code(codes: Tensor) -> Tensor:
     """
     if codes.ndim != 2 or not len(codes):
         raise InputError(f"codes must be (n, bits) of at least one, got {tuple(codes.shape)}")
-    return sign(codes.sum(dim=0))
+    return signs(codes.sum(dim=0))
 
 
 def centre_codes(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
@@ -387,7 +387,7 @@ def centre_codes(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
     apart = 1 - alike
     near = alike @ codes / alike.sum(dim=1, keepdim=True).clamp(min=1)
     far = apart @ codes / apart.sum(dim=1, keepdim=True).clamp(min=1)
-    return sign(near - far)
+    return signs(near - far)
 
 
 def _labels(labels: Array, count: int) -> Tensor:
@@ -398,10 +398,6 @@ def _labels(labels: Array, count: int) -> Tensor:
             f"{tuple(values.shape)}"
         )
     return values
-
-
-def _packed(labels: Tensor) -> Tensor:
-    return pack_codes(labels.bool()) if labels.ndim == 2 else labels.long()
 
 
 def _distortion(x: Tensor, clean: Tensor, bounds: tuple[float, float]) -> float:

@@ -114,7 +114,7 @@ class Victim:
                 mean, std = (v.to(x, copy=True) for v in self.normalize)
                 call.normalize = mean, std
             if isinstance(self.model, nn.Module):
-                stack.enter_context(_frozen(self.model, self.training))
+                stack.enter_context(held(self.model, self.training))
                 call._exact, call._run = call._functions(self.model)
             yield call
 
@@ -336,7 +336,7 @@ def _random_state(devices: set[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module, training: tuple[bool, bool, bool]) -> Iterator[None]:
+def held(model: nn.Module, training: tuple[bool, bool, bool] = (False, False, False)) -> Iterator[None]:
     """Evaluation mode (or the mode asked for), no parameter that requires grad, until the last attack is done."""
     modules, parameters = list(model.modules()), [p for p in model.parameters() if not p.is_inference()]
     moving = [b for b in model.buffers() if not b.is_inference()] if training[0] and training[1] else []

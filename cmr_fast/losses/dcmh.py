@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops.hamming import pack_codes
 from cmr_fast.ops.pairwise import Similarities, pairwise_nll, pairwise_squared
 
 
@@ -142,3 +143,35 @@ def dcmh_loss(
     pairs = pairwise_squared if squared else pairwise_nll
     likelihood = pairs(f, other.codes, s, backend=backend, threads=threads)
     return likelihood + gamma * (signs - f).square().sum() + eta * own.sums_with(rows, f).square().sum()
+
+
+def signs(values: Tensor) -> Tensor:
+    """1 where a value is >= 0, else -1: the package's codes as numbers.
+
+    Parameters
+    ----------
+    values : Tensor
+        Floats of any shape.
+
+    Returns
+    -------
+    Tensor
+        Of the same shape and dtype.
+    """
+    return (values >= 0).to(values.dtype) * 2 - 1
+
+
+def packed_labels(labels: Tensor) -> Tensor:
+    """Labels as the pairwise losses compare them fastest.
+
+    Parameters
+    ----------
+    labels : Tensor
+        Class ids (N,), or multi-hot rows (N, C).
+
+    Returns
+    -------
+    Tensor
+        int64 (N,) class ids, or uint8 (N, ceil(C / 8)) packed rows.
+    """
+    return pack_codes(labels.bool()) if labels.ndim == 2 else labels.long()

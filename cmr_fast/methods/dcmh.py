@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses import CodeBuffer, dcmh_loss
+from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.models.hashing import CNNF, BagLinear, mostly_zero
-from cmr_fast.ops import pack_codes
 
 _TURNS: tuple[tuple[Modality, Modality], ...] = (("image", "text"), ("text", "image"))
 _IMAGES = 128  # pixels are encoded so many at a time
@@ -225,16 +225,6 @@ class DCMH(Retriever):
                 optimizer.step()
             logged[f"loss_{modality}"] = loss.detach()
         return logged
-
-
-def signs(values: Tensor) -> Tensor:
-    """1 where a value is >= 0, else -1."""
-    return (values >= 0).to(values.dtype) * 2 - 1
-
-
-def packed_labels(labels: Tensor) -> Tensor:
-    """Labels as the pairwise losses compare them fastest: class ids as they are, multi-hot rows packed."""
-    return pack_codes(labels.bool()) if labels.ndim == 2 else labels
 
 
 def full(x: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.dcmh import Memory, full, packed_labels, signs
+from cmr_fast.methods.dcmh import Memory, full
 from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling

@@ -7,8 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from cmr_fast.attacks import CMLA, CodeAttack, anchor_code, centre_codes
-from cmr_fast.attacks.codes import sign, within
+from cmr_fast.attacks.codes import within
 from cmr_fast.errors import InputError
+from cmr_fast.losses.dcmh import signs
 from cmr_fast.ops import pack_codes
 from cmr_fast.retrieval.metrics import evaluate_codes
 
@@ -58,7 +59,7 @@ def test_objective_is_the_printed_sum(flip, keep):
     model = Linear()
     atk = CMLA(model, flip=flip, keep_intra=keep)
     values = model.encode("image", image).tanh().detach()
-    other, own = sign(model.encode("text", text)).detach(), sign(values)
+    other, own = signs(model.encode("text", text)).detach(), signs(values)
     expected = loops(values, other, own, labels, flip=flip, keep=keep)
     assert float(atk._objective(values, other, own, labels, labels)) == pytest.approx(expected, rel=1e-12)
 
@@ -67,7 +68,7 @@ def test_single_modal_attacks_the_own_codes():
     image, _, labels = items()
     model = Linear()
     values = model.encode("image", image).tanh().detach()
-    own = sign(values)
+    own = signs(values)
     expected = loops(values, own, own, labels) - loops(values, own, own, labels, flip="none")
     atk = CMLA(model, single_modal=True)
     assert float(atk._objective(values, -own, own, labels, labels)) == pytest.approx(expected, rel=1e-12)
@@ -77,11 +78,11 @@ def test_multi_label_pairs_share_any_label():
     model, (image, text, _) = Linear(), items(6)
     rows = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=torch.uint8)
     values = model.encode("image", image).tanh().detach()
-    other = sign(model.encode("text", text)).detach()
+    other = signs(model.encode("text", text)).detach()
     share = (rows.double() @ rows.double().T > 0).double()
-    inter, intra = 0.5 * values @ other.T, 0.5 * values @ sign(values).T
+    inter, intra = 0.5 * values @ other.T, 0.5 * values @ signs(values).T
     expected = (nn.functional.softplus(-inter) + share * inter + nn.functional.softplus(intra) - share * intra).sum()
-    assert_close(CMLA(model)._objective(values, other, sign(values), rows, rows), expected)
+    assert_close(CMLA(model)._objective(values, other, signs(values), rows, rows), expected)
 
 
 @pytest.mark.parametrize(("norm", "p"), [("linf", torch.inf), ("l2", 2), ("l1", 1)])
@@ -104,7 +105,7 @@ def test_compat_takes_the_codes_first_steps():
         model, image_eps=eps, image_lr=lr, text_eps=0.01, text_lr=0.004, steps=2, compat="cmla", batch=7
     )(image, text, labels)  # fmt: skip
     share = (labels[:, None] == labels).double()
-    codes = {"image": sign(model.encode("image", image)).detach(), "text": sign(model.encode("text", text)).detach()}
+    codes = {"image": signs(model.encode("image", image)).detach(), "text": signs(model.encode("text", text)).detach()}
     for name, other, x, budget, rate in (
         ("image", "text", image, eps, lr), ("text", "image", text, 0.01, 0.004)
     ):  # fmt: skip
@@ -239,7 +240,7 @@ def test_an_undefended_model_falls():
 def test_the_intra_term_keeps_what_the_attack_without_it_loses():
     x, labels = easy_items()
     model, agree = Classes(), {}
-    own = sign(model.encode("image", x)).detach()
+    own = signs(model.encode("image", x)).detach()
     for keep in (True, False):
         result = CMLA(model, keep_intra=keep, image_eps=0.5, text_eps=0.5, steps=60)(x, x, labels)
         moved = model.encode("image", result.image).tanh().detach()
@@ -317,7 +318,7 @@ def test_items_without_labels_and_none_at_all():
 
 
 def test_anchor_code_is_nearest_to_the_set_by_enumeration():
-    codes = sign(torch.randn(7, 6, generator=torch.Generator().manual_seed(0)))
+    codes = signs(torch.randn(7, 6, generator=torch.Generator().manual_seed(0)))
     every = torch.tensor([[1.0 if i >> b & 1 else -1.0 for b in range(6)] for i in range(64)])
     distances = (6 - every @ codes.T).sum(dim=1)
     assert (6 - anchor_code(codes) @ codes.T).sum() == distances.min()
@@ -325,7 +326,7 @@ def test_anchor_code_is_nearest_to_the_set_by_enumeration():
 
 
 def test_centre_codes_have_the_best_score_by_enumeration():
-    codes = sign(torch.randn(9, 5, generator=torch.Generator().manual_seed(1)))
+    codes = signs(torch.randn(9, 5, generator=torch.Generator().manual_seed(1)))
     labels, queries = torch.arange(9) % 2, torch.tensor([0, 1, 7])
     every = torch.tensor([[1.0 if i >> b & 1 else -1.0 for b in range(5)] for i in range(32)])
     for query, centre in zip(queries, centre_codes(codes, labels, queries), strict=True):
@@ -339,7 +340,7 @@ def test_centre_codes_have_the_best_score_by_enumeration():
 def test_code_attack_moves_towards_or_away(away):
     image, _, _ = items(20)
     model = Linear()
-    aim = sign(torch.randn(BITS, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    aim = signs(torch.randn(BITS, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
     moved = CodeAttack(model, "image", eps=0.2, steps=30, away=away)(image, aim)
     before, after = (model.encode("image", x).tanh() @ aim for x in (image, moved))
     assert (after < before).all() if away else (after > before).all()

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.dcmh import DCMH, DCMHConfig, signs
+from cmr_fast.losses.dcmh import signs
+from cmr_fast.methods.dcmh import DCMH, DCMHConfig
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.models.hashing import CNNF, BagLinear
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cmr_fast.errors import InputError
-from cmr_fast.methods.dcmh import signs
+from cmr_fast.losses.dcmh import signs
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.methods.ssah import SSAH, MultiScale, SSAHConfig
 
