@@ -25,8 +25,8 @@ class TrainingData(DataFlags):
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
     preset: str = "paper"
-    """Settings to start from, which the flags below then change: `paper`, or what was chosen by validation on a data
-    set (see Presets above), with which the tables in bench/results repeat."""
+    """Settings to start from, which the flags below then change: `paper`, or what was made for a data set (see Presets
+    above), with which the tables in bench/results repeat."""
     adversarial: tuple[int, ...] = ()
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
     its own for each number, and attack every one anew. None: no such training."""
