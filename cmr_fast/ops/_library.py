@@ -79,7 +79,7 @@ def register_loss(
     register(
         f"{name}_backward(Tensor upstream, {', '.join(f'Tensor gradient{i}' for i in differentiable)}) "
         f"-> ({', '.join('Tensor' for _ in differentiable)})",
-        lambda upstream, *gradients: tuple((x * upstream).to(x.dtype) for x in gradients),
+        lambda upstream, *gradients: tuple([x * upstream if x.numel() else torch.empty_like(x) for x in gradients]),
         lambda upstream, *gradients: tuple(torch.empty_like(x) for x in gradients),
     )
     op, scale = (getattr(torch.ops.cmr_fast, x).default for x in (name, f"{name}_backward"))

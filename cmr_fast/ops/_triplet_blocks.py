@@ -11,7 +11,7 @@ from cmr_fast.ops import _dispatch
 BLOCK = {"cpp": 1 << 22, "cuda": 1 << 24, "torch": 1 << 20}  # distances held at once
 EXACT = 25  # up to so many rows torch.cdist takes differences
 CLOSE = 1 / 64  # squared distances up to this share of |x|^2 + |y|^2 are made from differences: kClose of the kernels
-SAMPLE = 17  # rows that the origin is chosen by
+SAMPLE = 17  # rows that the origin is chosen by: kOriginRows of the kernels
 
 # weigh(rows, block): inner products of a block of anchors with all candidates in (nothing where the sweep is exact); e
 # in their place, its row sums back
@@ -31,28 +31,32 @@ class Sweep:
         self.same, self.dot, self.backend = other is None, distance == "dot", backend
         y = x if other is None else other
         self.exact = not self.dot and max(len(x), len(y)) <= EXACT
-        if not self.dot and not self.exact and len(x) and len(y):
-            origin = _origin(x, y)
-            if origin is not None:
-                x, y = x - origin, y if other is None else y - origin
         self.x = x.contiguous()
         self.y = self.x if self.same else y.contiguous()
+        if not self.dot and not self.exact and len(x) and len(y):
+            origin = _native_origin(self.x, self.y) if backend == "cpp" else _origin(self.x, self.y)
+            if origin is not None:
+                self.x = self.x - origin
+                self.y = self.x if self.same else self.y - origin
         self.x_squares = self.x.square().sum(1)
         self.y_squares = self.x_squares if self.same else self.y.square().sum(1)
         self.rows = max(1, min(len(x), BLOCK[backend] // max(1, len(y))))
-        self.close = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # close pairs of a row that have a weight
-        self.head: tuple[Any, ...] = ()
+        self.close = False  # whether a pair of the last block has a weight and is close; not asked for on a GPU
+        self.head: tuple[Any, ...] = ()  # of a native call's arguments, and its scratch
+        self.tail: tuple[int, ...] = ()
         if backend == "cpp":
             self.native, self.head = _dispatch.native(), (_dispatch.choose_isa(), _dispatch.choose_threads(threads))
             size = self.native.triplet_workspace(self.rows, len(y), self.head[1])
             self.workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self.close_of_row = torch.empty(self.rows, dtype=torch.int64, device="cpu")
+            self.tail = self.close_of_row.data_ptr(), self.workspace.data_ptr()
         elif backend == "cuda":
             self.native, self.head = _dispatch.native_cuda(), (_dispatch.queue(x),)
 
     def points(self, rows: slice) -> tuple[int, int, int, int, int, bool]:
         """A block's anchors and the candidates, as native code takes them."""
         return (
-            self.x[rows].data_ptr(), self.x_squares[rows].data_ptr(), self.y.data_ptr(), self.y_squares.data_ptr(),
+            address(self.x, rows), address(self.x_squares, rows), self.y.data_ptr(), self.y_squares.data_ptr(),
             self.x.shape[1], self.exact,
         )  # fmt: skip
 
@@ -60,18 +64,20 @@ class Sweep:
         """Weigh every block; fill the gradients that have rows."""
         grad_x.zero_()
         grad_other.zero_()
-        if not len(self.x) or not len(self.y):
+        anchors, candidates = self.x.shape[0], self.y.shape[0]
+        if not anchors or not candidates:
             return
-        buffer = self.x.new_empty((self.rows, len(self.y)))
-        for first in range(0, len(self.x), self.rows):
-            rows = slice(first, min(first + self.rows, len(self.x)))
+        wanted = grad_x.shape[0] or grad_other.shape[0]
+        buffer = self.x.new_empty((self.rows, candidates))
+        for first in range(0, anchors, self.rows):
+            rows = slice(first, min(first + self.rows, anchors))
             block = buffer[: rows.stop - first]
             if not self.exact:
                 torch.mm(self.x[rows], self.y.T, out=block)
             sums = weigh(rows, block)
-            if not len(grad_x) and not len(grad_other):
+            if not wanted:
                 continue
-            if self.exact or (self.x.device.type == "cpu" and not self.dot and bool(self.close[rows].any())):
+            if self.exact or self.close:
                 self._pull_close(rows, block, grad_x, grad_other)
             elif self.same:
                 self._pull_same(rows, block, sums, grad_x)
@@ -154,6 +160,11 @@ class Sweep:
         return d2 <= CLOSE * (self.x_squares[rows, None] + self.y_squares)
 
 
+def address(x: Tensor, rows: slice) -> int:
+    """Of the first of these rows of a contiguous tensor: what x[rows].data_ptr() is, without a tensor made for it."""
+    return x.data_ptr() + int(rows.start) * x.stride(0) * x.element_size()
+
+
 def _origin(x: Tensor, y: Tensor) -> Tensor | None:
     """(d,) the median of some rows along coordinates where it is more than twice the median deviation, 0 elsewhere."""
     rows = torch.cat([v[:: -(-len(v) // SAMPLE)] for v in (x, y)]) if y is not x else x[:: -(-len(x) // SAMPLE)]
@@ -164,6 +175,14 @@ def _origin(x: Tensor, y: Tensor) -> Tensor | None:
     if origin.device.type == "cpu" and not bool(far.any()):
         return None
     return torch.where(far, origin, 0)
+
+
+def _native_origin(x: Tensor, y: Tensor) -> Tensor | None:
+    """_origin in one call."""
+    origin = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
+    second = (len(y), y.data_ptr()) if y is not x else (0, 0)
+    moved = _dispatch.native().triplet_origin(len(x), x.data_ptr(), *second, x.shape[1], origin.data_ptr())
+    return origin if moved else None
 
 
 def weights_of(

@@ -17,7 +17,7 @@ from cmr_fast.ops import _dispatch
 from cmr_fast.ops._dispatch import check_finite
 from cmr_fast.ops._library import register_loss
 from cmr_fast.ops._tensors import Array, as_number, as_tensor, like_input
-from cmr_fast.ops._triplet_blocks import Sweep, weights_of
+from cmr_fast.ops._triplet_blocks import Sweep, address, weights_of
 from cmr_fast.ops.labels import share_bit
 
 Mining = Literal["all", "hard", "hard_negative", "semihard"]
@@ -298,8 +298,8 @@ def _triplet_margin(
             if other is None:
                 positive.diagonal(rows.start).fill_(False)
             w, losses[rows], counts[0, rows], counts[1, rows] = weights_of(d, positive, negative, margin, mining)
-            if close is not None:
-                sweep.close[rows] = (close & (w != 0)).sum(1)
+            if close is not None and close.device.type == "cpu":
+                sweep.close = bool((close & (w != 0)).any())
             if distance == "euclidean":
                 w = torch.where(d == 0, 0, w / d)
             elif distance == "squared":
@@ -310,26 +310,28 @@ def _triplet_margin(
         own, planes = labels.contiguous(), _planes(candidate_labels)
         words = 1 if labels.ndim == 1 else labels.shape[1]
         sums = x.new_empty(len(x))
+        triplets, opened = counts.unbind()
         modes = MINING.index(mining), DISTANCES.index(distance)
         shape = (len(y), words, labels.ndim == 1, margin, *modes, needs_grad_x or needs_grad_other)
 
         def weigh(rows: slice, block: Tensor) -> Tensor:
-            tail = (sweep.close[rows].data_ptr(), sweep.workspace.data_ptr()) if chosen == "cpp" else ()
-            sweep.native.triplet_weigh(
-                *sweep.head, len(block), *shape, rows.start if other is None else -1, block.data_ptr(),
-                sweep.points(rows), own[rows].data_ptr(), planes.data_ptr(), losses[rows].data_ptr(),
-                counts[0, rows].data_ptr(), counts[1, rows].data_ptr(), sums[rows].data_ptr(), *tail,
+            close = sweep.native.triplet_weigh(
+                *sweep.head, rows.stop - rows.start, *shape, rows.start if other is None else -1, block.data_ptr(),
+                sweep.points(rows), address(own, rows), planes.data_ptr(), address(losses, rows),
+                address(triplets, rows), address(opened, rows), address(sums, rows), *sweep.tail,
             )  # fmt: skip
+            sweep.close = bool(close)
             return sums[rows]
 
     sweep.run(weigh, grad_x, grad_other)
     # the margin of each open triplet, in float64; one that rounding opened may be below 0 by that
-    loss = (losses + margin * counts[1].double()).clamp_(min=0).sum()
+    loss = torch.add(losses, counts[1], alpha=margin).clamp_(min=0).sum()
     if reduction != "sum":
         number = counts[REDUCTIONS.index(reduction)].sum().clamp(min=1)
         loss = loss / number
         for grad in (grad_x, grad_other):
-            grad.div_(number)
+            if grad.shape[0]:
+                grad.div_(number)
     return loss.to(x.dtype), grad_x, grad_other
 
 
@@ -373,7 +375,8 @@ def _acmr_triplet(
             hinge = (margin - d).clamp(min=0)
             losses[rows] = torch.where(relevant, pull * d, push * hinge).double().sum(1)
             w = torch.where(relevant, pull, torch.where(hinge > 0, -push, 0))
-            sweep.close[rows] = (close & (w != 0)).sum(1)
+            if close.device.type == "cpu":
+                sweep.close = bool((close & (w != 0)).any())
             block.copy_(torch.where(d == 0, 0, w / d))
             return block.sum(1)
     else:
@@ -386,11 +389,10 @@ def _acmr_triplet(
         )  # fmt: skip
 
         def weigh(rows: slice, block: Tensor) -> Tensor:
-            sweep.native.triplet_acmr(
-                *sweep.head, len(block), size, *relevance, margin, near.data_ptr(), far.data_ptr(), rows.start,
-                needs_grad_image or needs_grad_text, block.data_ptr(), sweep.points(rows), own[rows].data_ptr(),
-                planes.data_ptr(), losses[rows].data_ptr(), sums[rows].data_ptr(), sweep.close[rows].data_ptr(),
-                sweep.workspace.data_ptr(),
+            sweep.close = sweep.native.triplet_acmr(
+                *sweep.head, rows.stop - rows.start, size, *relevance, margin, near.data_ptr(), far.data_ptr(),
+                rows.start, needs_grad_image or needs_grad_text, block.data_ptr(), sweep.points(rows),
+                address(own, rows), planes.data_ptr(), address(losses, rows), address(sums, rows), *sweep.tail,
             )  # fmt: skip
             return sums[rows]
 

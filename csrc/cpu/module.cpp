@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_cpu, m) {
     });
 
     m.def("triplet_workspace", &cmr::triplet_workspace);
+    // Both return whether any pair with a weight is close.
     // points: (x, squared norms of x, y, those of y, width, whether distances come from differences alone)
     using Points = std::tuple<Address, Address, Address, Address, int64_t, bool>;
     const auto triplet_block = [](int64_t rows, int64_t candidates, const cmr::TripletLabels& labels, int64_t self,
@@ -181,6 +183,7 @@ PYBIND11_MODULE(_cpu, m) {
                                 threads),
                   {margin, static_cast<cmr::Mining>(mining), at<int64_t>(triplets), at<int64_t>(open)},
                   at<uint8_t>(workspace));
+              return std::any_of(at<int64_t>(close), at<int64_t>(close) + rows, [](int64_t c) { return c != 0; });
           });
     m.def("triplet_acmr",
           [triplet_block](const std::string& isa, int threads, int64_t rows, int64_t candidates, int64_t words,
@@ -193,6 +196,7 @@ PYBIND11_MODULE(_cpu, m) {
                   triplet_block(rows, candidates, {words, classes, at<int64_t>(x_labels), at<int64_t>(y_labels)}, -1,
                                 cmr::Distance::euclidean, wants_e, block, points, losses, row_sums, close, threads),
                   {margin, at<float>(near), at<float>(far), first}, at<uint8_t>(workspace));
+              return std::any_of(at<int64_t>(close), at<int64_t>(close) + rows, [](int64_t c) { return c != 0; });
           });
     m.def("triplet_acmr_factors",
           [](const std::string& isa, int threads, int64_t n, int64_t words, bool classes, Address labels,
@@ -201,6 +205,9 @@ PYBIND11_MODULE(_cpu, m) {
               cmr::triplet_acmr_factors(isa, {words, classes, at<int64_t>(labels), at<int64_t>(planes)}, n, weight,
                                         mean, threads, at<int64_t>(counts), at<float>(near), at<float>(far));
           });
+    m.def("triplet_origin", [](int64_t n, Address x, int64_t m, Address y, int64_t width, Address origin) {
+        return cmr::triplet_origin(at<float>(x), n, at<float>(y), m, width, at<float>(origin));
+    });
     m.def("triplet_symmetrise", [](const std::string& isa, int threads, int64_t n, Address e, Address row_sums) {
         py::gil_scoped_release released;
         cmr::triplet_symmetrise(isa, n, threads, at<float>(e), at<float>(row_sums));

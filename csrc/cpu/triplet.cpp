@@ -2,7 +2,9 @@
 #include "triplet.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
+#include <utility>
 
 #include "isa.h"
 #include "parallel.h"
@@ -112,6 +114,31 @@ void triplet_acmr_factors(const std::string& isa, const TripletLabels& labels, i
             near[i] = far[i] = 0;
         }
     }
+}
+
+bool triplet_origin(const float* x, int64_t n, const float* y, int64_t m, int64_t width, float* origin) {
+    const float* rows[2 * kOriginRows];
+    int64_t count = 0;
+    for (const auto& [set, size] : {std::pair{x, n}, std::pair{y, m}}) {
+        if (set == nullptr || size <= 0) continue;
+        const int64_t step = ceil_div(size, kOriginRows);
+        for (int64_t i = 0; i < size; i += step) rows[count++] = set + i * width;
+    }
+    const int64_t middle = count / 2;
+    const auto below = [](float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); };
+    bool any = false;
+    for (int64_t k = 0; k < width; ++k) {
+        float values[2 * kOriginRows] = {};
+        for (int64_t i = 0; i < count; ++i) values[i] = rows[i][k];
+        std::nth_element(values, values + middle, values + count, below);
+        const float median = values[middle], near = 0.5f * std::abs(median);
+        int64_t inside = 0;
+        for (int64_t i = 0; i < count; ++i) inside += std::abs(values[i] - median) < near;
+        // as many rows as lie within the median deviation lie nearer to the median than half of it
+        origin[k] = inside > middle ? median : 0;
+        any |= inside > middle;
+    }
+    return any;
 }
 
 void triplet_symmetrise(const std::string& isa, int64_t n, int threads, float* e, float* row_sums) {

@@ -94,6 +94,12 @@ void triplet_acmr(const std::string& isa, const TripletBlock&, const AcmrTerms&,
 void triplet_acmr_factors(const std::string& isa, const TripletLabels&, int64_t n, double weight, bool mean,
                           int threads, int64_t* counts, float* near, float* far);
 
+// The point that both sets are moved by, so that rows far from 0 keep the digits of their distances: (width,) of the
+// median of up to kOriginRows rows of each where it is more than twice the median deviation, 0 elsewhere. Whether any
+// is not 0. y null: there is one set.
+constexpr int64_t kOriginRows = 17;
+bool triplet_origin(const float* x, int64_t n, const float* y, int64_t m, int64_t width, float* origin);
+
 // (n, n) e -> e + e^T in place, and its row sums.
 void triplet_symmetrise(const std::string& isa, int64_t n, int threads, float* e, float* row_sums);
 

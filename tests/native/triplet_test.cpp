@@ -194,7 +194,21 @@ void check_symmetrise(const std::string& isa, int64_t n) {
 
 }  // namespace
 
+void check_origin(int64_t n, int64_t m) {
+    // coordinate 0 lies far from 0 beside its spread, coordinate 1 around it
+    std::vector<float> x(n * 2), y(m * 2), origin(2);
+    for (auto* points : {&x, &y})
+        for (size_t i = 0; i < points->size(); ++i)
+            (*points)[i] = i % 2 ? static_cast<float>(next() % 9) - 4 : 100 + static_cast<float>(next() % 3);
+    const bool moved = cmr::triplet_origin(x.data(), n, m ? y.data() : nullptr, m, 2, origin.data());
+    require(moved && origin[0] >= 100 && origin[0] <= 102, "origin", "any", n, m, 0);
+    std::fill(x.begin(), x.end(), 0.0f);
+    require(!cmr::triplet_origin(x.data(), n, nullptr, 0, 2, origin.data()), "no origin", "any", n, m, 0);
+}
+
 int main() {
+    for (const int64_t n : {1, 17, 18, 33, 34, 35, 1000})
+        for (const int64_t m : {0, 1, 17, 19, 500}) check_origin(n, m);
     for (const std::string& isa : cmr::available_isas()) {
         for (const auto& [rows, n] :
              {std::pair<int64_t, int64_t>{1, 1}, {3, 2}, {17, 15}, {16, 16}, {5, 33}, {9, 130}, {2, 2500}})

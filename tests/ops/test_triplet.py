@@ -477,3 +477,19 @@ def test_one_far_row_costs_the_others_no_digits(run, size, far):
     (want, slope), (_, eager_slope), (got, ours) = results
     assert abs(got / want - 1) <= EPS / 2 + 1e-8  # float64 sums of float32 distances, rounded once
     assert (ours - slope).norm() <= 2 * (eager_slope - slope).norm() + 1e-6 * slope.norm()
+
+
+@pytest.mark.parametrize("others", [None, 1, 40])
+@pytest.mark.parametrize("size", [1, 2, 17, 18, 35, 400])
+def test_the_native_origin_is_that_of_the_torch_path(size, others):
+    """Coordinates far from 0 beside their spread, near it, constant ones, zeros and a NaN."""
+    draws = torch.Generator().manual_seed(size)
+    centre = torch.tensor([0, 0, 1, -3, 1e4, 0.5, 0, 2, 7])
+    spread = torch.tensor([0, 1, 1, 0.5, 1, 1, 1e-3, 0, 1])
+    x, y = (centre + spread * torch.randn(n, 9, generator=draws) for n in (size, others or 1))
+    x[0, 8] = float("nan")
+    y = x if others is None else y
+    want = _triplet_blocks._origin(x, y)
+    got = _triplet_blocks._native_origin(x, y)
+    assert want is not None and got is not None and torch.equal(got, want) and got[4] != 0
+    assert _triplet_blocks._native_origin(x[:, :1] * 0, x[:, :1] * 0) is None
