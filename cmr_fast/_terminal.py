@@ -1,7 +1,8 @@
 """Tables on standard output, and on a terminal's standard error a sign that something goes on."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,10 +54,24 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
-def track(items: Iterable[T], what: str) -> Iterable[T]:
-    """A progress bar on stderr; nothing where stderr is not a terminal."""
+FIRST, EVERY = 2.0, 30.0  # seconds until a line where there is no bar, and between lines
+
+
+def _lines(items: Sequence[T], what: str) -> Iterator[T]:
+    """What a log shows of something that takes long: a line after FIRST seconds, and one every EVERY seconds."""
+    started = time.monotonic()
+    due = started + FIRST
+    for done, item in enumerate(items):
+        if time.monotonic() >= due:
+            print(f"{what}: {done} of {len(items)}, {due - started:.0f} s", file=sys.stderr, flush=True)
+            due = time.monotonic() + EVERY
+        yield item
+
+
+def track(items: Sequence[T], what: str) -> Iterable[T]:
+    """A progress bar on stderr, or a line now and then where stderr is not a terminal."""
     if not sys.stderr.isatty():
-        return items
+        return _lines(items, what)
     from rich.console import Console
     from rich.progress import track as rich_track
 

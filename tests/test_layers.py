@@ -12,7 +12,7 @@ import cmr_fast
 
 ROOT = Path(cmr_fast.__file__).parent
 FLOORS = (
-    ("errors",),
+    ("errors", "modalities"),
     ("_files", "_terminal", "_cpu", "_cuda"),
     ("ops",),
     ("losses", "retrieval", "data", "models"),  # beside each other: none imports another
@@ -22,7 +22,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-CORE = ("errors", "_files", "_terminal", "ops", "losses", "retrieval", "attacks")
+CORE = ("errors", "modalities", "_files", "_terminal", "ops", "losses", "retrieval", "attacks")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
     ".".join(("cmr_fast", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path

@@ -35,7 +35,9 @@ class _Borrowed(Attack):
         try:
             self._make = getattr(importlib.import_module("torchattacks"), self.kind)
         except ImportError as error:
-            raise InputError(f"{self.kind} is torchattacks': pip install 'cmr-fast[attacks]'") from error
+            raise InputError(
+                f"{self.kind} comes with torchattacks: pip install torchattacks, or cmr_fast's extra `attacks`"
+            ) from error
         self.settings = settings
 
     def _perturb(self, problem: Problem, start: Tensor | None) -> tuple[Tensor, Tensor]:

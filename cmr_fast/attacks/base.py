@@ -72,6 +72,13 @@ class AttackInfo:
     losses: Tensor
     queries: int
 
+    def __repr__(self) -> str:
+        """In one line."""
+        fooled = "" if self.success is None else f"{int(self.success.sum())} of {len(self.success)} fooled, "
+        size = f"delta up to {float(self.delta_norm.max()):.4g}, " if len(self.delta_norm) else ""
+        steps = len(self.losses) if self.losses.ndim else 0
+        return f"AttackInfo({fooled}{size}{steps} steps, {self.queries} samples through the model)"
+
 
 class Attack(Habits):
     """Calling habits, checks and bookkeeping; a subclass says how x moves in `_perturb`.

@@ -12,10 +12,9 @@ from cmr_fast.attacks.settings import real
 from cmr_fast.attacks.victim import held
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
+from cmr_fast.modalities import MODALITIES, Modality
 
-Modality = Literal["image", "text"]
 Norm = Literal["linf", "l2", "l1"]
-MODALITIES: tuple[Modality, ...] = ("image", "text")
 ORDER = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
 _BETAS = (0.9, 0.999)
 _MOST = 1e30  # of a budget or bound

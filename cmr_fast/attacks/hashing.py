@@ -21,20 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmr_fast.attacks.codes import (
-    ORDER,
-    Budget,
-    Encoders,
-    Hashing,
-    Modality,
-    Norm,
-    Perturbation,
-    check_differentiable,
-    frozen,
-)
+from cmr_fast.attacks.codes import ORDER, Budget, Encoders, Hashing, Norm, Perturbation, check_differentiable, frozen
 from cmr_fast.attacks.settings import flag, real, whole
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import packed_labels, signs
+from cmr_fast.modalities import Modality
 from cmr_fast.ops import pairwise_nll, pairwise_squared
 from cmr_fast.ops._tensors import as_tensor, like_input
 from cmr_fast.ops.labels import share_label

@@ -1,11 +1,10 @@
 """The settings of attacks, checked where they are given: a setting of the wrong kind is an InputError, named."""
 
-import operator
-
 import numpy as np
 import torch
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_integer
 from cmr_fast.ops.pgd import Value
 
 MOST = 2**31 - 1  # of a count
@@ -62,14 +61,7 @@ def whole(name: str, value: object, least: int, most: int = MOST) -> int:
     InputError
         For anything else.
     """
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or not least <= number <= most:
-        end = f"of {least} or more" if number is None or number < least else f"of at most {most}"
-        raise InputError(f"{name} must be an integer {end}, got {value!r}")
-    return number
+    return as_integer(value, name, least, most)
 
 
 def real(name: str, value: object, least: float, most: float, *, above: bool = False) -> float:

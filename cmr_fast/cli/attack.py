@@ -83,6 +83,11 @@ class Attack(DataFlags):
         if is_classifier(model):
             self._classifier(model)
         elif any(name.startswith("cmla") for name in self.attacks):
+            if not makes_codes(model):
+                raise InputError(
+                    f"{self.trained}: CMLA attacks codes, but {model.name} makes embeddings; without --attacks it is "
+                    "attacked by PGD and APGD on the ranking"
+                )
             self._codes(model)
         else:
             self._retriever(model)

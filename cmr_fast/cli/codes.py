@@ -21,7 +21,10 @@ def open_codes(path: Path, bits: int | None) -> "np.ndarray | HammingIndex":
         return open_index(path, bits)
     codes = read_array(path)
     if codes.dtype.name != "uint8" or codes.ndim != 2:
-        raise InputError(f"{path}: expected packed codes, uint8 (N, bytes), got {codes.dtype} {codes.shape}")
+        hint = "see cmr_fast.pack_codes"
+        if codes.dtype.kind == "u" and codes.ndim <= 2:
+            hint = "words of packed bits are meant as x.view(uint8).reshape(len(x), -1)"
+        raise InputError(f"{path}: expected packed codes, uint8 (N, bytes), got {codes.dtype} {codes.shape}: {hint}")
     return codes
 
 
@@ -39,3 +42,13 @@ def open_index(path: Path, bits: int | None = None) -> "HammingIndex":
 def nbytes_of(source: "np.ndarray | HammingIndex") -> int:
     """Bytes of a code."""
     return source.shape[1] if hasattr(source, "shape") else -(-source.bits // 8)
+
+
+def refuse_unpacked(path: Path, source: "np.ndarray | HammingIndex") -> None:
+    """InputError where the first rows are bits, one a byte."""
+    head = source[:1000] if hasattr(source, "shape") else None
+    if head is not None and head.size and head.shape[1] > 1 and head.max() <= 1 and head.any():
+        raise InputError(
+            f"{path}: every byte is 0 or 1, so these are bits, not packed: expected cmr_fast.pack_codes(bits); with "
+            f"--bits {8 * head.shape[1]} they are taken as codes all the same"
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from cmr_fast._terminal import counting
-from cmr_fast.cli.codes import nbytes_of, open_codes
+from cmr_fast.cli.codes import nbytes_of, open_codes, refuse_unpacked
 from cmr_fast.cli.common import check_output, read_array
 from cmr_fast.errors import InputError
 
@@ -51,6 +51,9 @@ class Index:
         bits = HammingIndex.load(self.out).bits if self.append else self.bits
         sources = [open_codes(path, bits) for path in self.codes]
         wanted = -(-bits // 8) if bits else nbytes_of(sources[0])
+        if not bits:
+            for path, source in zip(self.codes, sources, strict=True):
+                refuse_unpacked(path, source)
         for path, source in zip(self.codes, sources, strict=True):
             if nbytes_of(source) != wanted:
                 raise InputError(

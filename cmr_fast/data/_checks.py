@@ -1,20 +1,14 @@
 """Checks of options that every loader takes."""
 
-import operator
 from typing import Any
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_integer
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int of at least `least`; numpy's integers are integers, True and 2.0 are not."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise InputError(f"{name} must be a whole number of {least} or more, got {value!r}")
-    return number
+    return as_integer(value, name, least)
 
 
 def check_text(name: str, value: Any) -> None:

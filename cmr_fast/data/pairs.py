@@ -109,11 +109,11 @@ class PairedDataset:
                 also = ", or is None" if split == "valid" else ""
                 raise InputError(f"{self.name}: the {split} split is empty, it needs at least one pair{also}")
         for part in ("image", "text", "labels"):
-            widths = {_width(getattr(pairs, part)) for pairs in self._splits()}
-            if len(widths) != 1:
-                raise InputError(
-                    f"{self.name}: {part} must have one width over all splits, got {sorted(map(str, widths))}"
-                )
+            pairs_of = {split: getattr(self, split) for split in ("train", "query", "database", "valid")}
+            widths = {split: _width(getattr(pairs, part)) for split, pairs in pairs_of.items() if pairs is not None}
+            if len(set(widths.values())) != 1:
+                seen = ", ".join(f"{split} {width}" for split, width in widths.items())
+                raise InputError(f"{self.name}: {part} must have one width over all splits, got {seen}")
         for split in ("train", "database"):
             used = _used(getattr(self, split).labels)
             if used < 2:
@@ -253,8 +253,10 @@ def _used(labels: Tensor) -> int:
     return int((labels.amax(dim=0) > 0).sum()) if labels.ndim == 2 else len(labels.unique())
 
 
-def _width(values: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(values.shape[1:]) if isinstance(values, Tensor) else ("captions",)
+def _width(values: Tensor | Sequence[Any]) -> str:
+    if not isinstance(values, Tensor):
+        return "captions"
+    return " x ".join(map(str, values.shape[1:])) or "a number"
 
 
 def _feature_dim(name: str, what: str, values: Tensor | Sequence[Any]) -> int:

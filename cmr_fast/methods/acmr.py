@@ -13,10 +13,10 @@ from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses import acmr_triplet, frobenius, gradient_reversal
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.evaluation import Modality
 from cmr_fast.methods.grid import GridSearch, grid_search
 from cmr_fast.methods.method import Retriever, RunConfig
 from cmr_fast.methods.scaling import InputScaling, Scaling
+from cmr_fast.modalities import Modality
 
 PAPER_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.evaluation import MODALITIES, Modality
+from cmr_fast.modalities import MODALITIES, Modality
 
 SCALES = ("each", "global")
 

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.evaluation import Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
+from cmr_fast.modalities import Modality
 from cmr_fast.ops.info_nce import js_critic
 
 _NOT_NEGATIVE = (
@@ -113,6 +113,7 @@ class CMIMHConfig:
 
 
 _MI_FLOOR = 1e-3
+_RISE = 0.005  # of validation mAP over three epochs: codes that still learn
 
 
 def sample_bernoulli(logits: Tensor, straight_through: str = "logits") -> Tensor:
@@ -314,10 +315,12 @@ class CMIMH(Retriever):
         if len(rows) < 3:
             return None
         still = max(min(row[f"constant_bits_{m}"] for row in rows) for m in self.inputs)
-        advice = "try the default config (not another data set's preset), a lower lr, or init='he'"
+        advice = "try another preset or none, a lower lr, or init he"
         if still >= max(1.0, self.config.bits / 4):
             return f"codes are dying: {still:.0f} of {self.config.bits} bits are the same for every row; {advice}"
-        if self.config.lambda_mi > 0 and max(row["mi"] for row in rows) < _MI_FLOOR:
+        scores = [row[self.monitor[0]] for row in rows if self.monitor[0] in row]
+        learns = len(scores) > 1 and scores[-1] > scores[0] + _RISE  # of the other losses: it can go well all the same
+        if self.config.lambda_mi > 0 and not learns and max(row["mi"] for row in rows) < _MI_FLOOR:
             return (
                 f"codes learn nothing in common: mutual information {rows[-1]['mi']:.2g}, the critic's floor; {advice}"
             )

@@ -23,9 +23,9 @@ from cmr_fast.errors import InputError
 from cmr_fast.losses import CodeBuffer, dcmh_loss
 from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
+from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.models.hashing import CNNF, BagLinear, mostly_zero
 
 _TURNS: tuple[tuple[Modality, Modality], ...] = (("image", "text"), ("text", "image"))

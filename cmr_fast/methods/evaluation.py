@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import log
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from cmr_fast.data.images import Images
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.modalities import MODALITIES, Modality
 
 if TYPE_CHECKING:
     from cmr_fast.retrieval import RetrievalResult
 
-Modality = Literal["image", "text"]
-MODALITIES: tuple[Modality, ...] = ("image", "text")
 _ENCODE_ROWS = 4096
 _CLASSIFY_ROWS = 500
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from cmr_fast.attacks.hashing import CMLA, Perturbed
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.loop import train
 from cmr_fast.methods.method import Retriever, Run, RunConfig
+from cmr_fast.modalities import MODALITIES, Modality
 
 IMAGE_SHARE, TEXT_SHARE = 10 / 255, 0.01
 """The authors' budgets, as shares of the inputs' range."""

@@ -31,8 +31,9 @@ from cmr_fast.methods._runfolder import (
     write_json,
 )
 from cmr_fast.methods._runlog import RunLog
-from cmr_fast.methods.evaluation import Modality, averaged, encode_all, evaluate_model
+from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_model
 from cmr_fast.methods.method import Classifier, Dataset, Method, Retriever, Run, RunConfig
+from cmr_fast.modalities import Modality
 
 __all__ = [
     "Classifier",

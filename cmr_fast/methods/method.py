@@ -12,7 +12,8 @@ from cmr_fast.data.images import ImageDataset
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.evaluation import Modality, accuracy, final_results, validate
+from cmr_fast.methods.evaluation import accuracy, final_results, validate
+from cmr_fast.modalities import Modality
 
 Dataset = PairedDataset | ImageDataset
 

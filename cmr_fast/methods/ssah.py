@@ -26,9 +26,9 @@ from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.dcmh import Memory, full
-from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
+from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.models.hashing import CNNF
 from cmr_fast.ops import pairwise_nll, pairwise_squared
 

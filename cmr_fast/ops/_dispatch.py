@@ -9,7 +9,9 @@ import importlib
 import importlib.util
 import numbers
 import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -134,7 +136,23 @@ def choose_backend(op: str, device: str, forced: str | None = None, unfit: dict[
     for name in candidates[:-1]:
         if name not in unfit and unavailable(name, device) is None:
             return name
+    if device == "cpu" and "cpp" in candidates and "cpp" not in unfit:
+        _warn_of_no_kernels()
     return candidates[-1]  # torch
+
+
+@functools.cache
+def _warn_of_no_kernels() -> None:
+    """Once: who built the kernels and stands in the source folder runs without them, and would not see it."""
+    root = Path(__file__).resolve().parents[2]
+    where = (
+        f" of {root}, the source tree: run from another folder, or pip install -e ." if (root / "csrc").is_dir() else ""
+    )
+    warnings.warn(
+        f"cmr_fast runs without its native kernels, slower ({native()}); this is the copy{where or f' in {root}'}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache

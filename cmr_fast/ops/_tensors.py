@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, TypeVar
+from typing import Any, SupportsInt, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -65,9 +65,16 @@ def as_number(value: object, name: str, *, least: float = -math.inf, above: bool
     raise InputError(f"{name} must be a {'finite ' if finite else ''}number{expected}, got {value!r}")
 
 
+def _is_integer(value: Any) -> TypeGuard[SupportsInt]:
+    """Of Python, numpy, or a tensor of one; True is none."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def as_integer(value: object, name: str, least: int, most: int | None = None, also: str = "") -> int:
-    """An integer, of Python or numpy, from `least` to `most`."""
-    if type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
+    """An integer, of Python, numpy or a tensor of one, from `least` to `most`."""
+    if type(value) is int or _is_integer(value):
         x = int(value)
         if x >= least and (most is None or x <= most):
             return x

@@ -18,9 +18,10 @@ from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, new_table, show
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.evaluation import MODALITIES, encode_all
+from cmr_fast.methods.evaluation import encode_all
 from cmr_fast.methods.hardening import harden, named_attack, perturb
 from cmr_fast.methods.method import Retriever, RunConfig
+from cmr_fast.modalities import MODALITIES
 from cmr_fast.ops import pack_codes
 from cmr_fast.reports import figures
 from cmr_fast.reports.page import write_page
@@ -65,6 +66,8 @@ def score(
     model: Retriever, query: Pairs, database: Pairs, name: str, base: Mapping[str, Tensor] | None = None
 ) -> "tuple[Row, dict[str, RetrievalResult]]":
     """mAP(all) of query codes over the database's (`base`, where they were made already), for all TASKS."""
+    if not model.binary:
+        raise InputError(f"{model.name} makes embeddings; expected a hashing method, whose signs are a code")
     asked, bits = _codes(model, query), model.config.bits
     base = _codes(model, database) if base is None else base
     results: dict[str, Any] = {}

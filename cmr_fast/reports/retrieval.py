@@ -203,7 +203,7 @@ def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "")
     by_rank = {s.name: {d: _by_rank(result) for d, result in s.curves.items()} for s in scores}
     figure(f"precision-recall{suffix}.png", "Precision-recall by rank (CMIMH, Fig. 5)", by_rank, "recall", "precision")
     coded = [s for s in scores if s.curves["i2t"].metric == "hamming"]
-    if coded:
+    if any(not s.name.startswith("random") for s in coded):  # alone, chance has nothing to be beside
         by_radius = {s.name: {d: _by_radius(result) for d, result in s.curves.items()} for s in coded}
         caption = "Precision-recall by Hamming radius (mean over queries)"
         figure(f"precision-recall-radius{suffix}.png", caption, by_radius, "recall", "precision")
