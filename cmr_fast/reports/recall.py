@@ -92,12 +92,11 @@ class RecallReport(Examined):
     def numbers(self) -> str:
         """R@K clean and at the worst, and the share of queries made wrong."""
         r = self.recall
-        each = [
-            f"R@{k} {r.clean[k]:.1%} clean, {r.worst[k]:.1%} where each query keeps its worst attack "
-            f"({r.success[k]:.1%} of the queries that were right are made wrong)"
-            for k in r.clean
-        ]
-        return "; ".join(each) + "."
+        each = [f"R@{k} {r.clean[k]:.1%} clean, {r.worst[k]:.1%} attacked" for k in r.clean]
+        return (
+            f"{'; '.join(each)}, where each query keeps its worst attack: {r.success[self.first]:.1%} of the queries "
+            f"right at {self.first} are made wrong."
+        )
 
     def curve(self) -> list[float]:
         """Of PGD-50."""

@@ -132,6 +132,9 @@ def test_codes_that_die_are_said_in_the_results(tmp_path):
     rows = [{"constant_bits_image": 0.0, "constant_bits_text": 0.0, "mi": mi} for mi in (0.3, 0.4, 0.5)]
     assert run.model.trouble(rows) is None
     assert "mutual information" in run.model.trouble([row | {"mi": 1e-5} for row in rows])
+    learning = [row | {"mi": 1e-5, "valid_map": score} for row, score in zip(rows, (0.15, 0.16, 0.2), strict=True)]
+    assert run.model.trouble(learning) is None  # the other losses teach it all the same
+    assert "mutual information" in run.model.trouble([row | {"valid_map": 0.15} for row in learning])
 
 
 def test_hellinger_refuses_negative_features(tmp_path):

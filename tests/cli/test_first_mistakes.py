@@ -1,0 +1,85 @@
+"""What someone new gets wrong first, and what they are told."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import cmr_fast as cf
+from cmr_fast import _terminal
+from cmr_fast.cli import main
+from cmr_fast.methods.acmr import ACMRConfig
+from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.ops import _dispatch
+from cmr_fast.reports import hashing
+
+
+def refused(capsys, *arguments):
+    assert main([str(a) for a in arguments]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_bits_that_are_not_packed_are_no_codes(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (50, 64), dtype=np.uint8)
+    np.save(tmp_path / "bits.npy", bits)
+    out = tmp_path / "db.cmrx"
+    said = refused(capsys, "index", tmp_path / "bits.npy", "--out", out)
+    assert "pack_codes" in said and "--bits 512" in said and not out.exists()
+    assert main(["index", str(tmp_path / "bits.npy"), "--out", str(out), "--bits", "512"]) == 0
+    assert cf.HammingIndex.load(out).bits == 512
+    np.save(tmp_path / "codes.npy", cf.pack_codes(bits))
+    assert main(["index", str(tmp_path / "codes.npy"), "--out", str(out), "--force"]) == 0
+    assert cf.HammingIndex.load(out).bits == 64
+    np.save(tmp_path / "words.npy", cf.pack_codes(bits).view(np.uint64).ravel())
+    assert "view(uint8)" in refused(capsys, "index", tmp_path / "words.npy", "--out", tmp_path / "new.cmrx")
+    np.save(tmp_path / "floats.npy", bits.astype(np.float32))
+    assert "pack_codes" in refused(capsys, "index", tmp_path / "floats.npy", "--out", tmp_path / "new.cmrx")
+
+
+def test_cmla_on_embeddings_says_so(tmp_path, capsys):
+    pairs = cf.data.load("shapes", count=60)
+    run = train("acmr", ACMRConfig(epochs=1, inner_steps=1), pairs, RunConfig(out=tmp_path / "run", quiet=True))
+    said = refused(capsys, "attack", run.path, "--attacks", "cmla20")
+    assert "acmr makes embeddings" in said
+    with pytest.raises(cf.InputError, match="acmr makes embeddings"):
+        hashing.score(run.model, pairs.query, pairs.database, "clean")
+
+
+def test_work_that_takes_long_is_told_to_a_log(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 2.5, 2.6, 3.0, 40.0, 40.0])
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: next(clock))
+    assert list(_terminal.track([1, 2, 3, 4], "reading")) == [1, 2, 3, 4]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["reading: 1 of 4", "reading: 3 of 4"]
+
+
+def test_a_copy_without_kernels_warns_once(monkeypatch):
+    _dispatch._warn_of_no_kernels.cache_clear()
+    monkeypatch.setattr(_dispatch, "native", lambda: ImportError("no module cmr_fast._cpu"))
+    codes = torch.zeros((3, 8), dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match="native kernels.*no module cmr_fast._cpu"):
+        cf.hamming_topk(codes, codes, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cf.hamming_topk(codes, codes, 1)
+    _dispatch._warn_of_no_kernels.cache_clear()
+
+
+def test_what_an_attack_says_of_itself_is_one_line():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)).eval()
+    x, y = torch.rand(5, 3, 2, 2), torch.arange(5) % 3
+    _, info = cf.attacks.PGD(model, eps=0.1, steps=4)(x, y, return_info=True)
+    assert repr(info).startswith(f"AttackInfo({int(info.success.sum())} of 5 fooled, delta up to 0.1")
+    assert "4 steps" in repr(info) and "\n" not in repr(info)
+
+
+def test_examples_start_without_a_trace_of_the_tests():
+    """`python -c` beside the installed package: the import itself warns of nothing."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", "import cmr_fast"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
