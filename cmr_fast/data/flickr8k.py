@@ -18,7 +18,6 @@ published one.
 
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -36,6 +35,7 @@ from cmr_fast._files import write_aside
 from cmr_fast._terminal import track
 from cmr_fast.data._checks import check_count, check_text
 from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.photos import decoded
 from cmr_fast.errors import InputError
 
 CAPTIONS = "dataset_flickr8k.json"
@@ -220,19 +220,7 @@ def _photos(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
 
 def _pixels(folder: Path, names: Sequence[str], size: int) -> Tensor:
     """uint8 (N, 3, size, size)."""
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError("Flickr8k's photos are JPEG files: reading them needs Pillow, pip install pillow")
-    from PIL import Image, ImageOps
-
-    images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
-    for row, (name, data) in enumerate(zip(track(names, "reading photos"), _photos(folder, names), strict=True)):
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                photo = ImageOps.fit(opened.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{name}: not a photo that Pillow can read ({error})") from error
-        images[row] = np.asarray(photo).transpose(2, 0, 1)
-    return torch.from_numpy(images)
+    return decoded(zip(names, _photos(folder, names), strict=True), len(names), size)
 
 
 def _deep(folder: Path, names: Sequence[str], size: int, tower: str | None, cache: str | None) -> Tensor:
