@@ -23,6 +23,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.losses import CodeBuffer, dcmh_loss
 from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.cgat import CenterGuided, CgATConfig
 from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
@@ -33,7 +34,7 @@ _IMAGES = 128  # pixels are encoded so many at a time
 
 
 @dataclass(frozen=True)
-class DCMHConfig:
+class DCMHConfig(CgATConfig):
     """DCMH's settings: the paper's, and those of the authors' TensorFlow code where the paper gives none."""
 
     bits: int = 32
@@ -67,6 +68,7 @@ class DCMHConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        self.check_defence()
         for name in ("bits", "epochs", "image_hidden", "text_hidden"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -140,6 +142,7 @@ class DCMH(Retriever):
         self.memory = Memory(image=config.bits, text=config.bits)
         self._codes: dict[Modality, CodeBuffer] = {}
         self._signs, self._labels = torch.empty(0), torch.empty(0)
+        self._guided: CenterGuided | None = None
 
     @property
     def _features(self) -> bool:
@@ -194,6 +197,7 @@ class DCMH(Retriever):
             setattr(self.memory, modality, self._codes[modality].codes)  # one memory: an update is seen in both
         self._signs = signs(self._codes["image"].codes + self._codes["text"].codes)
         self._labels = packed_labels(split.labels)
+        self._guided = CenterGuided(self, split) if self.config.defence == "cgat" else None
 
     def step(
         self,
@@ -218,6 +222,10 @@ class DCMH(Retriever):
                 gamma=c.gamma, eta=c.eta, squared=c.pair_loss == "squared",
             ) / (len(rows) * len(self._labels))  # fmt: skip
             own.update(rows, outputs)
+            if self._guided is not None:
+                attacked = self._guided.loss(modality, batch, self._signs)
+                loss = loss + c.cgat_weight * attacked
+                logged[f"cgat_{modality}"] = attacked.detach()
             for optimizer in own_steps:
                 optimizer.zero_grad()
             backward(loss)

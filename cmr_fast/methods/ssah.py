@@ -25,6 +25,7 @@ from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.cgat import CenterGuided, CgATConfig
 from cmr_fast.methods.dcmh import Memory, full
 from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
@@ -38,7 +39,7 @@ _IMAGES = 128
 
 
 @dataclass(frozen=True)
-class SSAHConfig:
+class SSAHConfig(CgATConfig):
     """SSAH's settings: the authors' code's where it and the paper give one."""
 
     bits: int = 32
@@ -82,6 +83,7 @@ class SSAHConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        self.check_defence()
         for name in ("bits", "epochs", "feature_dim", "hidden"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -197,6 +199,7 @@ class SSAH(Retriever):
         )  # fmt: skip
         self.memory = Memory(features=c.feature_dim, codes=c.bits)
         self._labels = torch.empty(0)
+        self._guided: CenterGuided | None = None
 
     def fit_inputs(self, train: Pairs) -> None:
         """Fit the scalings, or the mean pixel, on the training split."""
@@ -232,6 +235,7 @@ class SSAH(Retriever):
     def begin_round(self, split: Pairs, progress: float) -> None:
         """F^l and H^l of all rows where there are none yet."""
         self._labels = packed_labels(split.labels)
+        self._guided = CenterGuided(self, split) if self.config.defence == "cgat" else None
         memory = cast(Memory, self.memory)
         if progress == 0 or len(cast(Tensor, memory.codes)) != len(split):
             features, codes, _ = self.network["label"](self._one_hot(split.labels))
@@ -265,6 +269,7 @@ class SSAH(Retriever):
         c = self.config
         weights = {
             "features": c.alpha, "codes": c.gamma, "quantisation": c.eta, "labels": c.beta, "adversarial": c.delta,
+            "cgat": c.cgat_weight,
         }  # fmt: skip
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
@@ -300,6 +305,9 @@ class SSAH(Retriever):
             terms = self.terms(said, rows, wide, wanted)
             if c.delta:
                 terms["adversarial"] = F.softplus(-full(self.discriminator[modality](said[0]))).mean()
+            if self._guided is not None:
+                terms["cgat"] = self._guided.loss(modality, batch, signs(cast(Tensor, memory.codes)))
+                logged[f"cgat_{modality}"] = terms["cgat"].detach()
             update(modality, self.objective(terms))
             features[modality] = said[0].detach()
         self.discriminator.requires_grad_(True)
