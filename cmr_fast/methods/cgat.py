@@ -67,7 +67,8 @@ class CenterGuided:
     def __init__(self, model: Any, split: Pairs) -> None:
         self._victim, self._labels, config = _Victim(model), split.labels, model.config
         self._attacks: dict[Modality, CodeAttack] = {}
-        for modality, share in (("image", 1.0), ("text", TEXT_SHARE / IMAGE_SHARE)):
+        shares: dict[Modality, float] = {"image": 1.0, "text": TEXT_SHARE / IMAGE_SHARE}
+        for modality, share in shares.items():
             low, high = bounds_in([getattr(split, modality)])
             eps = config.cgat_eps * share * (high - low)
             self._attacks[modality] = CodeAttack(
