@@ -123,7 +123,7 @@ def test_attacked_photos_no_longer_find_what_they_did(method, installed, tmp_pat
     assert_close(loaded.encode("image", data.query.image), run.model.encode("image", data.query.image))
     result = hashing.examine(loaded, data, ["cmla-both10"], count=6, share=0.5)
     clean, attacked = result.rows
-    assert clean.map["i2t"] > 0.9 and attacked.map["i2t"] < clean.map["i2t"] - 0.2
+    assert clean.map["i2t"] > 0.8 and attacked.map["i2t"] < clean.map["i2t"] - 0.2
     moved = (result.queries["cmla-both10"].image - result.queries["clean"].image.float()).abs()
     assert 0 < float(moved.max()) <= 127.5
 
