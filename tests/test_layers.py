@@ -15,7 +15,8 @@ FLOORS = (
     ("errors", "modalities"),
     ("_files", "_terminal", "_cpu", "_cuda"),
     ("ops",),
-    ("losses", "retrieval", "data", "models"),  # beside each other: none imports another
+    ("models",),
+    ("losses", "retrieval", "data"),  # beside each other: none imports another
     ("attacks",),
     ("methods",),
     ("reports",),

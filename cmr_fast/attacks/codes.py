@@ -136,6 +136,11 @@ class Perturbation:
         # the code clips inside the graph; else the noise stays where the sum is in the box
         return x.clamp(*self.budget.bounds) if self.one_sided else x
 
+    def scatter(self) -> None:
+        """Begin at a random point: uniform in the cube of side 2 eps, projected onto the ball and the box."""
+        self.noise.uniform_(-self.budget.eps, self.budget.eps)
+        self._project()
+
     def step(self, loss: Tensor) -> None:
         """One update of the noise along the gradient of `loss`, a number."""
         (slope,) = torch.autograd.grad(loss, self.noise)

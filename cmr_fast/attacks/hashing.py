@@ -299,6 +299,8 @@ class CodeAttack:
         Their size; None: a tenth of eps.
     away : bool
         Move away from the codes instead.
+    random_start : bool
+        Begin at a point of the ball drawn by torch's generator (of linf uniformly, as CgAT), not at the item.
     relax : {"tanh", "none"}
         As in CMLA.
     batch : int
@@ -316,6 +318,7 @@ class CodeAttack:
         steps: int = 100,
         lr: float | None = None,
         away: bool = False,
+        random_start: bool = False,
         relax: Literal["tanh", "none"] = "tanh",
         batch: int = 128,
     ) -> None:
@@ -325,6 +328,7 @@ class CodeAttack:
                 f"{modality!r}, {norm!r} and {relax!r}"
             )
         self.model, self.modality, self.away = Encoders.of(model, relax), modality, flag("away", away)
+        self.random_start = flag("random_start", random_start)
         self.budget = Budget.checked(modality, eps, norm, bounds, lr, 0.1)
         self.steps, self.batch = whole("steps", steps, 1), whole("batch", batch, 1)
 
@@ -340,6 +344,8 @@ class CodeAttack:
         with frozen(self.model.modules):
             for rows in torch.arange(len(inputs)).split(self.batch):
                 run = Perturbation(inputs[rows], self.budget, self.steps, "sign", one_sided=False)
+                if self.random_start:
+                    run.scatter()
                 for _ in range(self.steps):
                     relaxed = self.model.relaxed(self.modality, run.point())
                     if relaxed.shape != aims[rows].shape:

@@ -29,7 +29,7 @@ class TrainingData(DataFlags):
     above), with which the tables in bench/results repeat."""
     adversarial: tuple[int, ...] = ()
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
-    its own for each number, and attack every one anew. None: no such training."""
+    its own for each number and one on none for comparison, and attack every one anew. None: no such training."""
     adversarial_steps: int = 500
     """Steps of CMLA, for the samples and for the attacks."""
 
@@ -71,10 +71,12 @@ class Train:
                 file=sys.stderr,
             )
         out = str(self.run.out).replace("<data>", dataset.name).replace("<seed>", str(self.run.seed))
-        run = train(self.method, self.config, dataset, replace(self.run, out=Path(out)))
+        on_the_fly = getattr(self.config, "defence", "none") != "none"
+        config = replace(self.config, defence="none") if on_the_fly else self.config
+        run = train(self.method, config, dataset, replace(self.run, out=Path(out)))
         record_source(run.path, self.source.data, options)
-        if self.source.adversarial:
-            self._harden(run, dataset, options)
+        if self.source.adversarial or on_the_fly:
+            self._harden(run, dataset, options, on_the_fly)
         if self.run.quiet:
             return
         if is_classifier(run.model):
@@ -83,16 +85,17 @@ class Train:
             assert isinstance(dataset, PairedDataset)
             _print_retriever(run, dataset, self.config.epochs)
 
-    def _harden(self, run: "Run", dataset: Any, options: dict[str, Any]) -> None:
+    def _harden(self, run: "Run", dataset: Any, options: dict[str, Any], on_the_fly: bool) -> None:
         from cmr_fast.methods.method import Retriever
         from cmr_fast.reports import hashing
 
         assert isinstance(run.model, Retriever)
         settings = replace(self.run, out=run.path)
         counts, attack = self.source.adversarial, f"cmla{self.source.adversarial_steps}"
-        rows = hashing.defend(run.model, dataset, settings, counts, attack=attack)
-        for row in rows[1:]:
-            record_source(run.path.with_name(f"{run.path.name}-adversarial{row.samples}"), self.source.data, options)
+        rows = hashing.defend(run.model, dataset, settings, counts, attack=attack, cgat=on_the_fly)
+        for row in rows:
+            if row.run is not None:
+                record_source(row.run, self.source.data, options)
         if not self.run.quiet:
             hashing.print_defences(rows, f"{self.method} on {dataset.name}: mAP after adversarial training")
             print()

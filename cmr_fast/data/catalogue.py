@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cmr_fast.data import cifar_svhn, features, flickr8k, shapes, wikipedia
+from cmr_fast.data import cifar_svhn, features, flickr8k, mirflickr, shapes, wikipedia
 from cmr_fast.data._checks import check_count
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset
@@ -34,6 +34,7 @@ LOADERS = [
     ),
     Loader(cifar_svhn.holds_svhn, cifar_svhn.load_svhn, "images", "SVHN", "train_32x32.mat (SVHN)"),
     Loader(flickr8k.holds, flickr8k.load, "pairs", "Flickr8k-24", f"{flickr8k.CAPTIONS} (Flickr8k)"),
+    Loader(mirflickr.holds, mirflickr.load, "pairs", "MIR-Flickr of CMLA", "Img.h5, Tag.h5 and Lab.h5 (CMLA)"),
     Loader(lambda path: True, features.load, "pairs", "such files", "files of features"),
 ]  # fmt: skip
 """In the order in which they are tried; the first whose `sniff` is true is taken."""
@@ -46,6 +47,7 @@ def load(path_or_name: str | os.PathLike[str], **options: str | int | None) -> P
 
     - a folder with raw_features*.mat: the UCSD Wikipedia set, `cmr_fast.data.wikipedia.load`
     - a folder with dataset_flickr8k.json: Flickr8k as a multi-label set, `cmr_fast.data.flickr8k.load`
+    - a folder with Img.h5, Tag.h5 and Lab.h5: MIR-Flickr as CMLA's code has it, `cmr_fast.data.mirflickr.load`
     - other folders, and files: arrays by their names in .mat, .h5, .npy, .npz, .pkl, `cmr_fast.data.features.load`
 
     Your own features: one .npz with train_image, train_text, train_labels, query_image, …, see

@@ -104,7 +104,9 @@ def load(
         if "whole" in splits:
             if database is not None:
                 raise InputError("database= is for files with train and test items; these are one set without splits")
-            splits = _draw(splits["whole"], query, train, seed)
+            count = len(splits["whole"])
+            queries = min(2000, max(1, count // 10)) if query is None else query
+            splits = draw(splits["whole"], queries, min(5000, max(1, count // 4)) if train is None else train, seed)
         else:
             splits = _complete(splits, layout, database, query, train, seed)
         return PairedDataset(source.stem if source.is_file() else source.name, class_names=classes, **splits)
@@ -289,11 +291,9 @@ def _as_they_are(parts: list[np.ndarray], name: str) -> list[Tensor]:
     return made
 
 
-def _draw(whole: Pairs, query: int | None, train: int | None, seed: int) -> dict[str, Pairs]:
+def draw(whole: Pairs, query: int, train: int, seed: int) -> dict[str, Pairs]:
     """The random protocol of the hashing papers: queries, the rest is the database, and training items out of that."""
     count = len(whole)
-    query = min(2000, max(1, count // 10)) if query is None else query
-    train = min(5000, max(1, count // 4)) if train is None else train
     if query < 1 or train < 1 or query + train > count:
         raise InputError(f"cannot draw {query} queries and {train} training items from {count}")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))

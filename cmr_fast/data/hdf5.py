@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from cmr_fast.data._values import DEPTH, Cell, Foreign, dense, plain, rows_of_text, short_names
+from cmr_fast.errors import InputError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
+_SLICE = 2**24
+"""Numbers of a slice of images: floats of a whole set of photos would fill any memory."""
 _CLASS, _EMPTY, _OBJECT, _SPARSE = "MATLAB_class", "MATLAB_empty", "MATLAB_object_decode", "MATLAB_sparse"
 
 
@@ -88,8 +91,90 @@ def _value(opened: Any, item: Any, matlab: bool, depth: int) -> Any:
     if h5py.check_ref_dtype(item.dtype) is h5py.Reference:
         refs = np.asarray(item[()]).T
         return Cell([_follow(opened, ref, matlab, depth) for ref in refs.ravel(order="F")], refs.shape)
-    value = np.asarray(item[()])
+    pixels = _whole_pixels(item)
+    value = np.asarray(item[()]) if pixels is None else pixels
     return value.T if matlab else value
+
+
+def _whole_pixels(item: Any) -> np.ndarray | None:
+    """Floats of images, read by slices as the uint8 that they are; None where it holds something else."""
+    if item.ndim != 4 or 3 not in item.shape or item.dtype.kind != "f":
+        return None
+    out = np.empty(item.shape, dtype=np.uint8)
+    for rows in _slices(item):
+        part = item[rows]
+        with np.errstate(invalid="ignore"):
+            out[rows] = part
+        if not np.array_equal(out[rows], part):
+            return None
+    return out
+
+
+def _slices(item: Any) -> list[slice]:
+    step = max(1, _SLICE * len(item) // max(1, item.size))
+    return [slice(start, start + step) for start in range(0, len(item), step)]
+
+
+def is_text(file: Path, name: str) -> bool:
+    """Whether a data set holds text."""
+    import h5py
+
+    with h5py.File(file, "r") as opened:
+        return opened[name].dtype.kind in "OS"
+
+
+def read_pixels(file: Path, name: str, mean: np.ndarray | None = None) -> np.ndarray:
+    """Images (N, H, W, 3) or (N, 3, H, W) of an HDF5 file, as uint8 (N, 3, H, W); floats are read by slices.
+
+    Parameters
+    ----------
+    file, name : Path, str
+        The file, and the data set in it.
+    mean : numpy.ndarray, optional
+        (H, W, 3) or (3, H, W): is added where the images have values below 0, whose mean was subtracted then.
+
+    Raises
+    ------
+    InputError
+        For other shapes, and values that are not 0 to 255 when rounded.
+    """
+    import h5py
+
+    with h5py.File(file, "r") as opened:
+        item = opened[name]
+        channels = next((axis for axis in (3, 1) if item.ndim == 4 and item.shape[axis] == 3), None)
+        if channels is None or item.dtype.kind not in "iuf":
+            raise InputError(
+                f"{file}: {name} must be images (N, H, W, 3) or (N, 3, H, W), or paths of photos, got {item.dtype} "
+                f"{item.shape}"
+            )
+        if item.dtype.kind == "u" and item.dtype.itemsize == 1:
+            return np.ascontiguousarray(np.moveaxis(item[()], channels, 1))
+        shift = _mean_of(item, channels, mean, f"{file}: {name}")
+        out = np.empty((len(item), 3, *np.delete(item.shape[1:], channels - 1)), dtype=np.uint8)
+        highest = 0.0
+        for rows in _slices(item):
+            part = np.rint(np.moveaxis(item[rows], channels, 1) + shift)
+            least, most = float(part.min()), float(part.max())
+            if not (least >= 0 and most <= 255):
+                raise InputError(f"{file}: {name} must be pixels from 0 to 255, got {least:g} to {most:g}")
+            out[rows], highest = part, max(highest, most)
+    if out.size and highest <= 1:
+        raise InputError(f"{file}: {name} must be pixels from 0 to 255, got 0 to {highest:g}; times 255?")
+    return out
+
+
+def _mean_of(item: Any, channels: int, mean: np.ndarray | None, what: str) -> Any:
+    """What to add to images: 0, or their mean where it was subtracted."""
+    if mean is None or item.dtype.kind == "u" or not any((item[rows] < 0).any() for rows in _slices(item)):
+        return 0
+    shape = [size for axis, size in enumerate(item.shape) if axis not in (0, channels)]
+    turned = np.moveaxis(mean, -1, 0) if mean.ndim == 3 and mean.shape[-1] == 3 else mean
+    if turned.shape != (3, *shape):
+        raise InputError(
+            f"{what} has values below 0, and a mean of shape {mean.shape}; expected (3, {shape[0]}, {shape[1]})"
+        )
+    return turned
 
 
 def _follow(opened: Any, ref: Any, matlab: bool, depth: int) -> Any:

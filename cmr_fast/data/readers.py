@@ -49,25 +49,25 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
     if refused := formats.refusal(file, head):
         raise InputError(f"{file}: expected {_KNOWN}; it begins with {head[:16]!r} and {refused}")
     if is_matlab5(head):
-        return _guarded(file, "a MATLAB v5 file", read_matlab5)
+        return guarded(file, "a MATLAB v5 file", read_matlab5)
     if head.startswith(b"MATLAB 7.3 MAT-file") or is_hdf5(file):
         matlab = not head.startswith(MAGIC)
         what = "a MATLAB v7.3 file" if matlab else "an HDF5 file"
-        return _guarded(file, what, lambda f: read_hdf5(f, matlab=matlab and head.startswith(b"MATLAB")))
+        return guarded(file, what, lambda f: read_hdf5(f, matlab=matlab and head.startswith(b"MATLAB")))
     if head.startswith(b"MATLAB 5.0 MAT-file"):
         raise InputError(f"{file}: begins like a MATLAB v5 file, but its header is not one; damaged or cut short?")
     if head.startswith(b"\x93NUMPY"):
-        return _guarded(file, "a .npy file", lambda f: {f.stem: lambda: np.load(f, allow_pickle=False)})
+        return guarded(file, "a .npy file", lambda f: {f.stem: lambda: np.load(f, allow_pickle=False)})
     if head.startswith(b"PK\x03\x04"):
-        return _guarded(file, "a .npz file", _npz)
+        return guarded(file, "a .npz file", _npz)
     if file.suffix.lower() in (".pkl", ".pickle"):
         return _pickle(file)
     if is_matlab4(head, file.stat().st_size):
-        return _guarded(file, "a MATLAB v4 file", read_matlab4)
+        return guarded(file, "a MATLAB v4 file", read_matlab4)
     raise InputError(f"{file}: expected {_KNOWN}; it begins with {head[:16]!r}")
 
 
-def _guarded(file: Path, what: str, reader: Callable[[Path], Arrays]) -> Arrays:
+def guarded(file: Path, what: str, reader: Callable[[Path], Arrays]) -> Arrays:
     """`reader`'s arrays; whatever goes wrong in it or in the libraries, now or later, becomes one InputError."""
 
     def guard(call: Callable[[], Any], part: str) -> Any:

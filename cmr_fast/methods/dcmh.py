@@ -23,17 +23,20 @@ from cmr_fast.errors import InputError
 from cmr_fast.losses import CodeBuffer, dcmh_loss
 from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods.cgat import CenterGuided, CgATConfig
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.models.hashing import CNNF, BagLinear, mostly_zero
+from cmr_fast.models.towers import Lite0, weights_file
 
 _TURNS: tuple[tuple[Modality, Modality], ...] = (("image", "text"), ("text", "image"))
+IMAGE_NETWORKS = ("cnnf", "efficientnet-lite0")
 _IMAGES = 128  # pixels are encoded so many at a time
 
 
 @dataclass(frozen=True)
-class DCMHConfig:
+class DCMHConfig(CgATConfig):
     """DCMH's settings: the paper's, and those of the authors' TensorFlow code where the paper gives none."""
 
     bits: int = 32
@@ -58,6 +61,9 @@ class DCMHConfig:
     """SGD's weight decay (TensorFlow code: none; MATLAB: 5e-4). Above 0, the text layer's gradient is dense: slower."""
     image_hidden: int = 4096
     """Hidden units between image features and bits; of pixels, CNN-F's fc7 is that layer (Table 1)."""
+    image_network: Literal["cnnf", "efficientnet-lite0"] = "cnnf"
+    """Below the bits of raw pixels: cnnf from random weights (the paper's is pretrained), or EfficientNet-Lite0 as
+    ImageNet trained it, frozen, with the network of image features on top."""
     text_hidden: int = 8192
     """Hidden units between the bag of words and bits (Table 2)."""
     image_input: Scaling = "standard"
@@ -67,6 +73,7 @@ class DCMHConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        self.check_defence()
         for name in ("bits", "epochs", "image_hidden", "text_hidden"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -80,6 +87,7 @@ class DCMHConfig:
         choices = {
             "pair_loss": ("nll", "squared"),
             "optimizer": ("sgd", "adam"),
+            "image_network": IMAGE_NETWORKS,
             "image_input": SCALINGS,
             "text_input": SCALINGS,
         }
@@ -123,7 +131,8 @@ class DCMH(Retriever):
         super().__init__(config, math.prod(image_shape), text_dim, num_classes)
         self.config: DCMHConfig = config
         self.image_shape = tuple(image_shape)
-        self.image_scaling = InputScaling(config.image_input, self.image_dim) if self._features else None
+        self.tower = tower_of(config.image_network, self.image_shape)
+        self.image_scaling = scaling_of(config.image_input, self.image_shape, self.tower)
         self.text_scaling = InputScaling(config.text_input, text_dim)
         if self.image_scaling is not None:
             hidden = config.image_hidden
@@ -140,15 +149,14 @@ class DCMH(Retriever):
         self.memory = Memory(image=config.bits, text=config.bits)
         self._codes: dict[Modality, CodeBuffer] = {}
         self._signs, self._labels = torch.empty(0), torch.empty(0)
-
-    @property
-    def _features(self) -> bool:
-        return len(self.image_shape) == 1
+        self._guided: CenterGuided | None = None
 
     def fit_inputs(self, train: Pairs) -> None:
         """Fit the scalings, or the mean pixel, on the training split; labels are not looked at."""
+        if self.tower is not None:
+            self.tower.load(weights_file())
         if self.image_scaling is not None:
-            self.image_scaling.fit(train.image)
+            self.image_scaling.fit(train.image if self.tower is None else self.tower.remember(train.image))
         else:
             cast(CNNF, self.image_network[0]).fit(train.image)
         self.text_scaling.fit(cast(Tensor, train.text))
@@ -177,23 +185,37 @@ class DCMH(Retriever):
         """(N, ...) features, or pixels of 0 to 255 -> outputs (N, bits); the code's bit is output >= 0."""
         if modality == "text":
             return cast(Tensor, self.text_network(self.text_scaling(features)))
+        if self.tower is not None:
+            return torch.cat([self._head(self.tower(part)) for part in features.split(_IMAGES)])
         if self.image_scaling is not None:
-            return cast(Tensor, self.image_network(self.image_scaling(features)))
+            return self._head(features)
         return torch.cat([self.image_network(part) for part in features.split(_IMAGES)])
+
+    def _head(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.image_network(cast(InputScaling, self.image_scaling)(features)))
+
+    def _said(self, modality: Modality, batch: Pairs, rows: Tensor) -> Tensor:
+        """Outputs of rows of the training split; what a frozen tower says of them is remembered."""
+        if modality == "image" and self.tower is not None:
+            return self._head(self.tower.seen[rows])
+        return self.encode(modality, getattr(batch, modality))
 
     @torch.no_grad()
     def begin_round(self, split: Pairs, progress: float) -> None:
         """F and G of all rows where there are none yet; B = sign(F + G)."""
+        if self.tower is not None:
+            self.tower.remember(split.image)
         if progress == 0 or len(cast(Tensor, self.memory.image)) != len(split):
             for modality in MODALITIES:
                 rows = torch.arange(len(split), device=split.labels.device).split(1024)
-                parts = [self.encode(modality, getattr(split.select(part), modality)) for part in rows]
+                parts = [self._said(modality, split.select(part), part) for part in rows]
                 setattr(self.memory, modality, full(torch.cat(parts)))
         for modality in MODALITIES:
             self._codes[modality] = CodeBuffer(getattr(self.memory, modality))
             setattr(self.memory, modality, self._codes[modality].codes)  # one memory: an update is seen in both
         self._signs = signs(self._codes["image"].codes + self._codes["text"].codes)
         self._labels = packed_labels(split.labels)
+        self._guided = CenterGuided(self, split) if self.config.defence == "cgat" else None
 
     def step(
         self,
@@ -211,13 +233,17 @@ class DCMH(Retriever):
             for optimizer in own_steps:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-            outputs = full(self.encode(modality, getattr(batch, modality)))
+            outputs = full(self._said(modality, batch, rows))
             own, theirs = self._codes[modality], self._codes[other]
             loss = dcmh_loss(
                 outputs, rows, own, theirs, (self._labels[rows], self._labels), self._signs[rows],
                 gamma=c.gamma, eta=c.eta, squared=c.pair_loss == "squared",
             ) / (len(rows) * len(self._labels))  # fmt: skip
             own.update(rows, outputs)
+            if self._guided is not None:
+                attacked = self._guided.loss(modality, batch, self._signs)
+                loss = loss + c.cgat_weight * attacked
+                logged[f"cgat_{modality}"] = attacked.detach()
             for optimizer in own_steps:
                 optimizer.zero_grad()
             backward(loss)
@@ -225,6 +251,25 @@ class DCMH(Retriever):
                 optimizer.step()
             logged[f"loss_{modality}"] = loss.detach()
         return logged
+
+
+def tower_of(image_network: str, image_shape: Sequence[int]) -> Lite0 | None:
+    """The pretrained tower that a config names, for pixels. InputError where the images are features."""
+    if image_network == "cnnf":
+        return None
+    if len(image_shape) == 1:
+        raise InputError(
+            f"image_network={image_network} is for raw pixels, expected cnnf (which features do not use), got features "
+            f"of {image_shape[0]} dimensions"
+        )
+    return Lite0()
+
+
+def scaling_of(kind: Scaling, image_shape: Sequence[int], tower: Lite0 | None) -> InputScaling | None:
+    """The scaling of image features, or of a tower's; None of other pixels."""
+    if len(image_shape) > 1 and tower is None:
+        return None
+    return InputScaling(kind, image_shape[0] if tower is None else tower.width)
 
 
 def full(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""CMLA against a trained hashing method, and adversarial training: fine-tuning on adversarial samples beside the clean.
+"""CMLA against a trained hashing method, and defences: fine-tuning on adversarial samples beside the clean, and CgAT.
 
 The author response's Table 2 and the authors' code: N training pairs are attacked, their perturbed copies join the
 training split with the labels of the originals, and training goes on from the trained weights (code: 5 epochs).
@@ -15,12 +15,11 @@ from torch import Tensor
 from cmr_fast.attacks.hashing import CMLA, Perturbed
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.methods.cgat import IMAGE_SHARE, TEXT_SHARE, CgATConfig, bounds_in
 from cmr_fast.methods.loop import train
 from cmr_fast.methods.method import Retriever, Run, RunConfig
 from cmr_fast.modalities import MODALITIES, Modality
 
-IMAGE_SHARE, TEXT_SHARE = 10 / 255, 0.01
-"""The authors' budgets, as shares of the inputs' range."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "cmla": {},
     "cmla-positives": {"flip": "positives"},
@@ -36,10 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def bounds_of(dataset: PairedDataset, modality: Modality) -> tuple[float, float]:
     """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and largest value of all splits."""
-    if getattr(dataset.train, modality).dtype == torch.uint8:
-        return 0.0, 255.0
-    values = [getattr(s, modality) for s in (dataset.train, dataset.query, dataset.database)]
-    return min(float(x.min()) for x in values), max(float(x.max()) for x in values)
+    return bounds_in([getattr(s, modality) for s in (dataset.train, dataset.query, dataset.database)])
 
 
 def named_attack(
@@ -114,7 +110,8 @@ def harden(
     run : RunConfig
         Folder, seed and device of the fine-tuning.
     count : int
-        Adversarial samples: so many training pairs, drawn by the seed, are attacked.
+        Adversarial samples: so many training pairs, drawn by the seed, are attacked. 0 is the control: the same
+        epochs on the clean pairs alone.
     epochs : int
         Of fine-tuning in all (code: 5).
     rounds : int
@@ -131,27 +128,54 @@ def harden(
     Raises
     ------
     InputError
-        Where `count` is not from 1 to the training pairs, or `rounds` does not divide `epochs`.
+        Where `count` is not from 0 to the training pairs, or `rounds` does not divide `epochs`.
     """
-    if not 1 <= count <= len(dataset.train):
-        raise InputError(f"expected 1 to {len(dataset.train)} adversarial samples, the training pairs; got {count}")
+    if not 0 <= count <= len(dataset.train):
+        raise InputError(f"expected 0 to {len(dataset.train)} adversarial samples, the training pairs; got {count}")
     if rounds < 1 or epochs % rounds:
         raise InputError(f"rounds must divide the epochs, {epochs}, got {rounds}")
     drawn = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(run.seed))[:count]
     config = replace(model.config, epochs=epochs // rounds)
     start, done = model, None
     for number in range(1, rounds + 1):
-        attacker = named_attack(attack, start, dataset, share=share, options=options)
-        samples, _ = perturb(attacker, dataset.train.select(drawn))
-        if dataset.train.image.dtype == torch.uint8:
-            samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})
-        more = replace(dataset, train=dataset.train.joined(samples), valid=None)
+        more = replace(dataset, valid=None)
+        if count:
+            attacker = named_attack(attack, start, dataset, share=share, options=options)
+            samples, _ = perturb(attacker, dataset.train.select(drawn))
+            if dataset.train.image.dtype == torch.uint8:
+                samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})
+            more = replace(more, train=dataset.train.joined(samples))
         out = run.out if number == rounds else run.out.with_name(f"{run.out.name}-round{number}")
         done = train(type(model), config, more, replace(run, out=out, valid_fraction=0.0, refit=False), start=start)
         assert isinstance(done.model, Retriever)
         start = done.model
     assert done is not None
     return done
+
+
+def harden_on_the_fly(model: Retriever, dataset: PairedDataset, run: RunConfig, *, epochs: int = 5) -> Run:
+    """CgAT of a trained hashing method: fine-tune it on batches that are attacked anew in every step.
+
+    Parameters
+    ----------
+    model : Retriever
+        The trained model to go on from, of a method whose config is a `CgATConfig`, which says budget, steps and
+        weight; it is not changed.
+    dataset, run
+        As in `harden`.
+    epochs : int
+        Of fine-tuning (CgAT's code: 30).
+
+    Raises
+    ------
+    InputError
+        For methods without this defence.
+    """
+    if not isinstance(model.config, CgATConfig):
+        raise InputError(f"expected a method that CgAT is built into, dcmh or ssah, got {model.name}")
+    config = replace(model.config, epochs=epochs, defence="cgat")  # type: ignore[call-arg]
+    settings = replace(run, valid_fraction=0.0, refit=False)
+    return train(type(model), config, replace(dataset, valid=None), settings, start=model)
 
 
 def _device(attack: CMLA) -> torch.device:

@@ -25,11 +25,13 @@ from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.dcmh import Memory, full
+from cmr_fast.methods.cgat import CenterGuided, CgATConfig
+from cmr_fast.methods.dcmh import IMAGE_NETWORKS, Memory, full, scaling_of, tower_of
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.models.hashing import CNNF
+from cmr_fast.models.towers import weights_file
 from cmr_fast.ops import pairwise_nll, pairwise_squared
 
 LEVELS = (1, 2, 3, 6, 10)
@@ -38,7 +40,7 @@ _IMAGES = 128
 
 
 @dataclass(frozen=True)
-class SSAHConfig:
+class SSAHConfig(CgATConfig):
     """SSAH's settings: the authors' code's where it and the paper give one."""
 
     bits: int = 32
@@ -77,11 +79,15 @@ class SSAHConfig:
     """Scaling of image features: raw, standard, hellinger or chi2; pixels are centred by their mean."""
     text_input: Scaling = "raw"
     """Scaling of text features (code: raw bags of words)."""
+    image_network: Literal["cnnf", "efficientnet-lite0"] = "cnnf"
+    """Below the features of raw pixels: cnnf from random weights (the paper's is pretrained), or EfficientNet-Lite0 as
+    ImageNet trained it, frozen, with the hidden layer of image features on top."""
     multi_scale: bool = True
     """The text network sees the words, and means over windows of 5, 10, 15, 30 and 50 neighbours beside them."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        self.check_defence()
         for name in ("bits", "epochs", "feature_dim", "hidden"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -94,7 +100,12 @@ class SSAHConfig:
             raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if len(self.discriminator_hidden) != 2 or min(self.discriminator_hidden) < 1:
             raise InputError(f"discriminator_hidden must be two widths, got {self.discriminator_hidden}")
-        choices = {"pair_loss": ("nll", "squared"), "image_input": SCALINGS, "text_input": SCALINGS}
+        choices = {
+            "pair_loss": ("nll", "squared"),
+            "image_network": IMAGE_NETWORKS,
+            "image_input": SCALINGS,
+            "text_input": SCALINGS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -163,8 +174,9 @@ class SSAH(Retriever):
         super().__init__(config, math.prod(image_shape), text_dim, num_classes)
         self.config: SSAHConfig = config
         self.image_shape = tuple(image_shape)
-        c, pixels = config, len(image_shape) > 1
-        self.image_scaling = None if pixels else InputScaling(c.image_input, self.image_dim)
+        c = config
+        self.tower = tower_of(c.image_network, self.image_shape)
+        self.image_scaling = scaling_of(c.image_input, self.image_shape, self.tower)
         self.text_scaling = InputScaling(c.text_input, text_dim)
 
         def layer(inputs: int) -> nn.Module:
@@ -181,7 +193,7 @@ class SSAH(Retriever):
         self.network = nn.ModuleDict(
             {
                 "label": Heads(layer(num_classes), c.hidden, *sizes),
-                "image": Heads(image_below, 4096 if pixels else c.hidden, *sizes),
+                "image": Heads(image_below, 4096 if self.image_scaling is None else c.hidden, *sizes),
                 "text": Heads(text_below, c.hidden, *sizes),
             }
         )
@@ -197,13 +209,16 @@ class SSAH(Retriever):
         )  # fmt: skip
         self.memory = Memory(features=c.feature_dim, codes=c.bits)
         self._labels = torch.empty(0)
+        self._guided: CenterGuided | None = None
 
     def fit_inputs(self, train: Pairs) -> None:
         """Fit the scalings, or the mean pixel, on the training split."""
+        if self.tower is not None:
+            self.tower.load(weights_file())
         if self.image_scaling is None:
             cast(CNNF, cast(Heads, self.network["image"]).below).fit(train.image)
         else:
-            self.image_scaling.fit(train.image)
+            self.image_scaling.fit(train.image if self.tower is None else self.tower.remember(train.image))
         self.text_scaling.fit(cast(Tensor, train.text))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -220,7 +235,15 @@ class SSAH(Retriever):
         """What the network of a modality takes."""
         if modality == "text":
             return cast(Tensor, self.text_scaling(features))
+        if self.tower is not None:
+            features = self.tower(features)
         return features if self.image_scaling is None else cast(Tensor, self.image_scaling(features))
+
+    def _inputs(self, modality: Modality, batch: Pairs) -> Tensor:
+        """What the network of a modality takes, of rows of the training split; a frozen tower's word is remembered."""
+        if modality == "image" and self.tower is not None:
+            return cast(Tensor, cast(InputScaling, self.image_scaling)(self.tower.seen[batch.rows]))
+        return self.scaled(modality, getattr(batch, modality))
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, ...) features, or pixels of 0 to 255 -> (N, bits) before tanh; the code's bit is value >= 0."""
@@ -232,6 +255,9 @@ class SSAH(Retriever):
     def begin_round(self, split: Pairs, progress: float) -> None:
         """F^l and H^l of all rows where there are none yet."""
         self._labels = packed_labels(split.labels)
+        if self.tower is not None:
+            self.tower.remember(split.image)
+        self._guided = CenterGuided(self, split) if self.config.defence == "cgat" else None
         memory = cast(Memory, self.memory)
         if progress == 0 or len(cast(Tensor, memory.codes)) != len(split):
             features, codes, _ = self.network["label"](self._one_hot(split.labels))
@@ -265,6 +291,7 @@ class SSAH(Retriever):
         c = self.config
         weights = {
             "features": c.alpha, "codes": c.gamma, "quantisation": c.eta, "labels": c.beta, "adversarial": c.delta,
+            "cgat": c.cgat_weight,
         }  # fmt: skip
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
@@ -296,10 +323,13 @@ class SSAH(Retriever):
         features = {"label": said[0].detach()}
         self.discriminator.requires_grad_(False)
         for modality in MODALITIES:
-            said = self.network[modality](self.scaled(modality, getattr(batch, modality)))
+            said = self.network[modality](self._inputs(modality, batch))
             terms = self.terms(said, rows, wide, wanted)
             if c.delta:
                 terms["adversarial"] = F.softplus(-full(self.discriminator[modality](said[0]))).mean()
+            if self._guided is not None:
+                terms["cgat"] = self._guided.loss(modality, batch, signs(cast(Tensor, memory.codes)))
+                logged[f"cgat_{modality}"] = terms["cgat"].detach()
             update(modality, self.objective(terms))
             features[modality] = said[0].detach()
         self.discriminator.requires_grad_(True)

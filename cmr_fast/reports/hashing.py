@@ -19,8 +19,8 @@ from cmr_fast._terminal import busy, new_table, show
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.evaluation import encode_all
-from cmr_fast.methods.hardening import harden, named_attack, perturb
-from cmr_fast.methods.method import Retriever, RunConfig
+from cmr_fast.methods.hardening import harden, harden_on_the_fly, named_attack, perturb
+from cmr_fast.methods.method import Retriever, Run, RunConfig
 from cmr_fast.modalities import MODALITIES
 from cmr_fast.ops import pack_codes
 from cmr_fast.reports import figures
@@ -175,42 +175,58 @@ def write_report(attacked: Attacked, out: Path, title: str) -> None:
 
 @dataclass(frozen=True)
 class Defence:
-    """A model fine-tuned on `samples` adversarial samples: clean queries, attacked anew, and the base's stored ones."""
+    """A model after a fine-tuning, by its name: clean queries, attacked anew, and the base's stored ones.
 
-    samples: int
+    run: the folder that the fine-tuning wrote; None of the base model.
+    """
+
+    name: str
+    run: Path | None
     natural: Row
     adaptive: Row
     stored: Row
 
 
 DEFENCE_HEAD = (
-    "samples", "natural I2T", "T2I", "attacked anew I2T", "T2I", "stored queries I2T", "T2I",
+    "fine-tuned", "natural I2T", "T2I", "attacked anew I2T", "T2I", "stored queries I2T", "T2I",
 )  # fmt: skip
+BASE, CONTROL, CGAT = "no", "0 samples, as long", "CgAT"
 
 
 def defend(
-    model: Retriever, dataset: PairedDataset, run: RunConfig, counts: Sequence[int], *, attack: str = "cmla",
-    share: float | None = None, epochs: int = 5, rounds: int = 1,
+    model: Retriever, dataset: PairedDataset, run: RunConfig, counts: Sequence[int] = (), *, attack: str = "cmla",
+    share: float | None = None, epochs: int = 5, rounds: int = 1, control: bool = True, cgat: bool = False,
 ) -> list[Defence]:  # fmt: skip
-    """The trade-off of adversarial training: no samples, then each of `counts`, fine-tuned from `model`.
+    """The trade-off of adversarial training: `model` itself, then fine-tuned on no samples and on each of `counts`.
 
     Each hardened model is attacked anew (the numbers that count) and, beside it, given the queries that were made
-    against `model`, which is what the authors' code scores. Runs go to `run.out`-adversarialN.
+    against `model`, which is what the authors' code scores. Runs go to `run.out`-adversarialN and -cgat.
+
+    control: what as many epochs without a sample do, so that a longer training is not taken for a defence.
+    cgat: a last row, fine-tuned by CgAT as the model's config says.
     """
     if any(count < 1 for count in counts):
         raise InputError(f"expected 1 or more adversarial samples, got {', '.join(map(str, counts))}")
     base = examine(model, dataset, [attack], share=share)
-    out = [Defence(0, base.rows[0], base.rows[1], base.rows[1])]
-    for count in counts:
-        settings = replace(run, out=run.out.with_name(f"{run.out.name}-adversarial{count}"))
-        with busy(f"training with {count} adversarial samples"):
-            hardened = harden(
-                model, dataset, settings, count, epochs=epochs, rounds=rounds, attack=attack, share=share
-            ).model
+    out = [Defence(BASE, None, base.rows[0], base.rows[1], base.rows[1])]
+
+    def measure(name: str, done: Run) -> None:
+        hardened = done.model
         assert isinstance(hardened, Retriever)
         again = examine(hardened, dataset, [attack], share=share)
         stored, _ = score(hardened, base.queries[attack], dataset.database, attack)
-        out.append(Defence(count, again.rows[0], again.rows[1], stored))
+        out.append(Defence(name, done.path, again.rows[0], again.rows[1], stored))
+
+    for count in [0, *counts] if control else counts:
+        settings = replace(run, out=run.out.with_name(f"{run.out.name}-adversarial{count}"))
+        with busy(f"training with {count} adversarial samples"):
+            done = harden(model, dataset, settings, count, epochs=epochs, rounds=rounds, attack=attack, share=share)
+        measure(f"{count} samples" if count else CONTROL, done)
+    if cgat:
+        settings = replace(run, out=run.out.with_name(f"{run.out.name}-cgat"))
+        with busy("training by CgAT"):
+            done = harden_on_the_fly(model, dataset, settings, epochs=epochs)
+        measure(CGAT, done)
     return out
 
 
@@ -222,13 +238,15 @@ def print_defences(rows: Sequence[Defence], title: str) -> None:
     for row in rows:
         table.add_row(*defence_cells(row))
     show(title, table)
-    print("attacked anew: each model's own attack; stored queries: made against the model without samples")
+    print("attacked anew: each model's own attack; stored queries: made against the model that is not fine-tuned")
+    if any(row.name == CONTROL for row in rows):
+        print(f"{CONTROL}: as many epochs on clean pairs alone; what it wins is no defence")
 
 
 def defence_cells(row: Defence) -> list[str]:
     """One row of that table."""
     numbers = [side.map[task] for side in (row.natural, row.adaptive, row.stored) for task in CROSS]
-    return [str(row.samples), *(f"{n:.3f}" for n in numbers)]
+    return [row.name, *(f"{n:.3f}" for n in numbers)]
 
 
 def _cells(row: Row) -> list[str]:

