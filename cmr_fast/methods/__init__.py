@@ -14,6 +14,7 @@ _CLASSES = {
     "cmimh": ("cmimh", "CMIMH"),
     "dcmh": ("dcmh", "DCMH"),
     "ssah": ("ssah", "SSAH"),
+    "djsrh": ("djsrh", "DJSRH"),
     "scatter": ("scatter", "Scatter"),
     "madry": ("scatter", "Madry"),
     "plain": ("scatter", "Plain"),

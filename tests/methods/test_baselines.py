@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, CMFH, CVH, PCASign, Random, itq
+from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, CMFH, CVH, FSH, PCASign, Random, itq
 from cmr_fast.methods.evaluation import averaged, evaluate_model
 
 CORRELATIONS = (0.9, 0.6, 0.3)
@@ -160,7 +160,7 @@ def test_a_constant_feature_and_more_features_than_pairs_do_no_harm():
     image = torch.randn(10, 30, generator=generator)
     image[:, 3] = 2.0
     train = Pairs(image, torch.randn(10, 5, generator=generator), torch.arange(10) % 2)
-    for baseline in (CCA(3, ridge=0.0), CCAITQ(16), PCASign(16), Random(4)):
+    for baseline in (CCA(3, ridge=0.0), CCAITQ(16), FSH(16), PCASign(16), Random(4)):
         assert torch.isfinite(baseline.fit(train).encode("image", image)).all()
 
 
@@ -200,10 +200,12 @@ def test_cmfh_never_rises_and_its_turns_are_minima():
         assert CMFH._loss(model, sides, weights, scale * shared, factors, maps) > best
 
 
-def test_cmfh_beats_random_codes():
+def test_unsupervised_baselines_beat_random_codes():
     data = small_dataset()
-    scores = {kind: averaged(evaluate_model(kind(16).fit(data.train), data))["average"] for kind in (CMFH, CVH, Random)}
-    assert min(scores[CMFH], scores[CVH]) > scores[Random] + 0.05
+    scores = {
+        kind: averaged(evaluate_model(kind(16).fit(data.train), data))["average"] for kind in (CMFH, CVH, FSH, Random)
+    }
+    assert min(scores[CMFH], scores[CVH], scores[FSH]) > scores[Random] + 0.05
 
 
 def test_cmfh_refuses_bad_settings():
@@ -211,3 +213,54 @@ def test_cmfh_refuses_bad_settings():
         CMFH(lam=1.0)
     with pytest.raises(InputError, match="bits must be at least 1"):
         CMFH(0)
+
+
+def fsh_similarities(image, text, image_anchors, text_anchors, count):
+    """S_X and S_Y item by item and anchor by anchor."""
+
+    def nearest(x, anchors):
+        return sorted(range(len(anchors)), key=lambda j: (float((x - anchors[j]).norm()), j))[:count]
+
+    def mean(one, other, points):
+        return sum(math.exp(-float((points[a] - points[b]).norm()) / 2) for a in one for b in other) / count**2
+
+    of_image = [nearest(x, image_anchors) for x in image], [nearest(x, image_anchors) for x in image_anchors]
+    of_text = [nearest(x, text_anchors) for x in text], [nearest(x, text_anchors) for x in text_anchors]
+    by_image = [[mean(i, j, image_anchors) for j in of_text[1]] for i in of_image[0]]
+    by_text = [[mean(i, j, text_anchors) for j in of_image[1]] for i in of_text[0]]
+    return torch.tensor(by_image, dtype=torch.float64), torch.tensor(by_text, dtype=torch.float64)
+
+
+def test_fsh_joins_the_similarities_of_its_paper():
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(12, d, generator=generator, dtype=torch.float64) for d in (3, 2))
+    model = FSH(4, anchors=5, neighbours=2)
+    found = model._similarities((image, text), [image[:5], text[:5]])[1]
+    for a, b in zip(found, fsh_similarities(image, text, image[:5], text[:5], 2), strict=True):
+        assert_close(a, b)
+
+
+def test_fsh_never_rises_within_an_iteration_and_rests_at_a_minimum():
+    model = FSH(6, anchors=9, neighbours=3, lam=2.0).fit(small_dataset().train)
+    assert all(after <= before + 1e-9 for before, after in model.losses[1:])  # at first codes are not yet signs
+    assert 2 < len(model.losses) < 100
+    before, after = model.losses[-1]
+    assert before == pytest.approx(after, rel=1e-12)
+
+
+def test_fsh_does_not_look_at_the_length_of_a_row():
+    data = small_dataset()
+    longer = Pairs(data.train.image * 3, data.train.text * torch.rand(45, 1).add(0.5), data.train.labels)
+    codes = [FSH(16).fit(train).encode("text", data.query.text) for train in (data.train, longer)]
+    assert_close(codes[0], codes[1], atol=1e-4, rtol=1e-4)
+
+
+def test_fsh_refuses_bad_settings():
+    for options, words in (
+        ({"bits": 0}, "bits must be at least 1"),
+        ({"anchors": 0}, "anchors, neighbours and iterations must be at least 1"),
+        ({"power": 1.0}, "power must be at least 0 and below 1"),
+        ({"lam": 0.0}, "lam finite and above 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            FSH(**options)
