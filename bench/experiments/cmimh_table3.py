@@ -130,10 +130,11 @@ all orders of items at one distance. Trained on all training pairs for a fixed n
 chosen."""
 
 NOTES = """CMIMH and DJSRH run with settings chosen by validation at 32 bits (a held-out fifth of Wikipedia's training
-split, Flickr8k-24's validation split): about twenty for CMIMH on Wikipedia, three or four else; CMIMH's 12 epochs on Flickr8k-24 were set by the time
-at hand, validation mAP still rising after 4. With its Wikipedia preset for LDA texts CMIMH stays at chance there. CVH,
-CMFH, CCA-ITQ and FSH run with their defaults, untuned, so these rows are no upper bound of theirs. The paper's own data
-(AlexNet's fc7 of MIR-Flickr25K and NUS-WIDE) are not at hand, so no number here compares with one of the paper's.
+split, Flickr8k-24's validation split): about twenty for CMIMH on Wikipedia, three or four else; CMIMH's 12 epochs on
+Flickr8k-24 were set by the time at hand, validation mAP still rising after 4. With its Wikipedia preset for LDA texts
+CMIMH stays at chance there. CVH, CMFH, CCA-ITQ and FSH run with their defaults, untuned, so these rows are no upper
+bound of theirs. The paper's own data (AlexNet's fc7 of MIR-Flickr25K and NUS-WIDE) are not at hand, so no number here
+compares with one of the paper's.
 
 Wikipedia's 693 test pairs are ranked within themselves: mAP@1k there sees every rank. In I2I and T2T a query is left
 out of its own ranking. Flickr8k-24's 980 queries rank 6,869 items, most of them the training pairs.
