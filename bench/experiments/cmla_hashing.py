@@ -23,7 +23,7 @@ def trained(method, bits, seed, data, dataset, folder, epochs):
     if (folder / "model.safetensors").is_file():
         return load_model(folder)
     kind = METHODS[method]
-    config = replace(kind.presets.get(data, kind.Config()), bits=bits)
+    config = replace(kind.presets.get(Path(data).name, kind.Config()), bits=bits)
     if epochs:
         config = replace(config, epochs=epochs)
     return train(method, config, dataset, RunConfig(out=folder, seed=seed, patience=0, quiet=True)).model
