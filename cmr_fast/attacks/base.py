@@ -219,7 +219,7 @@ class Attack(Habits):
         images, labels, _ = self.checked(x, y)
         with self.victim.prepare(images) as victim:
             call = self._call(victim)
-            scores, labels = victim.scores(self._to_pixels(images.clone())), labels.clone()
+            scores, labels = victim.scores(self._to_pixels(images)), labels.clone()
             call.check_classes(scores, labels)
             return call.judge(scores, labels), call.values(scores, labels)
 
