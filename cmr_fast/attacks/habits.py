@@ -299,8 +299,8 @@ class Habits:
             raise
         except Exception as error:  # torch raises whatever its unpickler stumbles over; its own advice is unsafe
             raise InputError(
-                f"{path}: expected what save has written, tensors in a dict; it is no file of torch.save, is damaged, or "
-                "holds something else than plain data, which is not run"
+                f"{path}: expected what save has written, tensors in a dict; it is no file of torch.save, is damaged, "
+                "or holds something else than plain data, which is not run"
             ) from error
         names = ["adv_inputs", "labels", *["preds"] * load_predictions, *["clean_inputs"] * load_clean_inputs]
         if not isinstance(stored, dict) or (missing := [name for name in names if name not in stored]):

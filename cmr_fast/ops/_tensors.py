@@ -12,6 +12,7 @@ from cmr_fast.errors import InputError
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 MAX_BITS = 4096
+MAX_K = 2**31 - 1  # the kernels count in int32
 
 
 def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
@@ -80,6 +81,19 @@ def as_integer(value: object, name: str, least: int, most: int | None = None, al
             return x
     expected = f"of {least} or more" + ("" if most is None else f" and below {most + 1}")
     raise InputError(f"{name} must be an integer {expected}{also}, got {value!r}")
+
+
+def neighbours(count: int, k: int, bits: int, device: torch.device | str, padded: bool) -> tuple[Tensor, Tensor]:
+    """Room for the nearest codes of `count` queries, int32 and int64 (count, k); padded: bits + 1 and -1."""
+    try:
+        distances = torch.empty((count, k), dtype=torch.int32, device=device)
+        indices = torch.empty((count, k), dtype=torch.int64, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(
+            f"k must be small enough for the results to be held: k={k} for {count} queries takes {12 * count * k} "
+            f"bytes, more than there are on {device}"
+        ) from error
+    return (distances.fill_(bits + 1), indices.fill_(-1)) if padded else (distances, indices)
 
 
 def check_codes(codes: Tensor, name: str) -> None:

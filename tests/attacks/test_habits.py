@@ -262,7 +262,7 @@ def test_what_is_loaded_is_checked(tmp_path):
             attacks.PGD.load(path)
     torch.save({"adv_inputs": x, "labels": y}, path)
     for normalize in ({"mean": MEAN}, (MEAN, STD), 3):
-        with pytest.raises(InputError, match='normalize must be {"mean"'):
+        with pytest.raises(InputError, match=r'normalize must be \{"mean"'):
             attacks.PGD.load(path, normalize=normalize)
     with pytest.raises(InputError, match="each of 3 channels, got 4 and 1 values"):
         attacks.PGD.load(path, normalize={"mean": [0.5] * 4, "std": 0.2})
