@@ -30,7 +30,7 @@ from cmr_fast.ops._info_nce_tiles import (
     torch_forward,
     torch_sigmoid,
 )
-from cmr_fast.ops._library import LIBRARY, refuse_twice, register, register_loss
+from cmr_fast.ops._library import call, derivative_wanted, refuse_twice, register, register_derivative, register_loss
 from cmr_fast.ops._tensors import as_number, described
 
 Positives = Tensor | tuple[Tensor, Tensor] | None
@@ -97,9 +97,9 @@ def info_nce(
         raise InputError(f"direction must be both, image or text, got {direction!r}")
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction must be mean, sum or none, got {reduction!r}")
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
-    *losses, row_stats, column_stats, _ = torch.ops.cmr_fast.info_nce(
-        image, text, scale, image_ids, text_ids, weights, offset, direction != "text", direction != "image",
+    needs_gradient = derivative_wanted(image, text, scale)
+    *losses, row_stats, column_stats, _ = call(
+        "info_nce", image, text, scale, image_ids, text_ids, weights, offset, direction != "text", direction != "image",
         rows_to_keep(image, text) if needs_gradient else 0, backend, threads,
     )  # fmt: skip
     if reduction == "none":
@@ -169,9 +169,9 @@ def sigmoid_loss(
     each = 1.0 / max(1, len(image)) if reduction == "mean" else 1.0
     bias = _scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")
     place = len(text) if offset is None else offset  # past the last column: no diagonal
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale, bias))
-    loss: Tensor = torch.ops.cmr_fast.sigmoid_loss(
-        image, text, scale, bias, image_ids, text_ids, mask, place, each, gradients, backend, threads
+    gradients = derivative_wanted(image, text, scale, bias)
+    loss: Tensor = call(
+        "sigmoid_loss", image, text, scale, bias, image_ids, text_ids, mask, place, each, gradients, backend, threads
     )[0]
     return loss
 
@@ -215,8 +215,8 @@ def js_critic(
     if marginals not in ("all", "permutation"):
         raise InputError(f"marginals must be all or permutation, got {marginals!r}")
     if marginals == "all":
-        gradients = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-        bound: Tensor = torch.ops.cmr_fast.js_critic(image, text, gradients, backend, threads)[0]
+        gradients = derivative_wanted(image, text)
+        bound: Tensor = call("js_critic", image, text, gradients, backend, threads)[0]
         return bound
     cycle = torch.randperm(count, dtype=torch.int64, device=image.device)
     joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
@@ -507,12 +507,12 @@ def _backward(ctx: Any, of_rows: Tensor | None, of_columns: Tensor | None, *_: A
     image, text, scale, image_ids, text_ids, weights, row_stats, column_stats, kept = ctx.saved_tensors
     of_rows = torch.zeros_like(row_stats[0]) if of_rows is None else of_rows
     of_columns = torch.zeros_like(column_stats[0]) if of_columns is None else of_columns
-    gradients = torch.ops.cmr_fast.info_nce_backward(
-        of_rows, of_columns, image, text, scale, image_ids, text_ids, weights, ctx.offset, row_stats, column_stats,
-        kept, ctx.backend, ctx.threads,
+    gradients = call(
+        "info_nce_backward", of_rows, of_columns, image, text, scale, image_ids, text_ids, weights, ctx.offset,
+        row_stats, column_stats, kept, ctx.backend, ctx.threads,
     )  # fmt: skip
     return *gradients, *[None] * 9
 
 
-torch.library.register_autograd("cmr_fast::info_nce", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::info_nce_backward", refuse_twice, lib=LIBRARY)
+register_derivative("info_nce", _backward, _remember)
+register_derivative("info_nce_backward", refuse_twice)
