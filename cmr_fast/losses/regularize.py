@@ -9,6 +9,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.losses._checks import as_number
 from cmr_fast.ops._library import refuse_tangent, transformed
+from cmr_fast.ops._tensors import check_float
 
 
 class _GradientReversal(torch.autograd.Function):
@@ -52,6 +53,7 @@ def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
         raise InputError(
             f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
         )
+    check_float(x, "x")
     return cast(Tensor, _GradientReversal.apply(x, as_number(scale, "scale")))
 
 
@@ -101,6 +103,7 @@ def frobenius(weights: Tensor | Iterable[Tensor], *, squared: bool = False) -> T
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             seen = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise InputError(f"weights must be floating-point tensors, got {seen}")
+        check_float(weight, "weights")
     if not matrices:
         raise InputError("frobenius needs at least one weight, got none")
     if squared:

@@ -23,6 +23,7 @@ from cmr_fast.ops._tensors import (
     as_number,
     as_tensor,
     check_codes,
+    check_values,
     like_input,
     neighbours,
 )
@@ -65,7 +66,9 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
                 "pack_codes(x - threshold, threshold=0) for one of each bit"
             )
         threshold = as_number(threshold, "threshold")
-    if values.is_floating_point():
+    if values.is_meta:  # nothing to look at
+        bits = values >= (0.0 if threshold is None else threshold) if values.is_floating_point() else values > 0
+    elif values.is_floating_point():
         if bool(torch.isnan(values).any()):
             raise InputError("x must not hold NaN: a NaN has no sign to pack")
         if threshold is None and values.numel() and bool(((values == 0) | (values == 1)).all()):
@@ -203,6 +206,7 @@ def hamming_range(
         On codes or a radius of another kind, and a backend that cannot run.
     """
     queries, database, was_numpy = as_codes(q, db)
+    check_values(queries, "q")  # as many results as they say
     radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
     result = torch.ops.cmr_fast.hamming_range(queries, database, radius, *_dispatch.how(backend, threads))
     lims, distances, indices = (like_input(r, was_numpy) for r in result)

@@ -31,7 +31,7 @@ from cmr_fast.ops._info_nce_tiles import (
     torch_sigmoid,
 )
 from cmr_fast.ops._library import call, derivative_wanted, refuse_twice, register, register_derivative, register_loss
-from cmr_fast.ops._tensors import as_number, described
+from cmr_fast.ops._tensors import as_number, check_float, described
 
 Positives = Tensor | tuple[Tensor, Tensor] | None
 Reduction = Literal["mean", "sum", "none"]
@@ -232,6 +232,7 @@ def _inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
     for x, name in ((image, "image"), (text, "text")):
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
             raise InputError(f"{name} must be a floating-point tensor (N, d), got {described(x)}")
+        check_float(x, name)
     if image.shape[1] != text.shape[1]:
         raise InputError(f"image and text must have one width, got {_shapes(image, text)}")
     if image.dtype != text.dtype or image.device != text.device:
@@ -253,6 +254,7 @@ def _scalar(x: Tensor | float, like: Tensor, name: str) -> Tensor:
         return torch.full((), as_number(x, name, finite=False), dtype=dtype, device=like.device)
     if x.layout != torch.strided or x.numel() != 1 or not x.is_floating_point():
         raise InputError(f"{name} must be a number or a tensor of one float, got {described(x)}")
+    check_float(x, name)
     if x.device != like.device:
         raise InputError(f"{name} must be on {like.device} as the features are, got {x.device}")
     return x.reshape(()).to(dtype)
@@ -280,6 +282,7 @@ def _positives(
     for x in ids:
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.device != image.device:
             raise InputError(f"positives must be dense tensors on {image.device}, got {described(x)}")
+        check_float(x, "positives")
     first, second = ids
     if isinstance(positives, tuple) or first.ndim == 1:
         if first.dtype != torch.int64 or second.dtype != torch.int64 or first.shape != (n,) or second.shape != (m,):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import check_values
 
 
 def share_label(query: Tensor, database: Tensor) -> Tensor:
@@ -151,6 +152,7 @@ def label_array(labels: object, name: str) -> np.ndarray:
 
 def _dense_array(labels: object, name: str) -> np.ndarray:
     if isinstance(labels, Tensor):
+        check_values(labels, name)
         x = labels.detach()
         x = x.to_dense() if x.layout != torch.strided else x
         return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
