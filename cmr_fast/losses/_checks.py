@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops._tensors import check_float, fits_float, shown
+from cmr_fast.ops._tensors import check_float, fits_float, from_table, shown
 
 
 def _seen(value: object) -> str:
@@ -63,7 +63,7 @@ def as_labels(value: Any, name: str) -> Tensor:
         raise InputError(f"{expected}, got a masked array: leave the masked rows out")
     if not isinstance(value, Tensor):
         try:
-            array = np.asarray(value.toarray() if hasattr(value, "toarray") else value)
+            array = from_table(value.toarray() if hasattr(value, "toarray") else value)
         except (TypeError, ValueError) as error:  # ValueError: rows of several lengths
             raise InputError(f"{expected}, got {type(value).__name__} ({error})") from error
         if array.dtype.kind not in "biuf":

@@ -61,7 +61,16 @@ def shown(value: object) -> str:
 
 def fits_float(number: Any) -> bool:
     """Whether float(number) is a number, which it is not of integers beyond its range."""
-    return not isinstance(number, numbers.Rational) or abs(int(number)) < _LARGEST
+    exact = isinstance(number, numbers.Rational)
+    return not exact or -_LARGEST < int(number) < _LARGEST
+
+
+def from_table(x: object) -> np.ndarray:
+    """np.asarray(x); nullable columns of a pandas DataFrame, which come as objects, as the numbers that they hold."""
+    array = np.asarray(x)
+    if array.dtype == object and hasattr(x, "to_numpy"):
+        array = np.array(array.tolist())  # of objects still where something is missing
+    return array
 
 
 def described(x: object) -> str:

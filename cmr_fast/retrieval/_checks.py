@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes, check_values
+from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes, check_values, from_table
 from cmr_fast.ops.multi_index import check_stray
 
 Array = np.ndarray | Tensor
@@ -20,7 +20,7 @@ def to_numpy(x: object) -> np.ndarray:
     if isinstance(x, Tensor):
         return np.asarray(x.detach().cpu().numpy())
     try:
-        return np.asarray(x)
+        return from_table(x)
     except (TypeError, ValueError):  # rows of several lengths; tensors of another kind inside
         return np.empty((), dtype=object)
 
@@ -107,7 +107,7 @@ def check_embeddings(query: object, database: object) -> tuple[Tensor, Tensor]:
             x = (values if values.device.type == "cuda" else values.cpu()).detach().double()  # others may lack float64
         else:
             x = torch.from_numpy(np.asarray(values).astype(np.float64, order="C"))
-        bad = ~torch.isfinite(x.square().sum(dim=1))
+        bad = ~torch.isfinite(x).all(dim=1)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise InputError(f"{name} must be finite: {int(bad.sum())} rows are not, the first is row {first}")
