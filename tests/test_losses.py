@@ -226,3 +226,20 @@ def test_vse_plus_plus_is_the_max_of_hinges():
     got = vse_plus_plus(image, text)
     torch.testing.assert_close(got, sum(h.sum() for h in hinges))
     torch.testing.assert_close(torch.autograd.grad(got, (image, text)), want)
+
+
+def test_acmr_helpers_inside_of_torch_func():
+    weights = [torch.randn(3, 4), torch.zeros(5)]
+    norms = torch.func.grad(lambda w: frobenius([w, weights[1]]))(weights[0])
+    assert torch.allclose(norms, weights[0] / weights[0].norm())
+    assert torch.equal(torch.func.grad(frobenius)(weights[1]), weights[1])
+    stacked = torch.func.vmap(torch.func.grad(frobenius))(weights[0])
+    assert torch.allclose(stacked, torch.nn.functional.normalize(weights[0]))
+    turned = torch.func.grad(lambda x: gradient_reversal(x, 3).square().sum())
+    assert torch.equal(turned(weights[0]), -6 * weights[0])
+    assert torch.equal(torch.func.vmap(turned)(weights[0]), -6 * weights[0])
+    with pytest.raises(InputError, match="forward-mode"):
+        torch.func.jvp(gradient_reversal, (weights[0],), (weights[0],))
+    for wrong in (3, None, object()):
+        with pytest.raises(InputError, match="weights must be a tensor or an iterable"):
+            frobenius(wrong)

@@ -21,6 +21,7 @@ from cmr_fast.attacks.problem import INSIDE, Call, Problem, Success, refuse_outs
 from cmr_fast.attacks.settings import flag, numbers, whole
 from cmr_fast.attacks.victim import Model, Victim, widened
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import check_float
 from cmr_fast.ops.pgd import NORMS, Norm, Value, as_values, row_norms
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -219,7 +220,7 @@ class Attack(Habits):
         images, labels, _ = self.checked(x, y)
         with self.victim.prepare(images) as victim:
             call = self._call(victim)
-            scores, labels = victim.scores(self._to_pixels(images.clone())), labels.clone()
+            scores, labels = victim.scores(self._to_pixels(images)), labels.clone()
             call.check_classes(scores, labels)
             return call.judge(scores, labels), call.values(scores, labels)
 
@@ -283,6 +284,7 @@ class Attack(Habits):
             seen = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(x).__name__
             pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
             raise InputError(f"x must be floats (B, ...), got {seen}{': divide pixels by 255' if pixels else ''}")
+        check_float(images, "x")
         if images.layout != torch.strided or images.is_meta:
             raise InputError(f"x must be a dense tensor with values, got {images.layout} on {images.device}")
         return images if self.device is None else images.to(self.device), was_numpy

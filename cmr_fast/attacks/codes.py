@@ -51,7 +51,7 @@ class Encoders:
 
     def relaxed(self, modality: Modality, x: Tensor) -> Tensor:
         """Relaxed codes (n, bits) of inputs (n, ...), checked."""
-        values = self.encode(modality, x)
+        values = self.encode(modality, x.clone())  # the first layer may work in place
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(x):
             seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"the {modality} encoder must return ({len(x)}, bits), got {seen}")

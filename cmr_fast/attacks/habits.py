@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from cmr_fast._files import write_aside
+from cmr_fast._files import as_path, check_regular, write_aside
+from cmr_fast.attacks.victim import Victim, check_channels, per_channel
 from cmr_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from cmr_fast.attacks.victim import Victim
+from cmr_fast.ops._tensors import described
 
 TargetMap = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,7 +22,7 @@ class Habits:
     supported_mode: tuple[str, ...] = ("default",)
     attack_mode = "default"
     check: bool
-    victim: "Victim"
+    victim: Victim
 
     def __init__(self) -> None:
         self.device: torch.device | None = None
@@ -42,8 +41,6 @@ class Habits:
         InputError
             For a std that is not above 0, and values that are no numbers.
         """
-        from cmr_fast.attacks.victim import per_channel
-
         self.victim.normalize = per_channel((mean, std))
         mean, std = self.victim.normalize
         shape = (1, -1, 1, 1)
@@ -169,7 +166,9 @@ class Habits:
         """Pixels of inputs that set_normalization_used calls normalised; what rounding put outside is put back."""
         if self.normalization_used is None:
             return x
-        mean, std = (v.to(x) for v in self.normalization_used.values())
+        if self.victim.normalize is not None:
+            check_channels(self.victim.normalize, x)
+        mean, std = (v.to(x).reshape(1, -1, *[1] * (x.ndim - 2)) for v in self.normalization_used.values())
         pixels = x * std + mean
         low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in self.bounds)  # type: ignore[attr-defined]
         low, high = (v if v.ndim < 2 else v.reshape(*v.shape, 1, 1) for v in (low, high))
@@ -180,7 +179,7 @@ class Habits:
     def _from_pixels(self, x: Tensor) -> Tensor:
         if self.normalization_used is None:
             return x
-        mean, std = (v.to(x) for v in self.normalization_used.values())
+        mean, std = (v.to(x).reshape(1, -1, *[1] * (x.ndim - 2)) for v in self.normalization_used.values())
         return (x - mean) / std
 
     def save(
@@ -198,7 +197,7 @@ class Habits:
         Parameters
         ----------
         data_loader
-            Batches (inputs, labels).
+            Batches (inputs, labels), tensors or numpy arrays.
         save_path
             A torch file of a dict: adv_inputs (N, ...), labels (N,), save_type; preds, clean_inputs where asked for.
             Pixels, also where inputs are normalised. None: nothing is written.
@@ -213,24 +212,30 @@ class Habits:
         Raises
         ------
         InputError
-            Before any work, for a path that cannot be written and an unknown save_type.
+            Before any work, for a path that cannot be written and an unknown save_type; for a data_loader of anything
+            else than such batches.
         """
         import time
 
         if save_type not in ("float", "int"):
             raise InputError(f"save_type must be 'float' or 'int', got {save_type!r}")
-        path = None if save_path is None else Path(save_path)
+        path = None if save_path is None else as_path(save_path, "save_path")
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise InputError(f"{path}: expected the name of a file in a folder that exists")
+        if not isinstance(data_loader, Iterable):
+            raise InputError(f"data_loader must yield batches (inputs, labels), got {type(data_loader).__name__}")
         began = time.perf_counter()
         parts: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
         distances = []
-        for inputs, labels in data_loader:
+        for batch in data_loader:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                of = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+                raise InputError(f"data_loader must yield batches (inputs, labels), got a {type(batch).__name__}{of}")
+            inputs, labels, _ = self.checked(*batch)  # type: ignore[attr-defined]
             adv: Tensor = self(inputs, labels)  # type: ignore[operator]
-            inputs = inputs.to(adv)
             delta, clean, adv = (adv - inputs).cpu(), self._to_pixels(inputs), self._to_pixels(adv)
             with self.victim.prepare(adv) as victim:
-                preds = victim.scores(adv.clone()).argmax(dim=1).cpu()
+                preds = victim.scores(adv).argmax(dim=1).cpu()
             wrong = preds != labels.cpu()
             distances.append(delta.flatten(1)[wrong].norm(dim=1))
             for name, value in zip(parts, (adv, labels, preds, clean), strict=True):
@@ -283,24 +288,37 @@ class Habits:
         Raises
         ------
         InputError
-            For a file that does not hold them.
+            For a file that does not hold them, and a normalize that is no such dict or has other channels.
         """
-        from cmr_fast.attacks.victim import per_channel
-
+        path = as_path(load_path, "load_path")
+        check_regular(path, "saved attack")
+        scale = None if normalize is None else _mean_and_std(normalize)
         try:
-            stored = torch.load(load_path, map_location="cpu", weights_only=True)
+            stored = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # torch raises whatever its unpickler stumbles over
-            raise InputError(f"{load_path}: expected what save has written ({error})") from error
+        except Exception as error:  # torch raises whatever its unpickler stumbles over; its own advice is unsafe
+            raise InputError(
+                f"{path}: expected what save has written, tensors in a dict; it is no file of torch.save, is damaged, "
+                "or holds something else than plain data, which is not run"
+            ) from error
         names = ["adv_inputs", "labels", *["preds"] * load_predictions, *["clean_inputs"] * load_clean_inputs]
         if not isinstance(stored, dict) or (missing := [name for name in names if name not in stored]):
             seen = f"no {missing[0]}" if isinstance(stored, dict) else f"a {type(stored).__name__}"
-            raise InputError(f"{load_path}: expected {', '.join(names)}, got {seen}")
-        for name in {"adv_inputs", "clean_inputs"} & set(names):
+            raise InputError(f"{path}: expected {', '.join(names)}, got {seen}")
+        count = None
+        for name in names:
+            x = stored[name]
+            if not isinstance(x, Tensor) or x.ndim == 0 or x.layout != torch.strided:
+                raise InputError(f"{path}: {name} must be a dense tensor with a row a sample, got {described(x)}")
+            count = len(x) if count is None else count
+            if len(x) != count:
+                raise InputError(f"{path}: {name} must have a row for each of {count} adv_inputs, got {len(x)}")
+        for name in [name for name in names if name.endswith("inputs")]:
             x = stored[name].float() / (255 if stored[name].dtype == torch.uint8 else 1)
-            if normalize is not None:
-                mean, std = (v.to(x).reshape(1, -1, 1, 1) for v in per_channel((normalize["mean"], normalize["std"])))
+            if scale is not None:
+                check_channels(scale, x, f"{path}: {name}")
+                mean, std = (v.to(x).reshape(1, -1, *[1] * (x.ndim - 2)) for v in scale)
                 x = (x - mean) / std
             stored[name] = x
         return DataLoader(TensorDataset(*(stored[name] for name in names)), batch_size, shuffle=shuffle)
@@ -311,3 +329,10 @@ class Habits:
         model = type(self.victim.model).__name__
         values = ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in shown.items())
         return f"{type(self).__name__}(model={model}, {values})"
+
+
+def _mean_and_std(normalize: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(normalize, dict) or not {"mean", "std"} <= normalize.keys():
+        seen = f"keys {list(normalize)}" if isinstance(normalize, dict) else type(normalize).__name__
+        raise InputError(f'normalize must be {{"mean": ..., "std": ...}}, got {seen}')
+    return per_channel((normalize["mean"], normalize["std"]))

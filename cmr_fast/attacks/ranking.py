@@ -24,6 +24,7 @@ from cmr_fast.attacks.settings import flag, real, whole
 from cmr_fast.attacks.transfer import Transfer
 from cmr_fast.attacks.victim import Victim
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import check_float
 from cmr_fast.ops.pgd import Value
 
 __all__ = [
@@ -77,6 +78,7 @@ class Ranker(nn.Module):
         if not isinstance(gallery, Tensor) or not gallery.is_floating_point() or gallery.ndim != 2:
             seen = f"{gallery.dtype} {tuple(gallery.shape)}" if isinstance(gallery, Tensor) else type(gallery).__name__
             raise InputError(f"gallery must be floats (N, d), got {seen}")
+        check_float(gallery, "gallery")
         self.encode, self.scale = encode, real("scale", scale, 0.0, 1e30, above=True)
         self.codes = flag("codes", codes)
         signs = torch.where(gallery >= 0, 1.0, -1.0)
@@ -243,6 +245,7 @@ def _check(x: Tensor, gallery: Tensor, relevant: Tensor, k: Sequence[int], codes
     for name, value in (("x", x), ("gallery", gallery), ("relevant", relevant)):
         if not isinstance(value, Tensor):
             raise InputError(f"{name} must be a torch tensor, got {type(value).__name__}")
+        check_float(value, name)
     if not gallery.is_floating_point() or gallery.ndim != 2 or not bool(gallery.isfinite().all()):
         raise InputError(
             f"gallery must be finite floats (N, d) (of codes their values, not packed), got {gallery.dtype} "

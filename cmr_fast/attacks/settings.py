@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops._tensors import as_integer
+from cmr_fast.ops._tensors import as_integer, fits_float, shown
 from cmr_fast.ops.pgd import Value
 
 MOST = 2**31 - 1  # of a count
@@ -40,7 +40,7 @@ def flag(name: str, value: object) -> bool:
         For anything else.
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise InputError(f"{name} must be True or False, got {value!r}")
+        raise InputError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -82,9 +82,10 @@ def real(name: str, value: object, least: float, most: float, *, above: bool = F
         For anything else.
     """
     fits = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    fits = fits and fits_float(value)
     if not fits or not (least < value <= most if above else least <= value <= most):  # type: ignore[operator]
         end = "" if most == float("inf") else f" and at most {most:g}"
-        raise InputError(f"{name} must be a number{_limit(least, above)}{end}, got {value!r}")
+        raise InputError(f"{name} must be a number{_limit(least, above)}{end}, got {shown(value)}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -113,7 +114,7 @@ def numbers(name: str, value: Value, least: float | None = None, *, above: bool 
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{name} must be a number or numbers, got {value!r}") from error
+        raise InputError(f"{name} must be a number or numbers, got {shown(value)}") from error
     fits = (tensor > least if above else tensor >= least) if least is not None else torch.ones_like(tensor).bool()
     if not tensor.numel() or not bool((fits & tensor.isfinite()).all()):
         raise InputError(f"{name} must be finite{_limit(least, above)}, got {value}")

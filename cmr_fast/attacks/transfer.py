@@ -87,7 +87,7 @@ class Transfer:
         answers: list[Tensor] = []
         for victim in (self.attack.victim, self.on_victim.victim):
             with victim.prepare(images) as prepared:
-                answers.append(prepared.scores(images[:16].detach().clone()))
+                answers.append(prepared.scores(images[:16].detach()))
         if answers[0].shape == answers[1].shape and torch.equal(*answers):
             raise InputError(
                 "the surrogate answers the first samples with the victim's bits: is it a copy of the victim? That is a "

@@ -105,12 +105,7 @@ class Victim:
             call = copy.copy(self)
             call.queries, call._input_dtype = 0, x.dtype
             if self.normalize is not None:
-                if any(v.shape[1] not in (1, x.shape[1]) for v in self.normalize):
-                    counts = " and ".join(str(v.shape[1]) for v in self.normalize)
-                    raise InputError(
-                        f"normalize must be (mean, std), a number or a value for each of {x.shape[1]} channels, got "
-                        f"{counts} values for x {tuple(x.shape)}{_channels_last(x)}"
-                    )
+                check_channels(self.normalize, x)
                 mean, std = (v.to(x, copy=True) for v in self.normalize)
                 call.normalize = mean, std
             if isinstance(self.model, nn.Module):
@@ -166,7 +161,7 @@ class Victim:
         self.queries += len(x)
         x = x.to(self._input_dtype)
         if self.normalize is None:
-            return x
+            return x.clone()  # neither a leaf nor the caller's: the first layer may work in place
         mean, std = (v.reshape(1, -1, *[1] * (x.ndim - 2)) for v in self.normalize)
         return (x - mean) / std
 
@@ -439,3 +434,29 @@ def per_channel(normalize: tuple[Value, Value]) -> tuple[Tensor, Tensor]:
     if not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise InputError(f"normalize must be a finite mean and a std above 0, got {normalize!r}")
     return mean, std
+
+
+def check_channels(normalize: tuple[Tensor, Tensor], x: Tensor, name: str = "x") -> None:
+    """Raise InputError unless mean and std have one value or one for each channel of x.
+
+    Parameters
+    ----------
+    normalize
+        As `per_channel` returns it.
+    x
+        Floats (B, C, ...).
+    name
+        What the error calls x.
+
+    Raises
+    ------
+    InputError
+        Saying how many values and channels there are.
+    """
+    channels = x.shape[1] if x.ndim > 1 else 1
+    if any(v.shape[1] not in (1, channels) for v in normalize):
+        counts = " and ".join(str(v.shape[1]) for v in normalize)
+        raise InputError(
+            f"normalize must be (mean, std), a number or a value for each of {channels} channels, got {counts} values "
+            f"for {name} {tuple(x.shape)}{_channels_last(x)}"
+        )

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import check_float, fits_float, from_table, shown
 
 
 def _seen(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else repr(value)[:80]
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else shown(value)[:80]
 
 
 def as_number(value: Any, name: str) -> float:
     """A finite number as float."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
-    if not isinstance(value, numbers.Real) or not abs(float(value)) < float("inf"):
+    if not isinstance(value, numbers.Real) or not fits_float(value) or not abs(float(value)) < float("inf"):
         raise InputError(f"{name} must be a finite number, got {_seen(value)}")
     return float(value)
 
@@ -34,6 +35,7 @@ def as_scalar(value: Any, name: str, like: Tensor) -> Tensor | float:
     """A number, or a tensor of one float on the device of `like`."""
     if isinstance(value, Tensor):
         scalar: Tensor = value
+        check_float(scalar, name)
         if scalar.numel() != 1 or scalar.dtype == torch.bool or scalar.is_complex():
             raise InputError(f"{name} must be a number or a tensor of one element, got {_seen(scalar)}")
         if scalar.device != like.device and scalar.ndim == 0 and scalar.device.type == "cpu":
@@ -41,7 +43,7 @@ def as_scalar(value: Any, name: str, like: Tensor) -> Tensor | float:
         return scalar if scalar.is_floating_point() else scalar.reshape(()).to(torch.float64)
     if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "iuf":
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits_float(value):
         raise InputError(f"{name} must be a number or a tensor of one element, got {_seen(value)}")
     return float(value)
 
@@ -51,6 +53,7 @@ def check_features(x: Any, name: str) -> None:
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
         seen = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"{name} must be a floating-point tensor (N, d), got {seen}")
+    check_float(x, name)
 
 
 def as_labels(value: Any, name: str) -> Tensor:
@@ -60,7 +63,7 @@ def as_labels(value: Any, name: str) -> Tensor:
         raise InputError(f"{expected}, got a masked array: leave the masked rows out")
     if not isinstance(value, Tensor):
         try:
-            array = np.asarray(value.toarray() if hasattr(value, "toarray") else value)
+            array = from_table(value.toarray() if hasattr(value, "toarray") else value)
         except (TypeError, ValueError) as error:  # ValueError: rows of several lengths
             raise InputError(f"{expected}, got {type(value).__name__} ({error})") from error
         if array.dtype.kind not in "biuf":
@@ -68,6 +71,7 @@ def as_labels(value: Any, name: str) -> Tensor:
         wide = {"b": np.bool_, "f": np.float64}.get(array.dtype.kind, np.int64)
         value = torch.from_numpy(array.astype(wide, order="C"))
     labels = cast(Tensor, value)
+    check_float(labels, name)
     if labels.layout != torch.strided:
         labels = labels.to_dense()
     if labels.is_complex() or labels.ndim not in (1, 2):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cmr_fast.errors import InputError
 from cmr_fast.losses._checks import as_count, as_scalar, check_features
+from cmr_fast.ops._library import refuse_transforms
 from cmr_fast.ops.info_nce import info_nce, sigmoid_loss
 from cmr_fast.ops.info_nce_distributed import distributed_info_nce, distributed_sigmoid_loss
 
@@ -489,6 +490,7 @@ def _check_group(rank: int, world_size: int) -> None:
 
 def _gather(x: Tensor, rank: int, with_grad: bool, own_gradient: bool) -> Tensor:
     """(n, d) of every rank -> (N, d): with the gradient of all of them, of this rank's own, or of none."""
+    refuse_transforms("a loss over ranks")
     shapes = [torch.empty(2, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size())]
     dist.all_gather(shapes, torch.tensor(x.shape, device=x.device))
     seen = [tuple(shape.tolist()) for shape in shapes]

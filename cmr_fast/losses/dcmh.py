@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import check_float
 from cmr_fast.ops.hamming import pack_codes
 from cmr_fast.ops.pairwise import Similarities, pairwise_nll, pairwise_squared
 
@@ -32,6 +33,7 @@ class CodeBuffer:
     def __init__(self, codes: Tensor) -> None:
         if codes.ndim != 2 or not codes.is_floating_point():
             raise InputError(f"codes must be float (N, bits), got {codes.dtype} {tuple(codes.shape)}")
+        check_float(codes, "codes")
         self.codes = codes.detach().clone()
         self.sums = self.codes.sum(dim=0, dtype=torch.float64)
 

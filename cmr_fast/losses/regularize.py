@@ -1,22 +1,33 @@
 """ACMR's two helpers: the gradient turned round, and the sum of the weights' norms."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.losses._checks import as_number
+from cmr_fast.ops._library import refuse_tangent, transformed
+from cmr_fast.ops._tensors import check_float
 
 
 class _GradientReversal(torch.autograd.Function):
     """The identity, whose gradient is multiplied by -scale."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(x: Tensor, scale: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        refuse_tangent("gradient_reversal")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -42,6 +53,7 @@ def gradient_reversal(x: Tensor, scale: float = 1.0) -> Tensor:
         raise InputError(
             f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
         )
+    check_float(x, "x")
     return cast(Tensor, _GradientReversal.apply(x, as_number(scale, "scale")))
 
 
@@ -84,13 +96,18 @@ def frobenius(weights: Tensor | Iterable[Tensor], *, squared: bool = False) -> T
     InputError
         Where there is no weight, or one is no floating-point tensor.
     """
+    if not isinstance(weights, Iterable):  # a tensor is one too
+        raise InputError(f"weights must be a tensor or an iterable of them, got {type(weights).__name__}")
     matrices = [weights] if isinstance(weights, Tensor) else list(weights)
     for weight in matrices:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             seen = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise InputError(f"weights must be floating-point tensors, got {seen}")
+        check_float(weight, "weights")
     if not matrices:
         raise InputError("frobenius needs at least one weight, got none")
     if squared:
         return torch.stack([weight.square().sum() for weight in matrices]).sum()
+    if transformed():
+        return torch.stack([torch.linalg.vector_norm(weight) for weight in matrices]).sum()
     return cast(Tensor, _Norms.apply(*matrices))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import shown
 
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "hamming_topk": {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")},
@@ -190,10 +191,12 @@ def choose_threads(threads: int | None = None) -> int:
 
 def _as_threads(threads: object) -> int:
     if type(threads) is not int and (isinstance(threads, bool) or not isinstance(threads, numbers.Integral)):
-        raise InputError(f"threads must be an integer of 1 or more, or None, got {threads!r}")
+        raise InputError(f"threads must be an integer of 1 or more, or None, got {shown(threads)}")
     number = int(threads)
     if not 1 <= number <= MAX_THREADS:
-        raise InputError(f"threads must be {'1 or more' if number < 1 else f'at most {MAX_THREADS}'}, got {number}")
+        raise InputError(
+            f"threads must be {'1 or more' if number < 1 else f'at most {MAX_THREADS}'}, got {shown(number)}"
+        )
     return number
 
 

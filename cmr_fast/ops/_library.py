@@ -22,16 +22,57 @@ class _Library(torch.library.Library):
         if dispatch_key != "Autograd":
             return super().impl(op_name, fn, dispatch_key, **kwargs)
 
+        name = str(op_name).rpartition("::")[2]
+
         @functools.wraps(fn)
         def reverse_only(keyset: Any, *args: Any, **kwargs: Any) -> Any:
             if forward_ad._current_level >= 0:
-                refuse_forward_mode(str(op_name).rpartition("::")[2], *args, *kwargs.values())
+                refuse_forward_mode(name, *args, *kwargs.values())
+            if name in _FUNCTIONS and transformed() and torch._C._any_requires_grad(*args):
+                raise InputError(f"torch.func has no gradient of torch.ops.cmr_fast.{name}: expected cmr_fast.ops'")
             return fn(keyset, *args, **kwargs)
 
         return super().impl(op_name, reverse_only, dispatch_key, **kwargs)
 
 
+_FUNCTIONS: dict[str, Any] = {}  # by op: its derivative in the form that torch.func takes
 LIBRARY = _Library("cmr_fast", "DEF")
+
+
+def register_derivative(name: str, backward: Callable[..., Any], remember: Callable[..., None] | None = None) -> None:
+    """Register cmr_fast::<name>'s derivative: `remember` is what torch calls setup_context."""
+    parts = {
+        "forward": getattr(torch.ops.cmr_fast, name),
+        "setup_context": remember or _nothing,
+        "backward": backward,
+        "jvp": functools.partial(refuse_tangent, name),
+    }
+    methods = {part: staticmethod(f) for part, f in parts.items()}
+    _FUNCTIONS[name] = type(name, (torch.autograd.Function,), {**methods, "generate_vmap_rule": True})
+    torch.library.register_autograd(f"cmr_fast::{name}", backward, setup_context=remember, lib=LIBRARY)
+
+
+def call(name: str, *args: Any) -> Any:
+    """torch.ops.cmr_fast.<name>(*args), which inside of torch.func's transforms has its derivative in their form."""
+    if transformed():
+        return _FUNCTIONS[name].apply(*args)
+    return getattr(torch.ops.cmr_fast, name)(*args)
+
+
+def transformed() -> bool:
+    """Whether torch.func.grad, vmap and their like are at work."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+
+
+def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """What an op remembers that has no derivative."""
+
+
+def derivative_wanted(*leaves: Tensor) -> bool:
+    """Whether gradients may be asked for of these; inside torch.func's transforms tensors do not always say so."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(x.requires_grad for x in leaves) or transformed()
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,8 +123,7 @@ def register_loss(
         lambda upstream, *gradients: tuple([x * upstream if x.numel() else torch.empty_like(x) for x in gradients]),
         lambda upstream, *gradients: tuple(torch.empty_like(x) for x in gradients),
     )
-    op, scale = (getattr(torch.ops.cmr_fast, x).default for x in (name, f"{name}_backward"))
-    inputs = len(op._schema.arguments)
+    inputs = len(getattr(torch.ops.cmr_fast, name).default._schema.arguments)
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
@@ -91,7 +131,7 @@ def register_loss(
 
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * inputs
-        gradients = scale(upstream, *ctx.saved_tensors)
+        gradients = call(f"{name}_backward", upstream, *ctx.saved_tensors)
         for i, shape, gradient in zip(differentiable, ctx.shapes, gradients, strict=True):
             if ctx.needs_input_grad[i]:
                 if gradient.shape != shape:
@@ -99,18 +139,29 @@ def register_loss(
                 result[i] = gradient
         return tuple(result)
 
-    torch.library.register_autograd(f"cmr_fast::{name}", backward, setup_context=remember, lib=LIBRARY)
-    torch.library.register_autograd(f"cmr_fast::{name}_backward", refuse_twice, lib=LIBRARY)
+    register_derivative(name, backward, remember)
+    register_derivative(f"{name}_backward", refuse_twice)
 
 
 def refuse_forward_mode(name: str, *args: Any) -> None:
     """Raise InputError where an argument carries a forward-mode derivative, as in torch.func.jvp."""
     for x in args:
         if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
-            raise InputError(
-                f"{name} has no forward-mode derivative, got a tensor with a tangent (torch.func.jvp, forward_ad): "
-                "expected reverse mode, torch.autograd.grad or .backward()"
-            )
+            refuse_tangent(name)
+
+
+def refuse_tangent(name: str, *_: Any) -> NoReturn:
+    """Raise InputError: forward mode has come to what has a reverse derivative alone."""
+    raise InputError(
+        f"{name} has no forward-mode derivative, got a tensor with a tangent (torch.func.jvp, forward_ad): "
+        "expected reverse mode, torch.autograd.grad, torch.func.grad or .backward()"
+    )
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise InputError inside of torch.func.grad, vmap and their like, of what talks to other processes."""
+    if transformed():
+        raise InputError(f"{name} must be called outside of torch.func's transforms (grad, vmap, jvp)")
 
 
 def refuse_twice(ctx: Any, *_: Any, hint: str = "") -> NoReturn:

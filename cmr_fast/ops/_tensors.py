@@ -12,6 +12,9 @@ from cmr_fast.errors import InputError
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 MAX_BITS = 4096
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 2**1023  # of the integers that every float holds the size of
+MAX_K = 2**31 - 1  # the kernels count in int32
 
 
 def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
@@ -19,6 +22,7 @@ def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
     if isinstance(x, Tensor):
         if x.layout != torch.strided:
             raise InputError(f"{name} must be a dense tensor, got {x.layout}")
+        check_float(x, name)
         return x, False
     if not isinstance(x, np.ndarray):
         raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}")
@@ -31,6 +35,42 @@ def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
         return torch.from_numpy(x), True
     except (TypeError, ValueError) as error:  # ValueError: a byte order that is not this machine's
         raise InputError(f"{name} must be bool, integer or float, got dtype {x.dtype}") from error
+
+
+def check_float(x: Tensor, name: str) -> None:
+    """Raise InputError for floats of 8 bits and fewer, which torch stores but does not compute with."""
+    if x.is_floating_point() and x.dtype not in FLOATS:
+        raise InputError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: expected {name}.float()"
+        )
+
+
+def check_values(x: object, name: str) -> None:
+    """Raise InputError for a tensor on torch's meta device, which has a shape and no values."""
+    if isinstance(x, Tensor) and x.is_meta:
+        raise InputError(f"{name} must hold values, got {described(x)}")
+
+
+def shown(value: object) -> str:
+    """The value in a message: on one short line, whatever it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1024:
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def fits_float(number: Any) -> bool:
+    """Whether float(number) is a number, which it is not of integers beyond its range."""
+    exact = isinstance(number, numbers.Rational)
+    return not exact or -_LARGEST < int(number) < _LARGEST
+
+
+def from_table(x: object) -> np.ndarray:
+    """np.asarray(x); nullable columns of a pandas DataFrame, which come as objects, as the numbers that they hold."""
+    array = np.asarray(x)
+    if array.dtype == object and hasattr(x, "to_numpy"):
+        array = np.array(array.tolist())  # of objects still where something is missing
+    return array
 
 
 def described(x: object) -> str:
@@ -57,12 +97,12 @@ def like_input(result: Tensor, was_numpy: bool) -> Any:
 def as_number(value: object, name: str, *, least: float = -math.inf, above: bool = False, finite: bool = True) -> float:
     """A number, of Python or numpy or a tensor without axes, of `least` or more (`above`: more)."""
     number = value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value
-    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+    if isinstance(number, numbers.Real) and not isinstance(number, bool) and fits_float(number):
         x = float(number)
         if not finite or (abs(x) < math.inf and (x > least or (x == least and not above))):  # which dynamo traces
             return x
     expected = "" if least == -math.inf else f" above {least:g}" if above else f" of {least:g} or more"
-    raise InputError(f"{name} must be a {'finite ' if finite else ''}number{expected}, got {value!r}")
+    raise InputError(f"{name} must be a {'finite ' if finite else ''}number{expected}, got {shown(value)}")
 
 
 def _is_integer(value: Any) -> TypeGuard[SupportsInt]:
@@ -79,7 +119,20 @@ def as_integer(value: object, name: str, least: int, most: int | None = None, al
         if x >= least and (most is None or x <= most):
             return x
     expected = f"of {least} or more" + ("" if most is None else f" and below {most + 1}")
-    raise InputError(f"{name} must be an integer {expected}{also}, got {value!r}")
+    raise InputError(f"{name} must be an integer {expected}{also}, got {shown(value)}")
+
+
+def neighbours(count: int, k: int, bits: int, device: torch.device | str, padded: bool) -> tuple[Tensor, Tensor]:
+    """Room for the nearest codes of `count` queries, int32 and int64 (count, k); padded: bits + 1 and -1."""
+    try:
+        distances = torch.empty((count, k), dtype=torch.int32, device=device)
+        indices = torch.empty((count, k), dtype=torch.int64, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(
+            f"k must be small enough for the results to be held: k={k} for {count} queries takes {12 * count * k} "
+            f"bytes, more than there are on {device}"
+        ) from error
+    return (distances.fill_(bits + 1), indices.fill_(-1)) if padded else (distances, indices)
 
 
 def check_codes(codes: Tensor, name: str) -> None:

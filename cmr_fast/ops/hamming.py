@@ -15,7 +15,18 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
 from cmr_fast.ops._tensors import MAX_BITS as MAX_BITS  # where others look for it
-from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_number, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import (
+    MAX_K,
+    Array,
+    as_codes,
+    as_integer,
+    as_number,
+    as_tensor,
+    check_codes,
+    check_values,
+    like_input,
+    neighbours,
+)
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
@@ -55,7 +66,9 @@ def pack_codes(x: Array, threshold: float | None = None) -> Array:
                 "pack_codes(x - threshold, threshold=0) for one of each bit"
             )
         threshold = as_number(threshold, "threshold")
-    if values.is_floating_point():
+    if values.is_meta:  # nothing to look at
+        bits = values >= (0.0 if threshold is None else threshold) if values.is_floating_point() else values > 0
+    elif values.is_floating_point():
         if bool(torch.isnan(values).any()):
             raise InputError("x must not hold NaN: a NaN has no sign to pack")
         if threshold is None and values.numel() and bool(((values == 0) | (values == 1)).all()):
@@ -152,7 +165,7 @@ def hamming_topk(
         On codes, k or bits of another kind, and a backend that cannot run.
     """
     queries, database, was_numpy = as_codes(q, db)
-    k = as_integer(k, "k", 1, 2**31 - 1)
+    k = as_integer(k, "k", 1, MAX_K)
     bits = _check_bits(bits, database.shape[1])
     # numpy arrays are part of no graph: they spare themselves torch's dispatcher
     search = _TOPK if was_numpy else torch.ops.cmr_fast.hamming_topk
@@ -193,6 +206,7 @@ def hamming_range(
         On codes or a radius of another kind, and a backend that cannot run.
     """
     queries, database, was_numpy = as_codes(q, db)
+    check_values(queries, "q")  # as many results as they say
     radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
     result = torch.ops.cmr_fast.hamming_range(queries, database, radius, *_dispatch.how(backend, threads))
     lims, distances, indices = (like_input(r, was_numpy) for r in result)
@@ -230,9 +244,10 @@ def hamming_distances(q: Array, db: Array, *, backend: str | None = None, thread
 def _check_bits(bits: int | None, nbytes: int) -> int:
     if bits is None:
         return 8 * nbytes
-    if not isinstance(bits, (int, np.integer)) or not 8 * (nbytes - 1) < bits <= 8 * nbytes:
+    number = as_integer(bits, "bits", 1, MAX_BITS)
+    if not 8 * (nbytes - 1) < number <= 8 * nbytes:
         raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits!r}")
-    return int(bits)
+    return number
 
 
 def _pack_codes(bits: Tensor) -> Tensor:
@@ -247,11 +262,7 @@ def _pack_codes(bits: Tensor) -> Tensor:
 
 
 def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads: int | None) -> tuple[Tensor, Tensor]:
-    distances = torch.empty((len(q), k), dtype=torch.int32, device=q.device)
-    indices = torch.empty((len(q), k), dtype=torch.int64, device=q.device)
-    if k > len(db):
-        distances.fill_(bits + 1)
-        indices.fill_(-1)
+    distances, indices = neighbours(len(q), k, bits, q.device, k > len(db))
     chosen = _dispatch.choose_backend("hamming_topk", q.device.type, backend)
     if chosen == "cuda":
         hamming_cuda.topk(q, db, k, distances, indices)

@@ -30,8 +30,8 @@ from cmr_fast.ops._info_nce_tiles import (
     torch_forward,
     torch_sigmoid,
 )
-from cmr_fast.ops._library import LIBRARY, refuse_twice, register, register_loss
-from cmr_fast.ops._tensors import as_number, described
+from cmr_fast.ops._library import call, derivative_wanted, refuse_twice, register, register_derivative, register_loss
+from cmr_fast.ops._tensors import as_number, check_float, described
 
 Positives = Tensor | tuple[Tensor, Tensor] | None
 Reduction = Literal["mean", "sum", "none"]
@@ -97,9 +97,9 @@ def info_nce(
         raise InputError(f"direction must be both, image or text, got {direction!r}")
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction must be mean, sum or none, got {reduction!r}")
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
-    *losses, row_stats, column_stats, _ = torch.ops.cmr_fast.info_nce(
-        image, text, scale, image_ids, text_ids, weights, offset, direction != "text", direction != "image",
+    needs_gradient = derivative_wanted(image, text, scale)
+    *losses, row_stats, column_stats, _ = call(
+        "info_nce", image, text, scale, image_ids, text_ids, weights, offset, direction != "text", direction != "image",
         rows_to_keep(image, text) if needs_gradient else 0, backend, threads,
     )  # fmt: skip
     if reduction == "none":
@@ -169,9 +169,9 @@ def sigmoid_loss(
     each = 1.0 / max(1, len(image)) if reduction == "mean" else 1.0
     bias = _scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")
     place = len(text) if offset is None else offset  # past the last column: no diagonal
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale, bias))
-    loss: Tensor = torch.ops.cmr_fast.sigmoid_loss(
-        image, text, scale, bias, image_ids, text_ids, mask, place, each, gradients, backend, threads
+    gradients = derivative_wanted(image, text, scale, bias)
+    loss: Tensor = call(
+        "sigmoid_loss", image, text, scale, bias, image_ids, text_ids, mask, place, each, gradients, backend, threads
     )[0]
     return loss
 
@@ -215,8 +215,8 @@ def js_critic(
     if marginals not in ("all", "permutation"):
         raise InputError(f"marginals must be all or permutation, got {marginals!r}")
     if marginals == "all":
-        gradients = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-        bound: Tensor = torch.ops.cmr_fast.js_critic(image, text, gradients, backend, threads)[0]
+        gradients = derivative_wanted(image, text)
+        bound: Tensor = call("js_critic", image, text, gradients, backend, threads)[0]
         return bound
     cycle = torch.randperm(count, dtype=torch.int64, device=image.device)
     joint, apart = (image * text).sum(1), (image[cycle] * text[cycle.roll(1)]).sum(1)
@@ -232,6 +232,7 @@ def _inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
     for x, name in ((image, "image"), (text, "text")):
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
             raise InputError(f"{name} must be a floating-point tensor (N, d), got {described(x)}")
+        check_float(x, name)
     if image.shape[1] != text.shape[1]:
         raise InputError(f"image and text must have one width, got {_shapes(image, text)}")
     if image.dtype != text.dtype or image.device != text.device:
@@ -253,6 +254,7 @@ def _scalar(x: Tensor | float, like: Tensor, name: str) -> Tensor:
         return torch.full((), as_number(x, name, finite=False), dtype=dtype, device=like.device)
     if x.layout != torch.strided or x.numel() != 1 or not x.is_floating_point():
         raise InputError(f"{name} must be a number or a tensor of one float, got {described(x)}")
+    check_float(x, name)
     if x.device != like.device:
         raise InputError(f"{name} must be on {like.device} as the features are, got {x.device}")
     return x.reshape(()).to(dtype)
@@ -280,6 +282,7 @@ def _positives(
     for x in ids:
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.device != image.device:
             raise InputError(f"positives must be dense tensors on {image.device}, got {described(x)}")
+        check_float(x, "positives")
     first, second = ids
     if isinstance(positives, tuple) or first.ndim == 1:
         if first.dtype != torch.int64 or second.dtype != torch.int64 or first.shape != (n,) or second.shape != (m,):
@@ -507,12 +510,12 @@ def _backward(ctx: Any, of_rows: Tensor | None, of_columns: Tensor | None, *_: A
     image, text, scale, image_ids, text_ids, weights, row_stats, column_stats, kept = ctx.saved_tensors
     of_rows = torch.zeros_like(row_stats[0]) if of_rows is None else of_rows
     of_columns = torch.zeros_like(column_stats[0]) if of_columns is None else of_columns
-    gradients = torch.ops.cmr_fast.info_nce_backward(
-        of_rows, of_columns, image, text, scale, image_ids, text_ids, weights, ctx.offset, row_stats, column_stats,
-        kept, ctx.backend, ctx.threads,
+    gradients = call(
+        "info_nce_backward", of_rows, of_columns, image, text, scale, image_ids, text_ids, weights, ctx.offset,
+        row_stats, column_stats, kept, ctx.backend, ctx.threads,
     )  # fmt: skip
     return *gradients, *[None] * 9
 
 
-torch.library.register_autograd("cmr_fast::info_nce", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd("cmr_fast::info_nce_backward", refuse_twice, lib=LIBRARY)
+register_derivative("info_nce", _backward, _remember)
+register_derivative("info_nce_backward", refuse_twice)

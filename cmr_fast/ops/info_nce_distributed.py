@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
+from cmr_fast.ops._library import refuse_transforms
 from cmr_fast.ops.info_nce import _inputs, _losses, _scalar
 
 Form = Literal["gather", "ring"]
@@ -122,6 +123,7 @@ def _agreed(
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError("there is no process group: call torch.distributed.init_process_group first")
+    refuse_transforms("a loss over ranks")
     scale = _inputs(image, text, logit_scale)
     if image.shape != text.shape:
         raise InputError(f"image and text must both be (n, d), got {tuple(image.shape)} and {tuple(text.shape)}")

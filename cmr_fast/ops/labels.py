@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import check_values, from_table
 
 
 def share_label(query: Tensor, database: Tensor) -> Tensor:
@@ -151,13 +152,14 @@ def label_array(labels: object, name: str) -> np.ndarray:
 
 def _dense_array(labels: object, name: str) -> np.ndarray:
     if isinstance(labels, Tensor):
+        check_values(labels, name)
         x = labels.detach()
         x = x.to_dense() if x.layout != torch.strided else x
         return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
     if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
         raise InputError(f"{name} must not be masked: expected .filled(...) or the rows that are there, got a mask")
     try:
-        return np.asarray(labels)
+        return from_table(labels)
     except (TypeError, ValueError) as error:  # ValueError: rows of several lengths
         raise InputError(f"{name} must be labels, got {type(labels).__name__} ({error})") from error
 

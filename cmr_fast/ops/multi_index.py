@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_tensor, check_codes, like_input
+from cmr_fast.ops._tensors import MAX_K, Array, as_codes, as_integer, as_tensor, check_codes, like_input, neighbours
 from cmr_fast.ops.hamming import _check_bits, hamming_distances, hamming_topk, pack_codes, unpack_codes
 
 EFFORT = 0.05  # see SearchTables.search
@@ -164,7 +164,7 @@ class SearchTables:
             On queries, k or an effort of another kind.
         """
         queries, _, was_numpy = as_codes(q, self._codes.numpy() if isinstance(q, np.ndarray) else self._codes)
-        k = as_integer(k, "k", 1, 2**31 - 1)
+        k = as_integer(k, "k", 1, MAX_K)
         check_stray(queries, self.bits, "q")
         if effort is None:
             effort = EFFORT if self.expected_cost(k) < _VAIN else 0.0
@@ -224,8 +224,7 @@ class SearchTables:
     def _search(self, q: Tensor, k: int, threads: int | None, effort: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         native, isa, threads = _native(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
         q = q.contiguous()
-        distances = torch.full((len(q), k), self.bits + 1, dtype=torch.int32, device="cpu")
-        indices = torch.full((len(q), k), -1, dtype=torch.int64, device="cpu")
+        distances, indices = neighbours(len(q), k, self.bits, "cpu", padded=True)
         done, cost = (
             torch.zeros(len(q), dtype=torch.bool, device="cpu"),
             torch.zeros(len(q), dtype=torch.float64, device="cpu"),

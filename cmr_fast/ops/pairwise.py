@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._library import register_loss
+from cmr_fast.ops._library import call, derivative_wanted, register_loss
 from cmr_fast.ops._tensors import Array, as_number, as_tensor, like_input
 from cmr_fast.ops.hamming import pack_codes
 from cmr_fast.ops.labels import share_bit
@@ -146,9 +146,9 @@ def _loss(
             )
         if matrix.requires_grad:
             raise InputError("s gets no gradient; got one that requires it, use s.detach()")
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (left, right)]
-    total = getattr(torch.ops.cmr_fast, op)(
-        left, right, matrix, f_labels, g_labels, as_number(scale, "scale"), as_number(positive, "positive"), *needs,
+    needs = [derivative_wanted(x) for x in (left, right)]
+    total = call(
+        op, left, right, matrix, f_labels, g_labels, as_number(scale, "scale"), as_number(positive, "positive"), *needs,
         *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
     if reduction == "mean":

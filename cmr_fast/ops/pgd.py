@@ -10,7 +10,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._library import register
-from cmr_fast.ops._tensors import as_integer, described
+from cmr_fast.ops._tensors import as_integer, check_float, described
 
 Norm = Literal["linf", "l2"]
 NORMS = ("linf", "l2")
@@ -82,6 +82,7 @@ def check_step(
         raise InputError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point() or x.ndim < 1:
         raise InputError(f"x must be a float tensor (B, ...), got {described(x)}")
+    check_float(x, "x")
     if not x.is_contiguous():
         raise InputError(f"x is changed in place and must be contiguous, got strides {x.stride()} for {tuple(x.shape)}")
     for name, tensor in (("gradient", gradient), ("origin", origin)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
-from cmr_fast.ops._library import LIBRARY, refuse_twice, register
+from cmr_fast.ops._library import call, refuse_twice, register, register_derivative
 from cmr_fast.ops._tensors import Array, as_integer, as_number, as_tensor, like_input
 
 Op = Literal["sinkhorn", "ipot"]
@@ -197,8 +197,18 @@ def _transport(
         plan, iterations, error = _iterate(op, problems.to(dtype), rows, columns, reg, max_iter, tol, stop, inner)
         plan = plan.to(values.dtype)
     else:
-        plan, iterations, error = torch.ops.cmr_fast.sinkhorn(
-            problems, *masses, reg, max_iter, tol, stop == "potentials", op == "ipot", inner, backend, threads
+        plan, iterations, error = call(
+            "sinkhorn",
+            problems,
+            *masses,
+            reg,
+            max_iter,
+            tol,
+            stop == "potentials",
+            op == "ipot",
+            inner,
+            backend,
+            threads,
         )
     if values.ndim == 2:
         plan = plan[0]
@@ -395,7 +405,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.proximal:
         raise InputError("ipot's plan is no fixed point, it has no derivative of its own: expected grad='unrolled'")
-    return *torch.ops.cmr_fast.sinkhorn_backward(upstream, *ctx.saved_tensors, ctx.reg), *[None] * 8
+    return *call("sinkhorn_backward", upstream, *ctx.saved_tensors, ctx.reg), *[None] * 8
 
 
 register(
@@ -409,7 +419,5 @@ register(
     _backward_op,
     lambda upstream, plan, mu, nu, reg: tuple(x.new_empty(x.shape) for x in (plan, mu, nu)),
 )
-torch.library.register_autograd("cmr_fast::sinkhorn", _backward, setup_context=_remember, lib=LIBRARY)
-torch.library.register_autograd(
-    "cmr_fast::sinkhorn_backward", functools.partial(refuse_twice, hint="; use grad='unrolled'"), lib=LIBRARY
-)
+register_derivative("sinkhorn", _backward, _remember)
+register_derivative("sinkhorn_backward", functools.partial(refuse_twice, hint="; use grad='unrolled'"))

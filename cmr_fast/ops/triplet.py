@@ -15,7 +15,7 @@ from torch import Tensor
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._dispatch import check_finite
-from cmr_fast.ops._library import register_loss
+from cmr_fast.ops._library import call, derivative_wanted, register_loss
 from cmr_fast.ops._tensors import Array, as_number, as_tensor, like_input
 from cmr_fast.ops._triplet_blocks import Sweep, address, weights_of
 from cmr_fast.ops.labels import share_bit
@@ -117,10 +117,9 @@ def triplet_margin(
         anchors = torch.nn.functional.normalize(anchors)
         candidates = None if candidates is None else torch.nn.functional.normalize(candidates)
         distance = "dot"
-    grad = torch.is_grad_enabled()
-    loss = torch.ops.cmr_fast.triplet_margin(
-        anchors, candidates, relevance, other_relevance, margin, mining, distance, reduction,
-        grad and anchors.requires_grad, grad and candidates is not None and candidates.requires_grad,
+    loss = call(
+        "triplet_margin", anchors, candidates, relevance, other_relevance, margin, mining, distance, reduction,
+        derivative_wanted(anchors), candidates is not None and derivative_wanted(candidates),
         *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
     result: Array = like_input(loss, was_numpy)
@@ -184,10 +183,9 @@ def acmr_triplet(
     assert partner is not None
     text = partner
     relevance = _as_relevance(labels, image, "labels", "image")
-    grad = torch.is_grad_enabled()
-    loss: Tensor = torch.ops.cmr_fast.acmr_triplet(
-        image, text, relevance, margin, weight, reduction, grad and image.requires_grad,
-        grad and text.requires_grad, *_dispatch.how(backend, threads),
+    loss: Tensor = call(
+        "acmr_triplet", image, text, relevance, margin, weight, reduction, derivative_wanted(image),
+        derivative_wanted(text), *_dispatch.how(backend, threads),
     )[0]  # fmt: skip
     return loss
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes
+from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes, check_values, from_table
 from cmr_fast.ops.multi_index import check_stray
 
 Array = np.ndarray | Tensor
@@ -20,7 +20,7 @@ def to_numpy(x: object) -> np.ndarray:
     if isinstance(x, Tensor):
         return np.asarray(x.detach().cpu().numpy())
     try:
-        return np.asarray(x)
+        return from_table(x)
     except (TypeError, ValueError):  # rows of several lengths; tensors of another kind inside
         return np.empty((), dtype=object)
 
@@ -51,6 +51,7 @@ def packed_codes(codes: object, name: str, bits: int) -> np.ndarray:
     if x is None or x.dtype != np.uint8 or x.ndim != 2:
         tensor = as_tensor(codes, name)[0]
         check_codes(tensor, name)
+        check_values(tensor, name)
         x = to_numpy(tensor)
     if x.shape[1] != nbytes:
         unpacked = ": are these bits, not packed yet? See pack_codes" if x.shape[1] == bits else ""
@@ -68,6 +69,7 @@ def check_code_arrays(q: Any, db: Any) -> tuple[Any, Any]:
     for name, codes in (("q", q), ("db", db)):
         tensor, was_numpy = as_tensor(codes, name)
         check_codes(tensor, name)
+        check_values(tensor, name)
         kinds.append(was_numpy)
         if len(tensor) == 0:
             raise InputError(f"{name} must hold at least one code, got {_describe(codes)}")
@@ -100,11 +102,12 @@ def check_embeddings(query: object, database: object) -> tuple[Tensor, Tensor]:
             raise InputError(f"{name} must be a dense array without a mask, got {_describe(values)}")
         if values.is_complex() if isinstance(values, Tensor) else values.dtype.kind not in "biuf":
             raise InputError(f"{name} must hold real numbers, got {_describe(values)}")
+        check_values(values, name)
         if isinstance(values, Tensor):
             x = (values if values.device.type == "cuda" else values.cpu()).detach().double()  # others may lack float64
         else:
             x = torch.from_numpy(np.asarray(values).astype(np.float64, order="C"))
-        bad = ~torch.isfinite(x.square().sum(dim=1))
+        bad = ~torch.isfinite(x).all(dim=1)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise InputError(f"{name} must be finite: {int(bad.sum())} rows are not, the first is row {first}")

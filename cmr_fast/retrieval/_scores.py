@@ -5,6 +5,7 @@ neighbours lie further apart than the bound; queries where some do not (true tie
 computed again, from differences where the metric is one, and tied by the rounding of their own sums.
 """
 
+import math
 from functools import cached_property
 from typing import Literal
 
@@ -16,7 +17,7 @@ METRICS = ("cosine", "l2", "ip")
 Metric = Literal["cosine", "l2", "ip"]
 
 _NEVER = np.iinfo(np.int64).max
-_SQUARED = 1e-140  # largest elements below: squares may lose digits
+_SQUARED = 1e-140  # largest elements below, or above 1 / this: sums of squares may lose digits or overflow
 _TINY = 1e-280  # below, products may lose digits to the smallest float64
 
 
@@ -31,6 +32,10 @@ class Scores:
         x, y = query, database
         if metric == "cosine":
             x, y = (_unit(v) for v in (x, y))
+        elif metric == "ip":  # of each by itself: a factor does not change the order
+            x, y = _scaled(x), _scaled(y)
+        else:
+            x, y = _scaled(x, y), _scaled(y, x)
         self._x, self._y, self._l2 = x, y, metric == "l2"
         self._rounding = (y.shape[1] + 4) * torch.finfo(y.dtype).eps
         self.paying = True
@@ -96,11 +101,19 @@ class Scores:
 def _unit(v: Tensor) -> Tensor:
     """Rows divided by their norms; zero stays zero."""
     largest = torch.linalg.vector_norm(v, ord=torch.inf, dim=1, keepdim=True)
-    small = (largest > 0) & (largest < _SQUARED)
-    if bool(small.any()):  # so that no square underflows
-        v = v / torch.where(small, largest, 1.0)
+    far = (largest > 0) & ((largest < _SQUARED) | (largest > 1 / _SQUARED))
+    if bool(far.any()):
+        v = v / torch.where(far, largest, 1.0)
     norms: Tensor = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return v / norms.clamp_min(torch.finfo(v.dtype).tiny)
+
+
+def _scaled(v: Tensor, beside: Tensor | None = None) -> Tensor:
+    """Times a power of two, where squares of the largest elements, `beside` too, would underflow or overflow."""
+    largest = max(float(x.abs().max()) for x in (v, v if beside is None else beside))
+    if largest == 0 or _SQUARED <= largest <= 1 / _SQUARED:
+        return v
+    return v * 2.0 ** -max(-1000, min(math.frexp(largest)[1], 1000))
 
 
 def _no_row_twice(y: Tensor) -> bool:

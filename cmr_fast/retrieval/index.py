@@ -12,7 +12,8 @@ from torch import Tensor
 from cmr_fast._files import StrPath, as_path
 from cmr_fast.errors import InputError
 from cmr_fast.ops import hamming_range, hamming_topk
-from cmr_fast.ops._tensors import as_integer
+from cmr_fast.ops._dispatch import how
+from cmr_fast.ops._tensors import MAX_K, as_integer, neighbours
 from cmr_fast.retrieval import _faiss, _indexfile
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._formats import index_kind
@@ -199,7 +200,7 @@ class HammingIndex:
         q : ndarray or Tensor
             uint8 (Q, nbytes) packed queries.
         k : int
-            1 or more; beyond ntotal, id -1 and distance bits + 1 pad.
+            1 to 2^31 - 1; beyond ntotal, id -1 and distance bits + 1 pad.
         threads : int, optional
             None is every processor of this process.
 
@@ -213,10 +214,11 @@ class HammingIndex:
         Raises
         ------
         InputError
-            For queries that are not packed codes of this length, and a k or threads that are not counts.
+            For queries that are not packed codes of this length, a k or threads that are not counts, and a k that takes
+            more memory than there is (12 bytes for each result).
         """
         rows = packed_codes(q, "q", self.bits)
-        k = as_integer(k, "k", 1)
+        k, (_, threads) = as_integer(k, "k", 1, MAX_K), how(None, threads)
         distances = [np.empty((len(rows), 0), dtype=np.int32)]
         ids = [np.empty((len(rows), 0), dtype=np.int64)]
         for part in self._parts:
@@ -227,7 +229,7 @@ class HammingIndex:
             return like(distances[1], q), like(ids[1], q)
         every, names = np.concatenate(distances, axis=1), np.concatenate(ids, axis=1)
         best = np.argsort(every, axis=1, kind="stable")[:, :k]
-        out, named = np.full((len(rows), k), self.bits + 1, np.int32), np.full((len(rows), k), -1, np.int64)
+        out, named = (x.numpy() for x in neighbours(len(rows), k, self.bits, "cpu", padded=k > best.shape[1]))
         out[:, : best.shape[1]] = np.take_along_axis(every, best, axis=1)
         named[:, : best.shape[1]] = np.take_along_axis(names, best, axis=1)
         return like(out, q), like(named, q)
@@ -355,7 +357,7 @@ class HammingIndex:
         if index_kind(path) == "faiss":
             return cls.from_faiss(path, bits, mmap)
         index = cls.load(path, mmap)
-        if bits is not None and bits != index.bits:
+        if bits is not None and code_length(bits) != index.bits:
             raise InputError(f"{path}: its codes have {index.bits} bits, expected {bits}")
         return index
 

@@ -166,6 +166,7 @@ def evaluate_embeddings(
         As in `evaluate_codes`.
     metric : {"cosine", "l2", "ip"}
         "cosine" (a zero vector is at 0 from everything), "l2", or "ip" (largest inner product first).
+        Values of any finite size; by "l2", distances below about 1e-150 of the largest value are 0.
 
     Returns
     -------

@@ -1,6 +1,8 @@
 """What torchattacks' users do with an attack after it was made, beside torchattacks itself."""
 
 import copy
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -237,3 +239,61 @@ def test_device_print_and_the_order_of_the_arguments(model, data):
     for other in (attacks.APGD(model), attacks.CW(model), attacks.FeatureScatter(model), attacks.LocalSearch(model)):
         assert type(other).__name__ in repr(other) and "object at" not in repr(other)
     assert atk.supported_mode == ("default", "targeted") and atk.model is model
+
+
+def test_what_is_loaded_is_checked(tmp_path):
+    path = tmp_path / "adv.pt"
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps({"adv_inputs": pickle.loads}))
+    for name, words in (("fifo", "FIFO"), ("code.pt", "expected what save has written"), ("none.pt", "there is no")):
+        with pytest.raises(InputError, match=words) as caught:
+            attacks.PGD.load(tmp_path / name)
+        assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="load_path must be the path"):
+        attacks.PGD.load(3)
+    x, y = samples(2)
+    for stored, words in (
+        ({"adv_inputs": x, "labels": y[:1]}, "a row for each of 2 adv_inputs, got 1"),
+        ({"adv_inputs": [1], "labels": [1]}, "adv_inputs must be a dense tensor .* got list"),
+        ({"adv_inputs": x, "labels": torch.tensor(1)}, "labels must be a dense tensor"),
+    ):
+        torch.save(stored, path)
+        with pytest.raises(InputError, match=words):
+            attacks.PGD.load(path)
+    torch.save({"adv_inputs": x, "labels": y}, path)
+    for normalize in ({"mean": MEAN}, (MEAN, STD), 3):
+        with pytest.raises(InputError, match=r'normalize must be \{"mean"'):
+            attacks.PGD.load(path, normalize=normalize)
+    with pytest.raises(InputError, match="each of 3 channels, got 4 and 1 values"):
+        attacks.PGD.load(path, normalize={"mean": [0.5] * 4, "std": 0.2})
+    ((loaded, labels),) = attacks.PGD.load(path, normalize={"mean": MEAN, "std": STD})
+    torch.testing.assert_close(loaded, scaled(x))
+    assert torch.equal(labels, y)
+
+
+def test_batches_to_save_are_tensors_or_arrays(model, tmp_path):
+    x, y = samples(8)
+    atk = attacks.PGD(model, EPS, ALPHA, 2, random_start=False)
+    for batches, words in (
+        (3, "got int"),
+        ([x], "got a Tensor"),
+        ([(x, y, y)], "got a tuple of 3"),
+        ([("a", y)], "x must"),
+    ):
+        with pytest.raises(InputError, match=words):
+            atk.save(batches, tmp_path / "adv.pt", verbose=False)
+    with pytest.raises(InputError, match="save_path must be the path"):
+        atk.save([(x, y)], 3)
+    atk.save([(x.numpy(), y.numpy()), [x, y]], tmp_path / "adv.pt", verbose=False)
+    ((loaded, labels),) = atk.load(tmp_path / "adv.pt")
+    assert torch.equal(loaded, torch.cat([atk(x, y)] * 2)) and torch.equal(labels, torch.cat([y, y]))
+
+
+def test_normalisation_of_other_channels_is_refused_as_by_the_argument(model):
+    x, y = samples(4)
+    for mean, std in (([0.5] * 4, [0.2] * 4), ([0.5] * 3, [0.2] * 2)):
+        atk = attacks.PGD(model, EPS, ALPHA, 1)
+        atk.set_normalization_used(mean, std)
+        for other in (atk, attacks.PGD(model, EPS, ALPHA, 1, normalize=(mean, std))):
+            with pytest.raises(InputError, match="a value for each of 3 channels, got"):
+                other(x, y)

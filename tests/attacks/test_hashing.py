@@ -355,3 +355,24 @@ def test_code_attack_refuses_codes_that_do_not_fit():
         CodeAttack(Linear())(image, torch.ones(4))
     with pytest.raises(InputError, match="modality must be"):
         CodeAttack(Linear(), "sound")
+
+
+def test_encoders_may_work_in_place():
+    """The penalty is of the point that was tried, and inputs stay as they are."""
+
+    class InPlace(Linear):
+        def encode(self, modality, x):
+            return super().encode(modality, x.sub_(0.25))
+
+    class Copying(Linear):
+        def encode(self, modality, x):
+            return super().encode(modality, x - 0.25)
+
+    image, text, labels = items()
+    before = image.clone(), text.clone()
+    one, other = (CMLA(kind(), steps=3)(image, text, labels) for kind in (InPlace, Copying))
+    assert torch.equal(one.image, other.image) and torch.equal(one.text, other.text)
+    assert all(torch.equal(one.losses[m], other.losses[m]) for m in one.losses)
+    targets = torch.ones(len(image), BITS)
+    assert torch.equal(*(CodeAttack(kind(), "image", steps=3)(image, targets) for kind in (InPlace, Copying)))
+    assert torch.equal(image, before[0]) and torch.equal(text, before[1])

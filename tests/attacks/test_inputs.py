@@ -383,3 +383,30 @@ def test_random_starts_and_momentum_do_not_depend_on_the_batch(norm):
         whole = make()(x, y)
         pieces = [make()(x[r], y[r], index=r) for r in torch.arange(24).split(5)]
         assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("name", ["FGSM", "PGD", "MIFGSM", "CW", "APGD", "FeatureScatter", "LocalSearch", "Ranker"])
+def test_first_layer_may_work_in_place(name):
+    """The result is that of the same model without it, and x stays as it is."""
+    x, y = samples(4)
+    plain = nn.Sequential(nn.Threshold(0.4, 0.1), network().eval())
+    in_place = nn.Sequential(nn.Threshold(0.4, 0.1, inplace=True), plain[1])
+    kept, found = x.clone(), []
+    for model in (plain, in_place):
+        if name == "Ranker":
+            model, labels = attacks.Ranker(model, torch.eye(5)), torch.eye(5).bool()[y]
+            atk = attacks.PGD(model, EPS, ALPHA, 2, loss=attacks.losses.ranking_ce)
+        else:
+            atk, labels = getattr(attacks, name)(model, eps=EPS), y
+            atk.steps = min(getattr(atk, "steps", 1), 3)
+        found.append(atk(x, labels, return_info=True))
+    (adv, info), (again, other) = found
+    assert torch.equal(adv, again) and torch.equal(info.loss, other.loss) and torch.equal(x, kept)
+    assert not torch.equal(adv, x)
+
+
+def test_info_prints_on_one_line(model):
+    x, y = samples(4)
+    info = attacks.PGD(model, EPS, ALPHA, 2)(x, y, return_info=True)[1]
+    assert "\n" not in repr(info) and "tensor(" not in repr(info) and len(repr(info)) < 160
+    assert repr(info).startswith("AttackInfo(") and f"{int(info.success.sum())} of 4" in repr(info)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ways import ISAS, NATIVE
 
 import cmr_fast as cf
+from cmr_fast.errors import InputError
 from cmr_fast.ops import _reference
 
 
@@ -424,3 +425,37 @@ def test_compile_fullgraph():
 
     got = torch.compile(nearest, fullgraph=True, backend="aot_eager")(x, x)
     assert all(torch.equal(a, b) for a, b in zip(got, nearest(x, x), strict=True))
+
+
+def test_results_that_no_memory_holds_are_refused():
+    """2^17 queries: more bytes than a process has addresses for."""
+    q = np.zeros((1 << 17, 1), np.uint8)
+    tables = cf.ops.multi_index.SearchTables.build(np.arange(256, dtype=np.uint8)[:, None])
+    index = cf.HammingIndex(8)
+    searches = [lambda k: cf.hamming_topk(q, q[:2], k), lambda k: tables.search(q, k), lambda k: index.search(q, k)]
+    for search in searches:
+        with pytest.raises(InputError, match=r"k=2147483647 for 131072 queries takes 3377699718955008 bytes"):
+            search(2**31 - 1)
+        for k in (2**31, 10**25, 0, True):
+            with pytest.raises(InputError, match="k must be an integer of 1 or more and below 2147483648"):
+                search(k)
+    index.add(q[:2])
+    for distances, ids in (cf.hamming_topk(q[:2], q[:2], 5), index.search(q[:2], 5)):
+        assert distances.tolist() == [[0, 0, 9, 9, 9]] * 2 and ids.tolist() == [[0, 1, -1, -1, -1]] * 2
+
+
+def test_bits_and_threads_are_integers(tmp_path):
+    q = np.zeros((2, 3), np.uint8)
+    for bits in (True, "24", 24.0):
+        with pytest.raises(InputError, match="bits must be an integer"):
+            cf.hamming_topk(q, q, 1, bits=bits)
+    index = cf.HammingIndex(24)
+    with pytest.raises(InputError, match="threads must be an integer"):
+        index.search(q, 1, threads="x")
+    index.add(q)
+    index.save(tmp_path / "own")
+    index.to_faiss(tmp_path / "faiss")
+    for name in ("own", "faiss"):
+        with pytest.raises(InputError, match=r"bits must be an integer from 1 to 4096, got '24'"):
+            cf.HammingIndex.open(tmp_path / name, bits="24")
+        assert cf.HammingIndex.open(tmp_path / name, bits=np.int64(24)).bits == 24

@@ -391,3 +391,15 @@ def test_a_reg_that_the_type_cannot_resolve_is_refused():
         with pytest.raises(cf.InputError, match=f"{name} must be at least the range"):
             solve(cost * 1e10, 0.1)
     assert sinkhorn(cost.double() * 1e10, 0.1, max_iter=5).isfinite().all()
+
+
+@pytest.mark.parametrize("grad", ["implicit", "unrolled", "envelope"])
+def test_torch_func_grad(grad):
+    cost = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def total(c):
+        return (sinkhorn(c, 0.2, grad=grad) * c).square().sum()
+
+    leaf = cost.clone().requires_grad_()
+    (want,) = torch.autograd.grad(total(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(total)(cost), want, rtol=0, atol=1e-14)

@@ -631,6 +631,36 @@ def test_forward_mode(case, backend):
 
 
 @each
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_func_grad(case, backend):
+    """torch.func.grad, alone and inside and outside of vmap, is .backward()'s to the bit; a second one is refused."""
+    if not case.leaves:
+        pytest.skip("no derivative")
+    given = case.inputs(*SIZES)
+    want = ours(case, given, backend)[-len(case.leaves) :]
+    leaves = [given[name] for name in case.leaves]
+    every = tuple(range(len(leaves)))
+
+    def loss(*x: Tensor) -> Tensor:
+        return as_tuple(case.call(**given | dict(zip(case.leaves, x, strict=True)), backend=backend))[0].sum()
+
+    gradient = torch.func.grad(loss, argnums=every)
+    if not case.public:  # torch.ops itself, below what torch.func reaches
+        with pytest.raises(InputError, match=r"torch\.func has no gradient"):
+            gradient(*leaves)
+        return
+    assert_same(gradient(*leaves), want)
+    stacked = [torch.stack([x / 2, x]) for x in leaves]
+    assert_same([x[1] for x in torch.func.vmap(gradient)(*stacked)], want)
+    outside = torch.func.grad(lambda *x: torch.func.vmap(loss)(*x).sum(), argnums=every)
+    assert_same([x[1] for x in outside(*stacked)], want)
+    with pytest.raises(InputError, match="differentiated once"):
+        torch.func.grad(lambda *x: torch.func.grad(loss)(*x).sum())(*leaves)
+    with pytest.raises(InputError, match="forward-mode"):
+        torch.func.hessian(loss)(*leaves)
+
+
+@each
 def test_vmap(case, backend):
     """Refused, or as a loop over the first axis."""
     given = case.inputs(*SIZES)

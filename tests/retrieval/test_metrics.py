@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmr_fast.errors import InputError
+from cmr_fast.losses import TripletMarginLoss
 from cmr_fast.ops import pack_codes
 from cmr_fast.retrieval import _ties, metrics
 from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, convention_table, tie_table
@@ -703,3 +704,47 @@ def test_bad_curve_arguments_are_refused():
     ):
         with pytest.raises(InputError, match="must be"):
             call()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+@pytest.mark.parametrize("ties", ["index", "tie_aware"])
+def test_a_power_of_two_changes_nothing(metric, ties):
+    """Not even where squares would underflow or overflow; other factors round, and change no order here either."""
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((30, 5)), rng.standard_normal((40, 5))
+    y[3], y[7], y[8] = y[4], x[0], 0
+    labels = rng.integers(0, 4, 30), rng.integers(0, 4, 40)
+    want = evaluate_embeddings(x, y, *labels, metric=metric, ties=ties)
+    for scale in (2.0**-1000, 2.0**-600, 2.0**-500, 2.0**500, 2.0**700, 2.0**1000, 1e-155, 1e-162, 1e-200, 1e200):
+        got = evaluate_embeddings(x * scale, y * scale, *labels, metric=metric, ties=ties)
+        assert got.map == pytest.approx(want.map, rel=0, abs=1e-12), scale
+        np.testing.assert_allclose(got.ap, want.ap, rtol=0, atol=1e-12)
+    if metric != "l2":
+        assert evaluate_embeddings(x * 2.0**800, y * 2.0**-800, *labels, metric=metric, ties=ties).map == want.map
+
+
+def test_nullable_columns_of_a_table_are_numbers():
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(1)
+    codes = pack_codes(rng.standard_normal((6, 16)))
+    labels = rng.random((6, 4)) > 0.5
+    want = evaluate_codes(codes, codes, labels, labels).map
+    for table in (pd.DataFrame(labels), pd.DataFrame(labels.astype(int)), pd.DataFrame(labels.astype(float))):
+        nullable = table.convert_dtypes()
+        assert evaluate_codes(codes, codes, nullable, nullable).map == want
+        loss = TripletMarginLoss()
+        x = torch.from_numpy(rng.standard_normal((6, 3)))
+        assert loss(x, nullable) == loss(x, labels)
+        missing = nullable.copy()
+        missing.iloc[2, 1] = pd.NA
+        with pytest.raises(InputError, match=r"q_labels must be .*object \(6, 4\)"):
+            evaluate_codes(codes, codes, missing, nullable)
+        with pytest.raises(InputError, match="labels must be class ids"):
+            loss(x, missing)
+    ids = pd.DataFrame({"a": rng.integers(0, 3, 6)}).convert_dtypes()
+    with pytest.raises(InputError, match="got one column"):
+        evaluate_codes(codes, codes, ids, ids)
+    assert (
+        evaluate_codes(codes, codes, ids["a"], ids["a"]).map
+        == evaluate_codes(*[codes] * 2, *[ids["a"].to_numpy()] * 2).map
+    )
