@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cmr_fast.data.layouts import WORDS
 from cmr_fast.errors import InputError
 
 DEPTH = 16
@@ -25,8 +26,6 @@ _INSTEAD = {
     "duration": "seconds(x)",
     "containers.Map": "x.keys and x.values",
 }
-_SPLITS = {"train", "training", "trn", "tr", "valid", "validation", "val", "test", "testing", "te", "query", "queries"}
-_SPLITS |= {"database", "db", "retrieval", "gallery"}
 
 
 class Foreign(NamedTuple):
@@ -137,7 +136,7 @@ def short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     unless two arrays would be called the same.
     """
     paths = list(paths)
-    names = {path: "_".join([*(p for p in path[:-1] if p.casefold() in _SPLITS), path[-1]]) for path in paths}
+    names = {path: "_".join([*(p for p in path[:-1] if p.casefold() in WORDS), path[-1]]) for path in paths}
     taken = list(names.values())
     return {path: name if taken.count(name) == 1 else "_".join(path) for path, name in names.items()}
 
