@@ -9,7 +9,6 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast.cli.common import (
     DataFlags,
-    check_folder,
     check_output,
     check_report_folder,
     is_classifier,
@@ -74,11 +73,10 @@ class Attack(DataFlags):
         if self.save is not None:
             if self.save.suffix != ".npz" or not self.save.parent.is_dir():
                 raise InputError(f"{self.save}: expected the name of an .npz in a folder that is there")
-            check_output(self.save, self.force)
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise InputError(f"{self.out}: is a file, expected a folder to write")
-        if self.out is not None:
-            check_folder(self.out)
+            data = self.data_of(self.trained) if self.trained.exists() else None
+            check_output(self.save, self.force, self.trained, self.surrogate, data)
+        if self.out is not None:  # whether it holds a report already, is for those that write one
+            check_report_folder(self.out, force=True)
         model = load_run(self.trained)
         if is_classifier(model):
             self._classifier(model)

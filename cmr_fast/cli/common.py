@@ -55,6 +55,10 @@ class DataFlags:
         options = source["options"] if self.data is None else {}
         return self.data or source["data"], options | self.loader_options()
 
+    def data_of(self, trained: Path) -> str:
+        """Where the data come from, as `source` says."""
+        return self.source(trained)[0]
+
     def pairs_of(self, model: "Method", trained: Path) -> "PairedDataset":
         """The pairs to use the retriever `model` of the run `trained` on. InputError where they do not fit it."""
         if is_classifier(model):
@@ -183,15 +187,53 @@ def check_exists(path: Path) -> None:
         raise InputError(f"{path}: no such file or folder")
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Refuse to write over a file; --force allows it."""
+def check_output(path: Path, force: bool, *inputs: Path | str | None) -> None:
+    """Refuse to write over a file; --force allows it, but over none of the command's `inputs` nor a run's own files.
+
+    inputs: files, and folders of data, whose files are inputs.
+    """
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected the name of a file to write")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is a device, FIFO or socket, expected the name of a file to write")
+    if _among(path, [Path(given) for given in inputs if given is not None]):
+        raise InputError(f"{path}: is an input of this command, expected another name for what it writes")
+    if run := _run_of(path):
+        raise InputError(f"{path}: is for the run in {run} itself, expected another name for what this command writes")
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; --force overwrites it")
     check_folder(path.parent)
+
+
+def _among(path: Path, inputs: list[Path]) -> bool:
+    """Whether a file is one of `inputs`, or a data file in a folder of them, by whatever name."""
+    from cmr_fast.data.readers import SUFFIXES
+
+    if not path.exists():
+        return False
+    files = [given for given in inputs if given.is_file()]
+    for folder in (given for given in inputs if given.is_dir() and not _is_run(given)):
+        files += [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return any(path.samefile(file) for file in files)
+
+
+def _is_run(folder: Path) -> bool:
+    from cmr_fast.methods._runfolder import CHECKPOINT, MODEL
+
+    return (folder / MODEL).exists() or (folder / CHECKPOINT).exists()
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder of which a file that is there or is to be is one that training writes."""
+    from cmr_fast.methods._runfolder import CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS
+
+    for place in (path, Path(os.path.realpath(path))):
+        for name in (CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS, SOURCE):
+            own = place.parent / name
+            alike = place.name.casefold() == name or (place.exists() and own.exists() and place.samefile(own))
+            if alike and _is_run(place.parent):
+                return place.parent
+    return None
 
 
 def check_folder(folder: Path) -> None:
@@ -207,6 +249,8 @@ def check_report_folder(out: Path, force: bool) -> None:
     """Refuse a file where a report's folder is to be, and a report that is there; --force allows the second."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file, expected a folder to write")
+    if _is_run(out):
+        raise InputError(f"{out}: is a run folder, expected another one for the report, such as {out / 'report'}")
     if (out / "README.md").exists() and not force:
         raise InputError(f"{out}: holds a report already; --force writes over it")
     check_folder(out)

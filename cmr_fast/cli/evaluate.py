@@ -54,7 +54,8 @@ class Evaluate(DataFlags):
         from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, find_convention, find_ties
 
         if self.out is not None:
-            check_output(self.out, self.force)
+            data = None if self.trained is None or not self.trained.exists() else self.data_of(self.trained)
+            check_output(self.out, self.force, self.trained, data, *(getattr(self, name) for name in _FILES))
         conventions = CONVENTIONS if self.convention == "every" else (self.convention,)
         ties = TIES if self.ties == "every" else (self.ties,)
         settings = [{"convention": c, "ties": t, "k": self.k} for c in conventions for t in ties]

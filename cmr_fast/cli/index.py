@@ -41,12 +41,8 @@ class Index:
 
         if self.bits is not None and not 1 <= self.bits <= MAX_BITS:
             raise InputError(f"--bits must be from 1 to {MAX_BITS}, got {self.bits}")
-        for path in (*self.codes, *([] if self.ids is None else [self.ids])):
-            if self.out.exists() and path.exists() and path.samefile(self.out):
-                raise InputError(f"{self.out}: is an input of this command, expected another name for the index")
-        if not self.append:
-            check_output(self.out, self.force)
-        elif self.bits is not None:
+        check_output(self.out, self.force or self.append, *self.codes, self.ids)
+        if self.append and self.bits is not None:
             raise InputError("--bits is for a new index: one that is appended to knows its own")
         bits = HammingIndex.load(self.out).bits if self.append else self.bits
         sources = [open_codes(path, bits) for path in self.codes]

@@ -56,14 +56,10 @@ class Search:
         if self.out is not None:
             if self.out.suffix not in (".npz", ".csv"):
                 raise InputError(f"{self.out}: expected a name in .npz or .csv, got {self.out.suffix!r}")
-            check_output(self.out, self.force)
+            check_output(self.out, self.force, self.index, self.queries)
         for name, least in (("k", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if self.out is not None and any(
-            self.out.exists() and path.exists() and path.samefile(self.out) for path in (self.index, self.queries)
-        ):
-            raise InputError(f"{self.out}: is an input of this command, expected another name for the hits")
         index = open_index(self.index)
         source = open_codes(self.queries, index.bits)
         queries = source if isinstance(source, np.ndarray) else source.codes

@@ -220,8 +220,8 @@ def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[La
     for role, key in wanted.items():
         if key is not None and not any(key == chosen.get(role) for chosen in names.values()):
             raise InputError(f"{role}={key!r} is not among the names for the {role} of {layout.name}; it holds {here}")
-    for name in _arrays(names) - set(wanted.values()):
-        if len(alike := folded[name.casefold()]) > 1:
+    for found in sorted(_arrays(names) - set(wanted.values())):
+        if len(alike := folded[found.casefold()]) > 1:
             raise InputError(f"{' and '.join(alike)} differ in case only: cannot tell which is meant; keep one of them")
     left = layout.left_over(every, names)
     if "whole" in names:

@@ -26,6 +26,7 @@ CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
 RESULTS = "results.json"
 CONFIG = "config.json"
+METRICS = "metrics.csv"
 LOCK = ".lock"
 
 
@@ -102,7 +103,7 @@ def forgotten_if_refused(folder: Path, fresh: bool) -> Iterator[None]:
         yield
     except InputError:
         if fresh and not (folder / CHECKPOINT).exists():
-            for name in ("config.json", "metrics.csv"):
+            for name in (CONFIG, METRICS):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             with suppress(OSError):  # something of the user's lies there
