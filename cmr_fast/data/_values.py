@@ -47,15 +47,25 @@ class Cell(NamedTuple):
     shape: tuple[int, ...]
 
 
+def decoded(text: bytes) -> str:
+    """UTF-8, or Latin-1 where it is not, so that different texts stay different."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
 def rows_of_text(codes: np.ndarray) -> np.ndarray:
     """str (rows,) of a char matrix of code units, without the blanks that fill its rows up (as MATLAB's cellstr)."""
     if codes.ndim > 2:
         raise ValueError(f"char arrays of {codes.ndim} axes")
     if codes.size == 0:
         return np.array([""] * (codes.shape[0] or 1))
-    encoding = {1: "utf-8", 2: "utf-16-le", 4: "utf-32-le"}[codes.dtype.itemsize]
-    units = np.ascontiguousarray(codes, dtype=f"<u{codes.dtype.itemsize}")
-    return np.array([row.tobytes().decode(encoding, "replace").rstrip(" \0") for row in units])
+    width = codes.dtype.itemsize
+    units = np.ascontiguousarray(codes, dtype=f"<u{width}")
+    wide = {2: "utf-16-le", 4: "utf-32-le"}.get(width)
+    texts = (decoded(row.tobytes()) if wide is None else row.tobytes().decode(wide, "replace") for row in units)
+    return np.array([text.rstrip(" \0") for text in texts])
 
 
 def dense(rows: np.ndarray, ends: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmr_fast.data._values import decoded
 from cmr_fast.errors import InputError
 
 _MOST = 10**10
@@ -27,7 +28,7 @@ def as_array(value: Any, name: str) -> np.ndarray:
     except ValueError as error:
         raise InputError(f"{name} is a list of rows of different shapes, expected one shape") from error
     if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8", "replace")
+        array = np.array([decoded(text) for text in array.ravel().tolist()], dtype=np.str_).reshape(array.shape)
     if array.dtype.kind == "O" and array.size and all(isinstance(text, str) for text in array.flat):
         array = array.astype(np.str_)
     if array.dtype.kind not in "biufU" or array.ndim == 0:

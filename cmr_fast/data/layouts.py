@@ -194,8 +194,8 @@ def recognise(keys: Iterable[str], wanted: Mapping[str, str | None]) -> tuple[La
     Raises InputError naming what is missing from the layout that fits best, or what looks like one more split.
     """
     folded: dict[str, list[str]] = {}
-    for key in keys:
-        folded.setdefault(key.casefold(), []).append(key)
+    for array in keys:
+        folded.setdefault(array.casefold(), []).append(array)
     every = sorted(key for alike in folded.values() for key in alike)
     here = ", ".join(every[:12]) + (", …" if len(every) > 12 else "") or "nothing"
     fits = [_fit(layout, folded, wanted) for layout in LAYOUTS]
