@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,9 @@ class DataFlags:
         from cmr_fast.methods._runfolder import read_json
 
         recorded = folder_of(trained) / SOURCE
-        source: dict[str, Any] = read_json(recorded) if recorded.is_file() else {"data": None, "options": {}}
-        if not {"data", "options"} <= set(source):
-            raise InputError(f"{recorded}: damaged, expected data and options, got {', '.join(source) or 'nothing'}")
+        source: dict[str, Any] = {"data": None, "options": {}}
+        if recorded.is_file():
+            source = read_json(recorded, data=str | None, options=dict)
         if self.data is None and source["data"] is None:
             raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
         options = source["options"] if self.data is None else {}
@@ -170,10 +171,11 @@ def folder_of(trained: Path) -> Path:
 
 def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":
     """The pairs of a split; train and valid as the run at `trained` divided them."""
-    config = folder_of(trained) / "config.json"
-    if split in ("train", "valid") and dataset.valid is None and config.is_file():
-        run = json.loads(config.read_text())["run"]
-        if run["valid_fraction"] > 0:
+    from cmr_fast.methods._runfolder import read_run
+
+    if split in ("train", "valid") and dataset.valid is None:
+        run = read_run(folder_of(trained))
+        if run is not None and run["valid_fraction"] > 0:
             dataset = dataset.hold_out(run["valid_fraction"], run["seed"])
     pairs = getattr(dataset, split)
     if pairs is None:
@@ -267,14 +269,34 @@ def read_array(path: Path) -> "np.ndarray":
     """A .npy file, mapped into memory; nothing in it is executed."""
     import numpy as np
 
+    from cmr_fast.data import formats
+
     check_exists(path)
-    if not path.is_file():
-        raise InputError(f"{path}: expected a .npy file, this is {'a folder' if path.is_dir() else 'no regular file'}")
+    head = formats.first_bytes(path)
+    refused = formats.other_than_one_array(path, head, _SAVE)
+    if refused or not head.startswith(b"\x93NUMPY"):
+        raise InputError(f"{path}: expected a .npy file; it {refused or f'begins with {head[:16]!r}'}")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        why = "" if "pickle" in str(error) else f" ({error})"
-        raise InputError(f"{path}: not a .npy array of numbers{why}; numpy.save writes one") from error
+    except (ValueError, EOFError, SyntaxError) as error:
+        if "object" in str(error).lower():
+            raise InputError(f"{path}: {formats.OBJECTS}") from error
+        raise InputError(f"{path}: begins like a .npy file, but is damaged or cut short ({error})") from error
     if not isinstance(array, np.ndarray) or array.ndim == 0:
-        raise InputError(f"{path}: expected one .npy array, got {type(array).__name__}")
+        raise InputError(f"{path}: expected an array with rows, got a single {array.dtype}")
     return array
+
+
+_SAVE = "numpy.save its array"
+
+
+@contextmanager
+def naming(**files: Path | None) -> Iterator[None]:
+    """An InputError from inside that begins with the name of an argument, or of two, names their files first."""
+    try:
+        yield
+    except InputError as error:
+        words = str(error).split(" ", 3)
+        names = words[:1] if words[1:2] != ["and"] else words[:3:2]
+        paths = dict.fromkeys(str(files[name]) for name in names if files.get(name) is not None)
+        raise InputError(f"{', '.join(paths)}: {error}" if paths else str(error)) from error

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, counting, new_table, show
 from cmr_fast.cli.codes import nbytes_of, open_codes, open_index
-from cmr_fast.cli.common import check_output
+from cmr_fast.cli.common import check_output, naming
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class Search:
             with counting(count, "searching") as progress:
                 for start in range(0, count, step):
                     block = np.asarray(queries[start : min(start + step, count)])
-                    distances, ids = (np.asarray(x) for x in index.search(block, self.k, self.threads))
+                    with naming(q=self.queries):
+                        distances, ids = (np.asarray(x) for x in index.search(block, self.k, self.threads))
                     if start < shown:
                         rows = slice(0, shown - start)
                         head.append((distances[rows, :_PRINTED].copy(), ids[rows, :_PRINTED].copy()))

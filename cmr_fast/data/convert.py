@@ -147,11 +147,12 @@ def _ids(values: np.ndarray, name: str) -> np.ndarray:
     if not np.array_equal(values, np.rint(values)) or values.min() < 0:
         seen = np.unique(values)[:5].tolist()
         raise InputError(f"{name} must be whole numbers of 0 or more, got {seen}")
-    ids = values.astype(np.int64)
-    ids -= ids.min()
-    if ids.max() >= max(1000, len(ids)):
-        raise InputError(f"{name} must be class ids, got ids {ids.max()} apart in {len(ids)} rows")
-    return ids
+    apart = values.max() - values.min()  # before the cast, which has no room for 1e20
+    if apart >= max(1000, len(values)) or values.max() > np.iinfo(np.int64).max:
+        raise InputError(
+            f"{name} must be class ids, got {values.min()} to {values.max()}, {apart} apart in {len(values)} rows"
+        )
+    return (values - values.min()).astype(np.int64)
 
 
 def _columns(values: np.ndarray, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from cmr_fast.errors import InputError
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 MAX_BITS = 4096
+SEEDS = 1 << 64
 
 
 def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
@@ -80,6 +81,11 @@ def as_integer(value: object, name: str, least: int, most: int | None = None, al
             return x
     expected = f"of {least} or more" + ("" if most is None else f" and below {most + 1}")
     raise InputError(f"{name} must be an integer {expected}{also}, got {value!r}")
+
+
+def as_seed(value: object, name: str = "seed") -> int:
+    """A seed that torch and numpy both take."""
+    return as_integer(value, name, 0, SEEDS - 1)
 
 
 def check_codes(codes: Tensor, name: str) -> None:

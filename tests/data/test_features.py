@@ -1,4 +1,5 @@
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -366,3 +367,23 @@ def test_names_that_differ_in_case_only_are_refused(tmp_path):
             load(path)
         assert float(load(path, image="Xall").database.image.mean()) > 99
         assert float(load(path, image="XAll").database.image.mean()) < 1
+
+
+def test_captions_as_objects_are_called_objects(tmp_path):
+    image, _, labels = SETS["train"]
+    np.savez(tmp_path / "a.npz", image=image, text=np.array(["a dog"] * 12, dtype=object), labels=labels)
+    with pytest.raises(InputError, match=r"a.npz: text holds Python objects .* numpy.array\(x, dtype=str\)"):
+        load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("most", [1e20, 1e300, 2.0**63, float(2**31)])
+@pytest.mark.parametrize("names", [("image", "text", "labels"), ("query_image", "query_text", "query_labels")])
+def test_class_ids_that_no_integer_holds(tmp_path, most, names):
+    image, text, labels = SETS["train"]
+    ids = np.where(labels, most, 1.0)
+    arrays = dict(zip(names, (image, text, ids), strict=True))
+    if names[0] != "image":
+        arrays |= dict(zip(("train_image", "train_text", "train_labels"), (image, text, ids), strict=True))
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=rf"labels.* must be class ids.*got 1.0 to {re.escape(str(most))}"):
+        load(tmp_path / "a.npz")

@@ -703,3 +703,17 @@ def test_bad_curve_arguments_are_refused():
     ):
         with pytest.raises(InputError, match="must be"):
             call()
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, "torch"])
+def test_packed_codes_beside_embeddings_are_refused(kind):
+    floats = torch.zeros(4, 8) if kind == "torch" else np.zeros((4, 8), kind)
+    codes = torch.zeros(4, 8, dtype=torch.uint8) if kind == "torch" else np.zeros((4, 8), np.uint8)
+    labels = np.arange(4) % 2
+    with pytest.raises(InputError, match=r"database must be embeddings.*got uint8: are these packed codes"):
+        evaluate_embeddings(floats, codes, labels, labels)
+    with pytest.raises(InputError, match=r"query must be embeddings.*got uint8: are these packed codes"):
+        evaluate_embeddings(codes, floats, labels, labels)
+    assert (
+        evaluate_embeddings(codes, codes, labels, labels).map == evaluate_embeddings(floats, floats, labels, labels).map
+    )
