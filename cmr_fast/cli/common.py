@@ -45,20 +45,15 @@ class DataFlags:
 
     def source(self, trained: Path) -> tuple[str, dict[str, Any]]:
         """Where the data of the run at `trained` came from, and the loader's options; the flags go first."""
-        from cmr_fast.methods._runfolder import read_json
-
-        recorded = folder_of(trained) / SOURCE
-        source: dict[str, Any] = {"data": None, "options": {}}
-        if recorded.is_file():
-            source = read_json(recorded, data=str | None, options=dict)
+        source = _recorded(trained)
         if self.data is None and source["data"] is None:
             raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
         options = source["options"] if self.data is None else {}
         return self.data or source["data"], options | self.loader_options()
 
-    def data_of(self, trained: Path) -> str:
-        """Where the data come from, as `source` says."""
-        return self.source(trained)[0]
+    def data_of(self, trained: Path) -> str | None:
+        """Where the data come from, as `source` says; None where nothing says it."""
+        return self.data if self.data is not None else _recorded(trained)["data"]
 
     def pairs_of(self, model: "Method", trained: Path) -> "PairedDataset":
         """The pairs to use the retriever `model` of the run `trained` on. InputError where they do not fit it."""
@@ -85,6 +80,14 @@ class DataFlags:
         if dataset.num_classes != model.num_classes:
             raise InputError(f"{trained}: has {model.num_classes} classes, {dataset.name} has {dataset.num_classes}")
         return dataset
+
+
+def _recorded(trained: Path) -> dict[str, Any]:
+    """What `record_source` noted of the run at `trained`."""
+    from cmr_fast.methods._runfolder import read_json
+
+    recorded = folder_of(trained) / SOURCE
+    return read_json(recorded, data=str | None, options=dict) if recorded.is_file() else {"data": None, "options": {}}
 
 
 COUNTS = {"count": 1, "train": 1, "query": 1, "test": 1, "seed": 0}
@@ -256,6 +259,13 @@ def check_report_folder(out: Path, force: bool) -> None:
     if (out / "README.md").exists() and not force:
         raise InputError(f"{out}: holds a report already; --force writes over it")
     check_folder(out)
+
+
+def check_least(**flags: tuple[int | None, int]) -> None:
+    """InputError for a flag that is given and below its least: name=(value, least)."""
+    for name, (value, least) in flags.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
 
 
 def refuse_flags(given: Mapping[str, Any], why: str) -> None:

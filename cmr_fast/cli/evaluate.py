@@ -53,7 +53,7 @@ class Evaluate(DataFlags):
         from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, find_convention, find_ties
 
         if self.out is not None:
-            data = None if self.trained is None or not self.trained.exists() else self.data_of(self.trained)
+            data = None if self.trained is None else self.data_of(self.trained)
             check_output(self.out, self.force, self.trained, data, *(getattr(self, name) for name in _FILES))
         conventions = CONVENTIONS if self.convention == "every" else (self.convention,)
         ties = TIES if self.ties == "every" else (self.ties,)

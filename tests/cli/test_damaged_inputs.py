@@ -149,6 +149,30 @@ def test_a_mean_over_no_query_is_null_in_json():
     assert rows == [{"convention": "topk_R", "ties": "index", "k": None, "mAP": None}]
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["report", "run", "--out", "r", "--tsne-points", "-1"], "--tsne-points must be 0 or more, got -1"),
+        (["report", "run", "--out", "r", "--images", "0"], "--images must be 1 or more, got 0"),
+        (["attack", "run", "--images", "0"], "--images must be 1 or more, got 0"),
+        (["attack", "run", "--batch", "0"], "--batch must be 1 or more, got 0"),
+        (["attack", "run", "--seed", "-1"], "--seed must be 0 or more, got -1"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named_by_its_flag(trained, capsys, argv, said):
+    shutil.copytree(trained / "run", "run")
+    assert refused(capsys, *argv) == said
+
+
+@pytest.mark.parametrize("out", ["used", "run-seed<seed>"])
+def test_a_used_folder_is_refused_before_the_data_are_read(capsys, monkeypatch, out):
+    Path(out.replace("<seed>", "3")).mkdir()
+    Path(out.replace("<seed>", "3"), "something").touch()
+    monkeypatch.setattr("cmr_fast.cli.train.load_pairs", lambda *_: pytest.fail("read"))
+    said = refused(capsys, "train", "acmr", "--data", "shapes", "--seed", 3, "--out", out)
+    assert said.startswith(f"{out.replace('<seed>', '3')}: not empty")
+
+
 @pytest.mark.parametrize("command", [["demo"], ["train", "acmr", "--data", "shapes", "--options", "count=60"]])
 def test_a_seed_that_torch_does_not_take_is_refused(capsys, command):
     code = 2
