@@ -285,7 +285,7 @@ def read_array(path: Path) -> "np.ndarray":
     head = formats.first_bytes(path)
     refused = formats.other_than_one_array(path, head, _SAVE)
     if refused or not head.startswith(b"\x93NUMPY"):
-        raise InputError(f"{path}: expected a .npy file; it {refused or f'begins with {head[:16]!r}'}")
+        raise InputError(f"{path}: not a .npy file; it {refused or f'begins with {head[:16]!r}'}")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
