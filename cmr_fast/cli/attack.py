@@ -9,7 +9,7 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast.cli.common import (
     DataFlags,
-    check_folder,
+    check_least,
     check_output,
     check_report_folder,
     is_classifier,
@@ -71,14 +71,14 @@ class Attack(DataFlags):
 
     def __call__(self) -> None:
         """Run the command."""
+        least = {"images": (self.images, 1), "batch": (self.batch, 1), "restarts": (self.restarts, 1)}
+        check_least(**least, seed=(self.seed, 0))
         if self.save is not None:
             if self.save.suffix != ".npz" or not self.save.parent.is_dir():
                 raise InputError(f"{self.save}: expected the name of an .npz in a folder that is there")
-            check_output(self.save, self.force)
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise InputError(f"{self.out}: is a file, expected a folder to write")
-        if self.out is not None:
-            check_folder(self.out)
+            check_output(self.save, self.force, self.trained, self.surrogate, self.data_of(self.trained))
+        if self.out is not None:  # whether it holds a report already, is for those that write one
+            check_report_folder(self.out, force=True)
         model = load_run(self.trained)
         if is_classifier(model):
             self._classifier(model)

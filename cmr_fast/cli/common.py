@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,16 +45,15 @@ class DataFlags:
 
     def source(self, trained: Path) -> tuple[str, dict[str, Any]]:
         """Where the data of the run at `trained` came from, and the loader's options; the flags go first."""
-        from cmr_fast.methods._runfolder import read_json
-
-        recorded = folder_of(trained) / SOURCE
-        source: dict[str, Any] = read_json(recorded) if recorded.is_file() else {"data": None, "options": {}}
-        if not {"data", "options"} <= set(source):
-            raise InputError(f"{recorded}: damaged, expected data and options, got {', '.join(source) or 'nothing'}")
+        source = _recorded(trained)
         if self.data is None and source["data"] is None:
             raise InputError(f"{trained}: does not say which data it was trained on; expected --data PATH")
         options = source["options"] if self.data is None else {}
         return self.data or source["data"], options | self.loader_options()
+
+    def data_of(self, trained: Path) -> str | None:
+        """Where the data come from, as `source` says; None where nothing says it."""
+        return self.data if self.data is not None else _recorded(trained)["data"]
 
     def pairs_of(self, model: "Method", trained: Path) -> "PairedDataset":
         """The pairs to use the retriever `model` of the run `trained` on. InputError where they do not fit it."""
@@ -80,6 +80,14 @@ class DataFlags:
         if dataset.num_classes != model.num_classes:
             raise InputError(f"{trained}: has {model.num_classes} classes, {dataset.name} has {dataset.num_classes}")
         return dataset
+
+
+def _recorded(trained: Path) -> dict[str, Any]:
+    """What `record_source` noted of the run at `trained`."""
+    from cmr_fast.methods._runfolder import read_json
+
+    recorded = folder_of(trained) / SOURCE
+    return read_json(recorded, data=str | None, options=dict) if recorded.is_file() else {"data": None, "options": {}}
 
 
 COUNTS = {"count": 1, "train": 1, "query": 1, "test": 1, "seed": 0}
@@ -166,10 +174,11 @@ def folder_of(trained: Path) -> Path:
 
 def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":
     """The pairs of a split; train and valid as the run at `trained` divided them."""
-    config = folder_of(trained) / "config.json"
-    if split in ("train", "valid") and dataset.valid is None and config.is_file():
-        run = json.loads(config.read_text())["run"]
-        if run["valid_fraction"] > 0:
+    from cmr_fast.methods._runfolder import read_run
+
+    if split in ("train", "valid") and dataset.valid is None:
+        run = read_run(folder_of(trained))
+        if run is not None and run["valid_fraction"] > 0:
             dataset = dataset.hold_out(run["valid_fraction"], run["seed"])
     pairs = getattr(dataset, split)
     if pairs is None:
@@ -183,15 +192,53 @@ def check_exists(path: Path) -> None:
         raise InputError(f"{path}: no such file or folder")
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Refuse to write over a file; --force allows it."""
+def check_output(path: Path, force: bool, *inputs: Path | str | None) -> None:
+    """Refuse to write over a file; --force allows it, but over none of the command's `inputs` nor a run's own files.
+
+    inputs: files, and folders of data, whose files are inputs.
+    """
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected the name of a file to write")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is a device, FIFO or socket, expected the name of a file to write")
+    if _among(path, [Path(given) for given in inputs if given is not None]):
+        raise InputError(f"{path}: is an input of this command, expected another name for what it writes")
+    if run := _run_of(path):
+        raise InputError(f"{path}: is for the run in {run} itself, expected another name for what this command writes")
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; --force overwrites it")
     check_folder(path.parent)
+
+
+def _among(path: Path, inputs: list[Path]) -> bool:
+    """Whether a file is one of `inputs`, or a data file in a folder of them, by whatever name."""
+    from cmr_fast.data.readers import SUFFIXES
+
+    if not path.exists():
+        return False
+    files = [given for given in inputs if given.is_file()]
+    for folder in (given for given in inputs if given.is_dir() and not _is_run(given)):
+        files += [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return any(path.samefile(file) for file in files)
+
+
+def _is_run(folder: Path) -> bool:
+    from cmr_fast.methods._runfolder import CHECKPOINT, MODEL
+
+    return (folder / MODEL).exists() or (folder / CHECKPOINT).exists()
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder of which a file that is there or is to be is one that training writes."""
+    from cmr_fast.methods._runfolder import CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS
+
+    for place in (path, Path(os.path.realpath(path))):
+        for name in (CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS, SOURCE):
+            own = place.parent / name
+            alike = place.name.casefold() == name or (place.exists() and own.exists() and place.samefile(own))
+            if alike and _is_run(place.parent):
+                return place.parent
+    return None
 
 
 def check_folder(folder: Path) -> None:
@@ -207,9 +254,18 @@ def check_report_folder(out: Path, force: bool) -> None:
     """Refuse a file where a report's folder is to be, and a report that is there; --force allows the second."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file, expected a folder to write")
+    if _is_run(out):
+        raise InputError(f"{out}: is a run folder, expected another one for the report, such as {out / 'report'}")
     if (out / "README.md").exists() and not force:
         raise InputError(f"{out}: holds a report already; --force writes over it")
     check_folder(out)
+
+
+def check_least(**flags: tuple[int | None, int]) -> None:
+    """InputError for a flag that is given and below its least: name=(value, least)."""
+    for name, (value, least) in flags.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
 
 
 def refuse_flags(given: Mapping[str, Any], why: str) -> None:
@@ -223,14 +279,34 @@ def read_array(path: Path) -> "np.ndarray":
     """A .npy file, mapped into memory; nothing in it is executed."""
     import numpy as np
 
+    from cmr_fast.data import formats
+
     check_exists(path)
-    if not path.is_file():
-        raise InputError(f"{path}: expected a .npy file, this is {'a folder' if path.is_dir() else 'no regular file'}")
+    head = formats.first_bytes(path)
+    refused = formats.other_than_one_array(path, head, _SAVE)
+    if refused or not head.startswith(b"\x93NUMPY"):
+        raise InputError(f"{path}: not a .npy file; it {refused or f'begins with {head[:16]!r}'}")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        why = "" if "pickle" in str(error) else f" ({error})"
-        raise InputError(f"{path}: not a .npy array of numbers{why}; numpy.save writes one") from error
+    except (ValueError, EOFError, SyntaxError) as error:
+        if "object" in str(error).lower():
+            raise InputError(f"{path}: {formats.OBJECTS}") from error
+        raise InputError(f"{path}: begins like a .npy file, but is damaged or cut short ({error})") from error
     if not isinstance(array, np.ndarray) or array.ndim == 0:
-        raise InputError(f"{path}: expected one .npy array, got {type(array).__name__}")
+        raise InputError(f"{path}: expected an array with rows, got a single {array.dtype}")
     return array
+
+
+_SAVE = "numpy.save its array"
+
+
+@contextmanager
+def naming(**files: Path | None) -> Iterator[None]:
+    """An InputError from inside that begins with the name of an argument, or of two, names their files first."""
+    try:
+        yield
+    except InputError as error:
+        words = str(error).split(" ", 3)
+        names = words[:1] if words[1:2] != ["and"] else words[:3:2]
+        paths = dict.fromkeys(str(files[name]) for name in names if files.get(name) is not None)
+        raise InputError(f"{', '.join(paths)}: {error}" if paths else str(error)) from error

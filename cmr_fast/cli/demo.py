@@ -73,13 +73,15 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
     Raises
     ------
     InputError
-        Where `out` is a file.
+        Where `out` is a file, or `seed` none from 0 to 2^64 - 1.
     """
     from cmr_fast.data import load, save_pairs
     from cmr_fast.methods import METHODS
     from cmr_fast.methods.loop import RunConfig, train
+    from cmr_fast.ops._tensors import as_seed
     from cmr_fast.reports.retrieval import print_results, write_report
 
+    as_seed(seed, "--seed")
     started = time.perf_counter()
     folder = new_folder(out)
     options: dict[str, Any] = {"seed": seed} | ({} if count is None else {"count": count})

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy
-from cmr_fast.cli.common import DataFlags, check_output, makes_codes, open_run, split_of
+from cmr_fast.cli.common import DataFlags, check_exists, check_output, makes_codes, open_run, split_of
 from cmr_fast.errors import InputError
 
 
@@ -43,7 +43,10 @@ class Encode(DataFlags):
 
         if self.real and self.bits:
             raise InputError("--real and --bits exclude each other: expected one of them or none")
-        check_output(self.out, self.force)
+        if self.out.suffix != ".npy":
+            raise InputError(f"{self.out}: expected a name in .npy, got {self.out.suffix!r}")
+        check_exists(self.trained)
+        check_output(self.out, self.force, self.trained, self.data_of(self.trained))
         model, dataset = open_run(self.trained, self)
         pairs = split_of(dataset, self.split, self.trained)
         with busy(f"encoding {len(pairs)} {self.modality} rows"):

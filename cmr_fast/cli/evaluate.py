@@ -1,15 +1,13 @@
 """`cmr-fast evaluate`: mAP of a run, or of codes or embeddings in files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, new_table, show
-from cmr_fast.cli.common import DataFlags, check_output, open_run, read_array, refuse_flags
+from cmr_fast.cli.common import DataFlags, check_output, naming, open_run, read_array, refuse_flags
 from cmr_fast.errors import InputError
 
 Rows = list[dict[str, Any]]
@@ -51,10 +49,12 @@ class Evaluate(DataFlags):
 
     def __call__(self) -> None:
         """Run the command."""
+        from cmr_fast.methods._runfolder import write_json
         from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, find_convention, find_ties
 
         if self.out is not None:
-            check_output(self.out, self.force)
+            data = None if self.trained is None else self.data_of(self.trained)
+            check_output(self.out, self.force, self.trained, data, *(getattr(self, name) for name in _FILES))
         conventions = CONVENTIONS if self.convention == "every" else (self.convention,)
         ties = TIES if self.ties == "every" else (self.ties,)
         settings = [{"convention": c, "ties": t, "k": self.k} for c in conventions for t in ties]
@@ -71,8 +71,7 @@ class Evaluate(DataFlags):
         if any(row[name] is None for row in rows for name in columns):
             print("-: not defined, since which queries count would depend on the order of ties")
         if self.out is not None:
-            with write_aside(self.out) as aside:
-                aside.write_text(json.dumps(rows, indent=2) + "\n")
+            write_json(self.out, rows)
             print(f"{self.out}: {len(rows)} rows")
 
     def _rows(self, settings: Rows) -> tuple[str, Rows]:
@@ -123,13 +122,18 @@ def _rows_of_files(flags: Evaluate, files: list[Path], settings: Rows) -> tuple[
         if len(array) != len(labels):
             raise InputError(f"{path}: {len(array)} rows, but {len(labels)} labels; expected one per row")
     embeddings = queries.dtype.kind == "f"
+    if embeddings != (database.dtype.kind == "f"):
+        kinds = [f"{path} holds {array.dtype}" for path, array in zip(files[:2], arrays[:2], strict=True)]
+        raise InputError(f"{', '.join(kinds)}: expected embeddings in both (float), or packed codes in both (uint8)")
     if embeddings:
         refuse_flags({"bits": flags.bits}, f"is the length of codes; {files[0]} holds embeddings")
     else:
         refuse_flags({"metric": flags.metric}, f"compares embeddings; {files[0]} holds codes")
+    words = ("query" if embeddings else "q", "database" if embeddings else "db", "q_labels", "db_labels")
+    names = dict(zip(words, files, strict=True))
     rows = []
     for setting in settings:
-        with busy("evaluating"):
+        with busy("evaluating"), naming(**names):
             both = query_labels, database_labels
             if embeddings:
                 metric = flags.metric or "cosine"

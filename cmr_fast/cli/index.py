@@ -1,14 +1,22 @@
 """`cmr-fast index`: an index from files of any size, read in blocks, in memory that does not grow with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from cmr_fast._terminal import counting
 from cmr_fast.cli.codes import nbytes_of, open_codes, refuse_unpacked
-from cmr_fast.cli.common import check_output, read_array
+from cmr_fast.cli.common import check_output, naming, read_array
 from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cmr_fast.retrieval import HammingIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +49,8 @@ class Index:
 
         if self.bits is not None and not 1 <= self.bits <= MAX_BITS:
             raise InputError(f"--bits must be from 1 to {MAX_BITS}, got {self.bits}")
-        for path in (*self.codes, *([] if self.ids is None else [self.ids])):
-            if self.out.exists() and path.exists() and path.samefile(self.out):
-                raise InputError(f"{self.out}: is an input of this command, expected another name for the index")
-        if not self.append:
-            check_output(self.out, self.force)
-        elif self.bits is not None:
+        check_output(self.out, self.force or self.append, *self.codes, self.ids)
+        if self.append and self.bits is not None:
             raise InputError("--bits is for a new index: one that is appended to knows its own")
         bits = HammingIndex.load(self.out).bits if self.append else self.bits
         sources = [open_codes(path, bits) for path in self.codes]
@@ -60,13 +64,30 @@ class Index:
                     f"{path}: codes have {nbytes_of(source)} bytes, expected {wanted}; one index holds one code length"
                 )
         ids = None if self.ids is None else read_array(self.ids)
+        verb = "appending" if self.append else "indexing"
         total = sum(map(len, sources))
         if ids is not None and (ids.ndim != 1 or len(ids) != total or ids.dtype.kind not in "iu"):
             raise InputError(f"{self.ids}: expected {total} integer ids, one per code, got {ids.dtype} {ids.shape}")
-        with counting(total, "appending" if self.append else "indexing") as progress:
+        ids_from = self.ids or Path(", ".join(map(str, self.codes)))
+        with self._naming(sources, bits), naming(ids=ids_from), counting(total, verb) as progress:
             if self.append:
                 HammingIndex.append(self.out, sources, ids, progress=progress)
             else:
                 HammingIndex.build(self.out, sources, ids, bits=bits, progress=progress)
         built = HammingIndex.load(self.out)
         print(f"{self.out}: {built.ntotal} codes of {built.bits} bits")
+
+    @contextmanager
+    def _naming(self, sources: "list[np.ndarray | HammingIndex]", bits: int | None) -> Iterator[None]:
+        """An InputError from inside about codes names the first file of which it is true."""
+        from cmr_fast.retrieval._checks import packed_codes
+
+        try:
+            yield
+        except InputError as error:
+            for path, source in zip(self.codes, sources, strict=True):
+                codes = source if hasattr(source, "shape") else source.codes
+                if str(error).startswith("codes ") and bits:
+                    with naming(codes=path):
+                        packed_codes(codes, "codes", bits)
+            raise

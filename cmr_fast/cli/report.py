@@ -8,7 +8,15 @@ from tyro.conf import Positional
 
 from cmr_fast._terminal import busy
 from cmr_fast.cli.attack import eps_of, load_surrogate
-from cmr_fast.cli.common import DataFlags, check_report_folder, folder_of, is_classifier, load_run, refuse_flags
+from cmr_fast.cli.common import (
+    DataFlags,
+    check_least,
+    check_report_folder,
+    folder_of,
+    is_classifier,
+    load_run,
+    refuse_flags,
+)
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ class Report(DataFlags):
     def __call__(self) -> None:
         """Run the command."""
         check_report_folder(self.out, self.force)
+        check_least(tsne_points=(self.tsne_points, 0), images=(self.images, 1))
         models = [load_run(path) for path in self.runs]
         kinds = {is_classifier(model) for model in models}
         if len(kinds) > 1:

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, counting, new_table, show
 from cmr_fast.cli.codes import nbytes_of, open_codes, open_index
-from cmr_fast.cli.common import check_output
+from cmr_fast.cli.common import check_output, naming
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class Search:
     queries: Positional[Path]
     """Packed query codes: uint8 (Q, bytes) .npy, or an index file."""
     k: int = 10
-    """Hits per query."""
+    """Hits per query; the codes that the index holds where these are fewer."""
     out: Path | None = None
-    """results.npz (arrays distances and ids, (Q, k)) or results.csv (query, rank, id, distance). None: only print."""
+    """results.npz (distances and ids, (Q, hits)) or results.csv (query, rank, id, distance). None: only print."""
     threads: int | None = None
     """CPU threads. None: all that this process may use."""
     show: int = 5
@@ -56,14 +56,10 @@ class Search:
         if self.out is not None:
             if self.out.suffix not in (".npz", ".csv"):
                 raise InputError(f"{self.out}: expected a name in .npz or .csv, got {self.out.suffix!r}")
-            check_output(self.out, self.force)
+            check_output(self.out, self.force, self.index, self.queries)
         for name, least in (("k", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if self.out is not None and any(
-            self.out.exists() and path.exists() and path.samefile(self.out) for path in (self.index, self.queries)
-        ):
-            raise InputError(f"{self.out}: is an input of this command, expected another name for the hits")
         index = open_index(self.index)
         source = open_codes(self.queries, index.bits)
         queries = source if isinstance(source, np.ndarray) else source.codes
@@ -73,15 +69,19 @@ class Search:
             raise InputError(
                 f"{self.queries}: codes have {queries.shape[1]} bytes, those of {self.index} {nbytes_of(index)}"
             )
+        k = min(self.k, max(1, index.ntotal))
+        if k < self.k:
+            print(f"{self.index}: holds {index.ntotal} codes, fewer than k = {self.k}: so many hits a query")
         head: list[Block] = []
         shown = min(self.show, len(queries))
 
         def blocks(count: int) -> Iterator["Block"]:
-            step = max(1, min(_QUERIES, _HITS // self.k))
+            step = max(1, min(_QUERIES, _HITS // k))
             with counting(count, "searching") as progress:
                 for start in range(0, count, step):
                     block = np.asarray(queries[start : min(start + step, count)])
-                    distances, ids = (np.asarray(x) for x in index.search(block, self.k, self.threads))
+                    with naming(q=self.queries):
+                        distances, ids = (np.asarray(x) for x in index.search(block, k, self.threads))
                     if start < shown:
                         rows = slice(0, shown - start)
                         head.append((distances[rows, :_PRINTED].copy(), ids[rows, :_PRINTED].copy()))
@@ -89,20 +89,20 @@ class Search:
                     yield distances, ids
 
         if self.out is not None:
-            write_hits(self.out, blocks(len(queries)), (len(queries), self.k))
+            write_hits(self.out, blocks(len(queries)), (len(queries), k))
         else:
             with busy("searching"):
                 for _ in blocks(shown):
                     pass
-        if self.out is not None and self.k > _PRINTED and shown:
-            print(f"The first {_PRINTED} of {self.k} hits a query; all are in {self.out}")
-        elif self.k > _PRINTED and shown:
-            print(f"The first {_PRINTED} of {self.k} hits a query; --out FILE writes all")
-        _print_hits(head, self.k, f"The nearest of {index.ntotal} codes of {index.bits} bits: id (distance)")
+        if self.out is not None and k > _PRINTED and shown:
+            print(f"The first {_PRINTED} of {k} hits a query; all are in {self.out}")
+        elif k > _PRINTED and shown:
+            print(f"The first {_PRINTED} of {k} hits a query; --out FILE writes all")
+        _print_hits(head, k, f"The nearest of {index.ntotal} codes of {index.bits} bits: id (distance)")
         if len(queries) > shown:
             print(f"… and {len(queries) - shown} more queries{'' if self.out else '; --out FILE searches all'}")
         if self.out is not None:
-            print(f"{self.out}: {len(queries)} queries, {self.k} hits each")
+            print(f"{self.out}: {len(queries)} queries, {k} hits each")
 
 
 def _print_hits(head: "list[Block]", k: int, title: str) -> None:

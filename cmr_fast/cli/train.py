@@ -49,6 +49,7 @@ class Train:
     def __call__(self) -> None:
         """Run the command."""
         from cmr_fast.data.pairs import PairedDataset
+        from cmr_fast.methods._runfolder import refuse_used
         from cmr_fast.methods.loop import train
         from cmr_fast.ops._tensors import MAX_BITS
 
@@ -64,16 +65,17 @@ class Train:
                 "--adversarial and --adversarial-steps must be 1 or more, got "
                 f"{' '.join(map(str, self.source.adversarial))} and {self.source.adversarial_steps}"
             )
+        if not self.run.resume and "<data>" not in str(self.run.out):  # before the data are read
+            refuse_used(self._folder(""))
         dataset = load(self.source.data, options)
         if _wants_a_gpu(self.config):
             print(
                 f"WRN-{self.config.depth}-{self.config.width} on a CPU takes hours an epoch; --preset small is for one",
                 file=sys.stderr,
             )
-        out = str(self.run.out).replace("<data>", dataset.name).replace("<seed>", str(self.run.seed))
         on_the_fly = getattr(self.config, "defence", "none") != "none"
         config = replace(self.config, defence="none") if on_the_fly else self.config
-        run = train(self.method, config, dataset, replace(self.run, out=Path(out)))
+        run = train(self.method, config, dataset, replace(self.run, out=self._folder(dataset.name)))
         record_source(run.path, self.source.data, options)
         if self.source.adversarial or on_the_fly:
             self._harden(run, dataset, options, on_the_fly)
@@ -84,6 +86,9 @@ class Train:
         else:
             assert isinstance(dataset, PairedDataset)
             _print_retriever(run, dataset, self.config.epochs)
+
+    def _folder(self, data: str) -> Path:
+        return Path(str(self.run.out).replace("<data>", data).replace("<seed>", str(self.run.seed)))
 
     def _harden(self, run: "Run", dataset: Any, options: dict[str, Any], on_the_fly: bool) -> None:
         from cmr_fast.methods.method import Retriever
@@ -109,7 +114,9 @@ def flags_of(method: str, preset: str = "paper") -> type[Train]:
     presets = {"paper": kind.Config(), **kind.presets}
     if preset not in presets:
         raise InputError(f"--preset of {method} must be one of {', '.join(presets)}, got {preset!r}")
-    paper = (inspect.getdoc(sys.modules[kind.__module__]) or "").partition("\n\n")[0].replace("\n", " ")
+    module = sys.modules[kind.__module__]
+    about = inspect.getdoc(module if module.__name__.endswith(f".{method}") else kind) or ""
+    paper = about.partition("\n\n")[0].replace("\n", " ")
     settings = RunConfig(out=Path(f"runs/{method}-<data>-seed<seed>"))
     flags = make_dataclass(
         f"Train{kind.__name__}",

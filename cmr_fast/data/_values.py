@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cmr_fast.data.layouts import WORDS
 from cmr_fast.errors import InputError
 
 DEPTH = 16
@@ -25,8 +26,6 @@ _INSTEAD = {
     "duration": "seconds(x)",
     "containers.Map": "x.keys and x.values",
 }
-_SPLITS = {"train", "training", "trn", "tr", "valid", "validation", "val", "test", "testing", "te", "query", "queries"}
-_SPLITS |= {"database", "db", "retrieval", "gallery"}
 
 
 class Foreign(NamedTuple):
@@ -48,15 +47,25 @@ class Cell(NamedTuple):
     shape: tuple[int, ...]
 
 
+def decoded(text: bytes) -> str:
+    """UTF-8, or Latin-1 where it is not, so that different texts stay different."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
 def rows_of_text(codes: np.ndarray) -> np.ndarray:
     """str (rows,) of a char matrix of code units, without the blanks that fill its rows up (as MATLAB's cellstr)."""
     if codes.ndim > 2:
         raise ValueError(f"char arrays of {codes.ndim} axes")
     if codes.size == 0:
         return np.array([""] * (codes.shape[0] or 1))
-    encoding = {1: "utf-8", 2: "utf-16-le", 4: "utf-32-le"}[codes.dtype.itemsize]
-    units = np.ascontiguousarray(codes, dtype=f"<u{codes.dtype.itemsize}")
-    return np.array([row.tobytes().decode(encoding, "replace").rstrip(" \0") for row in units])
+    width = codes.dtype.itemsize
+    units = np.ascontiguousarray(codes, dtype=f"<u{width}")
+    wide = {2: "utf-16-le", 4: "utf-32-le"}.get(width)
+    texts = (decoded(row.tobytes()) if wide is None else row.tobytes().decode(wide, "replace") for row in units)
+    return np.array([text.rstrip(" \0") for text in texts])
 
 
 def dense(rows: np.ndarray, ends: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -137,7 +146,7 @@ def short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     unless two arrays would be called the same.
     """
     paths = list(paths)
-    names = {path: "_".join([*(p for p in path[:-1] if p.casefold() in _SPLITS), path[-1]]) for path in paths}
+    names = {path: "_".join([*(p for p in path[:-1] if p.casefold() in WORDS), path[-1]]) for path in paths}
     taken = list(names.values())
     return {path: name if taken.count(name) == 1 else "_".join(path) for path, name in names.items()}
 

@@ -12,6 +12,7 @@ from cmr_fast.data._checks import check_count
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_seed
 
 BUILT_IN = "shapes"
 
@@ -112,7 +113,7 @@ def load_images(
         For files that are missing, cut short or of other shapes than their authors' ones, and for other options.
     """
     counts = {name: check_count(name, n) for name, n in (("train", train), ("test", test)) if n is not None}
-    check_count("seed", seed, least=0)
+    as_seed(seed)
     if path_or_name == BUILT_IN:
         return shapes.load_images(seed=seed, **counts)
     path = _find(path_or_name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.data import pickles
+from cmr_fast.data._values import decoded
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.readers import read_arrays
 from cmr_fast.errors import InputError
@@ -88,7 +89,7 @@ def _entry(file: Path, name: str) -> Any:
 
 
 def _text(name: object) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    return decoded(name) if isinstance(name, bytes) else str(name)
 
 
 def load_svhn(folder: Path) -> ImageDataset:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmr_fast.data._values import decoded
 from cmr_fast.errors import InputError
 
 _MOST = 10**10
@@ -27,7 +28,7 @@ def as_array(value: Any, name: str) -> np.ndarray:
     except ValueError as error:
         raise InputError(f"{name} is a list of rows of different shapes, expected one shape") from error
     if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8", "replace")
+        array = np.array([decoded(text) for text in array.ravel().tolist()], dtype=np.str_).reshape(array.shape)
     if array.dtype.kind == "O" and array.size and all(isinstance(text, str) for text in array.flat):
         array = array.astype(np.str_)
     if array.dtype.kind not in "biufU" or array.ndim == 0:
@@ -146,11 +147,12 @@ def _ids(values: np.ndarray, name: str) -> np.ndarray:
     if not np.array_equal(values, np.rint(values)) or values.min() < 0:
         seen = np.unique(values)[:5].tolist()
         raise InputError(f"{name} must be whole numbers of 0 or more, got {seen}")
-    ids = values.astype(np.int64)
-    ids -= ids.min()
-    if ids.max() >= max(1000, len(ids)):
-        raise InputError(f"{name} must be class ids, got ids {ids.max()} apart in {len(ids)} rows")
-    return ids
+    apart = values.max() - values.min()  # before the cast, which has no room for 1e20
+    if apart >= max(1000, len(values)) or values.max() > np.iinfo(np.int64).max:
+        raise InputError(
+            f"{name} must be class ids, got {values.min()} to {values.max()}, {apart} apart in {len(values)} rows"
+        )
+    return (values - values.min()).astype(np.int64)
 
 
 def _columns(values: np.ndarray, name: str) -> np.ndarray:

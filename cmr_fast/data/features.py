@@ -25,9 +25,10 @@ from cmr_fast.data import convert
 from cmr_fast.data._checks import check_count, check_text
 from cmr_fast.data.formats import folder_advice
 from cmr_fast.data.layouts import NATIVE, Layout, recognise
-from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.pairs import MAX_CLASSES, PairedDataset, Pairs
 from cmr_fast.data.readers import SUFFIXES, Arrays, read_arrays
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_seed
 
 
 def load(
@@ -79,7 +80,7 @@ def load(
     for name, number in (("query", query), ("train", train)):
         if number is not None:
             check_count(name, number)
-    check_count("seed", seed, least=0)
+    as_seed(seed)
     source = Path(path)
     arrays = _by_id(_gather(source))
     if database not in (None, "query", "train"):
@@ -285,7 +286,10 @@ def _as_they_are(parts: list[np.ndarray], name: str) -> list[Tensor]:
     made = []
     for part in parts:
         kind = np.int64 if part.ndim == 1 else np.uint8
-        if part.dtype.kind not in "biuf" or not np.array_equal(part, part.astype(kind)):
+        numbers = part.dtype.kind in "biuf"
+        if numbers and part.ndim == 1 and part.size and part.max() >= MAX_CLASSES:  # the cast may have no room for it
+            raise InputError(f"{name} must be class ids from 0 below {MAX_CLASSES}, got {part.min()} to {part.max()}")
+        if not numbers or not np.isfinite(part).all() or not np.array_equal(part, part.astype(kind)):
             raise InputError(f"{name} must be (N,) class ids or (N, C) of 0 and 1, got {part.dtype} {part.shape}")
         made.append(torch.from_numpy(part.astype(kind)))
     return made

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cmr_fast.data._values import DEPTH, Cell, Foreign, dense, plain, rows_of_text, short_names
+from cmr_fast.data._values import DEPTH, Cell, Foreign, decoded, dense, plain, rows_of_text, short_names
 from cmr_fast.errors import InputError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -86,7 +86,9 @@ def _value(opened: Any, item: Any, matlab: bool, depth: int) -> Any:
         value = np.asarray(item[()])
         return rows_of_text(value.T if matlab else value)
     if h5py.check_string_dtype(item.dtype):
-        text = np.asarray(item.asstr(errors="replace")[()]).astype(np.str_)
+        # h5py takes text of a fixed length that is not declared UTF-8 for ASCII
+        rows = np.asarray(item[()])
+        text = np.array([decoded(bytes(row)) for row in rows.ravel()], dtype=np.str_).reshape(rows.shape)
         return text.T if matlab else text
     if h5py.check_ref_dtype(item.dtype) is h5py.Reference:
         refs = np.asarray(item[()]).T

@@ -8,6 +8,7 @@ from torch import Tensor
 from cmr_fast.data.pairs import as_tensor, held_out, shape_seen
 from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_seed
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +49,7 @@ class Images(Parts):
 
     def sample(self, count: int, seed: int = 0) -> "Images":
         """`count` images, each class its share, in an order drawn with `seed`; all of them where there are no more."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(as_seed(seed)))
         if count < len(self):
             by_class = order[torch.argsort(self.labels[order], stable=True)]
             chosen = torch.zeros(len(self), dtype=torch.bool)

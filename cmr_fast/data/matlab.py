@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cmr_fast.data._values import DEPTH, Cell, Foreign, dense, flattened, readers, rows_of_text, scattered
+from cmr_fast.data._values import DEPTH, Cell, Foreign, decoded, dense, flattened, readers, rows_of_text, scattered
 
 Buffer = memoryview
 
@@ -130,7 +130,7 @@ def _header(data: Buffer, order: str) -> tuple[_Header, int]:
     kind, name, position = _element(data, position, order)
     if kind not in (1, 2, _UTF8):
         raise ValueError("a variable without a name")
-    return _Header(word & 0xFF, bool(word & 0x800), shape, bytes(name).decode("utf-8", "replace")), position
+    return _Header(word & 0xFF, bool(word & 0x800), shape, decoded(bytes(name))), position
 
 
 def _matrix(data: Buffer, order: str, depth: int) -> Any:
@@ -228,7 +228,7 @@ def _struct(data: Buffer, position: int, order: str, header: _Header, depth: int
     _, names, position = _element(data, position, order)
     if size < 1 or len(names) % size:
         raise ValueError(f"a struct with names of {size} bytes in {len(names)}")
-    fields = [bytes(names[i : i + size]).split(b"\0")[0].decode("utf-8", "replace") for i in range(0, len(names), size)]
+    fields = [decoded(bytes(names[i : i + size]).split(b"\0")[0]) for i in range(0, len(names), size)]
     count = _count(header, data)
     if count * len(fields) > len(data) // 8:
         raise ValueError(f"{count} structs of {len(fields)} fields in {len(data)} bytes")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_seed
 
 MAX_CLASSES = 1_000_000
 
@@ -171,7 +172,7 @@ def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """bool (N,): about `fraction` of the rows, the same for one seed; of single labels each class gives its share."""
     if not 0 < fraction < 1:
         raise InputError(f"fraction must lie between 0 and 1, got {fraction}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(as_seed(seed)))
     if labels.ndim == 1:
         order = order[torch.argsort(labels[order], stable=True)]
     # every (1/fraction)-th item of the class-sorted shuffle

@@ -70,17 +70,22 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
 def guarded(file: Path, what: str, reader: Callable[[Path], Arrays]) -> Arrays:
     """`reader`'s arrays; whatever goes wrong in it or in the libraries, now or later, becomes one InputError."""
 
+    def damaged(part: str, error: BaseException) -> InputError:
+        reason = (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
+        return InputError(f"{file}: begins like {what}, but {part} cannot be read ({reason}); damaged or cut short?")
+
     def guard(call: Callable[[], Any], part: str) -> Any:
         try:
             return call()
         except InputError as error:
             message = str(error)
             raise InputError(message if message.startswith(str(file)) else f"{file}: {message}") from error.__cause__
+        except ValueError as error:
+            if "Object arrays cannot be loaded" in str(error):
+                raise InputError(f"{file}: {part} {formats.OBJECTS}") from error
+            raise damaged(part, error) from error
         except (Exception, RecursionError, MemoryError) as error:
-            reason = (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"{file}: begins like {what}, but {part} cannot be read ({reason}); damaged or cut short?"
-            ) from error
+            raise damaged(part, error) from error
 
     arrays = guard(lambda: reader(file), "its list of contents")
     return {key: partial(guard, call, key) for key, call in arrays.items()}

@@ -18,6 +18,7 @@ from cmr_fast.data._checks import check_count
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_seed
 
 COLOURS = {
     "red": ((215, 40, 40), ("red", "crimson", "scarlet")),
@@ -103,7 +104,7 @@ def load(
     """
     if form not in ("features", "raw"):
         raise InputError(f"form must be 'features' or 'raw', got {form!r}")
-    check_count("seed", seed, least=0)
+    as_seed(seed)
     if count is not None:
         check_count("count", count, least=8)
         train, query = count // 2, count // 8
@@ -127,8 +128,9 @@ def load(
 
 def load_images(*, train: int = 4000, test: int = 1000, seed: int = 0) -> ImageDataset:
     """One object an image, its class the shape of it, eight in all: raw images for classifiers."""
-    for name, value, least in (("train", train, 1), ("test", test, 1), ("seed", seed, 0)):
-        check_count(name, value, least)
+    as_seed(seed)
+    for name, value in (("train", train), ("test", test)):
+        check_count(name, value)
     random = [np.random.default_rng([seed, 100 + split]) for split in range(2)]
     return ImageDataset("shapes", _single(train, random[0]), _single(test, random[1]), class_names=tuple(SHAPES))
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import torch
 
 from cmr_fast._files import remove_leavings, write_aside
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import SEEDS
 
 if TYPE_CHECKING:
     from cmr_fast.methods.method import Dataset, Method, RunConfig
@@ -26,6 +28,7 @@ CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
 RESULTS = "results.json"
 CONFIG = "config.json"
+METRICS = "metrics.csv"
 LOCK = ".lock"
 
 
@@ -40,7 +43,8 @@ def claim(folder: Path, described: dict[str, Any], resume: bool, kind: "type[Met
             if path.is_file():
                 path.unlink()
         if config.exists():
-            same(folder, read_json(config), described, kind, longer=(folder / RESULTS).exists())
+            parts = dict.fromkeys(("config", "run", "data"), dict)
+            same(folder, read_json(config, method=str, **parts), described, kind, longer=(folder / RESULTS).exists())
             return
         if any((folder / name).exists() for name in (CHECKPOINT, MODEL)):
             raise InputError(f"{folder}: config.json is missing, so this run cannot be resumed")
@@ -102,7 +106,7 @@ def forgotten_if_refused(folder: Path, fresh: bool) -> Iterator[None]:
         yield
     except InputError:
         if fresh and not (folder / CHECKPOINT).exists():
-            for name in ("config.json", "metrics.csv"):
+            for name in (CONFIG, METRICS):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             with suppress(OSError):  # something of the user's lies there
@@ -163,15 +167,51 @@ _SPLITS = ("train", "valid", "query", "database", "test")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value`; numbers that JSON has none for, NaN and infinity, as null."""
     with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.write_text(json.dumps(_in_json(value), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def _in_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
+    """The object that a file of a run folder holds.
+
+    kinds: what the values under some keys must be, as isinstance takes it. Raises InputError, which names the file.
+    """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged, expected an object, got {type(value).__name__}")
+    for key, kind in kinds.items():
+        if key not in value:
+            raise InputError(f"{path}: damaged or of another program, expected {key}, got {_first(value)}")
+        seen = value[key]
+        if not isinstance(seen, kind) or (isinstance(seen, bool) and kind is not bool):
+            raise InputError(f"{path}: damaged or of another program, {key} is {seen!r:.60}")
     return value
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The settings of a run folder's run, its seed and valid_fraction among them; None where it has no config.json."""
+    config = folder / CONFIG
+    if not config.is_file():
+        return None
+    run: dict[str, Any] = read_json(config, run=dict)["run"]
+    for name, kinds, most in (("seed", (int,), SEEDS), ("valid_fraction", (int, float), 1)):
+        value: Any = run.get(name)
+        if type(value) not in kinds or not 0 <= value < most:
+            raise InputError(f"{config}: damaged or of another program, {name} of its run is {value!r:.60}")
+    return run
+
+
+def _first(value: dict[str, Any]) -> str:
+    return ", ".join(list(value)[:8]) or "nothing"

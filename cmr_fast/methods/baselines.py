@@ -12,6 +12,7 @@ from torch import Tensor
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.modalities import MODALITIES, Modality
+from cmr_fast.ops._tensors import as_seed
 
 SCALES = ("each", "global", "none")
 
@@ -32,7 +33,7 @@ class Baseline:
         if scale not in SCALES:
             raise InputError(f"scale must be one of {SCALES}, got {scale!r}")
         self.scale = scale
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.mean: dict[str, Tensor] = {}
         self.projection: dict[str, Tensor] = {}  # (features, dim), the scaling folded in
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmr_fast._files import write_aside
+from cmr_fast.data import formats
 from cmr_fast.errors import InputError
 
 _FORMAT, _KEY = "cmr_fast/1", "cmr_fast"
@@ -43,6 +44,9 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file, expected a {kind} file")
+    head = formats.first_bytes(file)
+    if not (head[8:9] == b"{") and (what := formats.other_than_one_array(file, head)):
+        raise InputError(f"{file}: expected a {kind} file; it {what.partition(';')[0]}")
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             header = opened.metadata() or {}

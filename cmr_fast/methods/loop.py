@@ -263,7 +263,7 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         dataset = replace(dataset, train=train_split.joined(dataset.valid), valid=None)
     best = selection.results["best_epoch"]
     if hasattr(config, "max_steps"):
-        rows = read_json(folder / "selection" / CONFIG)["data"]["train"]
+        rows = read_json(folder / "selection" / CONFIG, data=dict)["data"]["train"]
         every = _Schedule.of(config, rows, run).every
         config = replace(config, max_steps=min(config.max_steps, best * every))
     else:

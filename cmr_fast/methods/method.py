@@ -14,6 +14,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.evaluation import accuracy, final_results, validate
 from cmr_fast.modalities import Modality
+from cmr_fast.ops._tensors import as_seed
 
 Dataset = PairedDataset | ImageDataset
 
@@ -163,9 +164,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        as_seed(self.seed)
         if not 0 <= self.valid_fraction < 1:
             raise InputError(f"valid_fraction must be at least 0 and below 1, got {self.valid_fraction}")
-        for name in ("patience", "eval_every", "threads", "seed", "checkpoint_seconds", "round_steps"):
+        for name in ("patience", "eval_every", "threads", "checkpoint_seconds", "round_steps"):
             least = 1 if name == "eval_every" else 0
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -264,7 +264,7 @@ class Scatter(Classifier):
 
 
 class Madry(Scatter):
-    """Madry's PGD training."""
+    """PGD adversarial training (Madry, Makelov, Schmidt, Tsipras, Vladu; ICLR 2018)."""
 
     name: ClassVar[str] = "madry"
     Config: ClassVar[type] = MadryConfig
@@ -273,7 +273,7 @@ class Madry(Scatter):
 
 
 class RandomTargeted(Scatter):
-    """PGD training towards random other classes."""
+    """PGD adversarial training, each image moved towards a random other class."""
 
     name: ClassVar[str] = "random-targeted"
     Config: ClassVar[type] = RandomTargetedConfig
@@ -282,7 +282,7 @@ class RandomTargeted(Scatter):
 
 
 class Plain(Scatter):
-    """Training without perturbation."""
+    """Plain training: the images as they are, without perturbation."""
 
     name: ClassVar[str] = "plain"
     Config: ClassVar[type] = PlainConfig

@@ -15,6 +15,7 @@ MAX_BITS = 4096
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 2**1023  # of the integers that every float holds the size of
 MAX_K = 2**31 - 1  # the kernels count in int32
+SEEDS = 1 << 64
 
 
 def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
@@ -133,6 +134,11 @@ def neighbours(count: int, k: int, bits: int, device: torch.device | str, padded
             f"bytes, more than there are on {device}"
         ) from error
     return (distances.fill_(bits + 1), indices.fill_(-1)) if padded else (distances, indices)
+
+
+def as_seed(value: object, name: str = "seed") -> int:
+    """A seed that torch and numpy both take."""
+    return as_integer(value, name, 0, SEEDS - 1)
 
 
 def check_codes(codes: Tensor, name: str) -> None:

@@ -1,7 +1,6 @@
 """Results tables and the papers' figures from trained runs: scores, PNG files and an index page."""
 
 import csv
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmr_fast.errors import InputError
+from cmr_fast.methods._runfolder import read_run
 from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_many
 from cmr_fast.reports import figures
 from cmr_fast.reports.page import write_page
@@ -284,8 +284,8 @@ def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
     """Short names: method, bits, seed; the folder's name too where two would be the same."""
     names = []
     for path, model in runs:
-        config = (path if path.is_dir() else path.parent) / "config.json"
-        seed = json.loads(config.read_text())["run"]["seed"] if config.is_file() else None
+        run = read_run(path if path.is_dir() else path.parent)
+        seed = None if run is None else run["seed"]
         bits = _bits(model)
         names.append(model.name.upper() + (f", {bits} bits" if bits else "") + (f", seed {seed}" if seed else ""))
     folders = [path.name if path.is_dir() else path.parent.name for path, _ in runs]

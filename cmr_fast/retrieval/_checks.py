@@ -95,6 +95,13 @@ def check_bits(bits: object, q: Array, db: Array) -> int:
 def check_embeddings(query: object, database: object) -> tuple[Tensor, Tensor]:
     """Both as float64 (N, d) on one device; InputError unless they are finite numbers of one width."""
     out = []
+    kinds = [str(getattr(values, "dtype", "")).removeprefix("torch.") for values in (query, database)]
+    for name, kind, other in zip(("query", "database"), kinds, kinds[::-1], strict=True):
+        if kind == "uint8" and "float" in other:
+            raise InputError(
+                f"{name} must be embeddings as the other side is, {other}, got uint8: are these packed codes? "
+                "evaluate_codes compares those; pixels or counts go in as float"
+            )
     for name, values in (("query", query), ("database", database)):
         if not isinstance(values, np.ndarray | Tensor) or values.ndim != 2 or 0 in values.shape:
             raise InputError(f"{name} must be (N, d) embeddings, N and d of 1 or more, got {_describe(values)}")

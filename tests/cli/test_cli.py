@@ -9,6 +9,7 @@ import pytest
 
 import cmr_fast
 from cmr_fast.cli.main import COMMANDS, main
+from cmr_fast.cli.train import flags_of
 from cmr_fast.methods import METHODS
 
 SMALL = {
@@ -341,3 +342,10 @@ def test_numbers_are_whole_however_narrow_the_terminal(runs, tmp_path, capsys, m
     monkeypatch.delenv("FORCE_COLOR")
     plain = ran(capsys, "evaluate", runs["acmr"])
     assert "all  " in plain and any(line.endswith(f"{row['average']:.4f}") for line in plain.splitlines())
+
+
+def test_every_method_says_its_own_in_the_help():
+    said = [(flags_of(method).__doc__ or "").partition("\n")[0] for method in METHODS]
+    assert all(said) and len(set(said)) == len(METHODS)
+    assert flags_of("plain").__doc__.startswith("Plain training")
+    assert flags_of("scatter").__doc__.startswith("Feature Scattering")

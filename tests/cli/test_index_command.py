@@ -75,9 +75,10 @@ def test_searched_in_blocks_as_at_once(folder, capsys, monkeypatch, k):
     ran(capsys, "index", "a.npy", "b.npy", "--out", "x.cmrx")
     index = HammingIndex(32)
     index.add(CODES)
-    distances, ids = index.search(QUERIES, k)
+    distances, ids = index.search(QUERIES, min(k, index.ntotal))
     out = ran(capsys, "search", "x.cmrx", "q.npy", "--k", k, "--show", 9, "--out", "hits.npz")
     assert "and 14 more queries" in out
+    assert (f"holds {index.ntotal} codes, fewer than k = {k}" in out) is (k > index.ntotal)
     rows = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit()]
     assert [row[0] for row in rows] == [str(i) for i in range(9)]
     assert [row[1] for row in rows] == [str(i) for i in ids[:9, 0]]
@@ -114,3 +115,13 @@ def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
     for extra in ("--append", "--force"):
         assert "No space left" in refused(capsys, "index", "b.npy", "--out", "x.cmrx", extra)
     assert (folder / "x.cmrx").read_bytes() == before
+
+
+@pytest.mark.parametrize("k", [2**31 - 1, 2**31, 2**40, 10**25])
+def test_k_beyond_the_index_is_what_it_holds(folder, capsys, k):
+    ran(capsys, "index", "a.npy", "--out", "x.cmrx")
+    count = len(np.load("a.npy"))
+    out = ran(capsys, "search", "x.cmrx", "a.npy", "--k", k, "--out", "hits.npz")
+    assert f"holds {count} codes, fewer than k = {k}" in out
+    with np.load("hits.npz") as hits:
+        assert hits["ids"].shape == (count, count) and (np.sort(hits["ids"]) == np.arange(count)).all()

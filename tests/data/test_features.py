@@ -1,4 +1,5 @@
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -289,3 +290,100 @@ def test_names_in_another_case(tmp_path):
     arrays = {key.upper(): value for key, value in named(MATLAB, {"train": "tr", "query": "te"}).items()}
     np.savez(tmp_path / "a.npz", **arrays)
     check(load(tmp_path / "a.npz"), "train", "query", database="train")
+
+
+WITHOUT_TXT_LAB = DSCMR[:3]
+NATIVE = ("{}_image", "{}_text", "{}_labels")
+
+
+@pytest.mark.parametrize("word", ["database", "db", "retrieval", "gallery"])
+@pytest.mark.parametrize(("patterns", "train", "query"), [
+    (MATLAB, "tr", "te"), (NATIVE, "train", "query"), (NATIVE, "train", "test"), (DSCMR, "train", "test"),
+    (WITHOUT_TXT_LAB, "tr", "te"), (SDML, "train", "test"), (XMEDIA, "tr", "te"),
+    (("Img{}", "Tag{}", "Lab{}"), "Train", "Query"), (("X{}", "Y{}", "{}L"), "Train", "Test"),
+])  # fmt: skip
+def test_a_database_is_taken_by_any_of_its_words(tmp_path, word, patterns, train, query):
+    np.savez(tmp_path / "a.npz", **named(patterns, {"train": train, "query": query, "database": word}))
+    check(load(tmp_path / "a.npz"), "train", "query", "database", database="database")
+
+
+@pytest.mark.parametrize("word", ["valid", "val", "validation"])
+@pytest.mark.parametrize("patterns", [MATLAB, NATIVE, DSCMR, WITHOUT_TXT_LAB, SDML])
+def test_a_validation_split_is_taken_by_any_of_its_words(tmp_path, word, patterns):
+    np.savez(tmp_path / "a.npz", **named(patterns, {"train": "train", "query": "test", "valid": word}))
+    database = "train" if patterns is MATLAB else "query"
+    check(load(tmp_path / "a.npz"), "train", "query", "valid", database=database)
+
+
+def test_groups_of_hdf5_by_any_of_their_words(tmp_path):
+    arrays = named(("{}/image", "{}/text", "{}/labels"), {"train": "train", "query": "query", "database": "gallery"})
+    save_h5(tmp_path / "a.h5", arrays)
+    check(load(tmp_path / "a.h5"), "train", "query", "database", database="database")
+
+
+@pytest.mark.parametrize("word", ["test_db", "base", "test"])
+def test_one_more_split_is_not_left_out_without_a_word(tmp_path, word):
+    np.savez(tmp_path / "a.npz", **named(NATIVE, {"train": "train", "query": "query", "database": word}))
+    with pytest.raises(InputError, match=rf"{word}_image, {word}_text, {word}_labels: looks like one more split"):
+        load(tmp_path / "a.npz")
+
+
+def test_two_databases_and_a_split_beside_a_whole_set_are_refused(tmp_path):
+    arrays = named(MATLAB, {"train": "tr", "query": "te", "database": "db"})
+    np.savez(tmp_path / "a.npz", **arrays | named(MATLAB, {"valid": "retrieval"}))
+    with pytest.raises(InputError, match="I_retrieval, T_retrieval, L_retrieval: looks like one more split"):
+        load(tmp_path / "a.npz")
+    image, text, labels = SETS["train"]
+    whole = {"image": image, "text": text, "labels": labels}
+    np.savez(tmp_path / "b.npz", **whole | named(NATIVE, {"database": "database"}))
+    with pytest.raises(InputError, match="database_image, database_labels, database_text: looks like one more split"):
+        load(tmp_path / "b.npz")
+
+
+def test_arrays_of_no_split_beside_the_splits_are_passed_over(tmp_path):
+    more = {"class_names": np.array(["a", "b", "c"]), "extra_image": np.zeros(3), "train_ids": np.arange(12)}
+    np.savez(tmp_path / "a.npz", **named(NATIVE, {"train": "train", "query": "query"}), **more)
+    check(load(tmp_path / "a.npz"), "train", "query", database="query")
+
+
+@pytest.mark.parametrize("word", ["database", "gallery"])
+def test_query_and_database_in_our_own_names_draw_the_training_items(tmp_path, word):
+    np.savez(tmp_path / "a.npz", **named(NATIVE, {"query": "query", "database": word}))
+    check(load(tmp_path / "a.npz"), "query", "database", database="database")
+    data = load(tmp_path / "a.npz")
+    assert data.train is data.database
+    assert len(load(tmp_path / "a.npz", train=4).train) == 4
+
+
+def test_names_that_differ_in_case_only_are_refused(tmp_path):
+    image, text, labels = SETS["train"]
+    arrays = {"XAll": image, "Xall": image + 100, "YAll": text, "LAll": labels}
+    np.savez(tmp_path / "a.npz", **arrays)
+    (tmp_path / "d").mkdir()
+    for number, (name, value) in enumerate(arrays.items()):  # named in the file: file systems may not know case
+        scipy.io.savemat(tmp_path / "d" / f"{number}.mat", {name: value})
+    for path in (tmp_path / "a.npz", tmp_path / "d"):
+        with pytest.raises(InputError, match="XAll and Xall differ in case only"):
+            load(path)
+        assert float(load(path, image="Xall").database.image.mean()) > 99
+        assert float(load(path, image="XAll").database.image.mean()) < 1
+
+
+def test_captions_as_objects_are_called_objects(tmp_path):
+    image, _, labels = SETS["train"]
+    np.savez(tmp_path / "a.npz", image=image, text=np.array(["a dog"] * 12, dtype=object), labels=labels)
+    with pytest.raises(InputError, match=r"a.npz: text holds Python objects .* numpy.array\(x, dtype=str\)"):
+        load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("most", [1e20, 1e300, 2.0**63, float(2**31)])
+@pytest.mark.parametrize("names", [("image", "text", "labels"), ("query_image", "query_text", "query_labels")])
+def test_class_ids_that_no_integer_holds(tmp_path, most, names):
+    image, text, labels = SETS["train"]
+    ids = np.where(labels, most, 1.0)
+    arrays = dict(zip(names, (image, text, ids), strict=True))
+    if names[0] != "image":
+        arrays |= dict(zip(("train_image", "train_text", "train_labels"), (image, text, ids), strict=True))
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=rf"labels.* must be class ids.*got 1.0 to {re.escape(str(most))}"):
+        load(tmp_path / "a.npz")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmr_fast.data import PairedDataset, Pairs
+from cmr_fast.data import PairedDataset, Pairs, load, load_images
 from cmr_fast.errors import InputError
 
 
@@ -129,3 +129,21 @@ def test_features_without_columns_and_ids_that_do_not_count_from_0_are_refused()
         Pairs(image[:, :0], text, labels)
     with pytest.raises(InputError, match="below 1000000, got 1000000000000"):
         Pairs(image, text, labels * 10**12)
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**70, -1, 1.5])
+def test_seeds_that_torch_does_not_take(seed):
+    for draw in (
+        lambda: load("shapes", count=60, seed=seed),
+        lambda: load("shapes", count=60).hold_out(0.2, seed),
+        lambda: load_images("shapes", train=9, test=9, seed=seed),
+        lambda: load_images("shapes", train=9, test=9).hold_out(0.2, seed),
+        lambda: load_images("shapes", train=9, test=9).train.sample(3, seed),
+    ):
+        with pytest.raises(InputError, match="seed must be an integer of 0 or more and below 18446744073709551616"):
+            draw()
+
+
+def test_the_largest_seed():
+    data = load("shapes", count=60, seed=2**64 - 1).hold_out(0.2, 2**64 - 1)
+    assert data.valid is not None and len(data.valid) == 6

@@ -5,6 +5,7 @@ import scipy.io
 import scipy.sparse
 from saving import save_h5, save_matlab73
 
+from cmr_fast.data.convert import as_array
 from cmr_fast.data.readers import read_arrays
 from cmr_fast.errors import InputError
 
@@ -79,7 +80,7 @@ def test_arrays_of_objects_in_numpy_files_are_not_run(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "a.npz", x=np.array([{}], dtype=object))
     for name in ("a.npy", "a.npz"):
-        with pytest.raises(InputError, match="Object arrays cannot be loaded"):
+        with pytest.raises(InputError, match="holds Python objects"):
             read_all(tmp_path / name)
 
 
@@ -141,3 +142,19 @@ def test_real_mirflickr_files(data_root):
     assert tags.shape == (20015, 1386)
     assert labels.shape == (20015, 24)
     assert set(np.unique(tags)) == set(np.unique(labels)) == {0, 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("kind", ["fixed", "declared", "variable", "npz", "mat"])
+def test_letters_beyond_ascii(tmp_path, kind, encoding):
+    texts = ["café", "né", "nà", "plain"]
+    rows = np.array([text.encode(encoding) for text in texts])
+    if kind == "npz":
+        np.savez(file := tmp_path / "a.npz", x=rows)
+    elif kind == "mat":
+        scipy.io.savemat(file := tmp_path / "a.mat", {"x": np.array(texts)})
+    else:
+        dtype = {"fixed": rows.dtype, "declared": h5py.string_dtype("utf-8", 5), "variable": h5py.string_dtype()}[kind]
+        with h5py.File(file := tmp_path / "a.h5", "w") as opened:
+            opened.create_dataset("x", data=list(rows) if kind == "variable" else rows.astype(dtype), dtype=dtype)
+    assert as_array(read_arrays(file)["x"](), "x").tolist() == texts

@@ -748,3 +748,17 @@ def test_nullable_columns_of_a_table_are_numbers():
         evaluate_codes(codes, codes, ids["a"], ids["a"]).map
         == evaluate_codes(*[codes] * 2, *[ids["a"].to_numpy()] * 2).map
     )
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, "torch"])
+def test_packed_codes_beside_embeddings_are_refused(kind):
+    floats = torch.zeros(4, 8) if kind == "torch" else np.zeros((4, 8), kind)
+    codes = torch.zeros(4, 8, dtype=torch.uint8) if kind == "torch" else np.zeros((4, 8), np.uint8)
+    labels = np.arange(4) % 2
+    with pytest.raises(InputError, match=r"database must be embeddings.*got uint8: are these packed codes"):
+        evaluate_embeddings(floats, codes, labels, labels)
+    with pytest.raises(InputError, match=r"query must be embeddings.*got uint8: are these packed codes"):
+        evaluate_embeddings(codes, floats, labels, labels)
+    assert (
+        evaluate_embeddings(codes, codes, labels, labels).map == evaluate_embeddings(floats, floats, labels, labels).map
+    )
