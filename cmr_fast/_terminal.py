@@ -62,9 +62,10 @@ def _lines(items: Sequence[T], what: str) -> Iterator[T]:
     started = time.monotonic()
     due = started + FIRST
     for done, item in enumerate(items):
-        if time.monotonic() >= due:
-            print(f"{what}: {done} of {len(items)}, {due - started:.0f} s", file=sys.stderr, flush=True)
-            due = time.monotonic() + EVERY
+        now = time.monotonic()
+        if now >= due:
+            print(f"{what}: {done} of {len(items)}, {now - started:.0f} s", file=sys.stderr, flush=True)
+            due = now + EVERY
         yield item
 
 

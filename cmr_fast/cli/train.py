@@ -2,12 +2,20 @@
 
 import inspect
 import sys
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmr_fast._terminal import busy, new_table, show
-from cmr_fast.cli.common import DataFlags, is_classifier, load_labelled_images, load_pairs, makes_codes, record_source
+from cmr_fast.cli.common import (
+    DataFlags,
+    is_classifier,
+    load_labelled_images,
+    load_pairs,
+    makes_codes,
+    record_source,
+    refuse_flags,
+)
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
 
@@ -65,6 +73,7 @@ class Train:
                 "--adversarial and --adversarial-steps must be 1 or more, got "
                 f"{' '.join(map(str, self.source.adversarial))} and {self.source.adversarial_steps}"
             )
+        self._refuse_idle_flags()
         if not self.run.resume and "<data>" not in str(self.run.out):  # before the data are read
             refuse_used(self._folder(""))
         dataset = load(self.source.data, options)
@@ -86,6 +95,17 @@ class Train:
         else:
             assert isinstance(dataset, PairedDataset)
             _print_retriever(run, dataset, self.config.epochs)
+
+    def _refuse_idle_flags(self) -> None:
+        """InputError for settings of a defence that is not asked for."""
+        if getattr(self.config, "defence", "none") == "none":
+            own = {f.name: f.default for f in fields(self.config) if f.name.startswith("cgat_")}
+            given = {name: getattr(self.config, name) for name, default in own.items()}
+            refuse_flags({name: x for name, x in given.items() if x != own[name]}, "is for --defence cgat")
+            if not self.source.adversarial:
+                steps = self.source.adversarial_steps
+                idle = {"adversarial_steps": None if steps == TrainingData.adversarial_steps else steps}
+                refuse_flags(idle, "is for --adversarial and --defence")
 
     def _folder(self, data: str) -> Path:
         return Path(str(self.run.out).replace("<data>", data).replace("<seed>", str(self.run.seed)))

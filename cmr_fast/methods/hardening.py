@@ -136,6 +136,8 @@ def harden(
         raise InputError(f"rounds must divide the epochs, {epochs}, got {rounds}")
     drawn = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(run.seed))[:count]
     config = replace(model.config, epochs=epochs // rounds)
+    if isinstance(config, CgATConfig):  # one defence at a time
+        config = replace(config, defence="none")
     start, done = model, None
     for number in range(1, rounds + 1):
         more = replace(dataset, valid=None)

@@ -324,7 +324,7 @@ WRONG = ["abc", 2.5, -1, True, "1e3", None, [3]]
 @pytest.mark.parametrize("option", ["query", "train", "seed"])
 def test_numbers_of_other_kinds_for_files(tmp_path, option, value):
     np.savez(tmp_path / "a.npz", image=np.eye(60), text=np.eye(60), labels=np.arange(60) % 3)
-    with pytest.raises(InputError, match=f"{option} must be a whole number of .* or more, got"):
+    with pytest.raises(InputError, match=f"{option} must be an integer of .* or more.*, got"):
         load(tmp_path / "a.npz", **{option: value})
 
 
@@ -333,14 +333,14 @@ def test_numbers_of_other_kinds_for_files(tmp_path, option, value):
 def test_numbers_of_other_kinds_for_the_shapes(option, value):
     if option == "count" and value is None:
         return
-    with pytest.raises(InputError, match=f"{option} must be a whole number"):
+    with pytest.raises(InputError, match=f"{option} must be an integer"):
         load("shapes", **{option: value})
 
 
 @pytest.mark.parametrize("value", [v for v in WRONG if v is not None])
 @pytest.mark.parametrize("option", ["train", "test", "seed"])
 def test_numbers_of_other_kinds_for_images(option, value):
-    with pytest.raises(InputError, match=f"{option} must be a whole number"):
+    with pytest.raises(InputError, match=f"{option} must be an integer"):
         load_images("shapes", **{option: value})
 
 

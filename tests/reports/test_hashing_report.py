@@ -121,6 +121,9 @@ def test_defence_reports_the_models_own_attack_beside_the_stored_queries(model, 
     assert [row.run and row.run.name for row in rows] == [None, "base-adversarial0", "base-adversarial20"]
     control = harden(model, data, replace(RUN, out=tmp_path / "control"), 0, epochs=3).model
     assert hashing.score(control, data.query, data.database, "x")[0].map == rows[1].natural.map
+    model.config = replace(model.config, defence="cgat")  # one defence at a time: the control and the samples have none
+    again = harden(model, data, replace(RUN, out=tmp_path / "again"), 0, epochs=3)
+    assert hashing.score(again.model, data.query, data.database, "x")[0].map == rows[1].natural.map
     assert rows[0].stored is rows[0].adaptive
     stored, _ = hashing.score(
         model, perturb(named_attack("cmla-both20", model, data, share=SHARE), data.query)[0], data.database, "x"
