@@ -136,8 +136,9 @@ CMIMH stays at chance there. CVH, CMFH, CCA-ITQ and FSH run with their defaults,
 bound of theirs. The paper's own data (AlexNet's fc7 of MIR-Flickr25K and NUS-WIDE) are not at hand, so no number here
 compares with one of the paper's.
 
-Of 16 and 64 bits some rows were not run; the command above makes them. Wikipedia's 693 test pairs are ranked within themselves: mAP@1k there sees every rank. In I2I and T2T a query is left
-out of its own ranking. Flickr8k-24's 980 queries rank 6,869 items, most of them the training pairs.
+Of 16 and 64 bits some rows were not run; the command above makes them. Wikipedia's 693 test pairs are ranked within
+themselves: mAP@1k there sees every rank. In I2I and T2T a query is left out of its own ranking. Flickr8k-24's 980
+queries rank 6,869 items, most of them the training pairs.
 """
 
 
