@@ -27,8 +27,9 @@ from cmr_fast.methods import METHODS
 from cmr_fast.methods.baselines import BASELINES
 from cmr_fast.methods.cmimh import CMIMH
 from cmr_fast.methods.djsrh import DJSRH
-from cmr_fast.methods.evaluation import MODALITIES, encode_all
+from cmr_fast.methods.evaluation import encode_all
 from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.modalities import MODALITIES
 from cmr_fast.ops import pack_codes
 from cmr_fast.retrieval.metrics import evaluate_codes
 

@@ -48,7 +48,8 @@ def load(path_or_name: str | os.PathLike[str], **options: str | int | None) -> P
 
     - a folder with raw_features*.mat: the UCSD Wikipedia set, `cmr_fast.data.wikipedia.load`
     - a folder with dataset_flickr8k.json: Flickr8k as a multi-label set, `cmr_fast.data.flickr8k.load`
-    - a folder with Img.h5, Tag.h5 and Lab.h5: MIR-Flickr as CMLA's code has it, `cmr_fast.data.mirflickr.load`
+    - a folder with Tag.h5, Lab.h5 and an Img.h5 of images or paths of photos: MIR-Flickr as CMLA has it,
+      `cmr_fast.data.mirflickr.load`
     - other folders, and files: arrays by their names in .mat, .h5, .npy, .npz, .pkl, `cmr_fast.data.features.load`
 
     Your own features: one .npz with train_image, train_text, train_labels, query_image, …, see

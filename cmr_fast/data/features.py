@@ -12,6 +12,8 @@ Splits are train, query, and where they have them database (else queries rank ea
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def load(
     arrays = _by_id(_gather(source))
     if database not in (None, "query", "train"):
         raise InputError(f"database must be 'query' or 'train', got {database!r}")
-    try:
+    with naming(source):
         layout, names = recognise(arrays, {"image": image, "text": text})
         values = {
             split: {role: convert.as_array(arrays[key](), key) for role, key in roles.items()}
@@ -109,8 +111,15 @@ def load(
             queries = min(2000, max(1, count // 10)) if query is None else query
             splits = draw(splits["whole"], queries, min(5000, max(1, count // 4)) if train is None else train, seed)
         else:
-            splits = _complete(splits, layout, database, query, train, seed)
+            splits = complete(splits, layout, database, query, train, seed)
         return PairedDataset(source.stem if source.is_file() else source.name, class_names=classes, **splits)
+
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Begin the message of an InputError with the file or folder that it is about."""
+    try:
+        yield
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(str(source)) else f"{source}: {message}") from error.__cause__
@@ -309,7 +318,7 @@ def draw(whole: Pairs, query: int, train: int, seed: int) -> dict[str, Pairs]:
     }
 
 
-def _complete(
+def complete(
     splits: dict[str, Pairs], layout: Layout, database: str | None, query: int | None, train: int | None, seed: int
 ) -> dict[str, Any]:
     """Fill in the split that the files do not name."""

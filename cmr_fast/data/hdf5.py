@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from cmr_fast.errors import InputError
 MAGIC = b"\x89HDF\r\n\x1a\n"
 _SLICE = 2**24
 """Numbers of a slice of images: floats of a whole set of photos would fill any memory."""
+_SPAN = 20
+"""Pixels of a set of photos span more, with their mean subtracted too."""
 _CLASS, _EMPTY, _OBJECT, _SPARSE = "MATLAB_class", "MATLAB_empty", "MATLAB_object_decode", "MATLAB_sparse"
 
 
@@ -28,16 +30,30 @@ def is_hdf5(file: Path) -> bool:
     return False
 
 
+class Entry(NamedTuple):
+    """What lies in a file under a name: its path there, and of a data set shape and whether it is text."""
+
+    path: str
+    shape: tuple[int, ...]
+    text: bool
+
+
 def read_hdf5(file: Path, matlab: bool) -> dict[str, Callable[[], Any]]:
     """Name to a function that reads a data set; those in groups by `short_names`.
 
     With `matlab`, and where objects name their MATLAB class, axes are turned back, so that shapes are MATLAB's; char
     and cell arrays become text.
     """
+    entries, classes = list_hdf5(file)
+    return {name: partial(_read, file, entry.path, name, matlab or classes) for name, entry in entries.items()}
+
+
+def list_hdf5(file: Path) -> tuple[dict[str, Entry], bool]:
+    """The names of `read_hdf5` with what lies there, of which nothing is read; whether objects name MATLAB classes."""
     import h5py
 
-    paths: list[tuple[str, ...]] = []
-    classes = [matlab]
+    found: dict[tuple[str, ...], Entry] = {}
+    classes = [False]
 
     def walk(group: Any, path: tuple[str, ...], above: frozenset[Any]) -> None:
         for name in group:
@@ -47,14 +63,20 @@ def read_hdf5(file: Path, matlab: bool) -> dict[str, Callable[[], Any]]:
             item = group[name]
             classes.append(_CLASS in item.attrs)
             if isinstance(item, h5py.Dataset) or _SPARSE in item.attrs:
-                paths.append((*path, name))
+                whole, shape = "/".join((*path, name)), getattr(item, "shape", None) or ()
+                found[*path, name] = Entry(whole, shape, isinstance(item, h5py.Dataset) and _is_text(item))
             elif isinstance(item, h5py.Group) and item.id not in above:
                 walk(item, (*path, name), above | {item.id})
 
     with h5py.File(file, "r") as opened:
         walk(opened, (), frozenset({opened["/"].id}))
-    names = short_names(paths)
-    return {name: partial(_read, file, "/".join(path), name, any(classes)) for path, name in names.items()}
+    return {name: found[path] for path, name in short_names(found).items()}, any(classes)
+
+
+def _is_text(item: Any) -> bool:
+    import h5py
+
+    return bool(item.id.get_type().get_class() == h5py.h5t.STRING)
 
 
 def _read(file: Path, path: str, name: str, matlab: bool) -> Any:
@@ -117,52 +139,53 @@ def _slices(item: Any) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(item), step)]
 
 
-def is_text(file: Path, name: str) -> bool:
-    """Whether a data set holds text."""
-    import h5py
-
-    with h5py.File(file, "r") as opened:
-        return opened[name].dtype.kind in "OS"
-
-
-def read_pixels(file: Path, name: str, mean: np.ndarray | None = None) -> np.ndarray:
+def read_pixels(file: Path, path: str, mean: np.ndarray | None = None) -> np.ndarray:
     """Images (N, H, W, 3) or (N, 3, H, W) of an HDF5 file, as uint8 (N, 3, H, W); floats are read by slices.
 
     Parameters
     ----------
-    file, name : Path, str
-        The file, and the data set in it.
+    file, path : Path, str
+        The file, and the path of the data set in it.
     mean : numpy.ndarray, optional
         (H, W, 3) or (3, H, W): is added where the images have values below 0, whose mean was subtracted then.
 
     Raises
     ------
     InputError
-        For other shapes, and values that are not 0 to 255 when rounded.
+        For other shapes, values that are not 0 to 255 when rounded, and floats that are no pixels: not whole, and of
+        a span (the highest less the lowest, as stored) below 20, as standardised images are.
     """
     import h5py
 
     with h5py.File(file, "r") as opened:
-        item = opened[name]
+        item = opened[path]
         channels = next((axis for axis in (3, 1) if item.ndim == 4 and item.shape[axis] == 3), None)
         if channels is None or item.dtype.kind not in "iuf":
             raise InputError(
-                f"{file}: {name} must be images (N, H, W, 3) or (N, 3, H, W), or paths of photos, got {item.dtype} "
+                f"{file}: {path} must be images (N, H, W, 3) or (N, 3, H, W), or paths of photos, got {item.dtype} "
                 f"{item.shape}"
             )
         if item.dtype.kind == "u" and item.dtype.itemsize == 1:
             return np.ascontiguousarray(np.moveaxis(item[()], channels, 1))
-        shift = _mean_of(item, channels, mean, f"{file}: {name}")
+        shift = _mean_of(item, channels, mean, f"{file}: {path}")
         out = np.empty((len(item), 3, *np.delete(item.shape[1:], channels - 1)), dtype=np.uint8)
-        highest = 0.0
+        highest, low, high, whole = 0.0, np.inf, -np.inf, True
         for rows in _slices(item):
-            part = np.rint(np.moveaxis(item[rows], channels, 1) + shift)
+            stored = item[rows]
+            low, high = min(low, float(stored.min())), max(high, float(stored.max()))
+            whole = whole and np.array_equal(stored, np.rint(stored))
+            part = np.rint(np.moveaxis(stored, channels, 1) + shift)
             least, most = float(part.min()), float(part.max())
             if not (least >= 0 and most <= 255):
-                raise InputError(f"{file}: {name} must be pixels from 0 to 255, got {least:g} to {most:g}")
+                raise InputError(f"{file}: {path} must be pixels from 0 to 255, got {least:g} to {most:g}")
             out[rows], highest = part, max(highest, most)
     if out.size and highest <= 1:
-        raise InputError(f"{file}: {name} must be pixels from 0 to 255, got 0 to {highest:g}; times 255?")
+        raise InputError(f"{file}: {path} must be pixels from 0 to 255, got 0 to {highest:g}; times 255?")
+    if not whole and high - low < _SPAN:
+        raise InputError(
+            f"{file}: {path} must be pixels from 0 to 255, got numbers that are not whole, {low:g} to {high:g}, a span "
+            f"of {high - low:g}; expected {_SPAN} at least. Standardised images? Give them before that"
+        )
     return out
 
 

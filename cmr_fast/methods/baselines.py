@@ -271,6 +271,8 @@ class FSH(Baseline):
         self.lam, self.power, self.iterations = lam, power, iterations
         self.losses: list[tuple[float, float]] = []
         """The objective before and after each iteration's turns, at that iteration's w."""
+        self.weights: list[float] = []
+        """w of the first iteration, 0.5, then as each one set it anew; the last sets none where codes stay."""
 
     def fit(self, train: Pairs) -> Self:
         """Learn from the training pairs, rows at unit length; labels are not looked at. InputError as in `Baseline`."""
@@ -291,7 +293,7 @@ class FSH(Baseline):
         maps = [torch.randn(x.shape[1], self.bits, generator=generator, dtype=x.dtype) for x in sides]
         codes = text @ maps[1]  # (N, bits), of the anchors (anchors, bits); relaxed until the first turn
         anchor_codes = codes[chosen]
-        weight, self.losses = 0.5, []
+        weight, self.losses, self.weights = 0.5, [], [0.5]
         for _ in range(self.iterations):
             joint = weight * similar[0] + (1 - weight) * similar[1]
             before = self._loss(sides, maps, codes, anchor_codes, joint)
@@ -309,6 +311,7 @@ class FSH(Baseline):
             if sum(missed):
                 # a share of two numbers of one sign; where they differ in sign it stays a share
                 weight = min(max(missed[0] / sum(missed), 0.0), 1.0) ** (1 / (1 - self.power))
+            self.weights.append(weight)
         return maps[0], maps[1]
 
     def _similarities(self, sides: tuple[Tensor, Tensor], anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

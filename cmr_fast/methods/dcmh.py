@@ -204,7 +204,7 @@ class DCMH(Retriever):
     def begin_round(self, split: Pairs, progress: float) -> None:
         """F and G of all rows where there are none yet; B = sign(F + G)."""
         if self.tower is not None:
-            self.tower.remember(split.image)
+            self.tower.recall(split.image)
         if progress == 0 or len(cast(Tensor, self.memory.image)) != len(split):
             for modality in MODALITIES:
                 rows = torch.arange(len(split), device=split.labels.device).split(1024)

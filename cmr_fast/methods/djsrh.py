@@ -27,9 +27,9 @@ from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.dcmh import full
-from cmr_fast.methods.evaluation import MODALITIES, Modality
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
+from cmr_fast.modalities import MODALITIES, Modality
 
 AFFINITIES = ("stretched", "cosine", "inputs")
 

@@ -115,6 +115,8 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig, st
     fabric = _fabric(run)
     _reseed(run.seed, 0)
     model = kind(config, *(getattr(dataset, name) for name in kind.init_arguments))
+    if isinstance(tower := getattr(model, "tower", None), torch.nn.Module):
+        tower.to(fabric.device)  # a pretrained network says there what it sees in every image
     model.fit_inputs(dataset.train)
     if start is not None:
         try:

@@ -256,7 +256,7 @@ class SSAH(Retriever):
         """F^l and H^l of all rows where there are none yet."""
         self._labels = packed_labels(split.labels)
         if self.tower is not None:
-            self.tower.remember(split.image)
+            self.tower.recall(split.image)
         self._guided = CenterGuided(self, split) if self.config.defence == "cgat" else None
         memory = cast(Memory, self.memory)
         if progress == 0 or len(cast(Tensor, memory.codes)) != len(split):

@@ -56,6 +56,7 @@ class Lite0(nn.Module):
             raise InputError(f"{weights}: {len(values)} tensors of other shapes than EfficientNet-Lite0's {len(own)}")
         named = dict(zip(own, values, strict=True))
         self.network.load_state_dict({name: named[name] for name in self.network.state_dict()})
+        self.seen = torch.empty(0, self.width)
 
     def train(self, mode: bool = True) -> "Lite0":
         """Stay in eval mode: batch normalisation by the stored statistics."""
@@ -67,18 +68,21 @@ class Lite0(nn.Module):
 
     @torch.no_grad()
     def encoded(self, pixels: Tensor, rows: int = 100) -> Tensor:
-        """The features of many images, without gradients."""
-        return torch.cat([self(part) for part in track(list(pixels.split(rows)), "deep features")])
+        """The features of many images, without gradients: made where the tower is, given back where the images are."""
+        device = next(self.parameters()).device
+        parts = track(list(pixels.split(rows)), "deep features")
+        return torch.cat([self(part.to(device)) for part in parts]).to(pixels.device)
 
     def remember(self, pixels: Tensor) -> Tensor:
-        """Features of the training images, kept in `seen` (not in the state): a frozen tower says the same each epoch.
-
-        Images of another number than were seen are encoded; else what is kept is moved to where they are.
-        """
-        if len(self.seen) != len(pixels):
-            self.seen = self.encoded(pixels)
-        self.seen = self.seen.to(pixels.device, next(self.parameters()).dtype)
+        """Encode the training images; `seen` (not in the state) keeps it: a frozen tower says the same each epoch."""
+        self.seen = self.encoded(pixels)
         return self.seen
+
+    def recall(self, pixels: Tensor) -> None:
+        """Move what was remembered to where the training images are now; images of another number are encoded."""
+        if len(self.seen) != len(pixels):
+            self.remember(pixels)
+        self.seen = self.seen.to(pixels.device, next(self.parameters()).dtype)
 
 
 def weights_file() -> Path:

@@ -63,12 +63,64 @@ def test_splits_that_the_files_name(tmp_path):
         pairs = getattr(data, split)
         assert rows_of(pairs) == list(range(COUNT))[ROWS[word]] and np.array_equal(pairs.image, PIXELS[ROWS[word]])
     assert data.name == tmp_path.name and data.num_classes == 4
-    with pytest.raises(InputError, match="query= and train= are for files without splits"):
+    with pytest.raises(InputError, match=r"train= is for files without a training split; these name train, query"):
         load(tmp_path, train=5)
+    with pytest.raises(InputError, match="query= is for one set without splits; these files name train, query"):
+        load(tmp_path, query=5)
 
 
-def test_sizes_of_the_authors():
-    assert (mirflickr.QUERY, mirflickr.TRAIN) == (2000, 10000)
+def test_names_of_other_layouts(tmp_path):
+    """UCCH's without a training split; MATLAB's, whose queries rank the training items; class names are kept."""
+    test, base = slice(0, 6), slice(6, 40)
+    for name, pattern, values in (("Img", "X{}", PIXELS), ("Tag", "Y{}", TAGS), ("Lab", "{}L", LABELS)):
+        arrays = {pattern.format("Test"): values[test], pattern.format("Database"): values[base]}
+        save_h5(tmp_path / f"{name}.h5", arrays)
+    data = load(tmp_path)
+    assert rows_of(data.query) == list(range(6)) and rows_of(data.database) == rows_of(data.train) == list(range(6, 40))
+    assert np.array_equal(data.train.image, PIXELS[6:])
+    assert len(load(tmp_path, train=7).train) == 7
+    matlab = tmp_path / "matlab"
+    matlab.mkdir()
+    for name, letter, values in (("Img", "I", PIXELS), ("Tag", "T", TAGS), ("Lab", "L", LABELS)):
+        save_h5(matlab / f"{name}.h5", {f"{letter}_te": values[test], f"{letter}_tr": values[base]})
+    with h5py.File(matlab / "Lab.h5", "a") as opened:
+        opened["class_names"] = ["sea", "sky", "tree", "dog"]
+    data = load(matlab)
+    assert data.database is data.train and rows_of(data.train) == list(range(6, 40))
+    assert data.class_names == ("sea", "sky", "tree", "dog")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_features_in_such_files_are_read_as_features(tmp_path, beside):
+    features = RANDOM.standard_normal((COUNT, 64)).astype(np.float32)
+    whole(tmp_path, features, names=("XAll" if beside else "IAll", "YAll", "LAll"))
+    if beside:  # pixels
+        with h5py.File(tmp_path / "Img.h5", "a") as opened:
+            opened["IAll"] = PIXELS
+    assert not mirflickr.holds(tmp_path)
+    data = load(tmp_path)
+    assert np.array_equal(data.train.image, features[rows_of(data.train)]) and data.image_dim == 64
+    with pytest.raises(InputError, match=r"expected a folder of Img\.h5 with images or paths .* it holds Img\.h5"):
+        mirflickr.load(tmp_path)
+
+
+def test_arrays_in_a_group_and_folders_without_them(tmp_path):
+    whole(tmp_path, names=("g/IAll", "g/TAll", "g/LAll"))
+    data = load(tmp_path)
+    assert np.array_equal(data.query.image, PIXELS[rows_of(data.query)])
+    with pytest.raises(InputError, match=r"nope: expected a folder of .*; no such folder"):
+        mirflickr.load(tmp_path / "nope")
+    (tmp_path / "Tag.h5").unlink()
+    with pytest.raises(InputError, match=r"Tag\.h5 and Lab\.h5; it holds Img\.h5, Lab\.h5"):
+        mirflickr.load(tmp_path)
+
+
+def test_sizes_of_the_authors(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirflickr, "QUERY", 3)
+    monkeypatch.setattr(mirflickr, "TRAIN", 11)
+    whole(tmp_path)
+    data = load(tmp_path)
+    assert [len(data.query), len(data.train), len(data.database)] == [3, 11, 37]
 
 
 def test_other_names_and_items_by_columns(tmp_path):
@@ -99,6 +151,18 @@ def test_the_mean_is_added_where_it_was_subtracted(tmp_path):
         load(tmp_path)
 
 
+def test_standardised_images_are_not_pixels_beside_a_mean_either(tmp_path):
+    images = np.random.default_rng(1).standard_normal((COUNT, 6, 7, 3)).clip(-4, 4)
+    images[0, 0, 0] = -4, 4, 0
+    whole(tmp_path, images)
+    save_h5(tmp_path / "Mean.h5", {"Mean": np.full((6, 7, 3), 110.0)})
+    with pytest.raises(InputError, match=r"Img\.h5: IAll must be pixels .* -4 to 4, a span of 8; .* Standardised"):
+        load(tmp_path)
+    whole(tmp_path, images * 2.5)  # a span of 20: few greys, but pixels
+    data, grey = load(tmp_path), np.rint(images * 2.5 + 110).transpose(0, 3, 1, 2)
+    assert np.array_equal(data.query.image, grey[rows_of(data.query)])
+
+
 def test_paths_of_photos_as_the_authors_file_has_them(tmp_path):
     image = pytest.importorskip("PIL.Image")
     photos, folder = tmp_path / "photos", tmp_path / "FLICKR-25K"
@@ -126,6 +190,7 @@ def test_paths_of_photos_as_the_authors_file_has_them(tmp_path):
         (PIXELS / 255.0, r"IAll must be pixels from 0 to 255, got 0 to 1; times 255"),
         (PIXELS * 2.0, r"from 0 to 255, got \d+ to [345]"),
         (np.full((COUNT, 6, 7, 3), np.nan), "from 0 to 255, got nan"),
+        (PIXELS / 128.0, "numbers that are not whole, 0 to 1.99219, a span of 1.99219; expected 20 at least"),
         (PIXELS[:, :2], r"must be images \(N, H, W, 3\)"),
         (PIXELS[:30], "disagree on the number of items"),
     ],

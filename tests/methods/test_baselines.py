@@ -240,6 +240,60 @@ def test_fsh_joins_the_similarities_of_its_paper():
         assert_close(a, b)
 
 
+def fsh_by_loops(image, text, bits, anchors, neighbours, lam, power, seed, iterations):
+    """Projections, the objective around each iteration and w, one number at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(image), generator=generator)[:anchors].tolist()
+    maps = [torch.randn(x.shape[1], bits, generator=generator, dtype=torch.float64) for x in (image, text)]
+    similar = fsh_similarities(image, text, image[chosen], text[chosen], neighbours)
+    rows, columns, units = range(len(image)), range(anchors), range(bits)
+    b = [[float(text[i] @ maps[1][:, k]) for k in units] for i in rows]
+    b_s = [b[i] for i in chosen]
+
+    def agreement(s):
+        return sum(b[i][k] * b_s[j][k] * float(s[i][j]) for i in rows for j in columns for k in units)
+
+    def objective(s):
+        terms = (
+            (b[i][k] - float(x[i] @ w[:, k])) ** 2
+            for x, w in zip(sides, maps, strict=True)
+            for i in rows
+            for k in units
+        )
+        return lam * sum(terms) - agreement(s)
+
+    sides, weights, losses = (image, text), [0.5], []
+    for _ in range(iterations):
+        s = weights[-1] * similar[0] + (1 - weights[-1]) * similar[1]
+        before = objective(s)
+        pull = [[sum(float(x[i] @ w[:, k]) for x, w in zip(sides, maps, strict=True)) for k in units] for i in rows]
+        near = [[sum(float(s[i][j]) * b_s[j][k] for j in columns) for k in units] for i in rows]
+        b = [[1.0 if near[i][k] + 2 * lam * pull[i][k] >= 0 else -1.0 for k in units] for i in rows]
+        b_s = [[1.0 if sum(float(s[i][j]) * b[i][k] for i in rows) >= 0 else -1.0 for k in units] for j in columns]
+        maps = [torch.linalg.lstsq(x, torch.tensor(b, dtype=torch.float64)).solution for x in sides]
+        losses.append((before, objective(s)))
+        # K has 1 on its diagonal: its trace is the number of anchors
+        missed = [anchors - agreement(one) for one in similar]
+        weights.append((missed[0] / sum(missed)) ** (1 / (1 - power)))
+    return maps, losses, weights
+
+
+@pytest.mark.parametrize("power", [0.5, 0.75])
+def test_fsh_turns_as_its_equations_do(power):
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    text = 0.3 * torch.randn(12, 2, generator=generator, dtype=torch.float64) + image[:, :2]
+    settings = {"anchors": 5, "neighbours": 2, "lam": 0.1, "power": power, "seed": 1}
+    maps, losses, weights = fsh_by_loops(image, text, 4, iterations=2, **settings)
+    model = FSH(4, iterations=2, **settings)
+    for a, b in zip(model.learn(image, text), maps, strict=True):
+        assert_close(a, b)
+    assert_close(torch.tensor(model.losses), torch.tensor(losses))
+    assert_close(model.weights, weights)
+    assert model.weights[1] == pytest.approx({0.5: 0.166317, 0.75: 0.027661}[power], abs=1e-6)
+    assert model.weights[2] != model.weights[1]
+
+
 def test_fsh_never_rises_within_an_iteration_and_rests_at_a_minimum():
     model = FSH(6, anchors=9, neighbours=3, lam=2.0).fit(small_dataset().train)
     assert all(after <= before + 1e-9 for before, after in model.losses[1:])  # at first codes are not yet signs

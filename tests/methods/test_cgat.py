@@ -74,8 +74,9 @@ def test_a_random_start_is_the_generators_and_stays_in_the_ball(data):
     assert torch.equal(first, atk(x, centres))
     moved = (first - x).abs()
     assert moved.max() <= 0.3 and moved.mean() == pytest.approx(0.15, abs=0.02)
-    fixed = replace(CONFIGS["dcmh"], defence="none")
-    assert fixed.defence == "none" and not CodeAttack(model).random_start
+    still = CodeAttack(model, "image", eps=0.3, bounds=(-5, 5), steps=1, lr=1e-9, away=True)
+    assert_close(still(x, centres), x)  # where none is asked for, it starts at the input
+    assert model._guided is not None and made(data, defence="none")._guided is None
 
 
 @pytest.mark.parametrize("method", CONFIGS)

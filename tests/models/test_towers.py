@@ -112,6 +112,62 @@ def test_codes_of_photos_are_those_of_their_deep_features(method, installed):
 
 
 @pytest.mark.parametrize("method", CONFIGS)
+def test_inputs_are_fitted_on_the_images_given_now(method, installed):
+    data = photos()
+    kind = {"dcmh": dcmh.DCMH, "ssah": ssah.SSAH}[method]
+    model = kind(CONFIGS[method], data.image_shape, data.text_dim, data.num_classes)
+    model.fit_inputs(data.train)
+    first = model.tower.seen
+    assert len(data.query) == len(data.train)
+    model.fit_inputs(data.query)
+    assert torch.equal(model.tower.seen, model.tower.encoded(data.query.image)) and not torch.equal(
+        model.tower.seen, first
+    )
+    assert_close(model.image_scaling.mean, model.tower.seen.double().mean(0).float())
+
+
+def test_other_weights_forget_what_was_seen(weights):
+    tower, pixels = towers.Lite0(), photos().train.image[:4]
+    before = tower.remember(pixels)
+    tower.recall(pixels)
+    assert torch.equal(tower.seen, before)
+    tower.load(weights)
+    assert tower.seen.shape == (0, tower.width)
+    tower.recall(pixels)
+    assert torch.equal(tower.seen, tower.encoded(pixels)) and not torch.equal(tower.seen, before)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_training_images_go_through_the_tower_once_a_run_where_the_run_is(method, installed, tmp_path, monkeypatch):
+    moved, encoded = [], []
+
+    def to(tower, device, original=towers.Lite0.to):
+        moved.append(torch.device(device))
+        return original(tower, device)
+
+    def through(tower, pixels, original=towers.Lite0.encoded):
+        encoded.append((len(moved), len(pixels)))
+        return original(tower, pixels)
+
+    monkeypatch.setattr(towers.Lite0, "to", to)
+    monkeypatch.setattr(towers.Lite0, "encoded", through)
+    train(method, replace(CONFIGS[method], epochs=2), photos(), replace(RUN, out=tmp_path / "run"))
+    assert moved == [torch.device("cpu")] and encoded == [(1, 24)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_are_made_where_the_tower_is():
+    pytest.importorskip("timm")
+    tower, pixels = towers.Lite0(), photos().train.image[:4]
+    expected = tower.encoded(pixels)
+    found = tower.cuda().remember(pixels)
+    assert found.device == pixels.device
+    assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    tower.recall(pixels.cuda())
+    assert tower.seen.is_cuda
+
+
+@pytest.mark.parametrize("method", CONFIGS)
 def test_attacked_photos_no_longer_find_what_they_did(method, installed, tmp_path):
     data = photos()
     run = train(method, CONFIGS[method], data, replace(RUN, out=tmp_path / "run"))
