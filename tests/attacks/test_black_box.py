@@ -185,6 +185,6 @@ def test_square_and_fab_refuse_what_torchattacks_cannot(model, data):
 def test_without_torchattacks_the_extra_is_named(model, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     before = state_of(model)
-    with pytest.raises(InputError, match="torchattacks.*extra `attacks`"):
+    with pytest.raises(InputError, match=r"torchattacks.*extra `attacks`"):
         attacks.FAB(model)(*data)
     assert_same(before, state_of(model))
