@@ -1,5 +1,7 @@
 """Settings of the kind that their defaults are of."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import Any
@@ -30,3 +32,24 @@ def check_kinds(config: Any) -> None:
             raise InputError(f"{field.name} must be {expected}, got {value!r} ({type(value).__name__})")
         if isinstance(default, int | float) and type(value) not in (bool, int, float):
             object.__setattr__(config, field.name, int(value) if isinstance(default, int) else float(value))
+
+
+def check_least(config: Any, **least: int) -> None:
+    """Refuse fields below their least value: name=least."""
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise InputError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def check_finite(config: Any, *names: str) -> None:
+    """Refuse fields that are not finite and 0 or more."""
+    for name in names:
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
+            raise InputError(f"{name} must be finite and at least 0, got {getattr(config, name)}")
+
+
+def check_choices(config: Any, **choices: Sequence[str]) -> None:
+    """Refuse fields that are none of their values: name=values."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses import acmr_triplet, frobenius, gradient_reversal
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
 from cmr_fast.methods.grid import GridSearch, grid_search
 from cmr_fast.methods.method import Retriever, RunConfig
 from cmr_fast.methods.scaling import InputScaling, Scaling
@@ -88,38 +88,23 @@ class ACMRConfig:
     def __post_init__(self) -> None:
         check_kinds(self)
         whole = ("epochs", "dim", "image_hidden", "text_hidden", "modality_hidden", "inner_steps")
-        for name, least in [(name, 1) for name in whole] + [("batch_size", 2)]:
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        weights = (
-            "alpha",
-            "beta",
-            "adversary",
-            "triplet_weight",
-            "margin",
-            "reg",
-            "image_weight_decay",
-            "text_weight_decay",
-        )
-        for name in weights:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        check_least(self, **dict.fromkeys(whole, 1), batch_size=2)
+        check_finite(self, "alpha", "beta", "adversary", "triplet_weight", "margin", "reg")
+        check_finite(self, "image_weight_decay", "text_weight_decay")
         for name in ("learning_rate", "text_rate", "classifier_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        choices = {
-            "terms": ("full", "imi", "imd"),
-            "adversary_schedule": ("constant", "ganin"),
-            "triplet_reduction": ("sum", "mean"),
-            "label_head": ("shared", "each"),
-            "similarity": ("cosine", "ip", "labels"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(
+            self,
+            terms=("full", "imi", "imd"),
+            adversary_schedule=("constant", "ganin"),
+            triplet_reduction=("sum", "mean"),
+            label_head=("shared", "each"),
+            similarity=("cosine", "ip", "labels"),
+        )
 
 
 # Chosen by validation mAP on held-out fifths of the training split (bench/experiments/acmr_wikipedia.py); what is not

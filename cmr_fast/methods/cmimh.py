@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._settings import check_choices, check_kinds, check_least
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.modalities import Modality
@@ -92,25 +92,21 @@ class CMIMHConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        for name in ("bits", "hidden", "critic_hidden", "critic_dim", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, bits=1, hidden=1, critic_hidden=1, critic_dim=1, epochs=1)
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2 (Eq. 5 needs unpaired pairs), got {self.batch_size}")
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        choices = {
-            "reconstruction": ("sum", "mean"),
-            "marginals": ("all", "permutation"),
-            "critic_input": ("means", "samples"),
-            "straight_through": ("logits", "means"),
-            "inputs": SCALINGS,
-            "init": ("torch", "he"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_choices(
+            self,
+            reconstruction=("sum", "mean"),
+            marginals=("all", "permutation"),
+            critic_input=("means", "samples"),
+            straight_through=("logits", "means"),
+            inputs=SCALINGS,
+            init=("torch", "he"),
+        )
 
 
 _MI_FLOOR = 1e-3

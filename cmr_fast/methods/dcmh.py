@@ -22,7 +22,7 @@ from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses import CodeBuffer, dcmh_loss
 from cmr_fast.losses.dcmh import packed_labels, signs
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
 from cmr_fast.methods.cgat import CenterGuided, CgATConfig
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
@@ -31,6 +31,7 @@ from cmr_fast.models.hashing import CNNF, BagLinear, mostly_zero
 from cmr_fast.models.towers import Lite0, weights_file
 
 _TURNS: tuple[tuple[Modality, Modality], ...] = (("image", "text"), ("text", "image"))
+PAIR_LOSSES = ("nll", "squared")
 IMAGE_NETWORKS = ("cnnf", "efficientnet-lite0")
 _IMAGES = 128  # pixels are encoded so many at a time
 
@@ -74,26 +75,12 @@ class DCMHConfig(CgATConfig):
     def __post_init__(self) -> None:
         check_kinds(self)
         self.check_defence()
-        for name in ("bits", "epochs", "image_hidden", "text_hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise InputError(f"batch_size must be at least 2, got {self.batch_size}")
-        for name in ("gamma", "eta", "lr", "lr_end", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        check_least(self, bits=1, epochs=1, image_hidden=1, text_hidden=1, batch_size=2)
+        check_finite(self, "gamma", "eta", "lr", "lr_end", "weight_decay")
         if self.optimizer == "adam" and self.weight_decay:
             raise InputError(f"weight_decay is for sgd; expected 0 with adam, got {self.weight_decay}")
-        choices = {
-            "pair_loss": ("nll", "squared"),
-            "optimizer": ("sgd", "adam"),
-            "image_network": IMAGE_NETWORKS,
-            "image_input": SCALINGS,
-            "text_input": SCALINGS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self, pair_loss=PAIR_LOSSES, optimizer=("sgd", "adam"), image_network=IMAGE_NETWORKS)
+        check_choices(self, image_input=SCALINGS, text_input=SCALINGS)
 
 
 # By validation mAP on Flickr8k-24's own validation split at 32 bits. |F 1|^2 sees a buffer that is up to an epoch old:

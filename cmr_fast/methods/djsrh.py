@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
 from cmr_fast.methods.dcmh import full
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
@@ -76,21 +76,12 @@ class DJSRHConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        for name in ("bits", "epochs", "image_hidden", "text_hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise InputError(f"batch_size must be at least 2, got {self.batch_size}")
+        check_least(self, bits=1, epochs=1, image_hidden=1, text_hidden=1, batch_size=2)
         for name in ("beta", "eta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("mu", "lambda1", "lambda2", "lr_image", "lr_text", "momentum", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        choices = {"affinity": AFFINITIES, "image_input": SCALINGS, "text_input": SCALINGS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_finite(self, "mu", "lambda1", "lambda2", "lr_image", "lr_text", "momentum", "weight_decay")
+        check_choices(self, affinity=AFFINITIES, image_input=SCALINGS, text_input=SCALINGS)
 
 
 # Both by validation mAP at 32 bits, four settings each tried by hand: Wikipedia's on a held-out fifth of the training

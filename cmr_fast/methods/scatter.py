@@ -23,7 +23,7 @@ from cmr_fast.attacks.pgd import PGD, Targeted
 from cmr_fast.attacks.scatter import FeatureScatter
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.errors import InputError
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._settings import check_kinds, check_least
 from cmr_fast.methods.evaluation import accuracy
 from cmr_fast.methods.method import Classifier
 from cmr_fast.models.wide_resnet import WideResNet
@@ -96,9 +96,7 @@ class ScatterConfig:
                 f"momentum must be from 0 to below 1 and weight_decay 0 or more, got {self.momentum} and "
                 f"{self.weight_decay}"
             )
-        for name, least in (("steps", 1), ("ot_group", 0), ("valid_steps", 0), ("valid_images", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, steps=1, ot_group=0, valid_steps=0, valid_images=1)
         if not 0 <= self.eps <= 1 or not 0 < self.alpha <= 1:
             raise InputError(
                 f"eps and alpha are of pixels from 0 to 1 (8/255 is 0.03137), got {self.eps} and {self.alpha}"

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import packed_labels, signs
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
 from cmr_fast.methods.cgat import CenterGuided, CgATConfig
-from cmr_fast.methods.dcmh import IMAGE_NETWORKS, Memory, full, scaling_of, tower_of
+from cmr_fast.methods.dcmh import IMAGE_NETWORKS, PAIR_LOSSES, Memory, full, scaling_of, tower_of
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
 from cmr_fast.modalities import MODALITIES, Modality
@@ -88,27 +88,14 @@ class SSAHConfig(CgATConfig):
     def __post_init__(self) -> None:
         check_kinds(self)
         self.check_defence()
-        for name in ("bits", "epochs", "feature_dim", "hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise InputError(f"batch_size must be at least 2, got {self.batch_size}")
-        for name in ("alpha", "beta", "gamma", "eta", "delta", "lr", "label_lr", "discriminator_lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        check_least(self, bits=1, epochs=1, feature_dim=1, hidden=1, batch_size=2)
+        check_finite(self, "alpha", "beta", "gamma", "eta", "delta", "lr", "label_lr", "discriminator_lr")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if len(self.discriminator_hidden) != 2 or min(self.discriminator_hidden) < 1:
             raise InputError(f"discriminator_hidden must be two widths, got {self.discriminator_hidden}")
-        choices = {
-            "pair_loss": ("nll", "squared"),
-            "image_network": IMAGE_NETWORKS,
-            "image_input": SCALINGS,
-            "text_input": SCALINGS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self, pair_loss=PAIR_LOSSES, image_network=IMAGE_NETWORKS)
+        check_choices(self, image_input=SCALINGS, text_input=SCALINGS)
 
 
 # A network that a CPU trains in minutes; validation mAP on Flickr8k-24 at 32 bits was still rising at the fourth epoch.
