@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused
 
 import cmr_fast
 from cmr_fast.cli.main import COMMANDS, main
@@ -43,16 +44,6 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         argv = ["train", method, "--data", str(data), "--epochs", "2", "--out", str(found[method]), *small]
         assert main(argv) == 0
     return found
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """Run a command that must exit with 2 and one line on stderr; returns the line."""
-    capsys.readouterr()
-    assert main([str(a) for a in argv]) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
-    return lines[0]
 
 
 def ran(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refused
 
 from cmr_fast.cli.main import main
 
@@ -20,14 +21,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.save("codes.npy", CODES)
     np.save("labels.npy", np.arange(40) % 2)
     return tmp_path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    capsys.readouterr()
-    assert main([str(a) for a in argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0].removeprefix("error: ")
 
 
 def evaluate(queries: str, database: str, query_labels: str = "labels.npy", labels: str = "labels.npy") -> list[str]:

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from commands import refused
 
 import cmr_fast as cf
 from cmr_fast import _terminal
@@ -13,11 +14,6 @@ from cmr_fast.methods.acmr import ACMRConfig
 from cmr_fast.methods.loop import RunConfig, train
 from cmr_fast.ops import _dispatch
 from cmr_fast.reports import hashing
-
-
-def refused(capsys, *arguments):
-    assert main([str(a) for a in arguments]) == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def test_bits_that_are_not_packed_are_no_codes(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from commands import refused
 
 from cmr_fast.cli import main, search
 from cmr_fast.retrieval.index import HammingIndex
@@ -13,11 +14,6 @@ QUERIES = np.random.default_rng(1).integers(0, 256, (23, 4), dtype=np.uint8)
 def ran(capsys, *argv):
     assert main([str(a) for a in argv]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
-
-
-def refused(capsys, *argv):
-    assert main([str(a) for a in argv]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused
 
 from cmr_fast.cli.main import main
 
@@ -17,14 +18,6 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     np.save("codes.npy", np.random.default_rng(0).integers(0, 256, (30, 8), dtype=np.uint8))
     np.save("labels.npy", np.arange(30) % 3)
     return tmp_path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    capsys.readouterr()
-    assert main([str(a) for a in argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused
 
 from cmr_fast.cli.main import main
 
@@ -18,14 +19,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     np.save("codes.npy", np.random.default_rng(0).integers(0, 256, (30, 8), dtype=np.uint8))
     return tmp_path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    capsys.readouterr()
-    assert main([str(a) for a in argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def in_a_process(*argv: str, **variables: str) -> "subprocess.CompletedProcess[str]":
