@@ -29,6 +29,7 @@ from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.data.photos import decoded
 from cmr_fast.data.readers import guarded, read_arrays
 from cmr_fast.errors import InputError
+from cmr_fast.ops._tensors import as_seed
 
 FILES = ("img.h5", "tag.h5", "lab.h5")
 QUERY, TRAIN = 2000, 10000
@@ -101,7 +102,7 @@ def load(
         if number is not None:
             check_count(name, number)
     check_count("size", size, least=16)
-    check_count("seed", seed, least=0)
+    as_seed(seed)
     check_text("photos", photos)
     folder = Path(path)
     if not holds(folder):

@@ -8,9 +8,11 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.losses.dcmh import signs
 from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.ops._tensors import as_seed
 
@@ -276,12 +278,12 @@ class FSH(Baseline):
 
     def fit(self, train: Pairs) -> Self:
         """Learn from the training pairs, rows at unit length; labels are not looked at. InputError as in `Baseline`."""
-        image, text = (_unit_rows(_as_features(getattr(train, m), m)) for m in MODALITIES)
+        image, text = (F.normalize(_as_features(getattr(train, m), m)) for m in MODALITIES)
         return super().fit(Pairs(image, text, train.labels))
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, D) raw features -> float32 (N, bits). InputError as in `Baseline`."""
-        return super().encode(modality, _unit_rows(_as_features(features, modality)))
+        return super().encode(modality, F.normalize(_as_features(features, modality)))
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
@@ -299,8 +301,8 @@ class FSH(Baseline):
             before = self._loss(sides, maps, codes, anchor_codes, joint)
             pull = sum((x @ w for x, w in zip(sides, maps, strict=True)), torch.zeros_like(codes))
             last = codes, anchor_codes
-            codes = _signs(joint @ anchor_codes + 2 * self.lam * pull)
-            anchor_codes = _signs(joint.T @ codes)
+            codes = signs(joint @ anchor_codes + 2 * self.lam * pull)
+            anchor_codes = signs(joint.T @ codes)
             maps = [i @ codes for i in inverse]
             self.losses.append((before, self._loss(sides, maps, codes, anchor_codes, joint)))
             if torch.equal(codes, last[0]) and torch.equal(anchor_codes, last[1]):
@@ -408,14 +410,6 @@ def _nearest(x: Tensor, anchors: Tensor, count: int) -> Tensor:
     """(N, anchors): 1 / count at the `count` anchors nearest to each row, of equals the lower numbers, else 0."""
     order = torch.cdist(x, anchors, compute_mode=_EXACT).argsort(dim=1, stable=True)[:, :count]
     return torch.zeros(len(x), len(anchors), dtype=x.dtype).scatter_(1, order, 1 / count)
-
-
-def _signs(x: Tensor) -> Tensor:
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x)
 
 
 def _principal(x: Tensor, dim: int) -> Tensor:
