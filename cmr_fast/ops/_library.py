@@ -35,14 +35,16 @@ class _Library(torch.library.Library):
         return super().impl(op_name, reverse_only, dispatch_key, **kwargs)
 
 
+_OPS: dict[str, Any] = {}
 _FUNCTIONS: dict[str, Any] = {}  # by op: its derivative in the form that torch.func takes
 LIBRARY = _Library("cmr_fast", "DEF")
 
 
 def register_derivative(name: str, backward: Callable[..., Any], remember: Callable[..., None] | None = None) -> None:
     """Register cmr_fast::<name>'s derivative: `remember` is what torch calls setup_context."""
+    _OPS[name] = getattr(torch.ops.cmr_fast, name).default
     parts = {
-        "forward": getattr(torch.ops.cmr_fast, name),
+        "forward": _OPS[name],
         "setup_context": remember or _nothing,
         "backward": backward,
         "jvp": functools.partial(refuse_tangent, name),
@@ -56,7 +58,7 @@ def call(name: str, *args: Any) -> Any:
     """torch.ops.cmr_fast.<name>(*args), which inside of torch.func's transforms has its derivative in their form."""
     if transformed():
         return _FUNCTIONS[name].apply(*args)
-    return getattr(torch.ops.cmr_fast, name)(*args)
+    return _OPS[name](*args)
 
 
 def transformed() -> bool:
@@ -99,7 +101,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(implementation)
     def guarded(*args: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        if not torch._C._is_any_autocast_enabled():
             return implementation(*args)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return implementation(*args)
@@ -123,7 +125,7 @@ def register_loss(
         lambda upstream, *gradients: tuple([x * upstream if x.numel() else torch.empty_like(x) for x in gradients]),
         lambda upstream, *gradients: tuple(torch.empty_like(x) for x in gradients),
     )
-    inputs = len(getattr(torch.ops.cmr_fast, name).default._schema.arguments)
+    inputs, scale = len(getattr(torch.ops.cmr_fast, name).default._schema.arguments), f"{name}_backward"
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
@@ -131,7 +133,7 @@ def register_loss(
 
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * inputs
-        gradients = call(f"{name}_backward", upstream, *ctx.saved_tensors)
+        gradients = call(scale, upstream, *ctx.saved_tensors)
         for i, shape, gradient in zip(differentiable, ctx.shapes, gradients, strict=True):
             if ctx.needs_input_grad[i]:
                 if gradient.shape != shape:

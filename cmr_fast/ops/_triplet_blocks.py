@@ -30,23 +30,23 @@ class Sweep:
     def __init__(self, x: Tensor, other: Tensor | None, backend: str, distance: str, threads: int | None) -> None:
         self.same, self.dot, self.backend = other is None, distance == "dot", backend
         y = x if other is None else other
-        self.exact = not self.dot and max(len(x), len(y)) <= EXACT
+        self.exact = not self.dot and max(x.shape[0], y.shape[0]) <= EXACT
         self.x = x.contiguous()
         self.y = self.x if self.same else y.contiguous()
-        if not self.dot and not self.exact and len(x) and len(y):
+        if not self.dot and not self.exact and x.shape[0] and y.shape[0]:
             origin = _native_origin(self.x, self.y) if backend == "cpp" else _origin(self.x, self.y)
             if origin is not None:
                 self.x = self.x - origin
                 self.y = self.x if self.same else self.y - origin
         self.x_squares = self.x.square().sum(1)
         self.y_squares = self.x_squares if self.same else self.y.square().sum(1)
-        self.rows = max(1, min(len(x), BLOCK[backend] // max(1, len(y))))
+        self.rows = max(1, min(x.shape[0], BLOCK[backend] // max(1, y.shape[0])))
         self.close = False  # whether a pair of the last block has a weight and is close; not asked for on a GPU
         self.head: tuple[Any, ...] = ()  # of a native call's arguments, and its scratch
         self.tail: tuple[int, ...] = ()
         if backend == "cpp":
             self.native, self.head = _dispatch.native(), (_dispatch.choose_isa(), _dispatch.choose_threads(threads))
-            size = self.native.triplet_workspace(self.rows, len(y), self.head[1])
+            size = self.native.triplet_workspace(self.rows, y.shape[0], self.head[1])
             self.workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
             self.close_of_row = torch.empty(self.rows, dtype=torch.int64, device="cpu")
             self.tail = self.close_of_row.data_ptr(), self.workspace.data_ptr()
@@ -119,7 +119,7 @@ class Sweep:
 
     def _pull_same(self, rows: slice, e: Tensor, sums: Tensor, grad_x: Tensor) -> None:
         """Anchors are candidates too. All of them in one block: e + e^T, and one product in place of two."""
-        if len(e) < len(self.x):
+        if e.shape[0] < self.x.shape[0]:
             torch.addmm(grad_x[rows], e, self.y, alpha=-1, out=grad_x[rows])
             torch.addmm(grad_x, e.T, self.x[rows], alpha=-1, out=grad_x)
             if not self.dot:
@@ -127,7 +127,7 @@ class Sweep:
                 grad_x.addcmul_(e.sum(0)[:, None], self.x)
             return
         if self.backend == "cpp":
-            self.native.triplet_symmetrise(*self.head, len(e), e.data_ptr(), sums.data_ptr())
+            self.native.triplet_symmetrise(*self.head, e.shape[0], e.data_ptr(), sums.data_ptr())
         else:
             e = e + e.T
             sums = e.sum(1)
@@ -180,8 +180,8 @@ def _origin(x: Tensor, y: Tensor) -> Tensor | None:
 def _native_origin(x: Tensor, y: Tensor) -> Tensor | None:
     """_origin in one call."""
     origin = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
-    second = (len(y), y.data_ptr()) if y is not x else (0, 0)
-    moved = _dispatch.native().triplet_origin(len(x), x.data_ptr(), *second, x.shape[1], origin.data_ptr())
+    second = (y.shape[0], y.data_ptr()) if y is not x else (0, 0)
+    moved = _dispatch.native().triplet_origin(x.shape[0], x.data_ptr(), *second, x.shape[1], origin.data_ptr())
     return origin if moved else None
 
 

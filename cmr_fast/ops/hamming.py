@@ -262,7 +262,8 @@ def _pack_codes(bits: Tensor) -> Tensor:
 
 
 def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads: int | None) -> tuple[Tensor, Tensor]:
-    distances, indices = neighbours(len(q), k, bits, q.device, k > len(db))
+    count, size = q.shape[0], db.shape[0]
+    distances, indices = neighbours(count, k, bits, q.device, k > size)
     chosen = _dispatch.choose_backend("hamming_topk", q.device.type, backend)
     if chosen == "cuda":
         hamming_cuda.topk(q, db, k, distances, indices)
@@ -270,19 +271,19 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
         native, isa = _dispatch.native(), _dispatch.choose_isa()
-        shape = (len(q), len(db), db.shape[1], k, _dispatch.choose_threads(threads))
+        shape = (count, size, db.shape[1], k, _dispatch.choose_threads(threads))
         workspace = torch.empty(native.hamming_topk_workspace(isa, *shape), dtype=torch.uint8, device="cpu")
         native.hamming_topk(
             isa, q.data_ptr(), db.data_ptr(), *shape, distances.data_ptr(), indices.data_ptr(), workspace.data_ptr()
         )
         return distances, indices
-    kept = min(k, len(db))
+    kept = min(k, size)
     for start, table in _torch_blocks(q, db):
         # (distance, index) in one integer: its k smallest are the k nearest, ties to the lower index
-        keys = table.long() * len(db) + torch.arange(len(db), dtype=torch.int64, device=q.device)
+        keys = table.long() * size + torch.arange(size, dtype=torch.int64, device=q.device)
         best = keys.topk(kept, dim=1, largest=False, sorted=True).values
-        distances[start : start + len(table), :kept] = (best // len(db)).int()
-        indices[start : start + len(table), :kept] = best % len(db)
+        distances[start : start + len(table), :kept] = (best // size).int()
+        indices[start : start + len(table), :kept] = best % size
     return distances, indices
 
 

@@ -201,8 +201,8 @@ def _check_embeddings(x: Tensor, other: Tensor | None, name: str, other_name: st
             continue
         if value.ndim != 2 or not value.is_floating_point():
             raise InputError(f"{called} must be float (N, d), got {value.dtype} {tuple(value.shape)}")
-        if len(value) > MAX_ITEMS:
-            raise InputError(f"{called} must have at most {MAX_ITEMS} rows, got {len(value)}")
+        if value.shape[0] > MAX_ITEMS:
+            raise InputError(f"{called} must have at most {MAX_ITEMS} rows, got {value.shape[0]}")
     check_finite(**{name: x, other_name: other})
     if other is not None and (other.shape[1], other.dtype, other.device) != (x.shape[1], x.dtype, x.device):
         raise InputError(
@@ -223,7 +223,7 @@ def _as_relevance(labels: object, items: Tensor, name: str, of: str) -> Tensor:
         raise InputError(f"{name} must be int (N,) class ids or (N, C) multi-hot, got {given.dtype} {_shape(given)}")
     if given.ndim == 1 and (given.is_floating_point() or given.dtype == torch.bool):
         raise InputError(f"{name} of shape (N,) must be integer class ids, got {given.dtype}")
-    if len(given) != len(items) or given.device != items.device:
+    if given.shape[0] != items.shape[0] or given.device != items.device:
         raise InputError(
             f"{name} must have a row for each of the {len(items)} rows of {of} on {items.device}, got {len(given)} on "
             f"{given.device}"
@@ -256,8 +256,8 @@ def _unfit(x: Tensor, candidates: int) -> dict[str, str]:
 
 
 def _outputs(x: Tensor, other: Tensor | None, grad_x: bool, grad_other: bool) -> tuple[Tensor, Tensor, Tensor]:
-    others = len(other) if other is not None and grad_other else 0
-    return x.new_empty(()), x.new_empty((len(x) if grad_x else 0, x.shape[1])), x.new_empty((others, x.shape[1]))
+    others = other.shape[0] if other is not None and grad_other else 0
+    return x.new_empty(()), x.new_empty((x.shape[0] if grad_x else 0, x.shape[1])), x.new_empty((others, x.shape[1]))
 
 
 def _triplet_margin(
@@ -276,10 +276,10 @@ def _triplet_margin(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x if other is None else other
     candidate_labels = labels if other_labels is None else other_labels
-    chosen = _dispatch.choose_backend("triplet_margin", x.device.type, backend, _unfit(x, len(y)))
+    chosen = _dispatch.choose_backend("triplet_margin", x.device.type, backend, _unfit(x, y.shape[0]))
     _, grad_x, grad_other = _outputs(x, other, needs_grad_x, needs_grad_other)
-    losses = torch.zeros(len(x), dtype=torch.float64, device=x.device)  # sum of an anchor's weighed distances
-    counts = torch.zeros((2, len(x)), dtype=torch.int64, device=x.device)  # its triplets, and those of them open
+    losses = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)  # sum of an anchor's weighed distances
+    counts = torch.zeros((2, x.shape[0]), dtype=torch.int64, device=x.device)  # its triplets, and those of them open
     sweep = Sweep(x, other, chosen, distance, threads)
 
     if chosen == "torch":
@@ -307,10 +307,10 @@ def _triplet_margin(
     else:
         own, planes = labels.contiguous(), _planes(candidate_labels)
         words = 1 if labels.ndim == 1 else labels.shape[1]
-        sums = x.new_empty(len(x))
+        sums = x.new_empty(x.shape[0])
         triplets, opened = counts.unbind()
         modes = MINING.index(mining), DISTANCES.index(distance)
-        shape = (len(y), words, labels.ndim == 1, margin, *modes, needs_grad_x or needs_grad_other)
+        shape = (y.shape[0], words, labels.ndim == 1, margin, *modes, needs_grad_x or needs_grad_other)
 
         def weigh(rows: slice, block: Tensor) -> Tensor:
             close = sweep.native.triplet_weigh(
