@@ -136,10 +136,12 @@ def print_report(attacked: Attacked, title: str) -> None:
 
 
 def write_report(attacked: Attacked, out: Path, title: str) -> None:
-    """README.md, index.html, results.csv, results.json, and the figures: PR, Prec@R, loss, photos, texts."""
+    """README.md, index.html, results.csv, results.json, and the figures: mAP, PR, Prec@R, loss, photos, texts."""
     out.mkdir(parents=True, exist_ok=True)
     names = [row.name for row in attacked.rows]
-    pages: list[tuple[str, str]] = []
+    bars = {row.name: {task.upper(): row.map[task] for task in TASKS} for row in attacked.rows}
+    figures.plot_bars(out / "map.png", title, bars, "mAP")
+    pages = [("map.png", "mAP clean and attacked: what is lost across the modalities, and what is kept within them")]
     for file, xlabel, ylabel, curve, log_x, caption in (
         ("precision-recall.png", "recall", "precision", _by_rank, False, "Precision and recall, clean and attacked"),
         ("precision-at.png", "retrieved", "precision", _precision_at, True, "Prec@R, clean and attacked"),

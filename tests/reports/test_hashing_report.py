@@ -51,8 +51,8 @@ def test_an_undefended_model_falls_and_the_report_says_so(model, data, tmp_path)
     hashing.write_report(result, tmp_path, "small")
     stored = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in stored] == ["clean", "cmla-both40", "cmla40"]
-    for file in ("README.md", "index.html", "results.csv", "precision-recall.png", "precision-at.png", "loss.png",
-                 "texts.png"):  # fmt: skip
+    for file in ("README.md", "index.html", "results.csv", "map.png", "precision-recall.png", "precision-at.png",
+                 "loss.png", "texts.png"):  # fmt: skip
         assert (tmp_path / file).stat().st_size > 0
 
 
