@@ -222,11 +222,15 @@ _PLACE = ("out", "resume", "quiet", "checkpoint_seconds")  # where and how, not 
 def _preset_of_other_data(kind: type[Method], config: Any, data: str) -> str | None:
     """What to say where all that a preset chose for one data set is used on another."""
     default = asdict(kind.Config())
+    used = {}
     for name, source in kind.preset_data.items():
         chosen = {k: v for k, v in asdict(kind.presets[name]).items() if v != default[k] and k != "epochs"}
-        if not data.startswith(source) and all(getattr(config, k) == v for k, v in chosen.items()):
-            return f"preset {name} was made for {source}; on {data} compare it with the default config"
-    return None
+        if all(getattr(config, k) == v for k, v in chosen.items()):
+            used[source] = name
+    if not used or any(data.startswith(source) for source in used):
+        return None
+    source, name = next(iter(used.items()))
+    return f"preset {name} was made for {source}; on {data} compare it with the default config"
 
 
 def _dense(kind: type[Method], dataset: Any) -> Any:

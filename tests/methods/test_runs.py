@@ -12,6 +12,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, _runfolder, checkpoint, loop
 from cmr_fast.methods.acmr import ACMR, ACMRConfig
 from cmr_fast.methods.cmimh import CMIMH, CMIMHConfig
+from cmr_fast.methods.dcmh import DCMH
 from cmr_fast.methods.loop import RunConfig, load_model, train
 
 SHORT = replace(ACMR_SMALL, epochs=2)
@@ -162,3 +163,12 @@ def test_trainers_are_called_what_they_are(tmp_path, method, perturb):
 def test_settings_of_the_wrong_kind_are_refused(change):
     with pytest.raises(InputError, match=f"{next(iter(change))} must be"):
         CMIMHConfig(**change)
+
+
+def test_a_preset_of_other_data_is_said_and_one_that_holds_another_is_not():
+    said = loop._preset_of_other_data
+    assert said(DCMH, DCMH.presets["wikipedia"], "wikipedia") is None
+    assert said(DCMH, DCMH.presets["flickr8k"], "flickr8k") is None
+    assert said(DCMH, DCMH.Config(), "wikipedia") is None
+    assert "made for flickr8k" in said(DCMH, DCMH.presets["flickr8k"], "wikipedia")
+    assert "on own" in said(DCMH, DCMH.presets["wikipedia"], "own")
