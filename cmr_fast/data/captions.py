@@ -69,9 +69,7 @@ class CaptionedImages(Parts):
             object.__setattr__(self, "image", image)
         labels = as_tensor(self.labels, "labels")
         if labels.dtype != torch.int64 or labels.ndim != 1:
-            raise InputError(
-                f"labels must be int64 (N,), one id an image, got {labels.dtype} {tuple(labels.shape)}"
-            )
+            raise InputError(f"labels must be int64 (N,), one id an image, got {labels.dtype} {tuple(labels.shape)}")
         object.__setattr__(self, "labels", labels)
         text = self.text
         if not isinstance(text, list | tuple) or not all(

@@ -109,7 +109,7 @@ def decode(name: str, data: bytes, size: int) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            photo = opened
+            photo: Image.Image = opened
             if opened.mode.startswith("I"):  # 16 bits: converting clips them to white
                 photo = Image.fromarray((np.asarray(opened).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
             fitted = ImageOps.fit(photo.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
@@ -251,7 +251,10 @@ class _Store:
 
         try:
             missing = sum(not self._done[row] for row in rows)
-            with ThreadPoolExecutor(WORKERS if missing else 1) as pool, counting(len(rows), "reading photos") as advance:
+            with (
+                ThreadPoolExecutor(WORKERS if missing else 1) as pool,
+                counting(len(rows), "reading photos") as advance,
+            ):
                 errors = []
                 for error in pool.map(one, range(len(rows))):
                     errors.append(error)

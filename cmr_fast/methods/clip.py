@@ -25,7 +25,7 @@ from cmr_fast.models.clip import TwoTowers, dual_encoder
 from cmr_fast.models.dual import by_length
 from cmr_fast.ops.info_nce import info_nce
 
-_IMAGES = 64  # that go through a tower at a time
+_IMAGES, _TEXTS = 64, 64  # that go through a tower at a time
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ class ClipConfig:
     """Peak learning rate of the heads while the towers are trained."""
     weight_decay: float = 0.05
     """Of AdamW; not of biases, normalisations and the temperature."""
+    frozen_blocks: int = 3
+    """Of the image tower's blocks the first so many, and what lies before them, keep their weights: their filters are
+    general, and training them would take a third of the time. 0 trains all."""
     augment: bool = True
     """Random crops of the images (a side of 0.75 to 1 of them) and flips, while the towers are trained."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        check_least(self, dim=1, hidden=1, epochs=1, head_epochs=0, batch_size=2, captions=0)
+        check_least(self, dim=1, hidden=1, epochs=1, head_epochs=0, batch_size=2, captions=0, frozen_blocks=0)
         check_finite(self, "head_lr", "image_lr", "text_lr", "joint_head_lr", "weight_decay")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
@@ -92,6 +95,8 @@ class Clip(CaptionRetriever):
         if c.head_epochs and not isinstance(self.dual, TwoTowers):
             raise InputError(f"{c.towers} has no heads of its own, expected head_epochs 0, got {c.head_epochs}")
         self.dual.requires_grad_(True)
+        if isinstance(self.dual, TwoTowers):
+            self.dual.freeze_blocks(c.frozen_blocks)
         self._seen: dict[int, _Seen] = {}  # by the split's fingerprint, while the towers are frozen
         self._train: _Seen | None = None
 
@@ -175,8 +180,7 @@ class Clip(CaptionRetriever):
         device = self.dual.log_scale.device
         pixels = batch.pixels().to(device)
         image = self.dual.encode_image(augmented(pixels) if self.config.augment else pixels)
-        ids, mask = self.dual.tokenize(texts)
-        return image, self.dual.encode_text(ids.to(device), mask.to(device))
+        return image, by_length(self.dual, texts, self.dual.encode_text, _TEXTS)
 
     def embed(self, split: CaptionedImages) -> tuple[Tensor, Tensor]:
         """All images and all captions; through the heads alone while the towers are frozen and have seen them."""

@@ -5,7 +5,7 @@
                                       of transformers
     open_clip/NAME                    an architecture of open_clip, at random
     open_clip/NAME@WEIGHTS            with a pretrained tag of open_clip, or a checkpoint file, by its own loading code
-    fare2 fare4 tecoa2 tecoa4         robust ViT-L/14 (Schlarmann et al. 2024, Mao et al. 2023) from the Hugging Face hub
+    fare2 fare4 tecoa2 tecoa4         robust ViT-L/14 (Schlarmann et al. 2024, Mao et al. 2023), from the hub
 
 A head is a linear map plus a network with one hidden layer, of what its tower gives, normalised by layer.
 """
@@ -159,9 +159,27 @@ class TwoTowers(DualEncoder):
         self.text_tower.load()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Both towers, and the heads."""
+        """Both towers less what is frozen, and the heads."""
         heads = [*self.image_head.parameters(), *self.text_head.parameters(), self.log_scale]
-        return {"image": [*self.image_tower.parameters()], "text": [*self.text_tower.parameters()], "heads": heads}
+        towers = {"image": self.image_tower, "text": self.text_tower}
+        return {n: [p for p in tower.parameters() if p.requires_grad] for n, tower in towers.items()} | {"heads": heads}
+
+    def freeze_blocks(self, count: int) -> None:
+        """Keep the weights of the image tower's first `count` blocks, and of what lies before them.
+
+        Raises
+        ------
+        InputError
+            Where the tower has no such blocks.
+        """
+        network = self.image_tower.network
+        if count and len(getattr(network, "blocks", ())) < count:
+            raise InputError(f"the image tower has {len(getattr(network, 'blocks', ()))} blocks to freeze, got {count}")
+        for name, child in network.named_children() if count else ():
+            if name == "blocks":
+                child[:count].requires_grad_(False)
+                return
+            child.requires_grad_(False)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) pixels from 0 to 1 -> (N, width), what the image head sees."""

@@ -64,7 +64,7 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters to train: of the "image" tower, the "text" tower, and the "heads", the temperature with them."""
+        """The parameters to train: of "image" and "text", the towers, and of "heads", the temperature with them."""
         raise NotImplementedError
 
     def image_embedding(self, normalised: Tensor) -> Tensor:

@@ -141,7 +141,12 @@ def minilm() -> Path:
 def _positions(config: Any) -> int:
     """How many tokens the encoder has positions for."""
     count = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
-    padded = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions begin after the padding's
+    padded = config.model_type in (
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "mpnet",
+    )  # positions begin after padding's
     return count - (config.pad_token_id + 1 if padded else 0)
 
 
