@@ -140,6 +140,16 @@ class CaptionedDataset:
                 lines.append(f"  {name:<6}{split!r}, {sum(map(len, split.text))} captions")
         return "\n".join(lines)
 
+    @property
+    def query(self) -> CaptionedImages:
+        """The test split: its images are the queries of text retrieval, its captions those of image retrieval."""
+        return self.test
+
+    @property
+    def database(self) -> CaptionedImages:
+        """The test split, which is ranked within itself."""
+        return self.test
+
     def hold_out(self, fraction: float, seed: int) -> "CaptionedDataset":
         """Move about `fraction` of the training images to `valid`: the same for one seed."""
         held = held_out(self.train.labels[:, None], fraction, seed)
@@ -330,7 +340,7 @@ def _webdataset(shards: Sequence[Path]) -> list[Item]:
         for name, member in tar_members(shard).items():
             key, _, ending = name.partition(".")  # webdataset's rule: up to the first dot of the name
             samples.setdefault(key, {})["." + ending.lower()] = member
-        for key, parts in samples.items():
+        for parts in samples.values():
             photo = next((parts[ending] for ending in _PHOTO_SUFFIXES if ending in parts), None)
             texts = [parts[ending] for ending in (".txt", ".json") if ending in parts]
             if photo is None or not texts:

@@ -201,7 +201,7 @@ class Photos:
 
 
 class _Store:
-    """The pixels of a set of photos in one file, `photos-….u8`, and which of them are there, one byte each, beside it."""
+    """The pixels of a set of photos in one file, `photos-….u8`; which of them are there, a byte each, beside it."""
 
     def __init__(self, files: Sequence[Photo], size: int, cache: str | None) -> None:
         self.files, self.size, self.bytes = files, size, 3 * size * size

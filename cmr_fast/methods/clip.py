@@ -2,25 +2,31 @@
 
     minimise InfoNCE(f(x), g(t)), both directions halved        every caption of an image is a positive of it
 
-In the first `head_epochs` the pretrained towers stay as they are, so what they see in each image and caption is computed
-once and only the heads are trained on it: seconds an epoch. In the epochs after these the towers are trained too, at
-rates of their own. Batch normalisation keeps its stored statistics throughout.
+In the first `head_epochs` the pretrained towers stay as they are, so what they see in each image and caption is
+computed once, kept in the user's cache, and only the heads are trained on it: seconds an epoch. In the epochs after
+these the towers are trained too, at rates of their own. Batch normalisation keeps its stored statistics throughout.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cmr_fast._files import cache_folder, write_aside
 from cmr_fast._terminal import track
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_finite, check_kinds, check_least
 from cmr_fast.methods.method import CaptionRetriever
+from cmr_fast.modalities import Modality
 from cmr_fast.models.clip import TwoTowers, dual_encoder
 from cmr_fast.models.dual import by_length
 from cmr_fast.ops.info_nce import info_nce
@@ -73,7 +79,7 @@ class ClipConfig:
 
 
 class _Seen(NamedTuple):
-    """What frozen towers see: (N, width) of the images, (M, width) of the captions image by image, where each begins."""
+    """What frozen towers see: (N, width) of images, (M, width) of captions image by image, (N,) where these begin."""
 
     image: Tensor
     text: Tensor
@@ -166,15 +172,15 @@ class Clip(CaptionRetriever):
     def _through_heads(
         self, seen: _Seen, batch: CaptionedImages, rows: Tensor, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.dual, TwoTowers) and batch.rows is not None
+        assert batch.rows is not None
         places = batch.rows.cpu()
-        return self._heads(seen.image[places], seen.text[seen.begin[places[rows]] + chosen])
+        captions = seen.begin[places[rows]] + chosen
+        return self._head("image", seen.image[places]), self._head("text", seen.text[captions])
 
-    def _heads(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, modality: Modality, features: Tensor) -> Tensor:
         assert isinstance(self.dual, TwoTowers)
-        device = self.dual.log_scale.device
-        image, text = self.dual.image_head(image.to(device)), self.dual.text_head(text.to(device))
-        return F.normalize(image, dim=1), F.normalize(text, dim=1)
+        head = self.dual.image_head if modality == "image" else self.dual.text_head
+        return F.normalize(head(features.to(self.dual.log_scale.device)), dim=1)
 
     def _through_towers(self, batch: CaptionedImages, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         device = self.dual.log_scale.device
@@ -182,30 +188,45 @@ class Clip(CaptionRetriever):
         image = self.dual.encode_image(augmented(pixels) if self.config.augment else pixels)
         return image, by_length(self.dual, texts, self.dual.encode_text, _TEXTS)
 
-    def embed(self, split: CaptionedImages) -> tuple[Tensor, Tensor]:
-        """All images and all captions; through the heads alone while the towers are frozen and have seen them."""
+    def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
+        """All images or all captions; through the head alone while the towers are frozen and have seen them."""
         if self._train is not None:
             seen = self._recall(split)
-            image, text = self._heads(seen.image, seen.text)
-            return image.cpu(), text.cpu()
-        image = self._images(split, self.dual.encode_image)
-        return image, by_length(self.dual, split.captions()[0], self.dual.encode_text).cpu()
+            return self._head(modality, seen.image if modality == "image" else seen.text).cpu()
+        if modality == "image":
+            return self._images(split, self.dual.encode_image)
+        return by_length(self.dual, split.captions()[0], self.dual.encode_text).cpu()
 
     @torch.no_grad()
     def _recall(self, split: CaptionedImages) -> _Seen:
         """What the towers see in a split, once; in eval mode, so that it is the same each time."""
         key = split.fingerprint()
         if key not in self._seen:
-            assert isinstance(self.dual, TwoTowers)
-            training = self.dual.training
-            self.dual.eval()
             captions, owner = split.captions()
-            image = self._images(split, self.dual.image_features)
-            text = by_length(self.dual, captions, self.dual.text_features).cpu()
-            self.dual.train(training)
             counts = torch.bincount(owner, minlength=len(split))
-            self._seen[key] = _Seen(image, text, counts.cumsum(0) - counts)
+            self._seen[key] = _Seen(*self._features(split, captions), counts.cumsum(0) - counts)
         return self._seen[key]
+
+    def _features(self, split: CaptionedImages, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Of images and captions, from the cache where the same ones went through the same towers before."""
+        assert isinstance(self.dual, TwoTowers)
+        digest = hashlib.blake2b(f"{split.image!r}{captions}".encode(), digest_size=8)
+        parts = [v for tower in (self.dual.image_tower, self.dual.text_tower) for v in tower.state_dict().values()]
+        for part in [*parts, split.image]:
+            if isinstance(part, Tensor):  # of photos the text has a checksum
+                digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        file = cache_folder() / f"towers-{digest.hexdigest()}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):
+            stored = load_file(file)
+            return stored["image"], stored["text"]
+        training = self.dual.training
+        self.dual.eval()
+        image = self._images(split, self.dual.image_features)
+        text = by_length(self.dual, captions, self.dual.text_features).cpu()
+        self.dual.train(training)
+        with suppress(OSError, SafetensorError), write_aside(file) as aside:  # a full disk costs time, not the data
+            save_file({"image": image.contiguous(), "text": text.contiguous()}, aside)
+        return image, text
 
     def _images(self, split: CaptionedImages, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """`encode` of all pixels of a split, some at a time; on the CPU."""

@@ -136,7 +136,7 @@ def recalls(model: Any, split: "CaptionedImages") -> "CaptionRetrieval":
     training = model.training
     model.eval()
     with torch.no_grad():
-        image, text = model.embed(split)
+        image, text = (model.embed(modality, split) for modality in MODALITIES)
     model.train(training)
     return evaluate_captions(image, text, split.captions()[1])
 

@@ -121,8 +121,8 @@ class CaptionRetriever(Method):
     init_arguments: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, ...] = ("valid_tr1", "valid_ir1", "valid_rsum")
 
-    def embed(self, split: CaptionedImages) -> tuple[Tensor, Tensor]:
-        """(N, d) embeddings of the images, and (M, d) of all their captions, image by image; on the CPU."""
+    def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
+        """(N, d) embeddings of the images, or (M, d) of all their captions, image by image; on the CPU."""
         raise NotImplementedError
 
     def validate(self, valid: Any) -> dict[str, float]:
