@@ -171,8 +171,12 @@ class Photos:
         return part
 
     def __repr__(self) -> str:
-        """With a checksum: says of two sets whether they are the same photos."""
+        """With a checksum of names and lengths: whether two sets are the same photos, wherever they lie."""
         return f"Photos({len(self)}, {self.size} x {self.size}, {self._store.digest(self._rows.tolist())})"
+
+    def key(self) -> str:
+        """A checksum of where the files lie and when they changed as well, for what is kept of them."""
+        return self._store.digest(self._rows.tolist(), places=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -205,23 +209,26 @@ class _Store:
 
     def __init__(self, files: Sequence[Photo], size: int, cache: str | None) -> None:
         self.files, self.size, self.bytes = files, size, 3 * size * size
-        self._path = cache_folder(cache) / f"photos-{self.digest(range(len(files)))}.u8"
+        about: dict[Path, tuple[int, str]] = {}
+        for path in {photo.path for photo in files}:
+            with suppress(OSError):
+                stat = path.stat()
+                about[path] = stat.st_size, f"{path.resolve()} {stat.st_mtime_ns}"
+        self._about = [about.get(photo.path, (0, "")) for photo in files]
+        self._path = cache_folder(cache) / f"photos-{self.digest(range(len(files)), places=True)}.u8"
         self._done = np.zeros(len(files), dtype=bool)
         with suppress(OSError):
             seen = np.frombuffer(self._path.with_suffix(".done").read_bytes(), dtype=np.uint8)[: len(files)]
             self._done[: len(seen)] = seen == 1
 
-    def digest(self, rows: Iterable[int]) -> str:
-        """Of the size and of the files' names, places, lengths and times."""
+    def digest(self, rows: Iterable[int], places: bool = False) -> str:
+        """Of the size in pixels and the photos' names and lengths; with `places` of where and when as well."""
         total = hashlib.blake2b(f"{self.size}".encode(), digest_size=8)
-        times: dict[Path, str] = {}
         for row in rows:
-            photo = self.files[row]
-            if photo.path not in times:
-                with suppress(OSError):
-                    about = photo.path.stat()
-                    times[photo.path] = f"{photo.path.resolve()} {about.st_size} {about.st_mtime_ns}"
-            total.update(f"{photo.name} {times.get(photo.path)} {photo.offset}\n".encode())
+            photo, (length, place) = self.files[row], self._about[row]
+            total.update(f"{photo.name} {length if photo.length < 0 else photo.length}\n".encode())
+            if places:
+                total.update(f"{place} {photo.offset}\n".encode())
         return total.hexdigest()
 
     def read(self, rows: Sequence[int]) -> np.ndarray:

@@ -210,10 +210,11 @@ class Clip(CaptionRetriever):
     def _features(self, split: CaptionedImages, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Of images and captions, from the cache where the same ones went through the same towers before."""
         assert isinstance(self.dual, TwoTowers)
-        digest = hashlib.blake2b(f"{split.image!r}{captions}".encode(), digest_size=8)
+        photos = "" if isinstance(split.image, Tensor) else split.image.key()
+        digest = hashlib.blake2b(f"{photos}{captions}".encode(), digest_size=8)
         parts = [v for tower in (self.dual.image_tower, self.dual.text_tower) for v in tower.state_dict().values()]
         for part in [*parts, split.image]:
-            if isinstance(part, Tensor):  # of photos the text has a checksum
+            if isinstance(part, Tensor):
                 digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         file = cache_folder() / f"towers-{digest.hexdigest()}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):

@@ -7,7 +7,7 @@
     open_clip/NAME@WEIGHTS            with a pretrained tag of open_clip, or a checkpoint file, by its own loading code
     fare2 fare4 tecoa2 tecoa4         robust ViT-L/14 (Schlarmann et al. 2024, Mao et al. 2023), from the hub
 
-A head is a linear map plus a network with one hidden layer, of what its tower gives, normalised by layer.
+A head is a linear map plus a network with one hidden layer, of what its tower gives.
 """
 
 from collections.abc import Sequence
@@ -74,14 +74,12 @@ class Head(nn.Module):
 
     def __init__(self, width: int, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, dim)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor) -> Tensor:
         """Linear plus one hidden layer."""
-        x = self.norm(features)
-        return cast(Tensor, self.linear(x) + self.mlp(x))
+        return cast(Tensor, self.linear(features) + self.mlp(features))
 
 
 class TimmTower(nn.Module):
