@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from tiny_towers import PROBE, text_folder
 from torch.testing import assert_close
 
 from cmr_fast.errors import InputError
@@ -13,10 +14,8 @@ from cmr_fast.models.clip import OpenClip, TwoTowers, dual_encoder
 from cmr_fast.models.dual import LARGEST_SCALE, DualEncoder, by_length, trimmed
 from cmr_fast.models.text import SentenceTower
 
-WORDS = (
-    *("a", "man", "and", "woman", "walk", "with", "dog", "on", "the", "street", "red", "ball", "runs", "##s", "cat"),
-    *("sits", "two", "in", "water", ",", ".", "'", "s", "t"),
-)
+WORDS = ("red", "ball", "runs", "##s", "cat", "sits", "two", "in", "water", ",", ".", "'", "s", "t")
+ENTRIES = 5 + len(PROBE) + len(WORDS)
 TEXTS = ["a dog", "a man and a woman walk with a dog on the street", "", "two cats", "zebra crossing the red ball"]
 
 
@@ -26,16 +25,7 @@ def folder(tmp_path_factory):
 
 
 def tiny_tower(place, **settings):
-    """A BERT of two small layers with its tokenizer, in transformers' files."""
-    transformers = pytest.importorskip("transformers")
-    (place / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    tokenizer = transformers.BertTokenizer.from_pretrained(place)
-    tokenizer.save_pretrained(place)
-    torch.manual_seed(0)
-    config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    config |= {"vocab_size": 5 + len(WORDS), "max_position_embeddings": 40, **settings}
-    transformers.BertModel(transformers.BertConfig(**config)).save_pretrained(place)
-    return place
+    return text_folder(place, WORDS, **{"num_hidden_layers": 2, "max_position_embeddings": 40, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +174,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(folder, tmp_path):
 
 def test_a_tokenizer_larger_than_the_weights_is_refused(tmp_path):
     tiny_tower(tmp_path, vocab_size=9)
-    with pytest.raises(InputError, match=f"{5 + len(WORDS)} entries for weights of 9"):
+    with pytest.raises(InputError, match=f"{ENTRIES} entries for weights of 9"):
         SentenceTower(tmp_path)
 
 
