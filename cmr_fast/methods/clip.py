@@ -154,6 +154,7 @@ class Clip(CaptionRetriever):
             texts = [batch.text[row][which] for row, which in zip(rows.tolist(), chosen.tolist(), strict=True)]
             image, text = self._through_towers(batch, texts)
         ids = batch.labels.to(image.device)
+        image, text = (x.float() if x.dtype.itemsize < 4 else x for x in (image, text))  # autocast mixes types
         loss: Any = info_nce(image, text, self.dual.scale, positives=(ids, ids[rows.to(image.device)]))
         for name in rates:
             optimizers[name].zero_grad()
@@ -180,11 +181,12 @@ class Clip(CaptionRetriever):
     def _head(self, modality: Modality, features: Tensor) -> Tensor:
         assert isinstance(self.dual, TwoTowers)
         head = self.dual.image_head if modality == "image" else self.dual.text_head
-        return F.normalize(head(features.to(self.dual.log_scale.device)), dim=1)
+        where = self.dual.log_scale
+        return F.normalize(head(features.to(where.device, where.dtype)), dim=1)
 
     def _through_towers(self, batch: CaptionedImages, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        device = self.dual.log_scale.device
-        pixels = batch.pixels().to(device)
+        where = self.dual.log_scale
+        pixels = batch.pixels().to(where.device, where.dtype)
         image = self.dual.encode_image(augmented(pixels) if self.config.augment else pixels)
         return image, by_length(self.dual, texts, self.dual.encode_text, _TEXTS)
 
@@ -231,9 +233,9 @@ class Clip(CaptionRetriever):
 
     def _images(self, split: CaptionedImages, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """`encode` of all pixels of a split, some at a time; on the CPU."""
-        device = self.dual.log_scale.device
+        where = self.dual.log_scale
         parts = track(list(torch.arange(len(split)).split(_IMAGES)), "images through the tower")
-        return torch.cat([encode(split.select(rows).pixels().to(device)).cpu() for rows in parts])
+        return torch.cat([encode(split.select(r).pixels().to(where.device, where.dtype)).cpu() for r in parts])
 
 
 def augmented(pixels: Tensor) -> Tensor:

@@ -145,6 +145,21 @@ def test_every_caption_of_an_image_is_its_positive(data, config):
     assert_close(logged["loss"], (of_images + of_texts) / 2, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+def test_other_precisions(data, config, tmp_path, precision):
+    run = train("clip", replace(config, epochs=2, head_epochs=1), data, quiet(tmp_path / "run", precision=precision))
+    assert all(row["loss"] > 0 for row in run.history) and run.results["rsum"] > 0
+    if precision == "64-true":
+        plain = train("clip", replace(config, epochs=2, head_epochs=1), data, quiet(tmp_path / "plain"))
+        assert run.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-3)
+
+
+def test_train_and_validation_together(data, config, tmp_path):
+    run = train("clip", replace(config, epochs=2, head_epochs=2), data, quiet(tmp_path / "run", refit=True))
+    described = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert described["train"] == 48 and "valid" not in described and run.results["rsum"] > 0
+
+
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(data, config, tmp_path, monkeypatch, epoch):
     whole = train("clip", config, data, quiet(tmp_path / "whole"))

@@ -83,6 +83,16 @@ def test_long_texts_are_cut_at_the_context(model):
 
 
 @pytest.mark.parametrize(
+    "text", ["", " ", "\t\n", "漢字 и кошка", "☃🐶", "the of on a", "\u200b\xad", "[MASK] [PAD]", "é" * 500]
+)
+def test_any_string_is_a_text(model, text):
+    ids, mask = model.tokenize([text, "a dog"])
+    with torch.no_grad():
+        both = model.encode_text(ids, mask)
+    assert both.isfinite().all() and mask.any(dim=1).all() and ids.shape[1] <= 40
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m: m.tokenize("a dog"), "sequence of one or more strings, got 'a dog'"),
@@ -112,7 +122,7 @@ def test_the_scale_is_kept_in_bounds(model):
     with torch.no_grad():
         model.log_scale.fill_(9.0)
     model.clamp_scale()
-    assert float(model.scale) == pytest.approx(LARGEST_SCALE)
+    assert float(model.scale.detach()) == pytest.approx(LARGEST_SCALE)
     with torch.no_grad():
         model.log_scale.copy_(before)
 
