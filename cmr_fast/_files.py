@@ -38,6 +38,11 @@ def as_path(path: object, name: str = "path") -> Path:
     return Path(text)
 
 
+def cache_folder(folder: StrPath | None = None) -> Path:
+    """Where what was computed or unpacked once is kept: `folder`, else cmr_fast in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmr_fast"
+
+
 @contextmanager
 def write_aside(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.

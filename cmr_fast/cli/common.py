@@ -15,8 +15,9 @@ from cmr_fast.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from cmr_fast.data.captions import CaptionedDataset
     from cmr_fast.data.images import ImageDataset
-    from cmr_fast.data.pairs import PairedDataset, Pairs
+    from cmr_fast.data.pairs import PairedDataset
     from cmr_fast.methods.loop import Method
 
 SOURCE = "data.json"
@@ -61,6 +62,11 @@ class DataFlags:
             raise InputError(
                 f"{trained}: a classifier, expected a retriever; `cmr-fast attack` and `report` measure it"
             )
+        if reads_captions(model):
+            raise InputError(
+                f"{trained}: trained on captions, expected a retriever of pairs; `cmr-fast evaluate`, `encode` and "
+                "`report` measure it"
+            )
         dataset = load_pairs(*self.source(trained))
         for name in model.init_arguments:
             needed, seen = getattr(model, name), getattr(dataset, name)
@@ -71,6 +77,12 @@ class DataFlags:
                     f"{trained}: expects {part}{' ' * (what[0] == 'f')}{what.format(needed)}, {dataset.name} has {seen}"
                 )
         return dataset
+
+    def captions_of(self, model: "Method", trained: Path) -> "CaptionedDataset":
+        """The images with captions to use the model of the run `trained` on. InputError for other models."""
+        if not reads_captions(model):
+            raise InputError(f"{trained}: {model.name}, expected a run on captions (clip)")
+        return load_captioned_images(*self.source(trained))
 
     def images_of(self, model: "Method", trained: Path) -> "ImageDataset":
         """The images to use the classifier `model` of the run `trained` on. InputError where they do not fit it."""
@@ -112,6 +124,13 @@ def is_classifier(model: "Method | type[Method]") -> bool:
     return issubclass(model if isinstance(model, type) else type(model), Classifier)
 
 
+def reads_captions(model: "Method | type[Method]") -> bool:
+    """Whether a model, or a kind of models, retrieves between images and their captions."""
+    from cmr_fast.methods.method import CaptionRetriever
+
+    return issubclass(model if isinstance(model, type) else type(model), CaptionRetriever)
+
+
 def makes_codes(model: "Method") -> bool:
     """Whether the signs of what a model encodes are a code."""
     return bool(getattr(model, "binary", False))
@@ -124,6 +143,15 @@ def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
     _check_regular(data)
     with busy(f"reading {data}"):
         return load(data, **options)
+
+
+def load_captioned_images(data: str, options: Mapping[str, Any]) -> "CaptionedDataset":
+    """Read images with captions."""
+    from cmr_fast.data import load_captions
+
+    _check_regular(data)
+    with busy(f"reading {data}"):
+        return load_captions(data, **options)
 
 
 def load_labelled_images(data: str, options: Mapping[str, Any]) -> "ImageDataset":
@@ -172,8 +200,8 @@ def folder_of(trained: Path) -> Path:
     return trained if trained.is_dir() else trained.parent
 
 
-def split_of(dataset: "PairedDataset", split: str, trained: Path) -> "Pairs":
-    """The pairs of a split; train and valid as the run at `trained` divided them."""
+def split_of(dataset: "PairedDataset | CaptionedDataset", split: str, trained: Path) -> Any:
+    """The pairs (or captioned images) of a split; train and valid as the run at `trained` divided them."""
     from cmr_fast.methods._runfolder import read_run
 
     if split in ("train", "valid") and dataset.valid is None:

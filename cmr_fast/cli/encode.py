@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy
-from cmr_fast.cli.common import DataFlags, check_exists, check_output, makes_codes, open_run, split_of
+from cmr_fast.cli.common import DataFlags, check_exists, check_output, load_run, makes_codes, reads_captions, split_of
 from cmr_fast.errors import InputError
 
 
@@ -26,7 +26,7 @@ class Encode(DataFlags):
     out: Path
     """The .npy file to write: uint8 (N, bytes) packed codes, or float32 (N, d)."""
     split: Literal["query", "database", "train", "valid"] = "database"
-    """Which pairs; valid is what the run held out, the same pairs again."""
+    """Which pairs; valid is what the run held out, the same pairs again. Of captions query and database are test."""
     real: bool = False
     """Write the real values (N, bits) of a method that makes codes, before their signs are taken."""
     bits: bool = False
@@ -37,6 +37,7 @@ class Encode(DataFlags):
     def __call__(self) -> None:
         """Run the command."""
         import numpy as np
+        import torch
 
         from cmr_fast.methods.evaluation import encode_all
         from cmr_fast.ops import pack_codes
@@ -47,10 +48,15 @@ class Encode(DataFlags):
             raise InputError(f"{self.out}: expected a name in .npy, got {self.out.suffix!r}")
         check_exists(self.trained)
         check_output(self.out, self.force, self.trained, self.data_of(self.trained))
-        model, dataset = open_run(self.trained, self)
-        pairs = split_of(dataset, self.split, self.trained)
-        with busy(f"encoding {len(pairs)} {self.modality} rows"):
-            values = encode_all(model, self.modality, getattr(pairs, self.modality))
+        model: Any = load_run(self.trained)
+        if reads_captions(model):
+            images = split_of(self.captions_of(model, self.trained), self.split, self.trained)
+            with busy(f"encoding the {self.modality}s of {len(images)} images"), torch.no_grad():
+                values = model.embed(self.modality, images)
+        else:
+            pairs = split_of(self.pairs_of(model, self.trained), self.split, self.trained)
+            with busy(f"encoding {len(pairs)} {self.modality} rows"):
+                values = encode_all(model, self.modality, getattr(pairs, self.modality))
         packed = self.bits or (makes_codes(model) and not self.real)
         array = (pack_codes(values, threshold=0.0) if packed else values.float()).numpy()
         with write_aside(self.out) as aside, open(aside, "wb") as file:

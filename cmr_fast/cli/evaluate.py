@@ -2,20 +2,32 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from cmr_fast._terminal import busy, new_table, show
-from cmr_fast.cli.common import DataFlags, check_output, naming, open_run, read_array, refuse_flags
+from cmr_fast.cli.common import (
+    DataFlags,
+    check_output,
+    load_run,
+    naming,
+    open_run,
+    read_array,
+    reads_captions,
+    refuse_flags,
+)
 from cmr_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cmr_fast.methods.method import Method
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(DataFlags):
-    """mAP of a trained run, or of your own codes or embeddings, under a named convention and tie rule.
+    """mAP of a trained run, or of your own codes or embeddings, under a named convention and tie rule; R@K of captions.
 
     Example:  cmr-fast evaluate runs/acmr-wikipedia-seed0 --convention every --k 50
 
@@ -55,6 +67,9 @@ class Evaluate(DataFlags):
         if self.out is not None:
             data = None if self.trained is None else self.data_of(self.trained)
             check_output(self.out, self.force, self.trained, data, *(getattr(self, name) for name in _FILES))
+        if self.trained is not None and reads_captions(model := load_run(self.trained)):
+            self._captions(model, self.trained)
+            return
         conventions = CONVENTIONS if self.convention == "every" else (self.convention,)
         ties = TIES if self.ties == "every" else (self.ties,)
         settings = [{"convention": c, "ties": t, "k": self.k} for c in conventions for t in ties]
@@ -73,6 +88,22 @@ class Evaluate(DataFlags):
         if self.out is not None:
             write_json(self.out, rows)
             print(f"{self.out}: {len(rows)} rows")
+
+    def _captions(self, model: "Method", trained: Path) -> None:
+        from cmr_fast.methods._runfolder import write_json
+        from cmr_fast.methods.evaluation import caption_results, recalls
+        from cmr_fast.reports.captions import print_results
+
+        changed = {name: getattr(self, name) for name in ("metric", "bits", "k", *_FILES)}
+        changed |= {name: getattr(self, name) != getattr(Evaluate, name) for name in ("convention", "ties")}
+        refuse_flags(changed, "is for mAP; a run on captions has R@K, ranks and rsum")
+        dataset = self.captions_of(model, trained)
+        with busy("evaluating"):
+            results = caption_results(recalls(model, dataset.test))
+        print_results({model.name: results}, f"{model.name} on {dataset.name}, test split")
+        if self.out is not None:
+            write_json(self.out, results)
+            print(f"{self.out}: R@K and ranks")
 
     def _rows(self, settings: Rows) -> tuple[str, Rows]:
         files = {name: getattr(self, name) for name in _FILES}

@@ -15,6 +15,7 @@ from cmr_fast.cli.common import (
     folder_of,
     is_classifier,
     load_run,
+    reads_captions,
     refuse_flags,
 )
 from cmr_fast.errors import InputError
@@ -59,13 +60,30 @@ class Report(DataFlags):
         check_report_folder(self.out, self.force)
         check_least(tsne_points=(self.tsne_points, 0), images=(self.images, 1))
         models = [load_run(path) for path in self.runs]
-        kinds = {is_classifier(model) for model in models}
+        kinds = {(is_classifier(model), reads_captions(model)) for model in models}
         if len(kinds) > 1:
-            raise InputError("a report is of retrievers or of classifiers, got both kinds of runs")
-        if kinds == {True}:
+            raise InputError(
+                "a report is of retrievers or of classifiers, of pairs or of captions; got several kinds of runs"
+            )
+        classifiers, captions = kinds.pop()
+        if classifiers:
             self._classifiers(models)
+        elif captions:
+            self._captions(models)
         else:
             self._retrievers(models)
+
+    def _captions(self, models: "list[Method]") -> None:
+        from cmr_fast.reports.captions import print_results, write_report
+
+        others = {name: getattr(self, name) for name in ("attacks", "eps", "images", "surrogate", "fast")}
+        others |= {"tsne_points": self.tsne_points, "no-baselines": not self.baselines}
+        refuse_flags(others, "is for other runs than those on captions")
+        runs = [(path, model, self.captions_of(model, path)) for path, model in zip(self.runs, models, strict=True)]
+        with busy("ranking and drawing"):
+            results = write_report(dict(zip(_names(self.runs), runs, strict=True)), self.out, force=self.force)
+        print_results(results, "Results, test split")
+        print(f"\nReport: {self.out / 'index.html'}")
 
     def _retrievers(self, models: "list[Method]") -> None:
         from cmr_fast.reports.retrieval import TSNE_POINTS, print_results, write_report

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,9 +11,11 @@ from cmr_fast._terminal import busy, new_table, show
 from cmr_fast.cli.common import (
     DataFlags,
     is_classifier,
+    load_captioned_images,
     load_labelled_images,
     load_pairs,
     makes_codes,
+    reads_captions,
     record_source,
     refuse_flags,
 )
@@ -65,7 +68,12 @@ class Train:
         if bits is not None and bits > MAX_BITS:
             raise InputError(f"--bits must be at most {MAX_BITS}, got {bits}")
         options = self.source.loader_options()
-        load = load_labelled_images if is_classifier(METHODS[self.method]) else load_pairs
+        kind = METHODS[self.method]
+        load: Callable[[str, Mapping[str, Any]], Any] = load_pairs
+        if reads_captions(kind):
+            load = load_captioned_images
+        elif is_classifier(kind):
+            load = load_labelled_images
         if self.source.adversarial and not getattr(METHODS[self.method], "binary", False):
             raise InputError(f"--adversarial is for hashing methods; {self.method} makes no codes")
         if self.source.adversarial_steps < 1 or any(count < 1 for count in self.source.adversarial):
@@ -92,6 +100,8 @@ class Train:
             return
         if is_classifier(run.model):
             _print_classifier(run)
+        elif reads_captions(run.model):
+            _print_captions(run)
         else:
             assert isinstance(dataset, PairedDataset)
             _print_retriever(run, dataset, self.config.epochs)
@@ -198,6 +208,17 @@ def _print_retriever(run: "Run", dataset: "PairedDataset", epochs: int) -> None:
     print("Next:")
     for line in next_commands(run.path, codes=makes_codes(run.model)):
         print(f"  {line}")
+
+
+def _print_captions(run: "Run") -> None:
+    from cmr_fast.reports.captions import print_results
+
+    results = run.results
+    print_results({results["method"]: results}, f"{results['data']}: test split, every caption of an image its own")
+    print(f"\nRun folder: {run.path} (weights of epoch {results['best_epoch']})")
+    print("Next:")
+    print(f"  cmr-fast evaluate {run.path}")
+    print(f"  cmr-fast report {run.path} --out {run.path}/report")
 
 
 def _print_classifier(run: "Run") -> None:

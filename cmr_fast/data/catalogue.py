@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cmr_fast.data import cifar_svhn, features, flickr8k, mirflickr, shapes, wikipedia
+from cmr_fast.data import captions, cifar_svhn, features, flickr8k, mirflickr, shapes, wikipedia
 from cmr_fast.data._checks import check_count
+from cmr_fast.data.captions import CaptionedDataset
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
@@ -129,6 +130,40 @@ def load_images(
     return replace(dataset, **{name: _sample(getattr(dataset, name), n, seed, name) for name, n in counts.items()})
 
 
+def load_captions(path_or_name: str | os.PathLike[str], **options: str | int | None) -> CaptionedDataset:
+    """The images with captions at a path, or by name.
+
+    What lies there is found by looking, see `cmr_fast.data.captions.load`: Karpathy's dataset_*.json with its photos
+    (Flickr8k, Flickr30k, COCO), a table of paths and captions, Flickr's .token file, tars of webdataset.
+
+    Parameters
+    ----------
+    path_or_name : str or path
+        A file or folder; "shapes" for the built-in set; or a name under $CMR_FAST_DATA.
+    **options : str or int
+        Options of `cmr_fast.data.captions.load`.
+
+    Returns
+    -------
+    CaptionedDataset
+        Train and test splits, and a validation split where the files have one.
+
+    Raises
+    ------
+    InputError
+        Where nothing is found, captions or photos are missing or damaged, or an option is not one of theirs.
+    """
+    if path_or_name == BUILT_IN:
+        return shapes.load_captions(**_checked(shapes.load_captions, "the built-in shapes", options))
+    path = _find(path_or_name)
+    if not captions.holds(path):
+        raise InputError(
+            f"{path}: no images with captions found; looked for Karpathy's dataset_*.json, captions.csv or .txt, "
+            f"Flickr's .token file and tars of webdataset; it holds {features.contents(path)}"
+        )
+    return captions.load(path, **_checked(captions.load, "images with captions", options))
+
+
 def _sample(images: Images, count: int, seed: int, split: str) -> Images:
     if count > len(images):
         raise InputError(f"{split} must be from 1 to the {len(images)} images there are, got {count}")
@@ -167,7 +202,7 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _checked(loader: Callable[..., PairedDataset], what: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(loader: Callable[..., Any], what: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     valid = [p.name for p in inspect.signature(loader).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = [name for name in options if name not in valid]
     if unknown:

@@ -17,10 +17,8 @@ published one.
 """
 
 import hashlib
-import json
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmr_fast._files import write_aside
+from cmr_fast._files import cache_folder, write_aside
 from cmr_fast.data._checks import check_count, check_text
+from cmr_fast.data.captions import karpathy
 from cmr_fast.data.pairs import PairedDataset, Pairs
-from cmr_fast.data.photos import decoded
+from cmr_fast.data.photos import decoded, find_photos
 from cmr_fast.errors import InputError
 from cmr_fast.models.towers import Lite0, weights_file
 
@@ -143,25 +142,13 @@ def load(
 
 def _captions(file: Path) -> list[tuple[str, str, list[str]]]:
     """(file name, split, five captions) of each photo, in the file's order."""
-    try:
-        images = json.loads(file.read_bytes())["images"]
-        items = [(str(i["filename"]), str(i["split"]), [str(s["raw"]) for s in i["sentences"]]) for i in images]
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: not found; it holds Flickr8k's captions and splits") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: damaged or another file; expected images with filename, split and sentences, each with raw "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    for name, split, captions in items:
-        if split not in _SPLITS or len(captions) < 3:
-            raise InputError(
-                f"{file}: {name} is of split {split!r} with {len(captions)} captions; expected train, val or test, and "
-                "five captions"
-            )
-        if Path(name).name != name:
-            raise InputError(f"{file}: expected file names without folders, got {name!r}")
-    return items
+    items = karpathy(file)
+    for item in items:
+        if len(item.captions) < 3:
+            raise InputError(f"{file}: {item.image} has {len(item.captions)} captions, expected five")
+        if Path(item.image).name != item.image:
+            raise InputError(f"{file}: expected file names without folders, got {item.image!r}")
+    return [(item.image, item.split, list(item.captions)) for item in items]
 
 
 def _words(captions: Sequence[str]) -> set[str]:
@@ -191,27 +178,10 @@ def _bags(items: Sequence[tuple[str, Sequence[str]]], min_count: int) -> np.ndar
 
 def _photos(folder: Path, names: Sequence[str]) -> Iterator[bytes]:
     """The files' bytes, in order."""
-    place = next((folder / name for name in ("Images", "Flicker8k_Dataset") if (folder / name).is_dir()), None)
-    tars = sorted(folder.glob("*.tar"))
-    if place is not None:
-        for name in names:
-            try:
-                yield (place / name).read_bytes()
-            except OSError as error:
-                raise InputError(f"{place / name}: cannot be read ({error.strerror})") from error
-    elif tars:
-        try:
-            with tarfile.open(tars[0]) as tar:
-                members = {Path(member.name).name: member for member in tar if member.isreg()}
-                for name in names:
-                    file = tar.extractfile(members[name]) if name in members else None
-                    if file is None:
-                        raise InputError(f"{tars[0]}: has no photo {name}")
-                    yield file.read()
-        except (tarfile.TarError, OSError) as error:
-            raise InputError(f"{tars[0]}: damaged, or no tar file ({error})") from error
-    else:
-        raise InputError(f"{folder}: no photos; expected a folder Images or Flicker8k_Dataset, or a .tar of them")
+    for name, photo in zip(names, find_photos(folder, names), strict=True):
+        if photo is None:
+            raise InputError(f"{folder / name}: cannot be read, {folder} has no photo {name}")
+        yield photo.read()
 
 
 def _pixels(folder: Path, names: Sequence[str], size: int) -> Tensor:
@@ -224,8 +194,7 @@ def _deep(folder: Path, names: Sequence[str], size: int, tower: str | None, cach
     weights = _weights(tower)
     digest = hashlib.blake2b(weights.read_bytes(), digest_size=8)
     digest.update(f"{size}\n{folder.resolve()}\n".encode() + "\n".join(names).encode())
-    root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmr_fast"
-    file = root / f"flickr8k-lite0-{digest.hexdigest()}.npy"
+    file = cache_folder(cache) / f"flickr8k-lite0-{digest.hexdigest()}.npy"
     if file.is_file():
         try:
             stored = np.load(file, allow_pickle=False)

@@ -105,8 +105,9 @@ def folder_advice(folder: Path) -> str:
     captions = any("caption" in n or n.startswith(("dataset_", "results_")) for n in names if "." in n)
     if photos and (captions or endings & {"json", "jsonl", "txt", "csv", "token"}):
         return (
-            ". These are photos and captions, not features: encode both first (with open_clip, say) and keep the "
-            "result with cmr_fast.data.save_pairs, or as image, text and labels in one .npz"
+            ". These are photos and captions, not features: `cmr-fast train clip` and cmr_fast.data.load_captions read "
+            "them; for other methods encode both first (with open_clip, say) and keep the result with "
+            "cmr_fast.data.save_pairs, or as image, text and labels in one .npz"
         )
     if photos:
         return (

@@ -8,13 +8,15 @@ colours vary, shapes turn, shrink and overlap, and a caption may pass over an ob
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cmr_fast.data._checks import check_count
+from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
 from cmr_fast.data.images import ImageDataset, Images
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
@@ -133,6 +135,25 @@ def load_images(*, train: int = 4000, test: int = 1000, seed: int = 0) -> ImageD
         check_count(name, value)
     random = [np.random.default_rng([seed, 100 + split]) for split in range(2)]
     return ImageDataset("shapes", _single(train, random[0]), _single(test, random[1]), class_names=tuple(SHAPES))
+
+
+def load_captions(
+    *, train: int = 2000, test: int = 500, size: int = SIDE, seed: int = 0, count: int | None = None
+) -> CaptionedDataset:
+    """The scenes of `load` with their five captions, `size` pixels a side; `count` sets both splits, as 4:1 parts."""
+    if count is not None:
+        check_count("count", count, least=5)
+        test = count // 5
+        train = count - test
+    check_count("size", size, least=16)
+    raw = load(form="raw", train=train, query=test, database=1, seed=seed)
+    parts = []
+    for pairs in (raw.train, raw.query):
+        image = pairs.image
+        if size != SIDE:
+            image = F.interpolate(image.float(), (size, size), mode="bicubic").clamp(0, 255).round().byte()
+        parts.append(CaptionedImages(image, cast(Any, pairs.text), torch.arange(len(pairs))))
+    return CaptionedDataset("shapes", *parts)
 
 
 def _single(count: int, random: np.random.Generator) -> Images:

@@ -114,6 +114,8 @@ def _join(name: str, a: Any, b: Any) -> Any:
         return torch.cat([a, b])
     if isinstance(a, Sequence) and isinstance(b, Sequence):
         return (*a, *b)
+    if type(a) is type(b) and hasattr(a, "joined"):
+        return a.joined(b)
     raise InputError(f"{name} of the two splits do not fit together: {_kind(a)} and {_kind(b)}")
 
 

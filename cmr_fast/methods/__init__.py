@@ -15,6 +15,7 @@ _CLASSES = {
     "dcmh": ("dcmh", "DCMH"),
     "ssah": ("ssah", "SSAH"),
     "djsrh": ("djsrh", "DJSRH"),
+    "clip": ("clip", "Clip"),
     "scatter": ("scatter", "Scatter"),
     "madry": ("scatter", "Madry"),
     "plain": ("scatter", "Plain"),

@@ -13,7 +13,8 @@ from cmr_fast.errors import InputError
 from cmr_fast.modalities import MODALITIES, Modality
 
 if TYPE_CHECKING:
-    from cmr_fast.retrieval import RetrievalResult
+    from cmr_fast.data.captions import CaptionedImages
+    from cmr_fast.retrieval import CaptionRetrieval, RetrievalResult
 
 _ENCODE_ROWS = 4096
 _CLASSIFY_ROWS = 500
@@ -126,6 +127,28 @@ def _code_health(encoded: Mapping[Modality, Tensor]) -> dict[str, dict[str, floa
         "constant_bits": {m: int(((p == 0) | (p == 1)).sum()) for m, p in shares.items()},
         "mean_entropy": {m: float(e.mean()) for m, e in entropy.items()},
     }
+
+
+def recalls(model: Any, split: "CaptionedImages") -> "CaptionRetrieval":
+    """Images among all captions and captions among all images of a split, embedded in eval mode by `model.embed`."""
+    from cmr_fast.retrieval import evaluate_captions
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        image, text = (model.embed(modality, split) for modality in MODALITIES)
+    model.train(training)
+    return evaluate_captions(image, text, split.captions()[1])
+
+
+def caption_results(scores: "CaptionRetrieval") -> dict[str, Any]:
+    """What results.json holds of a retriever of captions: by way R@1, R@5, R@10, median and mean rank; rsum."""
+    ways: dict[str, Any] = {
+        way: {f"R@{k}": value for k, value in shares.items()}
+        | {"median_rank": scores.median_rank[way], "mean_rank": scores.mean_rank[way]}
+        for way, shares in scores.recall().items()
+    }
+    return ways | {"rsum": scores.rsum}
 
 
 @torch.no_grad()

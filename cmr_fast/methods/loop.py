@@ -235,6 +235,8 @@ def _preset_of_other_data(kind: type[Method], config: Any, data: str) -> str | N
 
 def _dense(kind: type[Method], dataset: Any) -> Any:
     """The data set with class ids numbered through, where most numbers up to the largest are no class."""
+    if "num_classes" not in kind.init_arguments:
+        return dataset
     splits = {
         n: s for n in ("train", "valid", "query", "database", "test") if (s := getattr(dataset, n, None)) is not None
     }

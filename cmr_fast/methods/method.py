@@ -8,22 +8,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
 from cmr_fast.data.images import ImageDataset
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
-from cmr_fast.methods.evaluation import accuracy, final_results, validate
+from cmr_fast.methods.evaluation import accuracy, caption_results, final_results, recalls, validate
 from cmr_fast.modalities import Modality
 from cmr_fast.ops._tensors import as_seed
 
-Dataset = PairedDataset | ImageDataset
+Dataset = PairedDataset | CaptionedDataset | ImageDataset
 
 
 class Method(nn.Module):
     """Base of every trained method: its networks, its optimizers and one batch of its algorithm.
 
     Whatever a run needs to go on after a kill lives in parameters, buffers and optimizers; the loop stores these.
-    Buffers get their final shape in `__init__`. Subclasses are `Retriever`s or `Classifier`s.
+    Buffers get their final shape in `__init__`. Subclasses are `Retriever`s, `CaptionRetriever`s or `Classifier`s.
     """
 
     name: ClassVar[str]
@@ -42,7 +43,7 @@ class Method(nn.Module):
     preset_data: ClassVar[dict[str, str]] = {}
     """Of the presets that were made for one data set: preset -> the data set's name."""
 
-    def __init__(self, config: Any, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int = 0) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
 
@@ -111,6 +112,28 @@ class Retriever(Method):
     def test(self, dataset: Any) -> dict[str, Any]:
         """mAP of the query and database splits over the whole ranking and at 50 hits."""
         return final_results(self, dataset)
+
+
+class CaptionRetriever(Method):
+    """A method that encodes images and their captions into one space, trained on a CaptionedDataset."""
+
+    dataset: ClassVar[type[Any]] = CaptionedDataset
+    init_arguments: ClassVar[tuple[str, ...]] = ()
+    monitor: tuple[str, ...] = ("valid_tr1", "valid_ir1", "valid_rsum")
+
+    def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
+        """(N, d) embeddings of the images, or (M, d) of all their captions, image by image; on the CPU."""
+        raise NotImplementedError
+
+    def validate(self, valid: Any) -> dict[str, float]:
+        """R@1 both ways and rsum (0 to 600) of the validation split, all captions of an image its own."""
+        scores = recalls(self, valid)
+        share = scores.recall()
+        return {"valid_tr1": share["tr"][1], "valid_ir1": share["ir"][1], "valid_rsum": scores.rsum}
+
+    def test(self, dataset: Any) -> dict[str, Any]:
+        """R@1, R@5, R@10 and ranks both ways on the test split."""
+        return caption_results(recalls(self, dataset.test))
 
 
 class Classifier(Method):
@@ -183,5 +206,5 @@ class Run:
     history: list[dict[str, float]]
     """One row per epoch, as in metrics.csv."""
     results: dict[str, Any]
-    """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; "warnings"
-    where something went wrong without an error."""
+    """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; of one of
+    captions "tr" and "ir" with R@K and ranks, and "rsum"; "warnings" where something went wrong without an error."""

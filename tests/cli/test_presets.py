@@ -2,10 +2,12 @@ import json
 from dataclasses import asdict
 
 import pytest
+import tiny_towers
 
 from cmr_fast.cli import main
+from cmr_fast.data import load_captions
 from cmr_fast.methods import METHODS
-from cmr_fast.methods.method import Classifier
+from cmr_fast.methods.method import CaptionRetriever, Classifier
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -15,12 +17,16 @@ def test_preset_sets_the_defaults_and_flags_change_them(method, tmp_path):
     name, preset = next(iter(kind.presets.items()))
     out = tmp_path / "run"
     sizes = ["train=60", "test=20"] if issubclass(kind, Classifier) else ["count=200"]
+    if issubclass(kind, CaptionRetriever):
+        sizes = ["count=60"]
     command = ["train", method, "--preset", name, "--options", *sizes, "--epochs", "1", "--batch-size", "20"]
+    if issubclass(kind, CaptionRetriever):
+        command += ["--towers", tiny_towers.towers(tmp_path, ["red"], load_captions("shapes", count=20).train.pixels())]
     assert main([*command, "--out", str(out), "--quiet"]) == 0
     stored = json.loads((out / "config.json").read_text())["config"]
     chosen, paper = (json.loads(json.dumps(asdict(config))) for config in (preset, kind.Config()))
     changed = {key for key, value in stored.items() if value != chosen[key]}
-    assert changed <= {"epochs", "batch_size"}
+    assert changed <= {"epochs", "batch_size", "towers"}
     assert stored != paper
 
 

@@ -397,12 +397,14 @@ def test_codes_are_compared_by_hamming_distance(tmp_path):
 
 def test_unknown_method_and_wrong_config_are_refused(tmp_path):
     with pytest.raises(
-        InputError, match="unknown method 'acmrr', expected one of acmr, cmimh, dcmh, ssah, djsrh, scatter, madry"
+        InputError, match="unknown method 'acmrr', expected one of acmr, cmimh, dcmh, ssah, djsrh, clip, scatter, madry"
     ):
         METHODS["acmrr"]
     with pytest.raises(InputError, match="ACMRConfig"):
         train("acmr", {"epochs": 3}, small_dataset(), quick(tmp_path / "run"))
-    assert list(METHODS) == ["acmr", "cmimh", "dcmh", "ssah", "djsrh", "scatter", "madry", "plain", "random-targeted"]
+    assert list(METHODS) == [
+        "acmr", "cmimh", "dcmh", "ssah", "djsrh", "clip", "scatter", "madry", "plain", "random-targeted",
+    ]  # fmt: skip
 
 
 def test_grid_search_picks_by_validation_and_tells_of_no_test_score(tmp_path):

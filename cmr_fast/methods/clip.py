@@ -1,0 +1,255 @@
+"""Contrastive training of a dual encoder on captions (CLIP: Radford et al. 2021), heads first, then the towers too.
+
+    minimise InfoNCE(f(x), g(t)), both directions halved        every caption of an image is a positive of it
+
+In the first `head_epochs` the pretrained towers stay as they are, so what they see in each image and caption is
+computed once, kept in the user's cache, and only the heads are trained on it: seconds an epoch. In the epochs after
+these the towers are trained too, at rates of their own. Batch normalisation keeps its stored statistics throughout.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cmr_fast._files import cache_folder, write_aside
+from cmr_fast._terminal import track
+from cmr_fast.data.captions import CaptionedImages
+from cmr_fast.errors import InputError
+from cmr_fast.methods._settings import check_finite, check_kinds, check_least
+from cmr_fast.methods.method import CaptionRetriever
+from cmr_fast.modalities import Modality
+from cmr_fast.models.clip import TwoTowers, dual_encoder
+from cmr_fast.models.dual import by_length
+from cmr_fast.ops.info_nce import info_nce
+
+_IMAGES, _TEXTS = 64, 64  # that go through a tower at a time
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Defaults: what fits into 20 minutes of two cores on Flickr8k; the heads' were chosen on its validation split."""
+
+    towers: str = "efficientnet-lite0+minilm"
+    """The pretrained towers: IMAGE+TEXT, open_clip/NAME@WEIGHTS or a robust checkpoint, see cmr_fast.models.clip."""
+    dim: int = 512
+    """Of the common space (of IMAGE+TEXT; a model of open_clip has its own)."""
+    hidden: int = 512
+    """Of the heads' hidden layer."""
+    dropout: float = 0.3
+    """Of the heads' hidden layer."""
+    epochs: int = 11
+    """Passes over the training images, those of the heads alone included."""
+    head_epochs: int = 8
+    """So many epochs, the first, train the heads alone; epochs of no more than that leave the towers frozen."""
+    batch_size: int = 128
+    """Images a batch."""
+    captions: int = 1
+    """Captions of an image in a batch, drawn anew each time; 0: all of them."""
+    head_lr: float = 5e-4
+    """Peak learning rate of the heads alone, AdamW."""
+    image_lr: float = 2e-4
+    """Peak learning rate of the image tower."""
+    text_lr: float = 5e-5
+    """Peak learning rate of the text tower."""
+    joint_head_lr: float = 3e-4
+    """Peak learning rate of the heads while the towers are trained."""
+    weight_decay: float = 0.05
+    """Of AdamW; not of biases, normalisations and the temperature."""
+    frozen_blocks: int = 3
+    """Of the image tower's blocks the first so many, and what lies before them, keep their weights: their filters are
+    general, and training them would take a third of the time. 0 trains all."""
+    augment: bool = True
+    """Random crops of the images (a side of 0.75 to 1 of them) and flips, while the towers are trained."""
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        check_least(self, dim=1, hidden=1, epochs=1, head_epochs=0, batch_size=2, captions=0, frozen_blocks=0)
+        check_finite(self, "head_lr", "image_lr", "text_lr", "joint_head_lr", "weight_decay")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+class _Seen(NamedTuple):
+    """What frozen towers see: (N, width) of images, (M, width) of captions image by image, (N,) where these begin."""
+
+    image: Tensor
+    text: Tensor
+    begin: Tensor
+
+
+class Clip(CaptionRetriever):
+    """A dual encoder, `dual`, and one batch of its training."""
+
+    name: ClassVar[str] = "clip"
+    Config: ClassVar[type] = ClipConfig
+    presets: ClassVar[dict[str, Any]] = {"frozen": ClipConfig(epochs=8)}
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__(config)
+        self.config: ClipConfig = config
+        c = config
+        self.dual = dual_encoder(c.towers, dim=c.dim, hidden=c.hidden, dropout=c.dropout, pretrained=False)
+        if c.head_epochs and not isinstance(self.dual, TwoTowers):
+            raise InputError(f"{c.towers} has no heads of its own, expected head_epochs 0, got {c.head_epochs}")
+        self.dual.requires_grad_(True)
+        if isinstance(self.dual, TwoTowers):
+            self.dual.freeze_blocks(c.frozen_blocks)
+        self._seen: dict[int, _Seen] = {}  # by the split's fingerprint, while the towers are frozen
+        self._train: _Seen | None = None
+
+    def fit_inputs(self, train: CaptionedImages) -> None:
+        """Take the pretrained weights."""
+        self.dual.load()
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """AdamW of the heads (of open_clip's models: nothing but the temperature), and of each tower."""
+        return {name: torch.optim.AdamW(self._groups(part)) for name, part in self.dual.parts().items()}
+
+    def _groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        matrices, rest = ([p for p in parameters if (p.ndim > 1) == wanted] for wanted in (True, False))
+        return [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    def _rates(self, progress: float) -> dict[str, float]:
+        """The learning rates at a step, by optimizer: a cosine each for the heads alone and for everything."""
+        c = self.config
+        begin = min(c.head_epochs, c.epochs) / c.epochs
+        if progress < begin - 1e-9:
+            return {"heads": c.head_lr * _cosine(progress / begin)}
+        share = _cosine((progress - begin) / (1 - begin))
+        return {"heads": c.joint_head_lr * share, "image": c.image_lr * share, "text": c.text_lr * share}
+
+    def begin_round(self, split: CaptionedImages, progress: float) -> None:
+        """Before an epoch of the heads alone: have the towers see everything once."""
+        if "image" not in self._rates(progress):
+            self._train = self._recall(split)
+        else:
+            self._train = None
+            self._seen.clear()
+
+    def step(
+        self,
+        batch: CaptionedImages,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """One step of InfoNCE over the batch's images and the captions drawn for them."""
+        rates = self._rates(progress)
+        for name, rate in rates.items():
+            for group in optimizers[name].param_groups:
+                group["lr"] = rate
+        rows, chosen = self._drawn(batch.text)
+        if self._train is not None:
+            image, text = self._through_heads(self._train, batch, rows, chosen)
+        else:
+            texts = [batch.text[row][which] for row, which in zip(rows.tolist(), chosen.tolist(), strict=True)]
+            image, text = self._through_towers(batch, texts)
+        ids = batch.labels.to(image.device)
+        image, text = (x.float() if x.dtype.itemsize < 4 else x for x in (image, text))  # autocast mixes types
+        loss: Any = info_nce(image, text, self.dual.scale, positives=(ids, ids[rows.to(image.device)]))
+        for name in rates:
+            optimizers[name].zero_grad()
+        backward(loss)
+        for name in rates:
+            optimizers[name].step()
+        self.dual.clamp_scale()
+        return {"loss": loss.detach(), "scale": self.dual.scale.detach()}
+
+    def _drawn(self, text: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """int64 (M,) each: the row of the batch and which of its captions, by torch's random state."""
+        count = self.config.captions
+        which = [torch.randperm(len(row))[: count or None] for row in text]
+        return torch.repeat_interleave(torch.tensor([len(w) for w in which])), torch.cat(which)
+
+    def _through_heads(
+        self, seen: _Seen, batch: CaptionedImages, rows: Tensor, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert batch.rows is not None
+        places = batch.rows.cpu()
+        captions = seen.begin[places[rows]] + chosen
+        return self._head("image", seen.image[places]), self._head("text", seen.text[captions])
+
+    def _head(self, modality: Modality, features: Tensor) -> Tensor:
+        assert isinstance(self.dual, TwoTowers)
+        head = self.dual.image_head if modality == "image" else self.dual.text_head
+        where = self.dual.log_scale
+        return F.normalize(head(features.to(where.device, where.dtype)), dim=1)
+
+    def _through_towers(self, batch: CaptionedImages, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        where = self.dual.log_scale
+        pixels = batch.pixels().to(where.device, where.dtype)
+        image = self.dual.encode_image(augmented(pixels) if self.config.augment else pixels)
+        return image, by_length(self.dual, texts, self.dual.encode_text, _TEXTS)
+
+    def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
+        """All images or all captions; through the head alone while the towers are frozen and have seen them."""
+        if self._train is not None:
+            seen = self._recall(split)
+            return self._head(modality, seen.image if modality == "image" else seen.text).cpu()
+        if modality == "image":
+            return self._images(split, self.dual.encode_image)
+        return by_length(self.dual, split.captions()[0], self.dual.encode_text).cpu()
+
+    @torch.no_grad()
+    def _recall(self, split: CaptionedImages) -> _Seen:
+        """What the towers see in a split, once; in eval mode, so that it is the same each time."""
+        key = split.fingerprint()
+        if key not in self._seen:
+            captions, owner = split.captions()
+            counts = torch.bincount(owner, minlength=len(split))
+            self._seen[key] = _Seen(*self._features(split, captions), counts.cumsum(0) - counts)
+        return self._seen[key]
+
+    def _features(self, split: CaptionedImages, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Of images and captions, from the cache where the same ones went through the same towers before."""
+        assert isinstance(self.dual, TwoTowers)
+        photos = "" if isinstance(split.image, Tensor) else split.image.key()
+        digest = hashlib.blake2b(f"{photos}{captions}".encode(), digest_size=8)
+        parts = [v for tower in (self.dual.image_tower, self.dual.text_tower) for v in tower.state_dict().values()]
+        for part in [*parts, split.image]:
+            if isinstance(part, Tensor):
+                digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        file = cache_folder() / f"towers-{digest.hexdigest()}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):
+            stored = load_file(file)
+            return stored["image"], stored["text"]
+        training = self.dual.training
+        self.dual.eval()
+        image = self._images(split, self.dual.image_features)
+        text = by_length(self.dual, captions, self.dual.text_features).cpu()
+        self.dual.train(training)
+        with suppress(OSError, SafetensorError), write_aside(file) as aside:  # a full disk costs time, not the data
+            save_file({"image": image.contiguous(), "text": text.contiguous()}, aside)
+        return image, text
+
+    def _images(self, split: CaptionedImages, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """`encode` of all pixels of a split, some at a time; on the CPU."""
+        where = self.dual.log_scale
+        parts = track(list(torch.arange(len(split)).split(_IMAGES)), "images through the tower")
+        return torch.cat([encode(split.select(r).pixels().to(where.device, where.dtype)).cpu() for r in parts])
+
+
+def augmented(pixels: Tensor) -> Tensor:
+    """Random crops (a side of 0.75 to 1 of the image) scaled back, half of them flipped, by torch's random state."""
+    count = len(pixels)
+    side = 0.75 + 0.25 * torch.rand(count)
+    shift = (1 - side)[:, None] * (2 * torch.rand(count, 2) - 1)
+    turned = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    zero = torch.zeros(count)
+    rows = [torch.stack([side * turned, zero, shift[:, 0]], dim=1), torch.stack([zero, side, shift[:, 1]], dim=1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1).to(pixels), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+def _cosine(share: float) -> float:
+    """Up over the first tenth, then down to 0, as a share of the peak."""
+    return min(max(share, 0.01) / 0.1, (1 + cos(pi * max(0.0, share - 0.1) / 0.9)) / 2)
