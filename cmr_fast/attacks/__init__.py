@@ -21,6 +21,8 @@ _WHERE = {
     "CodeAttack": "hashing",
     "anchor_code": "hashing",
     "centre_codes": "hashing",
+    "BertAttack": "text.bert",
+    "TextInfo": "text.bert",
 }
 _MODULES = ("losses", "checks")
 

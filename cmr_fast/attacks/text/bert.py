@@ -1,0 +1,288 @@
+"""BERT-Attack on captions (Li et al. 2020; on image-text models Co-Attack, SGA and MAT use it with one word).
+
+    importance of a word   how far the embedding moves when [UNK] stands in its place
+    candidates             what a masked language model, reading the clean caption, would put there
+    swap                   in the order of importance, for the candidate that raises the objective most, until `words`
+                           have changed; a word that no candidate beats stays, and does not count
+
+A batch of captions takes three kinds of passes: one over all texts with a word masked, one of the masked language
+model, and then, round after round, one over the candidates of the next word of every caption that is not done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmr_fast.attacks.settings import real, whole
+from cmr_fast.attacks.text.candidates import Candidates, WordModel, check_model
+from cmr_fast.attacks.text.encoder import FlatTexts, TextEncoder, evaluating
+from cmr_fast.attacks.text.objectives import Objective, find, image
+from cmr_fast.attacks.text.words import STOP_WORDS, UNKNOWN, Caption, check_texts
+from cmr_fast.errors import InputError
+
+Compat = Literal["coattack"] | None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One word that an attack has changed: which of the caption's words, what it was and what it is now."""
+
+    word: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What return_info=True adds, one entry a caption.
+
+    Attributes
+    ----------
+    swaps
+        The changes, in the order in which they were made.
+    objective
+        float (N,), of the texts returned.
+    queries
+        Different texts that went through the victim.
+    """
+
+    swaps: list[list[Swap]]
+    objective: Tensor
+    queries: int
+
+    def __repr__(self) -> str:
+        """In one line."""
+        changed = sum(map(bool, self.swaps))
+        return f"TextInfo({changed} of {len(self.swaps)} changed, {self.queries} texts through the victim)"
+
+
+@dataclass
+class _Search:
+    """One caption under attack."""
+
+    caption: Caption
+    row: int  # in the batch
+    order: list[int] = field(default_factory=list)  # words to try, the next one last
+    words: list[str] = field(default_factory=list)  # as they are now
+    value: float = 0.0  # of the objective now
+    swaps: list[Swap] = field(default_factory=list)
+
+
+class BertAttack:
+    """Words of captions swapped for those of a masked language model: `adv = BertAttack(victim, mlm)(captions)`.
+
+    Parameters
+    ----------
+    victim
+        `tokenize(texts) -> ids, mask` and `encode_text(ids, mask) -> (N, d)`, a dual encoder say; a module is attacked
+        in evaluation mode and left as it was.
+    mlm
+        A masked language model, as of cmr_fast.models.mlm.MaskedLM.load.
+    words
+        Most words that may change.
+    k
+        Of the masked language model's likeliest pieces at a position.
+    threshold
+        Least logit of a candidate of one piece; 0 for none.
+    objective
+        "kl" (Co-Attack), "l2" (MAT's Eq. 4), "similarity" (to the clean text, lowered), "image" (similarity to the
+        caption's image, lowered: SGA), or a function of (changed, clean, images) embeddings -> (M,).
+    importance
+        The same, of masked texts; None is the objective, and "kl" where that needs an image.
+    max_length
+        Tokens of a caption that the masked language model reads, [CLS] and [SEP] counted; words beyond stay. None: all
+        that it can.
+    compat
+        "coattack": as the code of Co-Attack and SGA, with candidates predicted one position before the word (the first
+        word gets those of [CLS]), words parted at single spaces with punctuation on them, and candidates that are
+        special tokens or several words.
+    dtype
+        torch.bfloat16: texts are encoded under autocast; importance and objective are float32 all the same.
+    batch
+        Captions at once; the result does not depend on it but for rounding.
+    tokens
+        Of a forward pass, padding counted; None: 2,048 on a CPU, 65,536 elsewhere.
+    check
+        Refuse a victim whose embedding does not change with its text.
+
+    Raises
+    ------
+    InputError
+        For settings out of their range, and models without the functions that are needed.
+
+    Notes
+    -----
+    Li et al. 2020, "BERT-ATTACK: adversarial attack against BERT using BERT", Algorithm 1; Zhang et al. 2022, "Towards
+    adversarial attack on vision-language pre-training models", section 4.1. Stop words are those of their code, and
+    words are compared without case.
+    """
+
+    def __init__(
+        self,
+        victim: TextEncoder,
+        mlm: WordModel,
+        *,
+        words: int = 1,
+        k: int = 10,
+        threshold: float = 0.3,
+        objective: str | Objective = "kl",
+        importance: str | Objective | None = None,
+        max_length: int | None = None,
+        compat: Compat = None,
+        dtype: torch.dtype | None = None,
+        batch: int = 256,
+        tokens: int | None = None,
+        check: bool = True,
+    ) -> None:
+        check_model(mlm)
+        tokens = None if tokens is None else whole("tokens", tokens, 1)
+        self.texts, self.mlm = FlatTexts(victim, dtype, tokens), mlm
+        self.words, self.k, self.batch = whole("words", words, 1), whole("k", k, 1), whole("batch", batch, 1)
+        self.threshold = real("threshold", threshold, -1e30, 1e30)
+        self.objective = find(objective)
+        unset = "kl" if self.objective is image else objective
+        self.importance = find(unset if importance is None else importance, "importance")
+        self.max_length = whole("max_length", mlm.context if max_length is None else max_length, 3, mlm.context)
+        if compat not in (None, "coattack"):
+            raise InputError(f"compat must be 'coattack' or None, got {compat!r}")
+        self.compat, self.check = compat, check
+
+    @property
+    def model(self) -> TextEncoder:
+        """The victim."""
+        return self.texts.model
+
+    @overload
+    def __call__(
+        self, texts: Sequence[str], images: Tensor | np.ndarray | None = None, *, return_info: Literal[False] = False
+    ) -> list[str]: ...
+
+    @overload
+    def __call__(
+        self, texts: Sequence[str], images: Tensor | np.ndarray | None = None, *, return_info: Literal[True]
+    ) -> tuple[list[str], TextInfo]: ...
+
+    def __call__(
+        self, texts: Sequence[str], images: Tensor | np.ndarray | None = None, *, return_info: bool = False
+    ) -> list[str] | tuple[list[str], TextInfo]:
+        """Adversarial captions.
+
+        Parameters
+        ----------
+        texts
+            N captions.
+        images
+            Embeddings of their images, float (N, d), for objectives that use them.
+        return_info
+            Return a TextInfo beside them.
+
+        Returns
+        -------
+        adv
+            list of str; with return_info (adv, TextInfo).
+
+        Raises
+        ------
+        InputError
+            For captions without words, images of another shape, and a victim that ignores its text.
+        """
+        texts = check_texts(texts)
+        before = self.texts.queries
+        searches: list[_Search] = []
+        with self.texts.prepare(), evaluating(self.mlm):
+            targets = None if images is None else _images(images, len(texts), self.texts.device)
+            for start in range(0, len(texts), self.batch):
+                rows = slice(start, start + self.batch)
+                searches += self._attack(texts[rows], None if targets is None else targets[rows])
+        adversarial = [search.caption.joined(search.words) for search in searches]
+        if not return_info:
+            return adversarial
+        values = torch.tensor([search.value for search in searches])
+        return adversarial, TextInfo([search.swaps for search in searches], values, self.texts.queries - before)
+
+    def _attack(self, texts: list[str], images: Tensor | None) -> list[_Search]:
+        """The captions of a batch, attacked to the end."""
+        captions = [Caption(text, spaces=self.compat is not None) for text in texts]
+        candidates = Candidates(
+            self.mlm, captions, k=self.k, threshold=self.threshold, max_length=self.max_length,
+            previous=self.compat is not None, tokens=self.texts.tokens,
+        )  # fmt: skip
+        searches = [_Search(caption, row, words=list(caption.words)) for row, caption in enumerate(captions)]
+        for search in searches:
+            search.order = [
+                i for i, word in enumerate(search.words) if not self._stops(word) and candidates.reads(search.row, i)
+            ]
+        clean = self._order(searches, images)
+        start = self.objective(clean, clean, images).tolist()
+        for search, value in zip(searches, start, strict=True):
+            search.value = value
+        active = [search for search in searches if search.order]
+        while active:
+            self._swap(active, candidates, clean, images)
+            active = [search for search in active if search.order and len(search.swaps) < self.words]
+        return searches
+
+    def _stops(self, word: str) -> bool:
+        return (word if self.compat else word.lower()) in STOP_WORDS
+
+    def _order(self, searches: list[_Search], images: Tensor | None) -> Tensor:
+        """Sort the words of each caption by importance; the clean embeddings (N, d)."""
+        # one word needs no order
+        masked = [(s, word) for s in searches if len(s.order) > 1 for word in s.order]
+        texts = [s.caption.text for s in searches]
+        vectors = self.texts([*texts, *(s.caption.swapped(word, UNKNOWN) for s, word in masked)])
+        clean, moved = vectors[: len(texts)], vectors[len(texts) :]
+        self._refuse_deaf(clean, moved)
+        if masked:
+            rows = torch.tensor([s.row for s, _ in masked], device=clean.device)
+            values = self.importance(moved, clean[rows], None if images is None else images[rows]).tolist()
+            of = {(s.row, word): value for (s, word), value in zip(masked, values, strict=True)}
+            for s in searches:
+                if len(s.order) > 1:  # equal ones in the order of the caption
+                    s.order.sort(key=lambda word, row=s.row: (-of[row, word], word), reverse=True)  # type: ignore[misc]
+        return clean
+
+    def _refuse_deaf(self, clean: Tensor, moved: Tensor) -> None:
+        if not self.check or not len(moved):
+            return
+        every = torch.cat([clean, moved])
+        if bool((every - every[:1]).abs().amax() <= 1e-6 * every.abs().amax()):
+            raise InputError(
+                f"the victim ignores its text: {len(every)} different ones have the same embedding; expected an "
+                "encoder that they change (check=False attacks it all the same)"
+            )
+        self.check = False
+
+    def _swap(self, active: list[_Search], candidates: Candidates, clean: Tensor, images: Tensor | None) -> None:
+        """Try the next word of each caption."""
+        chosen = [search.order.pop() for search in active]
+        found = candidates([(search.row, word) for search, word in zip(active, chosen, strict=True)])
+        texts = [
+            search.caption.swapped(word, candidate, search.words)
+            for search, word, some in zip(active, chosen, found, strict=True)
+            for candidate in some
+        ]
+        if not texts:
+            return
+        counts = [len(some) for some in found]
+        rows = torch.tensor([search.row for search in active]).repeat_interleave(torch.tensor(counts)).to(clean.device)
+        values = self.objective(self.texts(texts), clean[rows], None if images is None else images[rows])
+        for search, word, some, scores in zip(active, chosen, found, values.cpu().split(counts), strict=True):
+            if not some:
+                continue
+            best = int(scores.argmax())
+            if scores[best] > search.value:  # the word itself is the first candidate, and keeps its place in a tie
+                search.swaps.append(Swap(word, search.words[word], some[best]))
+                search.words[word], search.value = some[best], float(scores[best])
+
+
+def _images(images: object, count: int, device: torch.device) -> Tensor:
+    tensor = torch.as_tensor(images) if isinstance(images, (Tensor, np.ndarray)) else None
+    if tensor is None or not tensor.is_floating_point() or tensor.ndim != 2 or len(tensor) != count:
+        seen = type(images).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise InputError(f"images must be embeddings, floats ({count}, d), one a caption, got {seen}")
+    return tensor.detach().to(device)
