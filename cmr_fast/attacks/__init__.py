@@ -22,7 +22,8 @@ _WHERE = {
     "anchor_code": "hashing",
     "centre_codes": "hashing",
     "BertAttack": "text.bert",
-    "TextInfo": "text.bert",
+    "CharacterAttack": "text.characters",
+    "TextInfo": "text.base",
 }
 _MODULES = ("losses", "checks")
 

@@ -139,13 +139,13 @@ def test_batched_equals_one_at_a_time(texts, words, batch, tokens, compat):
     one = BertAttack(victim(), masked_lm(), **options)
     together, info = atk(texts, return_info=True)
     assert together == [one([text])[0] for text in texts]
-    for text, now, swaps in zip(texts, together, info.swaps, strict=True):
+    for text, now, swaps in zip(texts, together, info.changes, strict=True):
         caption = Caption(text, spaces=compat is not None)
         changed = list(caption.words)
         for swap in swaps:
-            assert changed[swap.word] == swap.before
-            changed[swap.word] = swap.after
-        assert len({swap.word for swap in swaps}) == len(swaps) <= words
+            assert changed[swap.place] == swap.before
+            changed[swap.place] = swap.after
+        assert len({swap.place for swap in swaps}) == len(swaps) <= words
         assert caption.joined(changed) == now
 
 
@@ -164,7 +164,7 @@ def test_case_punctuation_and_the_rest_stay_as_they_are():
     assert caption.words == ["The", "MAN", "s", "hat", "blue", "and", "big"]
     assert caption.joined(caption.words) == text
     changed, info = BertAttack(victim(), masked_lm(), threshold=0.0)([text], return_info=True)
-    (swap,) = info.swaps[0]
+    (swap,) = info.changes[0]
     assert changed == [text.replace(swap.before, swap.after)]
     assert swap.after.lower() not in STOP_WORDS and swap.after != swap.before.lower()
 
@@ -173,8 +173,8 @@ def test_captions_of_stop_words_and_of_other_scripts():
     texts = ["the one in which it is", "犬が走る", "собака бежит", "كلب يركض", "ξ"]
     atk = BertAttack(victim(), masked_lm(), threshold=0.0, check=False)
     changed, info = atk(texts, return_info=True)
-    assert changed[0] == texts[0] and not info.swaps[0]
-    assert all(len(swaps) <= 1 for swaps in info.swaps)
+    assert changed[0] == texts[0] and not info.changes[0]
+    assert all(len(swaps) <= 1 for swaps in info.changes)
 
 
 def test_the_objective_goes_up_and_is_that_of_what_is_returned():
@@ -184,7 +184,7 @@ def test_the_objective_goes_up_and_is_that_of_what_is_returned():
             float((embed(victim(), a) - embed(victim(), b)).norm()) for a, b in zip(CAPTIONS, changed, strict=True)
         ]
     torch.testing.assert_close(info.objective, torch.tensor(apart))
-    assert min(value for value, swaps in zip(apart, info.swaps, strict=True) if swaps) > 0
+    assert min(value for value, swaps in zip(apart, info.changes, strict=True) if swaps) > 0
 
 
 def test_equal_texts_are_encoded_once():

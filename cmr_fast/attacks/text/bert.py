@@ -9,55 +9,22 @@ A batch of captions takes three kinds of passes: one over all texts with a word 
 model, and then, round after round, one over the candidates of the next word of every caption that is not done.
 """
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cmr_fast.attacks.settings import real, whole
+from cmr_fast.attacks.text.base import Change, Result, TextAttack
 from cmr_fast.attacks.text.candidates import Candidates, WordModel, check_model
-from cmr_fast.attacks.text.encoder import FlatTexts, TextEncoder, evaluating
+from cmr_fast.attacks.text.encoder import TextEncoder, evaluating
 from cmr_fast.attacks.text.objectives import Objective, find, image
-from cmr_fast.attacks.text.words import STOP_WORDS, UNKNOWN, Caption, check_texts
+from cmr_fast.attacks.text.words import STOP_WORDS, UNKNOWN, Caption
 from cmr_fast.errors import InputError
 
 Compat = Literal["coattack"] | None
-
-
-@dataclass(frozen=True)
-class Swap:
-    """One word that an attack has changed: which of the caption's words, what it was and what it is now."""
-
-    word: int
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class TextInfo:
-    """What return_info=True adds, one entry a caption.
-
-    Attributes
-    ----------
-    swaps
-        The changes, in the order in which they were made.
-    objective
-        float (N,), of the texts returned.
-    queries
-        Different texts that went through the victim.
-    """
-
-    swaps: list[list[Swap]]
-    objective: Tensor
-    queries: int
-
-    def __repr__(self) -> str:
-        """In one line."""
-        changed = sum(map(bool, self.swaps))
-        return f"TextInfo({changed} of {len(self.swaps)} changed, {self.queries} texts through the victim)"
 
 
 @dataclass
@@ -69,10 +36,10 @@ class _Search:
     order: list[int] = field(default_factory=list)  # words to try, the next one last
     words: list[str] = field(default_factory=list)  # as they are now
     value: float = 0.0  # of the objective now
-    swaps: list[Swap] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
 
 
-class BertAttack:
+class BertAttack(TextAttack):
     """Words of captions swapped for those of a masked language model: `adv = BertAttack(victim, mlm)(captions)`.
 
     Parameters
@@ -138,74 +105,21 @@ class BertAttack:
         tokens: int | None = None,
         check: bool = True,
     ) -> None:
+        super().__init__(victim, objective, dtype, batch, tokens, check)
         check_model(mlm)
-        tokens = None if tokens is None else whole("tokens", tokens, 1)
-        self.texts, self.mlm = FlatTexts(victim, dtype, tokens), mlm
-        self.words, self.k, self.batch = whole("words", words, 1), whole("k", k, 1), whole("batch", batch, 1)
+        self.mlm, self.words, self.k = mlm, whole("words", words, 1), whole("k", k, 1)
         self.threshold = real("threshold", threshold, -1e30, 1e30)
-        self.objective = find(objective)
         unset = "kl" if self.objective is image else objective
         self.importance = find(unset if importance is None else importance, "importance")
         self.max_length = whole("max_length", mlm.context if max_length is None else max_length, 3, mlm.context)
         if compat not in (None, "coattack"):
             raise InputError(f"compat must be 'coattack' or None, got {compat!r}")
-        self.compat, self.check = compat, check
+        self.compat = compat
 
-    @property
-    def model(self) -> TextEncoder:
-        """The victim."""
-        return self.texts.model
+    def _holding(self) -> AbstractContextManager[None]:
+        return evaluating(self.mlm)
 
-    @overload
-    def __call__(
-        self, texts: Sequence[str], images: Tensor | np.ndarray | None = None, *, return_info: Literal[False] = False
-    ) -> list[str]: ...
-
-    @overload
-    def __call__(
-        self, texts: Sequence[str], images: Tensor | np.ndarray | None = None, *, return_info: Literal[True]
-    ) -> tuple[list[str], TextInfo]: ...
-
-    def __call__(
-        self, texts: Sequence[str], images: Tensor | np.ndarray | None = None, *, return_info: bool = False
-    ) -> list[str] | tuple[list[str], TextInfo]:
-        """Adversarial captions.
-
-        Parameters
-        ----------
-        texts
-            N captions.
-        images
-            Embeddings of their images, float (N, d), for objectives that use them.
-        return_info
-            Return a TextInfo beside them.
-
-        Returns
-        -------
-        adv
-            list of str; with return_info (adv, TextInfo).
-
-        Raises
-        ------
-        InputError
-            For captions without words, images of another shape, and a victim that ignores its text.
-        """
-        texts = check_texts(texts)
-        before = self.texts.queries
-        searches: list[_Search] = []
-        with self.texts.prepare(), evaluating(self.mlm):
-            targets = None if images is None else _images(images, len(texts), self.texts.device)
-            for start in range(0, len(texts), self.batch):
-                rows = slice(start, start + self.batch)
-                searches += self._attack(texts[rows], None if targets is None else targets[rows])
-        adversarial = [search.caption.joined(search.words) for search in searches]
-        if not return_info:
-            return adversarial
-        values = torch.tensor([search.value for search in searches])
-        return adversarial, TextInfo([search.swaps for search in searches], values, self.texts.queries - before)
-
-    def _attack(self, texts: list[str], images: Tensor | None) -> list[_Search]:
-        """The captions of a batch, attacked to the end."""
+    def _attack(self, texts: list[str], images: Tensor | None, numbers: Tensor) -> list[Result]:
         captions = [Caption(text, spaces=self.compat is not None) for text in texts]
         candidates = Candidates(
             self.mlm, captions, k=self.k, threshold=self.threshold, max_length=self.max_length,
@@ -223,8 +137,8 @@ class BertAttack:
         active = [search for search in searches if search.order]
         while active:
             self._swap(active, candidates, clean, images)
-            active = [search for search in active if search.order and len(search.swaps) < self.words]
-        return searches
+            active = [search for search in active if search.order and len(search.changes) < self.words]
+        return [Result(search.caption.joined(search.words), search.value, search.changes) for search in searches]
 
     def _stops(self, word: str) -> bool:
         return (word if self.compat else word.lower()) in STOP_WORDS
@@ -235,7 +149,7 @@ class BertAttack:
         masked = [(s, word) for s in searches if len(s.order) > 1 for word in s.order]
         texts = [s.caption.text for s in searches]
         vectors = self.texts([*texts, *(s.caption.swapped(word, UNKNOWN) for s, word in masked)])
-        clean, moved = vectors[: len(texts)], vectors[len(texts) :]
+        clean, moved = vectors.tensor_split([len(texts)])
         self._refuse_deaf(clean, moved)
         if masked:
             rows = torch.tensor([s.row for s, _ in masked], device=clean.device)
@@ -245,17 +159,6 @@ class BertAttack:
                 if len(s.order) > 1:  # equal ones in the order of the caption
                     s.order.sort(key=lambda word, row=s.row: (-of[row, word], word), reverse=True)  # type: ignore[misc]
         return clean
-
-    def _refuse_deaf(self, clean: Tensor, moved: Tensor) -> None:
-        if not self.check or not len(moved):
-            return
-        every = torch.cat([clean, moved])
-        if bool((every - every[:1]).abs().amax() <= 1e-6 * every.abs().amax()):
-            raise InputError(
-                f"the victim ignores its text: {len(every)} different ones have the same embedding; expected an "
-                "encoder that they change (check=False attacks it all the same)"
-            )
-        self.check = False
 
     def _swap(self, active: list[_Search], candidates: Candidates, clean: Tensor, images: Tensor | None) -> None:
         """Try the next word of each caption."""
@@ -276,13 +179,5 @@ class BertAttack:
                 continue
             best = int(scores.argmax())
             if scores[best] > search.value:  # the word itself is the first candidate, and keeps its place in a tie
-                search.swaps.append(Swap(word, search.words[word], some[best]))
+                search.changes.append(Change(word, search.words[word], some[best]))
                 search.words[word], search.value = some[best], float(scores[best])
-
-
-def _images(images: object, count: int, device: torch.device) -> Tensor:
-    tensor = torch.as_tensor(images) if isinstance(images, (Tensor, np.ndarray)) else None
-    if tensor is None or not tensor.is_floating_point() or tensor.ndim != 2 or len(tensor) != count:
-        seen = type(images).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise InputError(f"images must be embeddings, floats ({count}, d), one a caption, got {seen}")
-    return tensor.detach().to(device)
