@@ -72,7 +72,7 @@ class BertAttack(TextAttack):
     batch
         Captions at once; the result does not depend on it but for rounding.
     tokens
-        Of a forward pass, padding counted; None: 2,048 on a CPU, 65,536 elsewhere.
+        Of a forward pass, padding counted; None: 512 for each thread of a CPU, 65,536 elsewhere.
     check
         Refuse a victim whose embedding does not change with its text.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmr_fast.attacks.text.encoder import CPU_TOKENS, GPU_TOKENS, chunks, split
+from cmr_fast.attacks.text.encoder import chunks, split, tokens_on
 from cmr_fast.attacks.text.words import STOP_WORDS, Caption, is_word
 from cmr_fast.errors import InputError
 
@@ -86,7 +86,7 @@ class Candidates:
         tokens: int | None = None,
     ) -> None:
         self.mlm, self.k, self.threshold, self.previous = mlm, k, threshold, previous
-        self.most = tokens or (CPU_TOKENS if mlm.device.type == "cpu" else GPU_TOKENS)
+        self.most = tokens or tokens_on(mlm.device)
         self.captions, self.max_length = captions, max_length
         mlm.pieces([part for caption in captions for part in (*caption.words, *caption.gaps)])  # tokenized in one go
         self.places: list[list[tuple[int, int]]] = []  # of each word: its pieces, as positions of the ids

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cmr_fast.attacks.victim import held, widened
 from cmr_fast.errors import InputError
 
-CPU_TOKENS, GPU_TOKENS = 2048, 65536  # a forward pass: on a CPU what its caches hold
+CPU_TOKENS, GPU_TOKENS = 512, 65536  # a forward pass: on a CPU of each thread, what its caches hold
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class FlatTexts:
     dtype
         torch.bfloat16 or torch.float16: encoded under autocast. None: as the model is.
     tokens
-        Of a forward pass, padding counted; None: 2,048 on a CPU, 65,536 elsewhere.
+        Of a forward pass, padding counted; None: 512 for each thread of a CPU, 65,536 elsewhere.
 
     Raises
     ------
@@ -118,7 +118,7 @@ class FlatTexts:
         """Float (N, d), by way of passes over rows of like length, the longest first."""
         device = self.device
         order = lengths.argsort(descending=True, stable=True)
-        most = self.tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+        most = self.tokens or tokens_on(device)
 
         def encode(rows: Tensor) -> Tensor:
             longest = max(1, int(lengths[rows[0]]))
@@ -150,6 +150,17 @@ def evaluating(model: object) -> AbstractContextManager[None]:
         A module or anything else.
     """
     return held(model) if isinstance(model, nn.Module) else nullcontext()
+
+
+def tokens_on(device: torch.device) -> int:
+    """Tokens of a forward pass that a device is fast with.
+
+    Parameters
+    ----------
+    device
+        Where the model is.
+    """
+    return CPU_TOKENS * torch.get_num_threads() if device.type == "cpu" else GPU_TOKENS
 
 
 def chunks(lengths: Tensor, tokens: int) -> Iterator[slice]:
