@@ -79,7 +79,7 @@ class _Masker:
         hidden = (draw < self.share) | ((draw == draw.amin(dim=1, keepdim=True)) & words)  # one a caption at least
         targets = ids[hidden]
         other = torch.randint(self.model.pieces_known, ids.shape, generator=self.generator)
-        ids = torch.where(hidden & (kind < 0.8), int(self.model.tokenizer.mask_token_id), ids)
+        ids = torch.where(hidden & (kind < 0.8), self.model.mask, ids)
         ids = torch.where(hidden & (kind >= 0.9), other, ids)
         device = self.model.device
         return ids.to(device), mask.to(device), hidden.to(device), targets.to(device)

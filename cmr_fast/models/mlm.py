@@ -43,6 +43,8 @@ class MaskedLM(nn.Module):
     ----------
     context
         The most tokens that a text may have, the two at its ends counted.
+    mask
+        Number of [MASK].
     special
         Numbers of pieces that are no words: [CLS], [SEP], [PAD], [UNK], [MASK].
     """
@@ -64,6 +66,7 @@ class MaskedLM(nn.Module):
                 f"the model {embeddings} embeddings: they do not belong together"
             )
         self.special = frozenset(int(i) for i in tokenizer.all_special_ids)
+        self.mask = int(tokenizer.mask_token_id)
         positions = int(getattr(network.config, "max_position_embeddings", LONGEST))
         offset = getattr(network.config, "pad_token_id", 0) + 1 if "roberta" in network.config.model_type else 0
         self.context = min(positions - offset, int(tokenizer.model_max_length))
@@ -284,7 +287,7 @@ def minilm(cache: Path | None = None) -> Path:
     if spec is None or spec.origin is None:
         raise InputError(f"MiniLM's weights are not installed: {INSTALL}")
     root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmr_fast"
-    folder = root / "all-MiniLM-L6-v2"
+    folder = root / "all-minilm-l6-v2"
     if not (folder / "model.safetensors").is_file():
         root.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".minilm-", dir=root))

@@ -64,7 +64,7 @@ class CoAttack(MultimodalAttack):
 
     Notes
     -----
-    Zhang et al. 2022, "Towards adversarial attack on vision-language pre-training models", section 4.2; "image" and the
+    Zhang et al. 2022, "Towards adversarial attack on vision-language pre-training models"; "image" and the
     first term are as in TRADES. What is reported as its success rate is clean recall less recall under attack.
     """
 

@@ -118,7 +118,7 @@ class SGA(MultimodalAttack):
     Notes
     -----
     Lu et al. 2023, "Set-level guidance attack: boosting adversarial transferability of vision-language pre-training
-    models", section 3. Its success rate is the share of what was right before and is wrong after.
+    models". Its success rate is the share of what was right before and is wrong after.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ class BertAttack(TextAttack):
     Notes
     -----
     Li et al. 2020, "BERT-ATTACK: adversarial attack against BERT using BERT", Algorithm 1; Zhang et al. 2022, "Towards
-    adversarial attack on vision-language pre-training models", section 4.1. Stop words are those of their code, and
+    adversarial attack on vision-language pre-training models". Stop words are those of their code, and
     words are compared without case.
     """
 
