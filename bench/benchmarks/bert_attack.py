@@ -103,11 +103,14 @@ class Port:
                     if candidate.isalnum():  # neither a special token nor two words
                         tried.append(candidate)
                 replaced = [" ".join([*now[:which], candidate, *now[which + 1 :]]) for candidate in tried]
-                best = int(kl(self.victim.padded(replaced, self.length), clean[i]).argmax())
+                best = int(self.objective(self.victim.padded(replaced, self.length), clean[i], i).argmax())
                 now[which] = tried[best]
                 changed += tried[best] != words[which]
             final.append(" ".join(now))
         return final
+
+    def objective(self, moved: Tensor, clean: Tensor, caption: int) -> Tensor:
+        return kl(moved, clean)
 
     def masked(self, words: list[str]) -> list[str]:
         return [" ".join([*words[:i], "[UNK]", *words[i + 1 :]]) for i in range(len(words))]

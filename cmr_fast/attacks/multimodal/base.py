@@ -114,7 +114,8 @@ class MultimodalAttack:
             seen = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(images).__name__
             raise InputError(f"images must be floats (N, 3, H, W) in [0, 1], got {seen}")
         owner = _owners(image_of, len(pixels), len(texts))
-        begin = None if start is None else torch.as_tensor(start)
+        pixels = pixels.detach()
+        begin = None if start is None else torch.as_tensor(start).detach()
         if begin is not None and begin.shape != pixels.shape:
             raise InputError(f"start must be like images {tuple(pixels.shape)}, got {tuple(begin.shape)}")
         numbers = torch.arange(len(pixels)) if index is None else torch.as_tensor(index).long()

@@ -159,12 +159,15 @@ class SGA(MultimodalAttack):
     def _attack(
         self, images: Tensor, texts: list[str], owner: Tensor, start: Tensor | None, index: Tensor
     ) -> tuple[Tensor, list[str]]:
-        first = self.text(texts, self._seen(images)[owner.to(images.device)])
-        with self.text.texts.prepare():
-            targets = self.text.texts(first)
+        owners = owner.to(images.device)
+        with self.text.holding():
+            prepared = self.text.prepare(texts)
+            first = [result.text for result in self.text.finish(prepared, self._seen(images)[owners])]
+            targets = self.text.embedded(prepared, first)
         guides = summed(targets, owner, len(images)).to(images.device)
         moved = cast(Tensor, self._pgd(index)(images, guides, start=start, index=index))
-        return moved, self.text(texts, self._seen(moved)[owner.to(images.device)])
+        with self.text.holding():
+            return moved, [result.text for result in self.text.finish(prepared, self._seen(moved)[owners])]
 
 
 def _apart(outputs: Tensor, guides: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ A batch of captions takes three kinds of passes: one over all texts with a word 
 model, and then, round after round, one over the candidates of the next word of every caption that is not done.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,14 +29,39 @@ Compat = Literal["coattack"] | None
 
 
 @dataclass
+class Prepared:
+    """A batch of captions as both models read them: what an attack against other images need not find again.
+
+    Attributes
+    ----------
+    captions
+        N of them.
+    candidates
+        For their words.
+    orders
+        Of each caption the words to try, the most important last.
+    clean
+        Embeddings, float (N, d).
+    known
+        Embeddings of texts that were tried, (d,) each.
+    """
+
+    captions: list[Caption]
+    candidates: Candidates
+    orders: list[list[int]]
+    clean: Tensor
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class _Search:
     """One caption under attack."""
 
     caption: Caption
     row: int  # in the batch
-    order: list[int] = field(default_factory=list)  # words to try, the next one last
-    words: list[str] = field(default_factory=list)  # as they are now
-    value: float = 0.0  # of the objective now
+    order: list[int]  # words to try, the next one last
+    words: list[str]  # as they are now
+    value: float  # of the objective now
     changes: list[Change] = field(default_factory=list)
 
 
@@ -120,50 +146,89 @@ class BertAttack(TextAttack):
         return evaluating(self.mlm)
 
     def _attack(self, texts: list[str], images: Tensor | None, numbers: Tensor) -> list[Result]:
+        return self.finish(self.prepare(texts, images), images)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Both models in evaluation mode and without gradients, for `prepare` and `finish`."""
+        with self.texts.prepare(), self._holding():
+            yield
+
+    def prepare(self, texts: list[str], images: Tensor | None = None) -> Prepared:
+        """Find the order of the words of a batch of captions.
+
+        Parameters
+        ----------
+        texts
+            N captions with words.
+        images
+            Embeddings (N, d), for an importance that uses them.
+        """
         captions = [Caption(text, spaces=self.compat is not None) for text in texts]
         candidates = Candidates(
             self.mlm, captions, k=self.k, threshold=self.threshold, max_length=self.max_length,
             previous=self.compat is not None, tokens=self.texts.tokens,
         )  # fmt: skip
-        searches = [_Search(caption, row, words=list(caption.words)) for row, caption in enumerate(captions)]
-        for search in searches:
-            search.order = [
-                i for i, word in enumerate(search.words) if not self._stops(word) and candidates.reads(search.row, i)
-            ]
-        clean = self._order(searches, images)
-        start = self.objective(clean, clean, images).tolist()
-        for search, value in zip(searches, start, strict=True):
-            search.value = value
+        orders = [
+            [i for i, word in enumerate(c.words) if not self._stops(word) and candidates.reads(row, i)]
+            for row, c in enumerate(captions)
+        ]
+        masked = [(row, word) for row, order in enumerate(orders) if len(order) > 1 for word in order]  # one needs none
+        vectors = self.texts([*texts, *(captions[row].swapped(word, UNKNOWN) for row, word in masked)])
+        clean, moved = vectors.tensor_split([len(texts)])
+        self._refuse_deaf(clean, moved)
+        if masked:
+            rows = torch.tensor([row for row, _ in masked], device=clean.device)
+            values = self.importance(moved, clean[rows], None if images is None else images[rows]).tolist()
+            # equal ones in the order of the caption
+            for (_, word), row in sorted(((value, -w), row) for value, (row, w) in zip(values, masked, strict=True)):
+                orders[row].remove(-word)
+                orders[row].append(-word)
+        return Prepared(captions, candidates, orders, clean, dict(zip(texts, clean, strict=True)))
+
+    def finish(self, prepared: Prepared, images: Tensor | None = None) -> list[Result]:
+        """Swap words of a prepared batch.
+
+        Parameters
+        ----------
+        prepared
+            N captions; what is found about them is added to it.
+        images
+            Embeddings (N, d), for an objective that uses them.
+        """
+        start = self.objective(prepared.clean, prepared.clean, images).tolist()
+        searches = [
+            _Search(caption, row, list(order), list(caption.words), value)
+            for row, (caption, order, value) in enumerate(zip(prepared.captions, prepared.orders, start, strict=True))
+        ]
         active = [search for search in searches if search.order]
         while active:
-            self._swap(active, candidates, clean, images)
+            self._swap(active, prepared, images)
             active = [search for search in active if search.order and len(search.changes) < self.words]
         return [Result(search.caption.joined(search.words), search.value, search.changes) for search in searches]
+
+    def embedded(self, prepared: Prepared, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts (M, d), those that were tried before from memory.
+
+        Parameters
+        ----------
+        prepared
+            Where they are kept.
+        texts
+            M of them.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in prepared.known]
+        if new:
+            prepared.known.update(zip(new, self.texts(new), strict=True))
+        return torch.stack([prepared.known[text] for text in texts])
 
     def _stops(self, word: str) -> bool:
         return (word if self.compat else word.lower()) in STOP_WORDS
 
-    def _order(self, searches: list[_Search], images: Tensor | None) -> Tensor:
-        """Sort the words of each caption by importance; the clean embeddings (N, d)."""
-        # one word needs no order
-        masked = [(s, word) for s in searches if len(s.order) > 1 for word in s.order]
-        texts = [s.caption.text for s in searches]
-        vectors = self.texts([*texts, *(s.caption.swapped(word, UNKNOWN) for s, word in masked)])
-        clean, moved = vectors.tensor_split([len(texts)])
-        self._refuse_deaf(clean, moved)
-        if masked:
-            rows = torch.tensor([s.row for s, _ in masked], device=clean.device)
-            values = self.importance(moved, clean[rows], None if images is None else images[rows]).tolist()
-            of = {(s.row, word): value for (s, word), value in zip(masked, values, strict=True)}
-            for s in searches:
-                if len(s.order) > 1:  # equal ones in the order of the caption
-                    s.order.sort(key=lambda word, row=s.row: (-of[row, word], word), reverse=True)  # type: ignore[misc]
-        return clean
-
-    def _swap(self, active: list[_Search], candidates: Candidates, clean: Tensor, images: Tensor | None) -> None:
+    def _swap(self, active: list[_Search], prepared: Prepared, images: Tensor | None) -> None:
         """Try the next word of each caption."""
         chosen = [search.order.pop() for search in active]
-        found = candidates([(search.row, word) for search, word in zip(active, chosen, strict=True)])
+        found = prepared.candidates([(search.row, word) for search, word in zip(active, chosen, strict=True)])
         texts = [
             search.caption.swapped(word, candidate, search.words)
             for search, word, some in zip(active, chosen, found, strict=True)
@@ -172,8 +237,10 @@ class BertAttack(TextAttack):
         if not texts:
             return
         counts = [len(some) for some in found]
+        clean = prepared.clean
         rows = torch.tensor([search.row for search in active]).repeat_interleave(torch.tensor(counts)).to(clean.device)
-        values = self.objective(self.texts(texts), clean[rows], None if images is None else images[rows])
+        vectors = self.embedded(prepared, texts)
+        values = self.objective(vectors, clean[rows], None if images is None else images[rows])
         for search, word, some, scores in zip(active, chosen, found, values.cpu().split(counts), strict=True):
             if not some:
                 continue

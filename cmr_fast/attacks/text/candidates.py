@@ -102,6 +102,7 @@ class Candidates:
         self._rows = rows  # ids of each caption
         self._hidden: dict[Ids, Tensor] = {}  # (L, d) by ids
         self._ranked: dict[tuple[Ids, ...], list[Ids]] = {}
+        self._found: dict[tuple[int, int], list[str]] = {}
 
     def reads(self, caption: int, word: int) -> bool:
         """Whether the model reads a word: it has pieces, and they lie within max_length.
@@ -124,6 +125,11 @@ class Candidates:
         chosen
             (caption, word) each.
         """
+        new = [pair for pair in dict.fromkeys(chosen) if pair not in self._found]
+        self._found.update(zip(new, self._find(new), strict=True))
+        return [self._found[pair] for pair in chosen]
+
+    def _find(self, chosen: Sequence[tuple[int, int]]) -> list[list[str]]:
         self._read([caption for caption, _ in chosen])
         vectors = []
         for caption, word in chosen:
