@@ -155,6 +155,14 @@ def test_the_attack_takes_matching_pairs_apart(kind):
     assert apart[1] > apart[0]
 
 
+@pytest.mark.parametrize("kind", [CoAttack, SGA])
+def test_bfloat16_towers(kind):
+    images, model = pixels().float(), Victim().float()
+    adversarial, texts = kind(model, masked_lm(), eps=EPS, steps=2, dtype=torch.bfloat16)(images, TEXTS, OWNER)
+    assert adversarial.dtype == torch.float32 and texts != TEXTS
+    assert 0 < float((adversarial.double() - images.double()).abs().max()) <= EPS
+
+
 def test_coattacks_start_is_one_sided():
     images = 0.2 + 0.5 * pixels()
     atk = CoAttack(victim(), masked_lm(), eps=EPS, steps=1, compat="coattack", mode="image")
