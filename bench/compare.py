@@ -18,7 +18,7 @@ from benchmarks.common import compare, one_thread
 
 OPS = (
     *("hamming", "ranking", "multi_index", "triplet", "acmr_step", "infonce", "pairwise", "pgd", "sinkhorn"),
-    *("scatter_step", "dcmh_step", "cmla"),
+    *("scatter_step", "dcmh_step", "cmla", "bert_attack", "character_attack", "pair_attacks"),
 )
 
 

@@ -21,6 +21,11 @@ _WHERE = {
     "CodeAttack": "hashing",
     "anchor_code": "hashing",
     "centre_codes": "hashing",
+    "BertAttack": "text.bert",
+    "CharacterAttack": "text.characters",
+    "TextInfo": "text.base",
+    "CoAttack": "multimodal.coattack",
+    "SGA": "multimodal.sga",
 }
 _MODULES = ("losses", "checks")
 

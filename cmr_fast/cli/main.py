@@ -105,6 +105,9 @@ def _parse(arguments: list[str]) -> Any:
         if rest and rest[0] in train.METHODS:
             return _cli(train.flags_of(rest[0], train.preset_in(rest)), f"{PROGRAM} train {rest[0]}", rest[1:])
         choices = {method: train.flags_of(method) for method in train.METHODS}
+        choices["mlm"] = import_module("cmr_fast.cli.mlm").TrainMLM
+        if rest and rest[0] == "mlm":
+            return _cli(choices["mlm"], f"{PROGRAM} train mlm", rest[1:])
         return _choose(choices, f"{PROGRAM} train", inspect.getdoc(train.Train) or "", rest or ["--help"])
     if name in COMMANDS:
         return _cli(_command(name), f"{PROGRAM} {name}", rest)

@@ -1,0 +1,1 @@
+"""Attacks on images and their captions at once: Co-Attack, SGA."""

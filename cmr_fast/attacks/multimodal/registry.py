@@ -1,0 +1,135 @@
+"""What attacks on images and captions are called: one name, one maker. An attack is added by a line in MAKERS.
+
+bert-attack    captions, one word; bert-attack-l2, bert-attack-similarity: other objectives
+character      captions, one character
+co-attack      images and captions; co-attack-image and the like: its modes
+sga            images and captions
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cmr_fast.attacks.multimodal.base import DualEncoder
+from cmr_fast.attacks.multimodal.coattack import CoAttack
+from cmr_fast.attacks.multimodal.sga import SGA
+from cmr_fast.attacks.text.base import TextAttack
+from cmr_fast.attacks.text.bert import BertAttack
+from cmr_fast.attacks.text.candidates import WordModel
+from cmr_fast.attacks.text.characters import CharacterAttack
+from cmr_fast.errors import InputError
+
+
+class PairAttack(Protocol):
+    """Images and captions -> adversarial ones; what an attack leaves alone comes back as it was."""
+
+    def __call__(
+        self, images: Tensor, texts: Sequence[str], image_of: object = None, *, index: object = None
+    ) -> tuple[Tensor, list[str]]:
+        """Like MultimodalAttack's."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every maker is told: the victim, the masked LM if there is one, radius, seed, and type of the towers."""
+
+    victim: DualEncoder
+    mlm: WordModel | None
+    eps: float
+    seed: int
+    dtype: torch.dtype | None
+
+    @property
+    def words(self) -> WordModel:
+        """The masked LM. InputError where there is none."""
+        if self.mlm is None:
+            raise InputError(
+                "this attack takes words from a masked language model, got none: train one with `cmr-fast train mlm`, "
+                "or attack with `character`, which needs none"
+            )
+        return self.mlm
+
+
+class CaptionsAlone:
+    """A text attack as a PairAttack: images stay.
+
+    Parameters
+    ----------
+    attack
+        On captions.
+    """
+
+    def __init__(self, attack: TextAttack) -> None:
+        self.attack = attack
+
+    def __call__(
+        self, images: Tensor, texts: Sequence[str], image_of: object = None, *, index: object = None
+    ) -> tuple[Tensor, list[str]]:
+        """As of PairAttack; `index` numbers the images, the captions are numbered by their places."""
+        return images, self.attack(texts)
+
+
+def _bert(objective: str, s: Setting) -> PairAttack:
+    return CaptionsAlone(BertAttack(s.victim, s.words, objective=objective, dtype=s.dtype))
+
+
+def _character(s: Setting) -> PairAttack:
+    return CaptionsAlone(CharacterAttack(s.victim, seed=s.seed, dtype=s.dtype))
+
+
+def _coattack(mode: Any, s: Setting) -> PairAttack:
+    return CoAttack(s.victim, s.words, mode=mode, eps=s.eps, seed=s.seed, dtype=s.dtype)
+
+
+def _sga(scales: Sequence[float] | None, s: Setting) -> PairAttack:
+    options: dict[str, Any] = {} if scales is None else {"scales": scales}
+    return SGA(s.victim, s.words, eps=s.eps, alpha=s.eps / 4, seed=s.seed, dtype=s.dtype, **options)
+
+
+MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
+    "bert-attack": partial(_bert, "kl"),
+    "bert-attack-l2": partial(_bert, "l2"),
+    "bert-attack-similarity": partial(_bert, "similarity"),
+    "character": _character,
+    "co-attack": partial(_coattack, "joint"),
+    "co-attack-image": partial(_coattack, "image"),
+    "co-attack-separate": partial(_coattack, "separate"),
+    "sga": partial(_sga, None),
+    "sga-single-scale": partial(_sga, ()),
+}
+NAMES = ", ".join(MAKERS)
+
+
+def make(
+    name: str, victim: DualEncoder, mlm: WordModel | None = None, *, eps: float = 2 / 255, seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> PairAttack:  # fmt: skip
+    """The attack that a name stands for, with the settings of its paper; SGA's steps are eps / 4.
+
+    Parameters
+    ----------
+    name
+        One of MAKERS.
+    victim
+        A dual encoder.
+    mlm
+        A masked language model; all but "character" need one.
+    eps
+        Radius of the L-inf ball, of pixels from 0 to 1.
+    seed
+        Of what is random in it.
+    dtype
+        torch.bfloat16: towers run under autocast.
+
+    Raises
+    ------
+    InputError
+        For an unknown name, and where the masked language model is missing.
+    """
+    if name not in MAKERS:
+        raise InputError(f"unknown attack {name!r} on images and captions, expected one of {NAMES}")
+    return MAKERS[name](Setting(victim, mlm, eps, seed, dtype))

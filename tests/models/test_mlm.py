@@ -1,0 +1,157 @@
+"""Masked language models: which files are one, what their tokenizers say, that training them helps."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from captions import CAPTIONS, VOCABULARY, config, masked_lm, tokenizer, whole_mlm  # noqa: E402
+
+from cmr_fast.attacks import BertAttack  # noqa: E402
+from cmr_fast.data import load_texts  # noqa: E402
+from cmr_fast.errors import InputError  # noqa: E402
+from cmr_fast.methods.mlm import MLMConfig, train_mlm  # noqa: E402
+from cmr_fast.models.mlm import MaskedLM, minilm  # noqa: E402
+
+
+def batch(texts):
+    encoded = tokenizer()(list(texts), padding=True, return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"].bool()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    masked_lm().save(tmp_path / "mlm")
+    return tmp_path / "mlm"
+
+
+def test_logits_are_transformers_own():
+    ids, mask = batch(CAPTIONS)
+    with torch.no_grad():
+        expected = whole_mlm()(input_ids=ids, attention_mask=mask.long()).logits
+        model = masked_lm().eval()
+        torch.testing.assert_close(model(ids, mask), expected)
+        torch.testing.assert_close(model.logits(model.hidden(ids, mask)[mask]), expected[mask])
+
+
+def test_saved_and_loaded(folder):
+    assert (folder / "model.safetensors").is_file() and not list(folder.parent.glob(".*"))
+    ids, mask = batch(CAPTIONS)
+    with torch.no_grad():
+        again = MaskedLM.load(folder, torch.float64)
+        torch.testing.assert_close(again(ids, mask), masked_lm().eval()(ids, mask))
+        own = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float64)
+        torch.testing.assert_close(own(input_ids=ids, attention_mask=mask.long()).logits, again(ids, mask))
+    assert not again.training and again.pieces(["snowboarder"]) == masked_lm().pieces(["snowboarder"])
+
+
+def test_an_encoder_without_a_head_is_refused_and_gets_one(tmp_path):
+    transformers.BertModel(config()).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"lacks cls\.predictions.* cmr-fast train mlm --base"):
+        MaskedLM.load(tmp_path)
+    one, two = (MaskedLM.on_encoder(tmp_path, seed=3) for _ in range(2))
+    assert one.decoder.weight is one.network.get_input_embeddings().weight
+    ids, mask = batch(CAPTIONS[:2])
+    with torch.no_grad():
+        assert torch.equal(one(ids, mask), two(ids, mask))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    small = transformers.BertConfig(vocab_size=len(VOCABULARY) - 7, hidden_size=32, num_hidden_layers=1,
+                                    num_attention_heads=4, intermediate_size=32)  # fmt: skip
+    transformers.BertForMaskedLM(small).save_pretrained(folder)
+    with pytest.raises(InputError, match="do not belong together"):
+        MaskedLM.load(folder)
+
+
+def test_a_folder_with_vocab_txt_alone(tmp_path):
+    whole_mlm().save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    assert MaskedLM.load(tmp_path).pieces(["dogs", "x9", ""]) == masked_lm().pieces(["dogs", "x9", ""])
+
+
+def test_padding_and_truncation_of_the_tokenizers_file_do_not_reach_the_pieces(folder):
+    file = folder / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["padding"] = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+    stored["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(stored))
+    words = ["dogs", "abcdefgh"]
+    assert MaskedLM.load(folder).pieces(words) == masked_lm().pieces(words) and len(masked_lm().pieces(words)[1]) == 8
+
+
+@pytest.mark.parametrize("broken", ["missing", "empty", "cut"])
+def test_no_masked_lm(folder, broken, monkeypatch):
+    if broken == "missing":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        folder = folder / "not-there"
+    elif broken == "empty":
+        for file in folder.iterdir():
+            file.unlink()
+    else:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=str(folder)):
+        MaskedLM.load(folder)
+
+
+def test_pieces_and_words():
+    model = masked_lm()
+    (pieces,) = model.pieces(["snowboarders"])
+    assert model.word(pieces) == model.text(pieces) == "snowboarders"
+    assert model.word(pieces[1:]) is None and model.text(pieces[1:]).startswith("##")
+    assert model.word([tokenizer().sep_token_id]) is None
+
+
+def test_training_lowers_the_loss_and_keeps_the_random_state():
+    state = torch.get_rng_state()
+    model = MaskedLM.scratch(CAPTIONS * 4, vocabulary=200, width=32, layers=1)
+    before, after = train_mlm(model, CAPTIONS * 4, MLMConfig(steps=40, batch=8, lr=3e-3), valid=CAPTIONS)
+    assert after.loss < before.loss - 0.5 and after.pieces == before.pieces >= len(CAPTIONS)
+    assert not model.training and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(InputError, match="none with a word"):
+        train_mlm(model, ["", "  "])
+
+
+def test_training_repeats():
+    losses = []
+    for model in (copy.deepcopy(masked_lm()), copy.deepcopy(masked_lm())):
+        losses.append(train_mlm(model, CAPTIONS, MLMConfig(steps=3, batch=4), valid=CAPTIONS)[1].loss)
+    assert losses[0] == losses[1]
+
+
+def test_texts(tmp_path):
+    sentences = [{"raw": " a dog runs "}, {"raw": ""}]
+    images = [{"split": split, "sentences": sentences} for split in ("train", "restval", "val")]
+    (tmp_path / "dataset_x.json").write_text(json.dumps({"images": images}))
+    assert load_texts(tmp_path) == ["a dog runs"] * 2 and load_texts(tmp_path, "val") == ["a dog runs"]
+    (tmp_path / "captions.txt").write_text("one\n\ntwo \n")
+    assert load_texts(tmp_path / "captions.txt") == ["one", "two"] and not load_texts(tmp_path / "captions.txt", "val")
+    (tmp_path / "dataset_x.json").write_text("[1]")
+    with pytest.raises(InputError, match="expected images with split"):
+        load_texts(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(InputError, match="no captions"):
+        load_texts(tmp_path / "empty.txt")
+
+
+def test_the_sentence_encoder_of_the_package():
+    pytest.importorskip("all_minilm_l6_v2")
+    with pytest.raises(InputError, match="no masked language model"):
+        MaskedLM.load(minilm())
+    model = MaskedLM.on_encoder(minilm())
+    assert model.context == 512 and model.pieces(["snowboarder"]) == [[4586, 6277, 2121]]
+
+
+def test_a_trained_model_gives_candidates(tmp_path):
+    from captions import victim
+
+    model = MaskedLM.scratch(CAPTIONS * 4, vocabulary=200, width=32, layers=1)
+    train_mlm(model, CAPTIONS * 4, MLMConfig(steps=20, batch=8, lr=3e-3))
+    changed = BertAttack(victim(), model, threshold=0.0)(CAPTIONS)
+    assert sum(a != b for a, b in zip(CAPTIONS, changed, strict=True)) > 3
