@@ -155,7 +155,7 @@ def load_captions(path_or_name: str | os.PathLike[str], **options: str | int | N
     """
     if path_or_name == BUILT_IN:
         return shapes.load_captions(**_checked(shapes.load_captions, "the built-in shapes", options))
-    path = _find(path_or_name)
+    path = find(path_or_name)
     if not captions.holds(path):
         raise InputError(
             f"{path}: no images with captions found; looked for Karpathy's dataset_*.json, captions.csv or .txt, "
