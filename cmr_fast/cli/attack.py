@@ -1,4 +1,4 @@
-"""`cmr-fast attack`: what attacks leave of a classifier's accuracy, or of a retriever's R@K."""
+"""`cmr-fast attack`: what attacks leave of a classifier's accuracy, or of a retriever's R@K or mAP."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from cmr_fast.cli.common import (
     load_run,
     makes_codes,
     open_run,
+    reads_captions,
     refuse_flags,
 )
 from cmr_fast.errors import InputError
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 EPS = 8 / 255
 DEFAULT = ("clean", "pgd20", "apgd-dlr")
+CAPTIONS_EPS = 2 / 255  # as Co-Attack, SGA and MAT
+CAPTIONS_DEFAULT = ("pgd20", "character")
+CAPTIONS_WORDS = ("pgd20", "bert-attack", "co-attack", "sga")
 BATCH = 250
 
 
@@ -38,17 +42,25 @@ class Attack(DataFlags):
     Attacks on classifiers:  clean, fgsm, pgdN, cwN, mifgsmN, targetedN, noiseN, apgd-ce, apgd-dlr, apgd-t (apgdN-ce,
     apgdN-dlr, apgdN-t), local-search, square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps (of
     noise, points); xR after a name makes R restarts.
+
+    Example:  cmr-fast attack runs/clip-flickr8k-seed0 --attacks bert-attack sga pgd20 --mlm runs/mlm --images 100
+
+    Attacks on images and captions (train clip):  bert-attack, bert-attack-l2, bert-attack-similarity, character,
+    co-attack, co-attack-image, co-attack-separate, sga, sga-single-scale, and of images alone pgdN, cwN, apgdN-ce and
+    apgdN-dlr; those that change words take a masked language model, --mlm, which `cmr-fast train mlm` makes.
     """
 
     trained: Positional[Path]
     """Run folder, or model.safetensors."""
     attacks: tuple[str, ...] = ()
-    """Names as above. None: clean, pgd20 and apgd-dlr. A retriever is attacked by PGD and APGD on the ranking; one that
+    """Names as above. None: clean, pgd20 and apgd-dlr; of a run on captions pgd20, and character or, with --mlm,
+    bert-attack, co-attack and sga. A retriever is attacked by PGD and APGD on the ranking; one that
     makes codes also by CMLA: cmla, cmla-positives, cmla-both, cmla-nointra, cmla-single, cmla-turns, cmla-sign,
     cmla-compat, with the steps after the name or none (500)."""
     eps: float | None = None
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
-    8/255; of CMLA 10/255 for images, and 0.01 for texts, which stay in that proportion."""
+    8/255; of CMLA 10/255 for images, and 0.01 for texts, which stay in that proportion; of images with captions
+    2/255."""
     images: int = 500
     """Test images to attack, each class its share and always the same; of a retriever the first queries."""
     restarts: int | None = None
@@ -64,8 +76,10 @@ class Attack(DataFlags):
     """Images a batch. CMLA's result does not depend on it, and it takes its own."""
     seed: int = 0
     """Seed of the random starts. CMLA has none."""
+    mlm: Path | None = None
+    """Of a run on captions: a masked language model's folder, which the words come from (`cmr-fast train mlm`)."""
     fast: bool = False
-    """Of a classifier: gradients in bfloat16; success is decided in float32."""
+    """Of a classifier or a run on captions: the attack in bfloat16; success is decided in float32."""
     force: bool = False
     """Overwrite the file to save, or an earlier report."""
 
@@ -80,8 +94,12 @@ class Attack(DataFlags):
         if self.out is not None:  # whether it holds a report already, is for those that write one
             check_report_folder(self.out, force=True)
         model = load_run(self.trained)
+        if not reads_captions(model):
+            refuse_flags({"mlm": self.mlm}, "is for runs on captions")
         if is_classifier(model):
             self._classifier(model)
+        elif reads_captions(model):
+            self._captions(model)
         elif any(name.startswith("cmla") for name in self.attacks):
             if not makes_codes(model):
                 raise InputError(
@@ -141,6 +159,40 @@ class Attack(DataFlags):
         hashing.print_report(result, title)
         if self.out is not None:
             hashing.write_report(result, self.out, title)
+            print(f"\nReport: {self.out / 'index.html'}")
+
+    def _captions(self, model: "Method") -> None:
+        """Images and all of their captions, both as queries and as the gallery."""
+        import torch
+
+        from cmr_fast.methods.method import CaptionRetriever
+        from cmr_fast.models.mlm import MaskedLM
+        from cmr_fast.reports import attacked_captions
+
+        refuse_flags(
+            {
+                "save": self.save,
+                "restarts": self.restarts,
+                "surrogate": self.surrogate,
+                "batch": None if self.batch == BATCH else self.batch,
+            },
+            "is for other runs than those on captions",
+        )
+        if self.out is not None:
+            check_report_folder(self.out, self.force)
+        mlm = None if self.mlm is None else MaskedLM.load(self.mlm)
+        eps = CAPTIONS_EPS if self.eps is None else self.eps
+        dataset = self.captions_of(model, self.trained)
+        split = dataset.test.select(torch.arange(min(self.images, len(dataset.test))))
+        attacks = self.attacks or (CAPTIONS_DEFAULT if mlm is None else CAPTIONS_WORDS)
+        assert isinstance(model, CaptionRetriever)
+        result = attacked_captions.examine(
+            model.dual, split, attacks, mlm=mlm, eps=eps, seed=self.seed, dtype=torch.bfloat16 if self.fast else None
+        )
+        title = f"{self.trained}: {len(split)} test images of {dataset.name}, with captions, eps {eps * 255:.3g}/255"
+        attacked_captions.print_report(result, title)
+        if self.out is not None:
+            attacked_captions.write_report(result, self.out, title)
             print(f"\nReport: {self.out / 'index.html'}")
 
     def _retriever(self, model: "Method") -> None:

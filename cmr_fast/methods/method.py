@@ -15,6 +15,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.evaluation import accuracy, caption_results, final_results, recalls, validate
 from cmr_fast.modalities import Modality
+from cmr_fast.models.dual import DualEncoder
 from cmr_fast.ops._tensors import as_seed
 
 Dataset = PairedDataset | CaptionedDataset | ImageDataset
@@ -117,6 +118,7 @@ class Retriever(Method):
 class CaptionRetriever(Method):
     """A method that encodes images and their captions into one space, trained on a CaptionedDataset."""
 
+    dual: DualEncoder
     dataset: ClassVar[type[Any]] = CaptionedDataset
     init_arguments: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, ...] = ("valid_tr1", "valid_ir1", "valid_rsum")

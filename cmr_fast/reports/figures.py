@@ -9,11 +9,14 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmr_fast._files import write_aside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
@@ -136,6 +139,17 @@ def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], x
         axes[0].margins(y=0.01)
         if len(bars) > 1:
             figure.legend(loc="outside lower center", ncols=min(2, len(bars)))
+
+
+def plot_photos(path: Path, title: str, clean: "Tensor", attacked: "Tensor", count: int = 6) -> None:
+    """Rows of photos, (N, 3, H, W) from 0 to 1: clean, attacked, and the perturbation times ten around grey."""
+    count = min(count, len(clean))
+    before, after = clean[:count].float(), attacked[:count].float()
+    strips = before, after, 0.5 + 10 * (after - before)
+    with _panels(path, title, 3, count, (1.6 * count, 5.4)) as (_, axes):
+        for number, axis in enumerate(axes):
+            axis.imshow(strips[number // count][number % count].clamp(0, 1).permute(1, 2, 0).numpy())
+            axis.set_axis_off()
 
 
 def plot_tsne(

@@ -159,7 +159,7 @@ def write_report(attacked: Attacked, out: Path, title: str) -> None:
         last = names[-1]
         clean, moved = attacked.queries["clean"], attacked.queries[last]
         if clean.image.ndim == 4:
-            _plot_photos(out / "photos.png", title, clean.image, moved.image)
+            figures.plot_photos(out / "photos.png", title, clean.image / 255, moved.image / 255)
             pages.append(("photos.png", f"Queries clean, after {last}, and the perturbation times ten"))
         assert isinstance(clean.text, Tensor) and isinstance(moved.text, Tensor)
         _plot_texts(out / "texts.png", title, clean.text[0], moved.text[0])
@@ -273,17 +273,6 @@ def _precision_at(result: "RetrievalResult") -> figures.Curve:
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([values, np.full(length - len(values), np.nan)])
-
-
-def _plot_photos(path: Path, title: str, clean: Tensor, moved: Tensor, count: int = 6) -> None:
-    """Rows: clean, attacked, perturbation times ten around grey."""
-    count = min(count, len(clean))
-    with figures._panels(path, title, 3, count, (1.6 * count, 5.4)) as (_, axes):
-        strips = clean[:count].float(), moved[:count].float(), 127.5 + 10 * (moved[:count] - clean[:count].float())
-        for number, axis in enumerate(axes):
-            photo = strips[number // count][number % count]
-            axis.imshow(photo.clamp(0, 255).byte().permute(1, 2, 0).numpy())
-            axis.set_axis_off()
 
 
 def _plot_texts(path: Path, title: str, clean: Tensor, moved: Tensor) -> None:

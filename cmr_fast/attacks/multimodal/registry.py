@@ -4,6 +4,7 @@ bert-attack    captions, one word; bert-attack-l2, bert-attack-similarity: other
 character      captions, one character
 co-attack      images and captions; co-attack-image and the like: its modes
 sga            images and captions
+pgd20, ...     images, by an attack on rankings (attacks.registry) away from all of their captions
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cmr_fast.attacks.multimodal.base import DualEncoder
+from cmr_fast.attacks import registry as alone
+from cmr_fast.attacks.multimodal.base import DualEncoder, ImageTower
 from cmr_fast.attacks.multimodal.coattack import CoAttack
 from cmr_fast.attacks.multimodal.sga import SGA
+from cmr_fast.attacks.ranking import Ranker
 from cmr_fast.attacks.text.base import TextAttack
 from cmr_fast.attacks.text.bert import BertAttack
 from cmr_fast.attacks.text.candidates import WordModel
 from cmr_fast.attacks.text.characters import CharacterAttack
+from cmr_fast.attacks.text.encoder import FlatTexts, evaluating
 from cmr_fast.errors import InputError
 
 
@@ -35,13 +39,14 @@ class PairAttack(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What every maker is told: the victim, the masked LM if there is one, radius, seed, and type of the towers."""
+    """What every maker is told: victim, masked LM if there is one, radius, seed, type of the towers, the gallery."""
 
     victim: DualEncoder
     mlm: WordModel | None
     eps: float
     seed: int
     dtype: torch.dtype | None
+    captions: tuple[Sequence[str], Tensor] | None
 
     @property
     def words(self) -> WordModel:
@@ -73,6 +78,50 @@ class CaptionsAlone:
         return images, self.attack(texts)
 
 
+class ImagesAlone:
+    """An attack on rankings as a PairAttack: captions stay, each image leaves the neighbourhood of all of its own.
+
+    Parameters
+    ----------
+    name
+        Of `attacks.registry`, like "pgd20" or "apgd50-dlr".
+    setting
+        What every maker is told.
+    """
+
+    def __init__(self, name: str, setting: "Setting") -> None:
+        self.name, self.setting = name, setting
+        self.gallery: Tensor | None = None
+
+    def __call__(
+        self, images: Tensor, texts: Sequence[str], image_of: object = None, *, index: object = None
+    ) -> tuple[Tensor, list[str]]:
+        """As of PairAttack."""
+        s = self.setting
+        owner = torch.arange(len(texts)) if image_of is None else torch.as_tensor(image_of)
+        rows = torch.arange(len(images)) if index is None else torch.as_tensor(index)
+        if s.captions is None:
+            gallery, relevant = self._encoded(texts), owner[None] == torch.arange(len(images))[:, None]
+        else:
+            if self.gallery is None:
+                self.gallery = self._encoded(s.captions[0])
+            gallery, relevant = self.gallery, s.captions[1][None] == rows[:, None]
+        if why := alone.unfit([self.name], len(gallery), "captions in the gallery"):
+            raise InputError(f"{self.name} {why[self.name]}; leave it out")
+        ranker = Ranker(ImageTower(s.victim), gallery)
+        atk = alone.make(
+            self.name, ranker, eps=s.eps, losses=alone.RANKING, seed=s.seed, dtype=s.dtype, check=False, progress=False
+        )
+        assert atk is not None
+        with evaluating(s.victim):
+            return atk(images, relevant, index=rows), list(texts)
+
+    def _encoded(self, texts: Sequence[str]) -> Tensor:
+        encode = FlatTexts(self.setting.victim, self.setting.dtype)
+        with encode.prepare():
+            return encode(texts)
+
+
 def _bert(objective: str, s: Setting) -> PairAttack:
     return CaptionsAlone(BertAttack(s.victim, s.words, objective=objective, dtype=s.dtype))
 
@@ -101,35 +150,45 @@ MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
     "sga": partial(_sga, None),
     "sga-single-scale": partial(_sga, ()),
 }
-NAMES = ", ".join(MAKERS)
+NAMES = ", ".join((*MAKERS, *alone.STANDARD_RANKING)) + " and the like"
 
 
 def make(
     name: str, victim: DualEncoder, mlm: WordModel | None = None, *, eps: float = 2 / 255, seed: int = 0,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, captions: tuple[Sequence[str], Tensor] | None = None,
 ) -> PairAttack:  # fmt: skip
-    """The attack that a name stands for, with the settings of its paper; SGA's steps are eps / 4.
+    """The attack that a name stands for, with the settings of its paper; steps of images are eps / 4.
 
     Parameters
     ----------
     name
-        One of MAKERS.
+        One of MAKERS, or of `attacks.registry` for rankings.
     victim
         A dual encoder.
     mlm
-        A masked language model; all but "character" need one.
+        A masked language model; attacks that change words need one.
     eps
         Radius of the L-inf ball, of pixels from 0 to 1.
     seed
         Of what is random in it.
     dtype
         torch.bfloat16: towers run under autocast.
+    captions
+        All captions of the gallery, and int64 (M,), the number of each one's image, as in a call's `index`: what
+        attacks on images alone see. None: the captions of the call.
 
     Raises
     ------
     InputError
         For an unknown name, and where the masked language model is missing.
     """
-    if name not in MAKERS:
-        raise InputError(f"unknown attack {name!r} on images and captions, expected one of {NAMES}")
-    return MAKERS[name](Setting(victim, mlm, eps, seed, dtype))
+    setting = Setting(victim, mlm, eps, seed, dtype, captions)
+    if name in MAKERS:
+        return MAKERS[name](setting)
+    try:
+        named = alone.read(name)
+    except InputError:
+        raise InputError(f"unknown attack {name!r} on images and captions, expected one of {NAMES}") from None
+    if named.entry.make is None or not named.entry.rankings or named.transfer or named.restarts > 1:
+        raise InputError(f"{name} is no attack on images and captions, expected one of {NAMES}")
+    return ImagesAlone(name, setting)
