@@ -10,6 +10,8 @@ from cmr_fast.errors import InputError
 Scaling = Literal["raw", "standard", "hellinger", "chi2"]
 SCALINGS: tuple[Scaling, ...] = ("raw", "standard", "hellinger", "chi2")
 _CHI2_STEP = 0.5
+_LINEAR = 1e-12
+"""Below it a root is a straight line, so that its slope at 0, which attacks go by, is finite."""
 
 
 class InputScaling(nn.Module):
@@ -56,7 +58,7 @@ class InputScaling(nn.Module):
 
     def _map(self, x: Tensor) -> Tensor:
         if self.kind == "hellinger":
-            return x.sign() * x.abs().sqrt()
+            return torch.where(x < 0, -1.0, 1.0).to(x.dtype) * _root(torch.where(x < 0, -x, x))
         if self.kind == "chi2":
             return _chi2_map(x)
         return x
@@ -66,6 +68,10 @@ def _chi2_map(x: Tensor) -> Tensor:
     """Two samples of the kernel's spectrum sech(pi w): (N, dim) -> (N, 3 dim). 0 stays 0."""
     x = x.clamp(min=0)
     phase = _CHI2_STEP * x.clamp(min=torch.finfo(x.dtype).tiny).log()
-    constant = (x * _CHI2_STEP).sqrt()
-    wave = (2 * _CHI2_STEP * x / torch.cosh(torch.tensor(torch.pi * _CHI2_STEP, dtype=x.dtype))).sqrt()
+    constant = _root(x * _CHI2_STEP)
+    wave = _root(2 * _CHI2_STEP * x / torch.cosh(torch.tensor(torch.pi * _CHI2_STEP, dtype=x.dtype)))
     return torch.cat([constant, wave * phase.cos(), wave * phase.sin()], dim=1)
+
+
+def _root(x: Tensor) -> Tensor:
+    return torch.where(x > _LINEAR, x.clamp(min=_LINEAR).sqrt(), x / _LINEAR**0.5)
