@@ -233,9 +233,8 @@ class OpenClip(DualEncoder):
         super().__init__(mean, std, side=int(size[0] if isinstance(size, list | tuple) else size))
         self.architecture, self.weights = architecture, weights or None
         self.model = model
-        self.log_scale = model.logit_scale
+        _take_scale(self, model)
         self.tokenizer = _open_clip_tokenizer(architecture)
-        self.text: Any = getattr(model, "text", model)
         self.context = int(model.context_length)
         pool = getattr(self.text, "text_pool_type", getattr(self.text, "pool_type", None))
         causal = getattr(self.text, "attn_mask", None) is not None and getattr(self.text, "cls_emb", None) is None
@@ -245,7 +244,9 @@ class OpenClip(DualEncoder):
         """Take the weights of the tag, file or hub, where one is named. InputError where they are out of reach."""
         hub = self.architecture.startswith("hf-hub:")
         if self.weights is not None or hub:
-            self.model.load_state_dict(_open_clip_model(self.architecture, self.weights, hub=hub).state_dict())
+            stored = _open_clip_model(self.architecture, self.weights, hub=hub)
+            _take_scale(self, stored)
+            self.model.load_state_dict(stored.state_dict())
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """open_clip's image tower, and everything else of the text's; of heads there is the temperature alone."""
@@ -274,6 +275,11 @@ class OpenClip(DualEncoder):
             return cast(Tensor, x)
         linear = isinstance(text.text_projection, nn.Linear)
         return cast(Tensor, text.text_projection(x) if linear else x @ text.text_projection)
+
+    @property
+    def text(self) -> Any:
+        """The module of the text tower's parts, of some architectures the model itself."""
+        return getattr(self.model, "text", self.model)
 
     @property
     def _pad(self) -> int:
@@ -311,7 +317,7 @@ class TransformersClip(DualEncoder):
         super().__init__(_CLIP_MEAN, _CLIP_STD, side=int(config.vision_config.image_size))
         self.place = place
         self.model: Any = transformers_library().CLIPModel(config).float()
-        self.log_scale = self.model.logit_scale
+        _take_scale(self, self.model)
         self.context = int(config.text_config.max_position_embeddings)
         self.tokenizer: Any = _open_clip().SimpleTokenizer(context_length=self.context)
         if self.tokenizer.vocab_size > config.text_config.vocab_size:
@@ -322,7 +328,9 @@ class TransformersClip(DualEncoder):
 
     def load(self) -> None:
         """Take the weights of the folder or the hub. InputError where they are out of reach."""
-        self.model.load_state_dict(_from_hub("CLIPModel", self.place, dtype=torch.float32).state_dict())
+        stored = _from_hub("CLIPModel", self.place, dtype=torch.float32)
+        _take_scale(self, stored)
+        self.model.load_state_dict(stored.state_dict())
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Both towers with their projections; of heads there is the temperature alone."""
@@ -349,6 +357,13 @@ class TransformersClip(DualEncoder):
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _take_scale(dual: DualEncoder, model: Any) -> None:
+    """Move the logarithm of the scale from a model of a library, so that it is stored once."""
+    with torch.no_grad():
+        dual.log_scale.copy_(model.logit_scale.detach().reshape(()))
+    model.register_parameter("logit_scale", None)
 
 
 def _image_tower(name: str) -> nn.Module:
