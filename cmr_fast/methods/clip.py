@@ -46,7 +46,7 @@ class ClipConfig:
     """Of the heads' hidden layer."""
     dropout: float = 0.3
     """Of the heads' hidden layer."""
-    epochs: int = 9
+    epochs: int = 10
     """Passes over the training images, those of the heads alone included."""
     head_epochs: int = 8
     """So many epochs, the first, train the heads alone; epochs of no more than that leave the towers frozen."""
