@@ -33,7 +33,7 @@ def write(runs: dict[str, Any]) -> None:
         "# CLIP with pretrained towers on Flickr8k",
         "",
         "EfficientNet-Lite0 and MiniLM at 128 pixels, official split: 1,000 test images, 5,000 captions, in percent.",
-        "Weights of the best epoch by validation rsum. Made by `bench/experiments/clip_flickr8k.py`.",
+        "Weights of the best epoch by validation rsum. Written by `bench/experiments/clip_flickr8k.py`.",
         "",
         f"| trained | seed | {' | '.join(HEAD)} | validation rsum | CPU minutes |",
         "|---|" + "---:|" * (len(HEAD) + 3),
