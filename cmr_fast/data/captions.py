@@ -5,6 +5,7 @@ positive of its image) and to whoever measures retrieval. Photos are read when t
 """
 
 import csv
+import io
 import json
 import os
 import re
@@ -265,6 +266,8 @@ def read_items(file: Path) -> list[Item]:
             return _table(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    except csv.Error as error:
+        raise InputError(f"{file}: damaged, not a table of one caption a row ({error})") from error
     raise InputError(
         f"{file}: no captions found; expected Karpathy's dataset_*.json, a table ({', '.join(TABLES)}) with columns "
         "image and caption, or .tar files of webdataset"
@@ -320,8 +323,9 @@ def _table(file: Path) -> list[Item]:
             f"text, …), got {lines[0][:80] if lines else 'an empty file'!r}"
         )
     items = []
-    for number, row in enumerate(csv.reader(lines[1:], delimiter=delimiter), 2):
-        if not row:
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    for number, row in enumerate(rows, 1):
+        if not row or number == 1:
             continue
         if len(row) != len(head):
             raise InputError(f"{file}: row {number} has {len(row)} columns, the first line names {len(head)}")
@@ -338,8 +342,9 @@ def _webdataset(shards: Sequence[Path]) -> list[Item]:
     for shard in shards:
         samples: dict[str, dict[str, Photo]] = {}
         for name, member in tar_members(shard).items():
-            key, _, ending = name.partition(".")  # webdataset's rule: up to the first dot of the name
-            samples.setdefault(key, {})["." + ending.lower()] = member
+            below, _, base = name.rpartition("/")
+            key, _, ending = base.partition(".")  # webdataset's rule: up to the first dot of the name
+            samples.setdefault(f"{below}/{key}", {})["." + ending.lower()] = member
         for parts in samples.values():
             photo = next((parts[ending] for ending in _PHOTO_SUFFIXES if ending in parts), None)
             texts = [parts[ending] for ending in (".txt", ".json") if ending in parts]

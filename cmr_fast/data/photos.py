@@ -53,27 +53,28 @@ def find_photos(folder: Path, names: Sequence[str], places: Sequence[Path] = ())
     names : sequence of str
         File names, or paths below a folder.
     places : sequence of Path
-        Folders or tars to look in. None: the first of FOLDERS below `folder` that holds the first photo that any of
-        them has, else the tars in `folder`.
+        Folders or tars to look in. None: the first of FOLDERS below `folder` that has any of them, else the tars in
+        `folder`.
 
     Raises
     ------
     InputError
         Where there is no folder and no tar of photos at all, or a tar is damaged.
     """
-    tars = [place for place in places if place.is_file()] if places else sorted(folder.glob("*.tar"))
-    folders = [place for place in places if place.is_dir()] or [
-        folder / name for name in FOLDERS if name == "" or (folder / name).is_dir()
-    ]
+    if places:
+        folders, tars = ([place for place in places if place.is_dir() == wanted] for wanted in (True, False))
+    else:
+        folders = [folder / name for name in FOLDERS if name == "" or (folder / name).is_dir()]
+        tars = sorted(folder.glob("*.tar"))
     for place in folders:
         found = [_file(place, name) for name in names]
-        if any(photo is not None for photo in found) or (place != folder and not tars):
+        if any(photo is not None for photo in found):
             return found
+    if not tars and folders == [folder] and not places:
+        raise InputError(f"{folder}: no photos; expected a folder Images or Flicker8k_Dataset, or a .tar of them")
     members: dict[str, Photo] = {}
     for tar in tars:
         members |= tar_members(tar)
-    if not tars:
-        raise InputError(f"{folder}: no photos; expected a folder Images or Flicker8k_Dataset, or a .tar of them")
     by_name = {Path(name).name: photo for name, photo in members.items()}
     return [members.get(name) or by_name.get(Path(name).name) for name in names]
 

@@ -46,7 +46,7 @@ class ClipConfig:
     """Of the heads' hidden layer."""
     dropout: float = 0.3
     """Of the heads' hidden layer."""
-    epochs: int = 11
+    epochs: int = 10
     """Passes over the training images, those of the heads alone included."""
     head_epochs: int = 8
     """So many epochs, the first, train the heads alone; epochs of no more than that leave the towers frozen."""
@@ -56,9 +56,9 @@ class ClipConfig:
     """Captions of an image in a batch, drawn anew each time; 0: all of them."""
     head_lr: float = 5e-4
     """Peak learning rate of the heads alone, AdamW."""
-    image_lr: float = 2e-4
+    image_lr: float = 3e-4
     """Peak learning rate of the image tower."""
-    text_lr: float = 5e-5
+    text_lr: float = 1e-4
     """Peak learning rate of the text tower."""
     joint_head_lr: float = 3e-4
     """Peak learning rate of the heads while the towers are trained."""

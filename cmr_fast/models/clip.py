@@ -5,7 +5,9 @@
                                       of transformers
     open_clip/NAME                    an architecture of open_clip, at random
     open_clip/NAME@WEIGHTS            with a pretrained tag of open_clip, or a checkpoint file, by its own loading code
-    fare2 fare4 tecoa2 tecoa4         robust ViT-L/14 (Schlarmann et al. 2024, Mao et al. 2023), from the hub
+    transformers/FOLDER               a CLIPModel of transformers
+    fare2 fare4 tecoa2 tecoa4 leaf    robust ViT-L/14 from the hub: images (Schlarmann et al. 2024, Mao et al. 2023), of
+                                      leaf texts too (Abad Rocamora et al. 2025)
 
 A head is a linear map plus a network with one hidden layer, of what its tower gives.
 """
@@ -20,11 +22,12 @@ from torch import Tensor, nn
 
 from cmr_fast.errors import InputError
 from cmr_fast.models.dual import DualEncoder
-from cmr_fast.models.text import SentenceTower, minilm
+from cmr_fast.models.text import SentenceTower, minilm, transformers_library
 from cmr_fast.models.towers import Lite0, weights_file
 
-LITE0, MINILM, TIMM, OPEN_CLIP = "efficientnet-lite0", "minilm", "timm/", "open_clip/"
+LITE0, MINILM, TIMM, OPEN_CLIP, TRANSFORMERS = "efficientnet-lite0", "minilm", "timm/", "open_clip/", "transformers/"
 ROBUST = {name: f"hf-hub:chs20/{name}-clip" for name in ("fare2", "fare4", "tecoa2", "tecoa4")}
+LEAF = {"leaf": "LEAF-CLIP/CLIP-ViT-L-rho50-k1-constrained-FARE2"}
 INSTALL = 'pip install "cmr-fast[clip]"'
 
 
@@ -54,15 +57,18 @@ def dual_encoder(
     InputError
         For names that are none of these, and where packages, files or the hub are out of reach: what to do then.
     """
-    model: TwoTowers | OpenClip
-    if towers in ROBUST or towers.startswith(OPEN_CLIP):
+    model: DualEncoder
+    if towers in LEAF or towers.startswith(TRANSFORMERS):
+        model = TransformersClip(towers)
+    elif towers in ROBUST or towers.startswith(OPEN_CLIP):
         model = OpenClip(towers)
     elif "+" in towers:
         model = TwoTowers(towers, dim, hidden, dropout)
     else:
-        names = ", ".join(ROBUST)
+        names = ", ".join((*ROBUST, *LEAF))
         raise InputError(
-            f"towers must be IMAGE+TEXT (such as {LITE0}+{MINILM}), {OPEN_CLIP}NAME or one of {names}, got {towers!r}"
+            f"towers must be IMAGE+TEXT (such as {LITE0}+{MINILM}), {OPEN_CLIP}NAME, {TRANSFORMERS}FOLDER or one of "
+            f"{names}, got {towers!r}"
         )
     if pretrained:
         model.load()
@@ -227,9 +233,8 @@ class OpenClip(DualEncoder):
         super().__init__(mean, std, side=int(size[0] if isinstance(size, list | tuple) else size))
         self.architecture, self.weights = architecture, weights or None
         self.model = model
-        self.log_scale = model.logit_scale
+        _take_scale(self, model)
         self.tokenizer = _open_clip_tokenizer(architecture)
-        self.text: Any = getattr(model, "text", model)
         self.context = int(model.context_length)
         pool = getattr(self.text, "text_pool_type", getattr(self.text, "pool_type", None))
         causal = getattr(self.text, "attn_mask", None) is not None and getattr(self.text, "cls_emb", None) is None
@@ -239,7 +244,9 @@ class OpenClip(DualEncoder):
         """Take the weights of the tag, file or hub, where one is named. InputError where they are out of reach."""
         hub = self.architecture.startswith("hf-hub:")
         if self.weights is not None or hub:
-            self.model.load_state_dict(_open_clip_model(self.architecture, self.weights, hub=hub).state_dict())
+            stored = _open_clip_model(self.architecture, self.weights, hub=hub)
+            _take_scale(self, stored)
+            self.model.load_state_dict(stored.state_dict())
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """open_clip's image tower, and everything else of the text's; of heads there is the temperature alone."""
@@ -270,6 +277,11 @@ class OpenClip(DualEncoder):
         return cast(Tensor, text.text_projection(x) if linear else x @ text.text_projection)
 
     @property
+    def text(self) -> Any:
+        """The module of the text tower's parts, of some architectures the model itself."""
+        return getattr(self.model, "text", self.model)
+
+    @property
     def _pad(self) -> int:
         return int(getattr(self.text, "pad_id", 0) or 0)
 
@@ -283,8 +295,75 @@ class OpenClip(DualEncoder):
         return ids, used
 
 
+class TransformersClip(DualEncoder):
+    """A CLIPModel of transformers, texts by CLIP's own tokenizer (open_clip brings its words).
+
+    Parameters
+    ----------
+    name : str
+        transformers/FOLDER, or a robust checkpoint's name. The weights are random until `load`.
+
+    Raises
+    ------
+    InputError
+        Where transformers or open_clip is missing, the folder holds no CLIPModel, or the hub cannot be reached.
+    """
+
+    def __init__(self, name: str) -> None:
+        place = LEAF.get(name, name.removeprefix(TRANSFORMERS))
+        config = _from_hub("AutoConfig", place)
+        if config.model_type != "clip":
+            raise InputError(f"{place}: a model of type {config.model_type}, expected CLIP")
+        super().__init__(_CLIP_MEAN, _CLIP_STD, side=int(config.vision_config.image_size))
+        self.place = place
+        self.model: Any = transformers_library().CLIPModel(config).float()
+        _take_scale(self, self.model)
+        self.context = int(config.text_config.max_position_embeddings)
+        self.tokenizer: Any = _open_clip().SimpleTokenizer(context_length=self.context)
+        if self.tokenizer.vocab_size > config.text_config.vocab_size:
+            raise InputError(
+                f"{place}: weights of {config.text_config.vocab_size} words, CLIP's tokenizer has "
+                f"{self.tokenizer.vocab_size}"
+            )
+
+    def load(self) -> None:
+        """Take the weights of the folder or the hub. InputError where they are out of reach."""
+        stored = _from_hub("CLIPModel", self.place, dtype=torch.float32)
+        _take_scale(self, stored)
+        self.model.load_state_dict(stored.state_dict())
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Both towers with their projections; of heads there is the temperature alone."""
+        image = [*self.model.vision_model.parameters(), *self.model.visual_projection.parameters()]
+        text = [*self.model.text_model.parameters(), *self.model.text_projection.parameters()]
+        return {"image": image, "text": text, "heads": [self.log_scale]}
+
+    def image_embedding(self, normalised: Tensor) -> Tensor:
+        """transformers' own."""
+        seen = self.model.vision_model(pixel_values=normalised).pooler_output
+        return cast(Tensor, self.model.visual_projection(seen))
+
+    def text_embedding(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What transformers has at the end of the text, which sees nothing right of it."""
+        hidden = self.model.text_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        end = hidden[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+        return cast(Tensor, self.model.text_projection(end))
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """By CLIP's tokenizer; of texts too long the end is cut and the end token kept."""
+        ids: Tensor = self.tokenizer(list(texts), context_length=self.context)
+        return ids, torch.arange(ids.shape[1]) <= ids.argmax(dim=1, keepdim=True)
+
+
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _take_scale(dual: DualEncoder, model: Any) -> None:
+    """Move the logarithm of the scale from a model of a library, so that it is stored once."""
+    with torch.no_grad():
+        dual.log_scale.copy_(model.logit_scale.detach().reshape(()))
+    model.register_parameter("logit_scale", None)
 
 
 def _image_tower(name: str) -> nn.Module:
@@ -321,6 +400,17 @@ def _open_clip_model(architecture: str, weights: str | None, hub: bool = False) 
             f"{architecture}: its weights cannot be reached ({reason}); fetch the checkpoint where there is a network, "
             f"then name the file: {OPEN_CLIP}ARCHITECTURE@FILE"
         ) from error
+
+
+def _from_hub(kind: str, place: str, **options: Any) -> Any:
+    """What transformers loads from a folder, or by name from the hub."""
+    local = place not in LEAF.values()
+    try:
+        return getattr(transformers_library(), kind).from_pretrained(place, local_files_only=local, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        advice = "expected a folder of transformers" if local else f"fetch it elsewhere, then {TRANSFORMERS}FOLDER"
+        raise InputError(f"{place}: no CLIPModel can be loaded ({reason}); {advice}") from error
 
 
 def _open_clip_tokenizer(architecture: str) -> Any:

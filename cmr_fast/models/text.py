@@ -40,7 +40,7 @@ class SentenceTower(nn.Module):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
-        transformers = _transformers()
+        transformers = transformers_library()
         self.folder = Path(folder)
         if not (self.folder / "config.json").is_file():
             raise InputError(f"{self.folder}: no text tower, expected a folder of transformers with a config.json")
@@ -80,7 +80,7 @@ class SentenceTower(nn.Module):
         InputError
             Where they are missing or damaged, or some of the encoder's are not among them.
         """
-        transformers = _transformers()
+        transformers = transformers_library()
         try:
             stored, info = transformers.AutoModel.from_pretrained(
                 self.folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
@@ -150,7 +150,8 @@ def _positions(config: Any) -> int:
     return count - (config.pad_token_id + 1 if padded else 0)
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
+    """The package transformers, without its progress bars. InputError, which says what to install, without it."""
     try:
         import transformers
     except ImportError as error:

@@ -101,10 +101,10 @@ def test_tables(folder, delimiter, head):
         for number in range(5):
             for n in range(2):
                 split = ("train", "test", "valid")[number % 3]
-                writer.writerow([f"{number}.png", f'caption {n}, "so" {number}', split])
+                writer.writerow([f"{number}.png", f'caption {n},\n"so" {number}', split])
     data = load_captions(folder, size=16)
     assert data.name == "set" and shades(data.train) == [0, 120] and shades(data.test) == [40, 160]
-    assert data.valid.text == (('caption 0, "so" 2', 'caption 1, "so" 2'),)
+    assert data.valid.text == (('caption 0,\n"so" 2', 'caption 1,\n"so" 2'),)
 
 
 def test_a_table_without_splits_is_drawn_by_seed(folder):
@@ -125,6 +125,19 @@ def test_a_table_without_splits_is_drawn_by_seed(folder):
     assert together == sorted(shades(first.train)) and held.train.joined(held.valid).pixels().shape[0] == 4
 
 
+def test_photos_are_looked_for_in_every_folder_and_only_where_they_are_said_to_be(folder, tmp_path):
+    (folder / "Images").rename(folder / "images")
+    (folder / "Images").mkdir()
+    assert shades(load_captions(folder, size=16).train) == [0, 40, 160]
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(InputError, match="names 5 of 5 photos that are not there"):
+        load_captions(folder, size=16, photos=str(tmp_path / "empty.tar"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="names 5 of 5 photos that are not there"):
+        load_captions(folder, size=16, photos=str(tmp_path / "none"))
+
+
 def test_webdataset(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
@@ -133,7 +146,7 @@ def test_webdataset(tmp_path):
                 if number == 4:
                     parts = {"png": parts["png"], "txt": b"one\ntwo\n"}
                 for ending, data in parts.items():
-                    info = tarfile.TarInfo(f"{shard}{number:03}.{ending}")
+                    info = tarfile.TarInfo(f"./a.b/{shard}{number:03}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     data = load_captions(tmp_path, size=16)

@@ -146,9 +146,17 @@ def test_every_caption_of_an_image_is_its_positive(data, config):
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
-def test_other_precisions(data, config, tmp_path, precision):
+def test_other_precisions(data, config, tmp_path, precision, monkeypatch):
+    inside = []
+
+    def seen(pixels, original=clip.augmented):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return original(pixels)
+
+    monkeypatch.setattr(clip, "augmented", seen)
     run = train("clip", replace(config, epochs=2, head_epochs=1), data, quiet(tmp_path / "run", precision=precision))
     assert all(row["loss"] > 0 for row in run.history) and run.results["rsum"] > 0
+    assert set(inside) == {precision == "bf16-mixed"}  # of Fabric, which marks no method of a module on one device
     if precision == "64-true":
         plain = train("clip", replace(config, epochs=2, head_epochs=1), data, quiet(tmp_path / "plain"))
         assert run.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-3)
@@ -215,6 +223,20 @@ def test_augmented_images_stay_in_range_and_differ():
 def test_settings_out_of_range(setting, message):
     with pytest.raises(InputError, match=message):
         ClipConfig(**setting)
+
+
+def test_a_model_of_open_clip_is_trained_stored_and_read_again(data, config, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    (tmp_path / "least.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "least.json")
+    with pytest.raises(InputError, match="has no heads of its own, expected head_epochs 0"):
+        Clip(replace(config, towers="open_clip/least"))
+    settings = replace(config, towers="open_clip/least", head_epochs=0, epochs=1)
+    run = train("clip", settings, data, quiet(tmp_path / "run"))
+    loaded = load_model(tmp_path / "run").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in run.model.state_dict().items())
 
 
 def test_pairs_are_refused(config, tmp_path):

@@ -320,15 +320,18 @@ def test_texts_of_open_clip_are_trimmed_and_the_same(architectures):
         with pytest.raises(InputError, match="32 x 32 for this tower"):
             model.encode_image(torch.rand(1, 3, 48, 48))
         parts = model.parts()
-        assert len(parts["image"]) + len(parts["text"]) + 1 == len(list(model.parameters()))
+        assert sum(map(len, parts.values())) == len(list(model.parameters())) == len(model.state_dict())
 
 
 def test_open_clip_by_name_and_file(architectures, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(5)
     stored = open_clip.create_model("tiny")
+    with torch.no_grad():
+        stored.logit_scale.fill_(3.0)
     torch.save(stored.state_dict(), tmp_path / "tiny.pt")
     model = dual_encoder(f"open_clip/tiny@{tmp_path / 'tiny.pt'}")
+    assert float(model.log_scale.detach()) == 3.0
     pixels = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip._CLIP_MEAN, clip._CLIP_STD))
     assert_close(model.encode_image(pixels), stored.eval().encode_image((pixels - mean) / std, normalize=True))
@@ -353,6 +356,41 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_local_way(monkeypatch
     ) as e:
         dual_encoder("fare2")
     assert "\n" not in str(e.value)
+
+
+def test_a_clip_of_transformers(tmp_path, monkeypatch):
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = text | {"image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    reference = transformers.CLIPModel(config).eval()
+    reference.save_pretrained(tmp_path / "clip")
+    model = dual_encoder(f"transformers/{tmp_path / 'clip'}")
+    pixels, sentences = torch.rand(2, 3, 32, 32), ["a dog's ball isn't red", "x " * 200, "", "two cats"]
+    ids, mask = model.tokenize(sentences)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip._CLIP_MEAN, clip._CLIP_STD))
+    wide = model.tokenizer(sentences)
+    out = reference(pixel_values=(pixels - mean) / std, input_ids=wide)
+    assert_close(model.encode_image(pixels), out.image_embeds, atol=1e-6, rtol=0)
+    assert_close(model.encode_text(ids, mask), out.text_embeds, atol=2e-6, rtol=0)
+    short = model.encode_text(*model.tokenize(sentences[2:]))
+    assert_close(short, out.text_embeds[2:], atol=2e-6, rtol=0)
+    parts = model.parts()
+    assert sum(map(len, parts.values())) == len(list(model.parameters()))
+    tiny_tower(tmp_path)
+    with pytest.raises(InputError, match="a model of type bert, expected CLIP"):
+        dual_encoder(f"transformers/{tmp_path}")
+    with pytest.raises(InputError, match="expected a folder of transformers"):
+        dual_encoder("transformers/no/such/folder")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def unreachable(*rest, **options):
+        raise OSError("no route to host\nand much more")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(InputError, match=r"no route to host\); fetch it elsewhere, then transformers/FOLDER"):
+        dual_encoder("leaf")
 
 
 def test_subclasses_say_what_is_theirs():
