@@ -24,7 +24,7 @@ from cmr_fast.ops.pgd import pgd_noise
 
 from . import bert_attack
 from .bert_attack import Port
-from .common import Comparison
+from .common import Comparison, compare, one_thread
 
 IMAGES, EACH, SIDE, EPS, STEPS, LENGTH = 8, 5, 96, 2 / 255, 10, 30
 
@@ -164,3 +164,20 @@ def comparisons(quick: bool = False) -> list[Comparison]:
         return [comparison(name, 2 if quick else IMAGES) for name in ("SGA", "Co-Attack")]
     except (InputError, KeyError, ImportError):  # the packages, the masked LM or the captions are not here
         return []
+
+
+class PairAttacks:
+    """Lower is better: our time as a share of the port's."""
+
+    timeout = 1800
+    params = ("SGA", "Co-Attack")
+    param_names = ("attack",)
+
+    def track_time_over_port(self, name: str) -> float:
+        try:
+            with one_thread():
+                return 1 / compare(comparison(name, 2), rounds=3).speedup
+        except (InputError, KeyError, ImportError) as error:
+            raise NotImplementedError from error  # asv: skip
+
+    track_time_over_port.unit = "ours / port"

@@ -163,6 +163,15 @@ def test_bfloat16_towers(kind):
     assert 0 < float((adversarial.double() - images.double()).abs().max()) <= EPS
 
 
+@pytest.mark.parametrize("kind", [CoAttack, SGA])
+def test_the_l2_ball(kind):
+    images = pixels()
+    options = {"alpha": None} if kind is SGA else {}
+    adversarial, _ = kind(victim(), masked_lm(), eps=0.5, norm="l2", steps=3, **options)(images, TEXTS, OWNER)
+    size = (adversarial - images).flatten(1).norm(dim=1)
+    assert float(size.min()) > 0.05 and float(size.max()) <= 0.5 and 0 <= adversarial.min() <= adversarial.max() <= 1
+
+
 def test_coattacks_start_is_one_sided():
     images = 0.2 + 0.5 * pixels()
     atk = CoAttack(victim(), masked_lm(), eps=EPS, steps=1, compat="coattack", mode="image")

@@ -87,7 +87,7 @@ def _coattack(mode: Any, s: Setting) -> PairAttack:
 
 def _sga(scales: Sequence[float] | None, s: Setting) -> PairAttack:
     options: dict[str, Any] = {} if scales is None else {"scales": scales}
-    return SGA(s.victim, s.words, eps=s.eps, alpha=s.eps / 4, seed=s.seed, dtype=s.dtype, **options)
+    return SGA(s.victim, s.words, eps=s.eps, alpha=None, seed=s.seed, dtype=s.dtype, **options)
 
 
 MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {

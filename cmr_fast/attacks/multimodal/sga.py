@@ -93,7 +93,7 @@ class SGA(MultimodalAttack):
     mlm
         A masked language model, as of BertAttack.
     eps, alpha, steps
-        Radius and step, of pixels from 0 to 1, and how many steps.
+        Radius and step, of pixels from 0 to 1, and how many steps. alpha=None is eps / 4.
     scales, sigma
         Sizes of the views beside the image itself, and the deviation of their noise. No scales: the image alone.
     norm
@@ -127,7 +127,7 @@ class SGA(MultimodalAttack):
         mlm: WordModel,
         *,
         eps: float = 2 / 255,
-        alpha: float = 0.5 / 255,
+        alpha: float | None = 0.5 / 255,
         steps: int = 10,
         scales: Sequence[float] = SCALES,
         sigma: float = 0.05,
