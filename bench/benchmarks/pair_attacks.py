@@ -1,4 +1,4 @@
-"""SGA and Co-Attack on 8 photos with their 5 captions each, against straight ports of their loops, same models.
+"""SGA and Co-Attack on images with their 5 captions each, against straight ports of their loops, same models.
 
 Port of SGA: captions one by one, twice, as bert_attack.py's port has it; images with a pass and a backward (through the
 weights too) a step, five views resized one by one. Port of Co-Attack: each image once for every caption, the captions
@@ -26,7 +26,7 @@ from . import bert_attack
 from .bert_attack import Port
 from .common import Comparison, compare, one_thread
 
-IMAGES, EACH, SIDE, EPS, STEPS, LENGTH = 8, 5, 96, 2 / 255, 10, 30
+IMAGES, EACH, SIDE, EPS, STEPS, LENGTH = 3, 5, 96, 2 / 255, 10, 30
 
 
 class Victim(bert_attack.Victim):
@@ -36,7 +36,7 @@ class Victim(bert_attack.Victim):
         super().__init__(folder)
         tower = Lite0()
         tower.load(weights_file())
-        self.tower = tower.network
+        self.tower = tower.network.requires_grad_(True)  # as people load one
         generator = torch.Generator().manual_seed(0)
         self.head = nn.Parameter(torch.randn((1280, 384), generator=generator) / 1280**0.5)
 
