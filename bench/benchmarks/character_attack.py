@@ -20,7 +20,7 @@ from cmr_fast.ops.pgd import pgd_noise
 from .bert_attack import Victim, captions
 from .common import Comparison, compare, one_thread
 
-COUNT, QUICK, TRIES, LENGTH = 16, 2, 50, 77
+COUNT, QUICK, TRIES, LENGTH = 3, 2, 50, 77
 
 
 def generate(text: str, place: int, character: str) -> str:

@@ -113,7 +113,7 @@ class MaskedLM(nn.Module):
         return tokens[0] + "".join(t[2:] if t.startswith("##") else f" {t}" for t in tokens[1:])
 
     def word(self, pieces: Sequence[int]) -> str | None:
-        """What pieces read, or None where the first goes on with another word (##ing) or one is special.
+        """What pieces read, or None where they are no whole word: ##ing, a special piece, a part of a character.
 
         Parameters
         ----------
@@ -127,7 +127,8 @@ class MaskedLM(nn.Module):
             return None if text.startswith("##") else text
         tokens = self.tokenizer.convert_ids_to_tokens(list(pieces))
         begins = tokens[0].startswith(("Ġ", "▁"))
-        return str(self.tokenizer.convert_tokens_to_string(tokens)).strip() if begins else None
+        text = str(self.tokenizer.convert_tokens_to_string(tokens)).strip()
+        return text if begins and "\ufffd" not in text else None  # that stands for a part of a character
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What the output layer sees.

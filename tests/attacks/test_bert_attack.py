@@ -245,6 +245,7 @@ def test_a_victim_that_ignores_its_text_is_called_out():
             r"floats \(1, d\), .* got torch.float32 \(2, 16\)",
         ),
         (lambda atk: BertAttack(victim(), masked_lm(), objective="image")(["a dog"]), "pass images="),
+        (lambda atk: BertAttack(victim(), masked_lm(), objective="image")(["a dog"], torch.zeros(1, 3)), "wide as"),
         (lambda atk: BertAttack(victim(), masked_lm(), objective="cos"), "objective must be one of kl, l2"),
         (lambda atk: BertAttack(victim(), masked_lm(), k=0), "k must be"),
         (lambda atk: BertAttack(victim(), masked_lm(), compat="sga"), "compat must be"),

@@ -121,6 +121,48 @@ def test_sga_equals_the_oracle(scales, compat):
     assert texts == slow_texts != TEXTS
 
 
+def test_dra_equals_the_oracle():
+    images, start, scales, seed, samples, steps, alpha = pixels(), begin(pixels()), (0.5,), 4, 3, 4, 0.5 / 255
+    options = {"eps": EPS, "steps": steps, "scales": scales, "seed": seed, "samples": samples, "threshold": 0.0}
+    adversarial, texts = SGA(victim(), masked_lm(), batch=2, **options)(images, TEXTS, OWNER, start=start)
+    text = BertAttack(victim(), masked_lm(), objective="image", threshold=0.0)
+    with torch.no_grad():
+        clean = victim().encode_image(images)
+        first = text(TEXTS, clean[OWNER])
+
+    def loss(pictures, guides):
+        return -sum((victim().encode_image(picture[None])[0] * g).sum() for picture in pictures for g in guides)
+
+    def slope(at, views, guides):
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(loss(views(at), guides), at)[0]
+
+    mixed = []
+    for i, image in enumerate(images):
+        guides = [embed_text(t).detach() for t, owner in zip(first, OWNER, strict=True) if owner == i]
+        x, before = start[i], None
+        for step in range(steps):
+            views = lambda p, s=step, n=i: [p, sga_view(p, n, (0, 0.5), s, 1, seed, 0.05, True)[0]]  # noqa: E731
+            at = x
+            if before is not None:
+                u = pgd_noise(torch.tensor([i]), 2 * samples, seed=(seed + ((1 << 20) + step) * STREAM) % 2**64)[0]
+                u = ((u.double() + 1) / 2).tolist()
+                points = []
+                for k in range(samples):
+                    r1 = 1 + math.floor(98 * u[k])
+                    r2 = 1 + math.floor((99 - r1) * u[samples + k])
+                    points.append(r1 / 100 * x + r2 / 100 * image + (100 - r1 - r2) / 100 * before)
+                tried = [x + alpha * slope(p, lambda q: [q], guides).sign() for p in points]
+                values = [float(loss([y], guides).detach()) for y in tried]
+                at = points[values.index(max(values))]
+            x, before = stepped(x, image, slope(at, views, guides), alpha), x
+        torch.testing.assert_close(adversarial[i], x, rtol=0, atol=1e-12)
+        with torch.no_grad():
+            last, earlier = (victim().encode_image(p[None])[0] for p in (x, before))
+        mixed.append(0.6 * clean[i] + 0.2 * last + 0.2 * earlier)
+    assert texts == text(TEXTS, torch.stack([mixed[i] for i in OWNER]))
+
+
 @pytest.mark.parametrize("kind", [CoAttack, SGA])
 def test_batches_seeds_and_the_ball(kind):
     images, seed = pixels().float(), 11
@@ -161,6 +203,15 @@ def test_bfloat16_towers(kind):
     adversarial, texts = kind(model, masked_lm(), eps=EPS, steps=2, dtype=torch.bfloat16)(images, TEXTS, OWNER)
     assert adversarial.dtype == torch.float32 and texts != TEXTS
     assert 0 < float((adversarial.double() - images.double()).abs().max()) <= EPS
+
+
+@pytest.mark.parametrize("kind", [CoAttack, SGA])
+def test_the_l2_ball(kind):
+    images = pixels()
+    options = {"alpha": None} if kind is SGA else {}
+    adversarial, _ = kind(victim(), masked_lm(), eps=0.5, norm="l2", steps=3, **options)(images, TEXTS, OWNER)
+    size = (adversarial - images).flatten(1).norm(dim=1)
+    assert float(size.min()) > 0.05 and float(size.max()) <= 0.5 and 0 <= adversarial.min() <= adversarial.max() <= 1
 
 
 def test_coattacks_start_is_one_sided():

@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from captions import CAPTIONS, VOCABULARY, config, masked_lm, tokenizer, whole_mlm  # noqa: E402
+from captions import CAPTIONS, VOCABULARY, config, masked_lm, tokenizer, victim, whole_mlm  # noqa: E402
 
 from cmr_fast.attacks import BertAttack  # noqa: E402
 from cmr_fast.data import load_texts  # noqa: E402
@@ -35,6 +35,53 @@ def test_logits_are_transformers_own():
         model = masked_lm().eval()
         torch.testing.assert_close(model(ids, mask), expected)
         torch.testing.assert_close(model.logits(model.hidden(ids, mask)[mask]), expected[mask])
+
+
+SMALL = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "intermediate_size": 48}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "Electra", "Albert", "Roberta", "ModernBert"])
+def test_other_architectures(kind, tmp_path):
+    torch.manual_seed(0)
+    options = dict(SMALL)
+    if kind == "DistilBert":
+        options = {"vocab_size": len(VOCABULARY), "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48}
+    if kind in ("Electra", "Albert"):
+        options["embedding_size"] = 16
+    if kind == "ModernBert":
+        options |= {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    if kind == "Roberta":
+        options |= {"pad_token_id": 0, "max_position_embeddings": 66}
+    network = getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
+    ids, mask = batch(CAPTIONS)
+    with torch.no_grad():
+        expected = network(input_ids=ids, attention_mask=mask.long()).logits
+        model = MaskedLM(network, tokenizer()).eval()
+        torch.testing.assert_close(model(ids, mask)[mask], expected[mask])
+        model.save(tmp_path / "mlm")
+        again = MaskedLM.load(tmp_path / "mlm")
+        torch.testing.assert_close(again(ids, mask)[mask], expected[mask])
+    assert again.context == 64
+
+
+def test_pieces_that_mark_where_a_word_begins(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+
+    torch.manual_seed(0)
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator(CAPTIONS * 4, vocab_size=330, special_tokens=special, show_progress=False)
+    trained.save_model(str(tmp_path))
+    bpe = transformers.RobertaTokenizerFast.from_pretrained(str(tmp_path), model_max_length=64)
+    options = SMALL | {"vocab_size": len(bpe), "max_position_embeddings": 66}
+    model = MaskedLM(transformers.RobertaForMaskedLM(transformers.RobertaConfig(**options)), bpe).eval()
+    (dog,), (rest,) = model.pieces(["dog"]), model.pieces(["zzz"])
+    assert model.word(dog) == "dog" and model.word(rest[-1:]) is None and model.word(rest) == "zzz"
+    changed, info = BertAttack(victim(), model, threshold=0.0, k=100)(CAPTIONS, return_info=True)
+    assert sum(a != b for a, b in zip(CAPTIONS, changed, strict=True)) > 3
+    after = [change.after for changes in info.changes for change in changes]
+    assert all(word.isalnum() for word in after), after
 
 
 def test_saved_and_loaded(folder):
@@ -149,8 +196,6 @@ def test_the_sentence_encoder_of_the_package():
 
 
 def test_a_trained_model_gives_candidates(tmp_path):
-    from captions import victim
-
     model = MaskedLM.scratch(CAPTIONS * 4, vocabulary=200, width=32, layers=1)
     train_mlm(model, CAPTIONS * 4, MLMConfig(steps=20, batch=8, lr=3e-3))
     changed = BertAttack(victim(), model, threshold=0.0)(CAPTIONS)

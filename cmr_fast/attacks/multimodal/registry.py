@@ -18,7 +18,7 @@ from torch import Tensor
 from cmr_fast.attacks import registry as alone
 from cmr_fast.attacks.multimodal.base import DualEncoder, ImageTower
 from cmr_fast.attacks.multimodal.coattack import CoAttack
-from cmr_fast.attacks.multimodal.sga import SGA
+from cmr_fast.attacks.multimodal.sga import SCALES, SGA
 from cmr_fast.attacks.ranking import Ranker
 from cmr_fast.attacks.text.base import TextAttack
 from cmr_fast.attacks.text.bert import BertAttack
@@ -134,9 +134,10 @@ def _coattack(mode: Any, s: Setting) -> PairAttack:
     return CoAttack(s.victim, s.words, mode=mode, eps=s.eps, seed=s.seed, dtype=s.dtype)
 
 
-def _sga(scales: Sequence[float] | None, s: Setting) -> PairAttack:
-    options: dict[str, Any] = {} if scales is None else {"scales": scales}
-    return SGA(s.victim, s.words, eps=s.eps, alpha=s.eps / 4, seed=s.seed, dtype=s.dtype, **options)
+def _sga(scales: Sequence[float], samples: int, s: Setting) -> PairAttack:
+    return SGA(
+        s.victim, s.words, eps=s.eps, alpha=None, scales=scales, samples=samples, seed=s.seed, dtype=s.dtype
+    )  # fmt: skip
 
 
 MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
@@ -147,8 +148,9 @@ MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
     "co-attack": partial(_coattack, "joint"),
     "co-attack-image": partial(_coattack, "image"),
     "co-attack-separate": partial(_coattack, "separate"),
-    "sga": partial(_sga, None),
-    "sga-single-scale": partial(_sga, ()),
+    "sga": partial(_sga, SCALES, 0),
+    "sga-single-scale": partial(_sga, (), 0),
+    "dra": partial(_sga, SCALES, 5),
 }
 NAMES = ", ".join((*MAKERS, *alone.STANDARD_RANKING)) + " and the like"
 

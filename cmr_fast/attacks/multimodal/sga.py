@@ -9,6 +9,7 @@ one forward pass, and the sum over captions is taken before it: similarities are
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, Unpack, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmr_fast.attacks.multimodal.base import DualEncoder, MultimodalAttack, TextOptions, summed
+from cmr_fast.attacks.multimodal.trajectory import TrajectoryPGD
 from cmr_fast.attacks.pgd import PGD
 from cmr_fast.attacks.problem import STREAM
 from cmr_fast.attacks.settings import real, whole
@@ -52,6 +54,7 @@ class Views(nn.Module):
         super().__init__()
         self.victim, self.index, self.scales = victim, index, scales
         self.sigma, self.seed, self.clamp, self.passes = sigma, seed, clamp, 0
+        self.alone = False  # the images without their views
 
     def views(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) -> (1 + scales, N, 3, H, W), the images first."""
@@ -77,8 +80,8 @@ class Views(nn.Module):
         return normal[:, : pixels[0].numel()].reshape(pixels.shape)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 1 + scales, d)."""
-        views = self.views(pixels)
+        """(N, 3, H, W) -> (N, 1 + scales, d), or (N, 1, d) where `alone`."""
+        views = pixels[None] if self.alone else self.views(pixels)
         vectors = self.victim.encode_image(views.flatten(0, 1))
         return vectors.reshape(*views.shape[:2], -1).transpose(0, 1)
 
@@ -93,11 +96,16 @@ class SGA(MultimodalAttack):
     mlm
         A masked language model, as of BertAttack.
     eps, alpha, steps
-        Radius and step, of pixels from 0 to 1, and how many steps.
+        Radius and step, of pixels from 0 to 1, and how many steps. alpha=None is eps / 4.
     scales, sigma
         Sizes of the views beside the image itself, and the deviation of their noise. No scales: the image alone.
     norm
         "linf" or "l2".
+    samples
+        0 for SGA. DRA takes 5: points of a triangle between an image, its clean one and the one before, of which the
+        most promising gives the gradient (see `trajectory`); captions are then attacked against all three.
+    shares
+        With samples: how much the clean image, the last one and the one before it weigh for the captions.
     compat
         "sga": captions as of BertAttack's compat="coattack", and views whose pixels may leave [0, 1] after they are
         resized back, as in their code.
@@ -118,7 +126,9 @@ class SGA(MultimodalAttack):
     Notes
     -----
     Lu et al. 2023, "Set-level guidance attack: boosting adversarial transferability of vision-language pre-training
-    models". Its success rate is the share of what was right before and is wrong after.
+    models"; with samples Gao et al. 2024, "Boosting transferability in vision-language attacks via diversification
+    along the intersection region of adversarial trajectory". The success rate is the share of what was right before and
+    is wrong after.
     """
 
     def __init__(
@@ -127,11 +137,13 @@ class SGA(MultimodalAttack):
         mlm: WordModel,
         *,
         eps: float = 2 / 255,
-        alpha: float = 0.5 / 255,
+        alpha: float | None = 0.5 / 255,
         steps: int = 10,
         scales: Sequence[float] = SCALES,
         sigma: float = 0.05,
         norm: Norm = "linf",
+        samples: int = 0,
+        shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
         compat: Literal["sga"] | None = None,
         seed: int = 0,
         dtype: torch.dtype | None = None,
@@ -144,6 +156,12 @@ class SGA(MultimodalAttack):
         self.eps, self.alpha, self.steps, self.norm, self.dtype = eps, alpha, whole("steps", steps, 1), norm, dtype
         self.scales = tuple(real("scales", scale, 0.0, 16.0, above=True) for scale in scales)
         self.sigma, self.compat = real("sigma", sigma, 0.0, 1e30), compat
+        self.samples = whole("samples", samples, 0)
+        if len(shares) != 3:
+            raise InputError(
+                f"shares must be three numbers, of the clean image, the last and the one before, got {shares}"
+            )
+        self.shares = tuple(real("shares", share, 0.0, 1e30) for share in shares)
         self.text = BertAttack(
             victim, mlm, objective="image", compat="coattack" if compat else None, dtype=dtype, **options
         )
@@ -151,7 +169,8 @@ class SGA(MultimodalAttack):
 
     def _pgd(self, index: Tensor) -> PGD:
         views = Views(self.model, index, self.scales, self.sigma, self.seed, self.compat is None)
-        return PGD(
+        kind = partial(TrajectoryPGD, samples=self.samples) if self.samples else PGD
+        return kind(
             views, eps=self.eps, alpha=self.alpha, steps=self.steps, norm=self.norm, loss=_apart, seed=self.seed,
             dtype=self.dtype, strict=True, check=False,
         )  # fmt: skip
@@ -160,14 +179,21 @@ class SGA(MultimodalAttack):
         self, images: Tensor, texts: list[str], owner: Tensor, start: Tensor | None, index: Tensor
     ) -> tuple[Tensor, list[str]]:
         owners = owner.to(images.device)
+        clean = self._seen(images)
         with self.text.holding():
             prepared = self.text.prepare(texts)
-            first = [result.text for result in self.text.finish(prepared, self._seen(images)[owners])]
+            first = [result.text for result in self.text.finish(prepared, clean[owners])]
             targets = self.text.embedded(prepared, first)
         guides = summed(targets, owner, len(images)).to(images.device)
-        moved = cast(Tensor, self._pgd(index)(images, guides, start=start, index=index))
+        atk = self._pgd(index)
+        moved = cast(Tensor, atk(images, guides, start=start, index=index))
+        against = self._seen(moved)
+        if isinstance(atk, TrajectoryPGD):
+            before = images if atk.before is None else atk.before.to(images.dtype)  # eps = 0: nothing has moved
+            weights = zip(self.shares, (clean, against, self._seen(before)), strict=True)
+            against = torch.stack([share * seen for share, seen in weights]).sum(dim=0)
         with self.text.holding():
-            return moved, [result.text for result in self.text.finish(prepared, self._seen(moved)[owners])]
+            return moved, [result.text for result in self.text.finish(prepared, against[owners])]
 
 
 def _apart(outputs: Tensor, guides: Tensor) -> Tensor:

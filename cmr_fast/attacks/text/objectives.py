@@ -89,10 +89,12 @@ def image(changed: Tensor, clean: Tensor, images: Tensor | None = None) -> Tenso
     Raises
     ------
     InputError
-        Without images.
+        Without images, and for images of another width.
     """
     if images is None:
         raise InputError("the objective 'image' compares texts with their images: pass images=(N, d) embeddings")
+    if images.shape != changed.shape:
+        raise InputError(f"images must be embeddings as wide as the texts', {changed.shape[1]}, got {images.shape[1]}")
     return -(changed * images).sum(dim=-1)
 
 
