@@ -28,6 +28,7 @@ from cmr_fast.ops._tensors import (
     neighbours,
 )
 from cmr_fast.ops.cuda import hamming as hamming_cuda
+from cmr_fast.ops.multi_index_range import scan_range, tables_for
 
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
 
@@ -295,23 +296,8 @@ def _range(
         return hamming_cuda.range_search(q, db, radius)
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
-        native, isa = _dispatch.native(), _dispatch.choose_isa()
-        shape = (len(q), len(db), db.shape[1], radius, _dispatch.choose_threads(threads))
-        splits = native.hamming_range_splits(*shape)
-        offsets = torch.zeros(len(q) * splits + 1, dtype=torch.int64, device="cpu")
-        workspace = torch.empty(native.hamming_range_workspace(isa, *shape), dtype=torch.uint8, device="cpu")
-        native.hamming_range_count(isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), workspace.data_ptr())
-        torch.cumsum(offsets, 0, out=offsets)
-        total = int(offsets[-1])
-        distances, indices = (
-            torch.empty(total, dtype=torch.int32, device="cpu"),
-            torch.empty(total, dtype=torch.int64, device="cpu"),
-        )
-        native.hamming_range_fill(
-            isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), distances.data_ptr(), indices.data_ptr(),
-            workspace.data_ptr(),
-        )  # fmt: skip
-        return offsets[::splits].clone(), distances, indices
+        tables = tables_for(q, db, radius, threads)
+        return scan_range(q, db, radius, threads) if tables is None else tables.range_search(q, radius, threads)
     lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
     parts = []
     for start, table in _torch_blocks(q, db):

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "isa.h"
+#include "multi_index_hash.h"
 #include "multi_index_kernel.h"
 #include "parallel.h"
 
@@ -121,6 +122,11 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == kEntryBytes);
 
+struct Slot {
+    uint32_t value, key;
+};
+static_assert(sizeof(Slot) == kSlotBytes);
+
 // offsets[key + 1]: where the first of this key belongs. Placing all, one after the other at offsets[key + 1]++, turns
 // them into the buckets' begins (offsets[key]) and ends.
 template <class KeyOf>
@@ -134,8 +140,8 @@ void count_keys(int64_t n, int key_bits, uint32_t* offsets, const KeyOf& key_of)
 // Entries 0 .. n-1 bucketed by key, stably, in two rounds so that both stay in cache: first into up to 2^kPartitionBits
 // ranges of keys, then inside each. `entry_of(i)` is called once for each i, in order; finish(entries, begin, end) gets
 // the entries of a range, in bucket order, that belong at [begin, end) of the result.
-template <class KeyOf, class EntryOf, class Finish>
-void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, Entry* entries, const KeyOf& key_of,
+template <class E, class KeyOf, class EntryOf, class Finish>
+void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, E* entries, const KeyOf& key_of,
             const EntryOf& entry_of, const Finish& finish) {
     count_keys(n, key_bits, offsets, key_of);
     const int64_t buckets = int64_t{1} << key_bits;
@@ -145,7 +151,7 @@ void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, Entry* entr
     for (int64_t p = 0; p <= partitions; ++p) cursor[p] = offsets[(p << shift) + 1];
     const std::vector<uint32_t> begin = cursor;
     for (int64_t i = 0; i < n; ++i) {
-        const Entry entry = entry_of(i);
+        const E entry = entry_of(i);
         entries[cursor[entry.key >> shift]++] = entry;
     }
     const auto end_of = [&](int64_t p) { return p + 1 < partitions ? begin[p + 1] : static_cast<uint32_t>(n); };
@@ -154,10 +160,10 @@ void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, Entry* entr
     // a copy for each thread, or for all ranges where that is less
     const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(threads, partitions));
     const bool by_slot = slots * largest < n;
-    const std::unique_ptr<Entry[]> copies(new Entry[by_slot ? slots * largest : n]);
+    const std::unique_ptr<E[]> copies(new E[by_slot ? slots * largest : n]);
     parallel_for(partitions, threads, [&](int64_t p, int slot) {
         const uint32_t first = begin[p], last = end_of(p);
-        Entry* const sorted = copies.get() + (by_slot ? slot * largest : first);
+        E* const sorted = copies.get() + (by_slot ? slot * largest : first);
         for (uint32_t i = first; i < last; ++i) sorted[offsets[entries[i].key + 1]++ - first] = entries[i];
         finish(sorted, first, last);
     });
@@ -226,6 +232,90 @@ void multi_index_table(const uint8_t* sorted, int64_t num_groups, int64_t nbytes
                    words[begin + i] = found[i].word;
                }
            });
+}
+
+void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t* mask, int bucket_bits, int index_bits,
+                 int threads, uint32_t* offsets, uint8_t* slots_by_bucket, uint32_t* slots) {
+    const auto hash_of = [&](int64_t i) {
+        return Place(hash_code(codes + i * nbytes, nbytes, mask), bucket_bits, index_bits);
+    };
+    bucket(
+        n, bucket_bits, threads, offsets, reinterpret_cast<Slot*>(slots_by_bucket),
+        [&](int64_t i) { return hash_of(i).bucket; },
+        [&](int64_t i) {
+            const Place place = hash_of(i);
+            return Slot{place.tag | static_cast<uint32_t>(i), place.bucket};
+        },
+        [&](const Slot* found, uint32_t begin, uint32_t end) {
+            for (uint32_t i = begin; i < end; ++i) slots[i] = found[i - begin].value;
+        });
+}
+
+std::array<double, 3> range_costs() { return {kRangeCostQuery, kRangeCostProbe, kRangeCostCode}; }
+
+namespace {
+
+constexpr int64_t kGroupHits = kQueriesTogether * kHitsKept;
+
+int64_t range_groups(int64_t num_queries) { return (num_queries + kQueriesTogether - 1) / kQueriesTogether; }
+
+RangeGroup group_of(const RangeGroup& all, int64_t nbytes, int64_t group) {
+    RangeGroup part = all;
+    const int64_t first = group * kQueriesTogether;
+    part.queries += first * nbytes;
+    part.num_queries = std::min(kQueriesTogether, all.num_queries - first);
+    if (part.after >= 0) part.after += first;
+    return part;
+}
+
+}  // namespace
+
+// For each group: how many hits there are, then room for kGroupHits of them.
+size_t range_workspace(int64_t num_queries) {
+    return static_cast<size_t>(range_groups(num_queries)) * (kGroupHits + 1) * sizeof(uint64_t);
+}
+
+void range_count(const std::string& isa, const RangeIndex& index, const RangeSearch& s, int64_t* counts, uint8_t* done,
+                 uint8_t* workspace) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    set_last_isa(kernel.isa);
+    uint64_t* const kept = reinterpret_cast<uint64_t*>(workspace);
+    parallel_for(range_groups(s.all.num_queries), s.threads, [&](int64_t group, int) {
+        const int64_t first = group * kQueriesTogether;
+        uint64_t* const mine = kept + group * (kGroupHits + 1);
+        mine[0] = static_cast<uint64_t>(kernel.range(index, group_of(s.all, index.nbytes, group), mine + 1, kGroupHits,
+                                                     counts + first, done + first));
+    });
+}
+
+void range_fill(const std::string& isa, const RangeIndex& index, const RangeSearch& s, const int64_t* lims,
+                const uint8_t* done, int32_t* distances, int64_t* indices, uint8_t* workspace) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    const uint64_t* const kept = reinterpret_cast<uint64_t*>(workspace);
+    parallel_for(range_groups(s.all.num_queries), s.threads, [&](int64_t group, int) {
+        RangeGroup part = group_of(s.all, index.nbytes, group);
+        const int64_t first = group * kQueriesTogether, last = first + part.num_queries;
+        const uint64_t* hits = kept + group * (kGroupHits + 1);
+        const int64_t total = static_cast<int64_t>(*hits++);
+        if (total > kGroupHits) {  // once more, now that there is room: at the begin of where they go
+            part.effort = INFINITY;
+            int64_t counts[kQueriesTogether];
+            uint8_t again[kQueriesTogether];
+            std::copy(done + first, done + last, again);
+            kernel.range(index, part, reinterpret_cast<uint64_t*>(indices + lims[first]), total, counts, again);
+            hits = reinterpret_cast<const uint64_t*>(indices + lims[first]);
+        }
+        // backwards: no hit is written over before it is read, since queries that were given up only leave gaps
+        int64_t at = total;
+        for (int64_t query = last - 1; query >= first; --query) {
+            if (!done[query]) continue;
+            for (int64_t to = lims[query + 1] - 1; to >= lims[query]; --to) {
+                const uint64_t hit = hits[--at];
+                distances[to] = static_cast<int32_t>(hit & ((1u << kDistanceBits) - 1));
+                indices[to] = static_cast<int64_t>(hit >> kDistanceBits);
+            }
+        }
+    });
 }
 
 }  // namespace cmr
