@@ -175,11 +175,20 @@ def hamming_topk(
 
 
 def hamming_range(
-    q: Array, db: Array, radius: int, *, backend: str | None = None, threads: int | None = None
+    q: Array,
+    db: Array,
+    radius: int,
+    *,
+    tables: bool = True,
+    backend: str | None = None,
+    threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Every database code at distance <= radius of each query: the triple of faiss's range_search.
 
     faiss's own radius is left out (distance < radius): it is this one + 1.
+
+    Where a small radius and many queries promise that it pays, tables of substrings are built for this call
+    (multi-index hashing; up to five times the memory of the codes) and looked up instead of scanning.
 
     Parameters
     ----------
@@ -187,6 +196,8 @@ def hamming_range(
         uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
     radius : int
         0 or more; inclusive, where faiss takes distances below its radius.
+    tables : bool, optional
+        False: only scan. Results do not depend on it.
     backend : {"cpp", "cuda", "torch"}, optional
         Forces one; the device chooses otherwise.
     threads : int, optional
@@ -209,7 +220,9 @@ def hamming_range(
     queries, database, was_numpy = as_codes(q, db)
     check_values(queries, "q")  # as many results as they say
     radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
-    result = torch.ops.cmr_fast.hamming_range(queries, database, radius, *_dispatch.how(backend, threads))
+    if not isinstance(tables, bool):
+        raise InputError(f"tables must be True or False, got {tables!r}")
+    result = torch.ops.cmr_fast.hamming_range(queries, database, radius, tables, *_dispatch.how(backend, threads))
     lims, distances, indices = (like_input(r, was_numpy) for r in result)
     return lims, distances, indices
 
@@ -289,14 +302,14 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
 
 
 def _range(
-    q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
+    q: Tensor, db: Tensor, radius: int, with_tables: bool, backend: str | None, threads: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _dispatch.choose_backend("hamming_range", q.device.type, backend)
     if chosen == "cuda":
         return hamming_cuda.range_search(q, db, radius)
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
-        tables = tables_for(q, db, radius, threads)
+        tables = tables_for(q, db, radius, threads) if with_tables else None
         return scan_range(q, db, radius, threads) if tables is None else tables.range_search(q, radius, threads)
     lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
     parts = []
@@ -344,7 +357,7 @@ def _signs(codes: Tensor) -> Tensor:
 
 
 def _fake_range(
-    q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
+    q: Tensor, db: Tensor, radius: int, tables: bool, backend: str | None, threads: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -368,7 +381,8 @@ _TOPK = register(
     ),
 )
 register(
-    "hamming_range(Tensor q, Tensor db, int radius, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    "hamming_range(Tensor q, Tensor db, int radius, bool tables, str? backend, int? threads) "
+    "-> (Tensor, Tensor, Tensor)",
     _range,
     _fake_range,
 )

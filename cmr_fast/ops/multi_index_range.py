@@ -1,7 +1,7 @@
 """Everything within a radius that is known beforehand, by tables of substrings: what the scan finds, in its order.
 
-A code within the radius agrees with the query, but for few bits, in one of several substrings (the pigeonhole principle;
-Norouzi, Punjani, Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", CVPR 2012, section 2): see
+A code within the radius agrees with the query, but for few bits, in one of several substrings (the pigeonhole
+principle; Norouzi, Punjani, Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", CVPR 2012, section 2): see
 csrc/cpu/multi_index_range.h. Bits are dealt out to the substrings so that each gets sure and unsure ones, and how many
 substrings there are is chosen on a sample of the codes.
 """
@@ -27,6 +27,7 @@ MIN_CODES = 1 << 12
 _MAX_TABLES = 128
 _BUCKET = 4  # codes of a bucket, from so many to twice as many
 _SAMPLE, _COUNTED = 64, 1 << 13
+_BUILDING, _SAMPLING = 60.0, 2e7  # cost of a table for each code, and of choosing
 _TOGETHER = 1 << 16  # queries that are searched before their hits are collected
 
 
@@ -51,7 +52,7 @@ class Split:
     @property
     def build_cost(self) -> float:
         """In the nanoseconds of the cost model, for each code."""
-        return 40.0 * len(self.masks)
+        return _BUILDING * len(self.masks)
 
 
 class Sample:
@@ -71,12 +72,13 @@ class Sample:
         asked = spread(self.n if q is None else len(q), _SAMPLE)
         self.queries = (codes if q is None else q)[asked].numpy()
         self.counted = codes[torch.from_numpy(np.setdiff1d(drawn, asked.numpy()) if q is None else drawn)].numpy()
-        self.scan = 2 * scan_cost_of_one(self.n, self.nbytes, _TOGETHER if q is None else len(q), 1)
+        batch = _SAMPLE if q is None else max(1, len(q))
+        self.scan = scan_cost(self.n, self.nbytes, batch) / batch
 
     def masks(self, count: int) -> np.ndarray:
         """uint8 (count, nbytes): every bit in one substring, the most uncertain ones dealt out first."""
         bits = 8 * self.nbytes
-        ones = np.unpackbits(self.counted, axis=1, bitorder="little").mean(axis=0, dtype=np.float64)
+        ones = np.unpackbits(self.counted, axis=1, bitorder="little").sum(axis=0) / max(1, len(self.counted))
         order = np.argsort(-np.round(ones * (1 - ones), 2), kind="stable")
         turn = np.arange(bits) % (2 * count)
         owner = np.empty(bits, np.int64)
@@ -160,6 +162,7 @@ class RangeTables:
         *,
         allowed: Tensor | None = None,
         after: int | None = None,
+        asked: Tensor | None = None,
         effort: float = EFFORT,
     ) -> Hits:
         """Every code at distance <= radius of each query, as hamming_range returns it.
@@ -176,6 +179,8 @@ class RangeTables:
             bool (N,): the codes that count.
         after : int, optional
             Of query i only codes beyond after + i count.
+        asked : Tensor, optional
+            bool (Q,): the queries that are searched; the others find nothing.
         effort : float, optional
             What queries may spend in vain, as a share of what scanning them costs; those are scanned. The result does
             not depend on it.
@@ -192,8 +197,9 @@ class RangeTables:
         bitmap = None if allowed is None else _bitmap(allowed)
         blocks = []
         for start in range(0, len(q), _TOGETHER):
-            rows, first = q[start : start + _TOGETHER], -1 if after is None else after + start
-            blocks.append(self._block(rows, radius, threads, allowed, bitmap, first, effort))
+            block = slice(start, min(start + _TOGETHER, len(q)))
+            first, wanted = -1 if after is None else after + start, None if asked is None else asked[block]
+            blocks.append(self._block(q[block], radius, threads, allowed, bitmap, first, wanted, effort))
         return blocks[0] if len(blocks) == 1 else joined(blocks)
 
     def _block(
@@ -204,6 +210,7 @@ class RangeTables:
         allowed: Tensor | None,
         bitmap: Tensor | None,
         after: int,
+        asked: Tensor | None,
         effort: float,
     ) -> Hits:
         native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
@@ -213,15 +220,16 @@ class RangeTables:
         tables = [(m.data_ptr(), p.data_ptr(), len(p), o.data_ptr(), s.data_ptr()) for m, p, o, s in self._tables]
         search = (q.data_ptr(), len(q), radius, reach.data_ptr(), address(bitmap), after, threads)
         counts = torch.zeros(len(q), dtype=torch.int64, device="cpu")
-        done = torch.full((len(q),), int(reach.max()) <= native.range_max_reach, dtype=torch.bool, device="cpu")
+        wanted = torch.ones(len(q), dtype=torch.bool, device="cpu") if asked is None else asked
+        done = wanted.clone() if int(reach.max()) <= native.range_max_reach else torch.zeros_like(wanted)
         workspace = torch.empty(native.range_workspace(len(q)), dtype=torch.uint8, device="cpu")
-        scan = 2 * scan_cost_of_one(n, nbytes, len(q), 1)
+        scan = scan_cost(n, nbytes, len(q)) / len(q)
         native.range_count(
             isa, index, tables, search, effort, scan, counts.data_ptr(), done.data_ptr(), workspace.data_ptr()
         )
-        left = (~done).nonzero()[:, 0]
+        left = (wanted & ~done).nonzero()[:, 0]
         if len(left):
-            near, apart, places = _kept(
+            near, apart, places = kept(
                 scan_range(q[left], self._codes, radius, threads), allowed, None if after < 0 else left + after
             )
             counts[left] = near.diff()
@@ -242,10 +250,10 @@ class RangeTables:
 
 def reaches(radius: int, count: int) -> list[int]:
     """How many bits may differ in each of `count` substrings, adding up to radius - count + 1; -1: it is not asked."""
-    short, longer = divmod(radius - count + 1, count)
-    return [short] * (count - longer) + [short + 1] * longer if radius >= count else [0] * (radius + 1) + [-1] * (
-        count - radius - 1
-    )
+    short, longer = divmod(radius - count + 1, count)  # 0 and above from radius = count - 1 on
+    if short < 0:
+        return [0] * (radius + 1) + [-1] * (count - radius - 1)
+    return [short] * (count - longer) + [short + 1] * longer
 
 
 def scan_range(q: Tensor, db: Tensor, radius: int, threads: int | None) -> Hits:
@@ -269,6 +277,58 @@ def scan_range(q: Tensor, db: Tensor, radius: int, threads: int | None) -> Hits:
     return offsets[::splits].clone(), distances, indices
 
 
+def available(codes: Tensor) -> bool:
+    """Whether tables over these codes may pay: there are enough, and searches run on the native kernels.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8 (N, nbytes).
+
+    Returns
+    -------
+    bool
+        False for codes on a GPU.
+    """
+    if codes.device.type != "cpu" or not MIN_CODES <= len(codes) <= MAX_CODES:
+        return False
+    return _dispatch.choose_backend("hamming_range", "cpu") == "cpp"
+
+
+def scan_cost(n: int, nbytes: int, num_queries: int) -> float:
+    """What a range search costs that scans, for all queries, in the nanoseconds of the cost model.
+
+    Parameters
+    ----------
+    n, nbytes : int
+        Codes and bytes a code.
+    num_queries : int
+        Of the batch.
+
+    Returns
+    -------
+    float
+        Codes are compared twice: to count the hits, and to write them.
+    """
+    return 2 * num_queries * scan_cost_of_one(n, nbytes, num_queries, 1)
+
+
+def least_cost(n: int) -> float:
+    """What choosing and building tables costs at least, in the nanoseconds of the cost model.
+
+    Parameters
+    ----------
+    n : int
+        Codes.
+
+    Returns
+    -------
+    float
+        For one table.
+    """
+    return n * _BUILDING + _SAMPLING
+
+
 def tables_for(q: Tensor, db: Tensor, radius: int, threads: int | None) -> RangeTables | None:
     """Tables for one call, where making and asking them is expected to cost less than half of scanning.
 
@@ -289,16 +349,13 @@ def tables_for(q: Tensor, db: Tensor, radius: int, threads: int | None) -> Range
     n, nbytes = db.shape
     if not MIN_CODES <= n <= MAX_CODES or len(q) == 0:
         return None
-    scan = 2 * len(q) * scan_cost_of_one(n, nbytes, len(q), 1)
-    if scan * WORTH < n * 40.0 + _SAMPLING_COST:
+    scan = scan_cost(n, nbytes, len(q))
+    if scan * WORTH < least_cost(n):
         return None
     split = Sample(db, q).best(radius, PASSING_MEMORY)
     if split is None or split.share + n * split.build_cost / scan > WORTH:
         return None
     return RangeTables(db, split, threads)
-
-
-_SAMPLING_COST = 2e7
 
 
 def joined(blocks: Sequence[Hits]) -> Hits:
@@ -315,13 +372,13 @@ def joined(blocks: Sequence[Hits]) -> Hits:
     )
 
 
-def _kept(hits: Hits, allowed: Tensor | None, after: Tensor | None) -> Hits:
-    """The hits among the codes that count: bool (N,), and of query i those beyond after[i]."""
+def kept(hits: Hits, allowed: Tensor | None, after: Tensor | None) -> Hits:
+    """The hits among the codes that count: bool (N,), and of query i those beyond after[i]; on any device."""
     lims, distances, indices = hits
     if allowed is None and after is None:
         return hits
-    query = torch.repeat_interleave(torch.arange(len(lims) - 1, device="cpu"), lims.diff())
-    keep = torch.ones(len(indices), dtype=torch.bool, device="cpu") if allowed is None else allowed[indices]
+    query = torch.repeat_interleave(torch.arange(len(lims) - 1, device=lims.device), lims.diff())
+    keep = torch.ones(len(indices), dtype=torch.bool, device=lims.device) if allowed is None else allowed[indices]
     if after is not None:
         keep &= indices > after[query]
     counts = torch.bincount(query[keep], minlength=len(lims) - 1)

@@ -2,6 +2,7 @@
 
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, convention_table, tie_table
+from cmr_fast.retrieval.duplicates import Duplicates, near_duplicates
 from cmr_fast.retrieval.index import HammingIndex
 from cmr_fast.retrieval.metrics import evaluate_codes, evaluate_embeddings
 from cmr_fast.retrieval.result import RetrievalResult
@@ -9,11 +10,13 @@ from cmr_fast.retrieval.result import RetrievalResult
 __all__ = [
     "CONVENTIONS",
     "TIES",
+    "Duplicates",
     "HammingIndex",
     "RetrievalResult",
     "convention_table",
     "evaluate_codes",
     "evaluate_embeddings",
     "index_kind",
+    "near_duplicates",
     "tie_table",
 ]

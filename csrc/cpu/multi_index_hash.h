@@ -10,8 +10,8 @@ namespace {
 
 // Nanoseconds, as those of multi_index_kernel.h: fitted to 1 and 20 M codes of 64 to 512 bits.
 constexpr double kRangeCostQuery = 100;
-constexpr double kRangeCostProbe = 25;
-constexpr double kRangeCostCode = 12;
+constexpr double kRangeCostProbe = 40;
+constexpr double kRangeCostCode = 50;
 
 // The hash of a substring is the xor of its words' hashes: a flipped bit changes one of them.
 inline uint64_t hash_word(uint64_t x, int64_t word) {
