@@ -113,9 +113,9 @@ def hamming_pair_blocks(
     start : int, optional
         The first row, to go on after an earlier block.
 
-    Yields
-    ------
-    PairBlock
+    Returns
+    -------
+    iterator of PairBlock
         first, lims, distances, indices: rows first, first + 1, ... of `codes`.
 
     Raises
@@ -124,8 +124,8 @@ def hamming_pair_blocks(
         On arguments of another kind.
     """
     _, was_numpy = as_tensor(codes, "codes")
-    for first, *hits in _blocks(codes, radius, other, as_integer(rows, "rows", 1), start, threads):
-        yield PairBlock(first, *(like_input(x, was_numpy) for x in hits))
+    blocks = _blocks(codes, radius, other, as_integer(rows, "rows", 1), start, threads)
+    return (PairBlock(first, *(like_input(x, was_numpy) for x in hits)) for first, *hits in blocks)
 
 
 def _blocks(

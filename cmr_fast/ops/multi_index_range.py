@@ -102,7 +102,7 @@ class Sample:
         """The split that costs least, with tables of `memory` bytes at most for each byte of codes; None: the scan."""
         per_query, per_probe, _ = native_kernels().range_costs()
         best: Split | None = None
-        room = int(memory * self.n * self.nbytes / (4 * (self.n + 2 + (1 << _bucket_bits(self.n)))))
+        room = int(memory * self.n * self.nbytes / (4 * (self.n + 1 + (1 << _bucket_bits(self.n)))))
         for count in range(max(1, min(radius + 1, room, 8 * self.nbytes, _MAX_TABLES)), 0, -1):
             masks, reach = self.masks(count), reaches(radius, count)
             least = (per_query + per_probe * sum(map(_probes, masks, reach))) / self.scan
@@ -142,7 +142,7 @@ class RangeTables:
         for row in words:
             mask = torch.from_numpy(row.view(np.int64))
             places = torch.from_numpy(np.flatnonzero(np.unpackbits(row, bitorder="little")).astype(np.int16))
-            offsets, slots = empty((1 << self._bucket_bits) + 2, torch.int32), empty(n, torch.int32)
+            offsets, slots = empty((1 << self._bucket_bits) + 1, torch.int32), empty(n, torch.int32)
             native.range_table(
                 codes.data_ptr(), n, nbytes, mask.data_ptr(), self._bucket_bits, self._index_bits, threads,
                 offsets.data_ptr(), spare.data_ptr(), slots.data_ptr(),

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <memory>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "isa.h"
 #include "multi_index_hash.h"
@@ -140,8 +142,8 @@ void count_keys(int64_t n, int key_bits, uint32_t* offsets, const KeyOf& key_of)
 // Entries 0 .. n-1 bucketed by key, stably, in two rounds so that both stay in cache: first into up to 2^kPartitionBits
 // ranges of keys, then inside each. `entry_of(i)` is called once for each i, in order; finish(entries, begin, end) gets
 // the entries of a range, in bucket order, that belong at [begin, end) of the result.
-template <class E, class KeyOf, class EntryOf, class Finish>
-void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, E* entries, const KeyOf& key_of,
+template <class KeyOf, class EntryOf, class Finish>
+void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, Entry* entries, const KeyOf& key_of,
             const EntryOf& entry_of, const Finish& finish) {
     count_keys(n, key_bits, offsets, key_of);
     const int64_t buckets = int64_t{1} << key_bits;
@@ -151,7 +153,7 @@ void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, E* entries,
     for (int64_t p = 0; p <= partitions; ++p) cursor[p] = offsets[(p << shift) + 1];
     const std::vector<uint32_t> begin = cursor;
     for (int64_t i = 0; i < n; ++i) {
-        const E entry = entry_of(i);
+        const Entry entry = entry_of(i);
         entries[cursor[entry.key >> shift]++] = entry;
     }
     const auto end_of = [&](int64_t p) { return p + 1 < partitions ? begin[p + 1] : static_cast<uint32_t>(n); };
@@ -160,10 +162,10 @@ void bucket(int64_t n, int key_bits, int threads, uint32_t* offsets, E* entries,
     // a copy for each thread, or for all ranges where that is less
     const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(threads, partitions));
     const bool by_slot = slots * largest < n;
-    const std::unique_ptr<E[]> copies(new E[by_slot ? slots * largest : n]);
+    const std::unique_ptr<Entry[]> copies(new Entry[by_slot ? slots * largest : n]);
     parallel_for(partitions, threads, [&](int64_t p, int slot) {
         const uint32_t first = begin[p], last = end_of(p);
-        E* const sorted = copies.get() + (by_slot ? slot * largest : first);
+        Entry* const sorted = copies.get() + (by_slot ? slot * largest : first);
         for (uint32_t i = first; i < last; ++i) sorted[offsets[entries[i].key + 1]++ - first] = entries[i];
         finish(sorted, first, last);
     });
@@ -234,21 +236,49 @@ void multi_index_table(const uint8_t* sorted, int64_t num_groups, int64_t nbytes
            });
 }
 
+// First into ranges of buckets, a chunk of the codes for each thread, then inside each range: all writes stay in cache.
 void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t* mask, int bucket_bits, int index_bits,
                  int threads, uint32_t* offsets, uint8_t* slots_by_bucket, uint32_t* slots) {
-    const auto hash_of = [&](int64_t i) {
-        return Place(hash_code(codes + i * nbytes, nbytes, mask), bucket_bits, index_bits);
+    Slot* const found = reinterpret_cast<Slot*>(slots_by_bucket);
+    const int shift = std::max(0, bucket_bits - kPartitionBits);
+    const int64_t partitions = int64_t{1} << (bucket_bits - shift), buckets = int64_t{1} << shift;
+    const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(threads, n >> 16)), chunk = (n + chunks - 1) / chunks;
+    std::vector<uint32_t> cursors(chunks * partitions);  // first counts, then places
+    const auto each = [&](int64_t c, const auto& body) {
+        for (int64_t i = c * chunk; i < std::min(n, (c + 1) * chunk); ++i)
+            body(i, Place(hash_code(codes + i * nbytes, nbytes, mask), bucket_bits, index_bits));
     };
-    bucket(
-        n, bucket_bits, threads, offsets, reinterpret_cast<Slot*>(slots_by_bucket),
-        [&](int64_t i) { return hash_of(i).bucket; },
-        [&](int64_t i) {
-            const Place place = hash_of(i);
-            return Slot{place.tag | static_cast<uint32_t>(i), place.bucket};
-        },
-        [&](const Slot* found, uint32_t begin, uint32_t end) {
-            for (uint32_t i = begin; i < end; ++i) slots[i] = found[i - begin].value;
+    parallel_for(chunks, threads, [&](int64_t c, int) {
+        each(c, [&](int64_t, const Place& place) { ++cursors[c * partitions + (place.bucket >> shift)]; });
+    });
+    std::vector<uint32_t> begin(partitions + 1);
+    uint32_t total = 0;
+    for (int64_t p = 0; p < partitions; ++p) {
+        begin[p] = total;
+        for (int64_t c = 0; c < chunks; ++c) {
+            const uint32_t count = cursors[c * partitions + p];
+            cursors[c * partitions + p] = total;
+            total += count;
+        }
+    }
+    begin[partitions] = total;
+    parallel_for(chunks, threads, [&](int64_t c, int) {
+        each(c, [&](int64_t i, const Place& place) {
+            found[cursors[c * partitions + (place.bucket >> shift)]++] = {place.tag | static_cast<uint32_t>(i),
+                                                                          place.bucket};
         });
+    });
+    parallel_for(partitions, threads, [&](int64_t p, int) {
+        uint32_t* const first = offsets + p * buckets;
+        std::fill(first, first + buckets, 0u);
+        for (uint32_t i = begin[p]; i < begin[p + 1]; ++i) ++offsets[found[i].key];
+        uint32_t at = begin[p];
+        for (int64_t b = 0; b < buckets; ++b) at += std::exchange(first[b], at);
+        for (uint32_t i = begin[p]; i < begin[p + 1]; ++i) slots[offsets[found[i].key]++] = found[i].value;
+        std::memmove(first + 1, first, (buckets - 1) * sizeof(uint32_t));  // ends to begins
+        *first = begin[p];
+    });
+    offsets[partitions * buckets] = total;
 }
 
 std::array<double, 3> range_costs() { return {kRangeCostQuery, kRangeCostProbe, kRangeCostCode}; }

@@ -125,7 +125,7 @@ size_t multi_index_workspace(int64_t n, int64_t num_queries, int64_t k, int thre
 void multi_index_search(const std::string& isa, const MultiIndex&, const MultiIndexSearch&, int32_t* distances,
                         int64_t* indices, uint8_t* done, double* cost, uint8_t* workspace);
 
-// Of tables for a known radius. `slots_by_bucket` is workspace, kSlotBytes for each code; offsets as above.
+// Of tables for a known radius. `slots_by_bucket` is workspace, kSlotBytes for each code.
 constexpr int64_t kSlotBytes = 8;
 void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t* mask, int bucket_bits, int index_bits,
                  int threads, uint32_t* offsets, uint8_t* slots_by_bucket, uint32_t* slots);
