@@ -217,7 +217,5 @@ def _read_state(path: Path, stamp: np.ndarray) -> tuple[np.ndarray, int]:
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not the state of an earlier run, or damaged: remove it to begin again") from error
     if not np.array_equal(seen, stamp) or labels.shape != (stamp[0],):
-        raise InputError(
-            f"{path}: the state of a run over other codes or with another radius: remove it to begin again"
-        )
+        raise InputError(f"{path}: the state of a run over other codes or another radius: remove it to begin again")
     return labels, at

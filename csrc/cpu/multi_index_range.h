@@ -17,6 +17,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "multi_index.h"
@@ -39,6 +40,7 @@ struct Range {
     uint8_t* const done;
     const int64_t words;
     int64_t total = 0;
+    const bool limited;
     double account;  // see multi_index_kernel.h
     int64_t settled = 0;
     double spent[kQueriesTogether];
@@ -70,6 +72,7 @@ struct Range {
           counts(count),
           done(ended),
           words(words_of(tables.nbytes)),
+          limited(!std::isinf(queries.effort)),
           account(queries.effort * queries.scan_cost * static_cast<double>(queries.num_queries)) {}
 
     int64_t run() {
@@ -78,7 +81,7 @@ struct Range {
             spent[i] = done[i] ? kRangeCostQuery : 0;
         }
         for (int64_t i = 0; i < group.num_queries; ++i) {
-            if (done[i] && account < kRangeCostQuery) give_up(i);
+            if (done[i] && limited && account < kRangeCostQuery) give_up(i);
             for (int j = 0; j < index.num_tables && done[i]; ++j)
                 if (group.reach[j] >= 0) look_up(i, j);
         }
@@ -168,7 +171,7 @@ struct Range {
             const uint32_t distance = distance_of(query, code, index.nbytes);
             if (distance <= group.radius && met_here(probe, query, code))
                 take(probe.query, candidates[i].index, distance);
-            if (spent[probe.query] > std::min(account, group.scan_cost)) give_up(probe.query);
+            if (limited && spent[probe.query] > std::min(account, group.scan_cost)) give_up(probe.query);
         }
         num_candidates = 0;
     }

@@ -62,7 +62,6 @@ def test_many_copies_of_one_code_are_cheap_and_tables_are_used():
     rng = np.random.default_rng(0)
     x = np.zeros((60_000, 32), np.uint8)  # 1.8 billion pairs
     x[::6] = rng.integers(0, 256, (10_000, 32), dtype=np.uint8)
-    x[6::12] ^= 0
     x[7, 0] = 1
     found = cf.near_duplicates(x, 2)
     assert len(found.kept) == 10_001 and found.groups[7] == found.groups[1]
@@ -91,7 +90,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         cf.near_duplicates(x, 3, progress=stop, state=state)
-    seen, rows = [], []
+    rows = []
     again = cf.near_duplicates(x, 3, progress=rows.append, state=state)
     assert rows[0] >= 16 and sum(rows) == 300
     np.testing.assert_array_equal(again.groups, expected.groups)

@@ -181,5 +181,5 @@ def test_bad_input_is_refused_with_what_was_seen(where, message):
 
 def test_a_radius_below_0_is_refused():
     index = cf.HammingIndex(64)
-    with pytest.raises(InputError, match="radius .* got -1"):
+    with pytest.raises(InputError, match=r"radius .* got -1"):
         index.search(np.zeros((1, 8), np.uint8), 1, radius=-1)
