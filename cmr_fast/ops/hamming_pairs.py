@@ -76,18 +76,15 @@ def hamming_pairs(
         On codes, a radius or max_pairs of another kind, and more pairs than max_pairs.
     """
     most = as_integer(max_pairs, "max_pairs", 0)
-    blocks, total = [], 0
     _, was_numpy = as_tensor(codes, "codes")
-    for first, lims, distances, indices in _blocks(codes, radius, other, ROWS, 0, threads):
-        total += int(lims[-1])
-        if total > most:
-            raise InputError(
-                f"the pairs must be at most max_pairs = {most}, got {total} in the first {first + len(lims) - 1} of "
-                f"{len(codes)} rows: expected hamming_pair_blocks, which holds one block of them at a time, or a "
-                "larger max_pairs"
-            )
-        blocks.append((lims, distances, indices))
-    lims, distances, indices = (like_input(x, was_numpy) for x in joined(blocks))
+    queries, database, radius = _checked(codes, radius, other, threads)
+    tables = bucket_tables(database, radius, threads) if other is None else None
+    hits = (
+        _in_rows(queries, database, radius, other is None, most, threads)
+        if tables is None
+        else _in_buckets(tables, len(database), radius, most, threads)
+    )
+    lims, distances, indices = (like_input(x, was_numpy) for x in hits)
     return lims, distances, indices
 
 
@@ -124,26 +121,86 @@ def hamming_pair_blocks(
         On arguments of another kind.
     """
     _, was_numpy = as_tensor(codes, "codes")
-    blocks = _blocks(codes, radius, other, as_integer(rows, "rows", 1), start, threads)
+    rows, start = as_integer(rows, "rows", 1), as_integer(start, "start", 0)
+    queries, database, radius = _checked(codes, radius, other, threads)
+    blocks = join(queries, database, radius, other is None, rows, start, threads)
     return (PairBlock(first, *(like_input(x, was_numpy) for x in hits)) for first, *hits in blocks)
 
 
-def _blocks(
-    codes: Array, radius: int, other: Array | None, rows: int, start: int, threads: int | None
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Checked at once; then each block as tensors."""
+def _checked(codes: Array, radius: int, other: Array | None, threads: int | None) -> tuple[Tensor, Tensor, int]:
+    """Queries, database and radius of a join."""
     if other is None:
         database, _ = as_tensor(codes, "codes")
         check_codes(database, "codes")
-        check_values(database, "codes")
         queries = database
     else:
         queries, database, _ = as_codes(codes, other)
-        check_values(queries, "codes")
-    radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
-    start = as_integer(start, "start", 0)
+    check_values(queries, "codes")
     _dispatch.how(None, threads)
-    return join(queries, database, radius, other is None, rows, start, threads)
+    return queries, database, min(as_integer(radius, "radius", 0), 8 * database.shape[1])
+
+
+def _in_rows(q: Tensor, db: Tensor, radius: int, itself: bool, most: int, threads: int | None) -> Hits:
+    blocks, total = [], 0
+    for first, *hits in join(q, db, radius, itself, threads=threads):
+        total += len(hits[1])
+        _refuse_more(total, most, f"in the first {first + len(hits[0]) - 1} of {len(q)} rows")
+        blocks.append((hits[0], hits[1], hits[2]))
+    return joined(blocks)
+
+
+def _in_buckets(tables: RangeTables, n: int, radius: int, most: int, threads: int | None) -> Hits:
+    found, near, total = [], [], 0
+    for at, keys, distances in tables.pairs(radius, threads):
+        total += len(keys)
+        _refuse_more(total, most, f"in the first {at / (n * (radius + 1)):.0%} of the search")
+        found.append(keys)
+        near.append(distances)
+    keys, order = torch.cat(found).sort()  # a pair is there once
+    counts = torch.bincount(keys >> 32, minlength=n)
+    lims = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
+    return lims, torch.cat(near)[order], keys & 0xFFFFFFFF
+
+
+def _refuse_more(total: int, most: int, where: str) -> None:
+    if total > most:
+        raise InputError(
+            f"the pairs must be at most max_pairs = {most}, got {total} {where}: expected hamming_pair_blocks, which "
+            "holds one block of them at a time, or a larger max_pairs"
+        )
+
+
+def bucket_tables(db: Tensor, radius: int, threads: int | None) -> RangeTables | None:
+    """Tables for a join of codes with themselves that reads each bucket once; None: another way is cheaper.
+
+    Parameters
+    ----------
+    db : Tensor
+        uint8 (N, nbytes).
+    radius : int
+        Of the pairs.
+    threads : int, optional
+        Default all processors of this process.
+
+    Returns
+    -------
+    RangeTables or None
+        Whose `pairs` are to be read.
+    """
+    if not available(db):
+        return None
+    scan = scan_cost(len(db), db.shape[1], len(db)) / 2
+    if scan < least_cost(len(db)):
+        return None
+    sample = Sample(db)
+    split, other = sample.for_pairs(radius, PASSING_MEMORY), sample.best(radius, PASSING_MEMORY)
+    if split is None or 2 * split.share * scan + len(db) * split.build_cost > scan:
+        return None
+    if other is not None and 2 * split.share * scan + len(db) * split.build_cost > (
+        other.share * scan + len(db) * other.build_cost
+    ):
+        return None
+    return RangeTables(db.contiguous(), split, threads)
 
 
 def join(

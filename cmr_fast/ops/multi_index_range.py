@@ -7,7 +7,7 @@ substrings there are is chosen on a sample of the codes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,8 @@ _MAX_TABLES = 128
 _BUCKET = 4  # codes of a bucket, from so many to twice as many
 _SAMPLE, _COUNTED = 64, 1 << 13
 _BUILDING, _SAMPLING = 60.0, 2e7  # cost of a table for each code, and of choosing
+_PER_SLOT, _PER_PAIR = 20.0, 15.0  # costs of a join, in the nanoseconds of the cost model
+_FIRST_SLOTS, _PAIRS = 1 << 12, 1 << 23  # of a join: slots read at first, and pairs that are found together, about
 _TOGETHER = 1 << 16  # queries that are searched before their hits are collected
 
 
@@ -91,19 +93,36 @@ class Sample:
         cost = per_query + per_probe * sum(map(_probes, masks, reach))
         if cost >= self.scan:
             return math.inf
+        found = self._met(masks, reach)
+        return float(np.minimum((cost + per_code * found) / self.scan, 1 + EFFORT).mean()) if len(found) else 1.0
+
+    def for_pairs(self, radius: int, memory: float) -> Split | None:
+        """The split for a join of the codes with themselves bucket by bucket; None: it takes more than `memory`."""
+        count, room = radius + 1, self._room(memory)
+        if count > min(room, 8 * self.nbytes, _MAX_TABLES):
+            return None
+        masks = self.masks(count)
+        met = self._met(masks, [0] * count)
+        cost = _PER_SLOT * count + _PER_PAIR / 2 * (float(met.mean()) if len(met) else 0.0)
+        return Split(masks, radius, cost / self.scan)
+
+    def _met(self, masks: np.ndarray, reach: Sequence[int]) -> np.ndarray:
+        """How many codes each query is expected to meet in the tables."""
         met = np.zeros(len(self.queries))
         for mask, flips in zip(masks, reach, strict=True):
             if flips >= 0:
                 met += (_distances(self.queries & mask, self.counted & mask) <= flips).sum(axis=1)
-        found = met * (self.n / max(1, len(self.counted)))
-        return float(np.minimum((cost + per_code * found) / self.scan, 1 + EFFORT).mean()) if len(found) else 1.0
+        return met * (self.n / max(1, len(self.counted)))
+
+    def _room(self, memory: float) -> int:
+        """How many tables take at most `memory` bytes for each byte of codes."""
+        return int(memory * self.n * self.nbytes / (4 * (self.n + 1 + (1 << _bucket_bits(self.n)))))
 
     def best(self, radius: int, memory: float) -> Split | None:
         """The split that costs least, with tables of `memory` bytes at most for each byte of codes; None: the scan."""
         per_query, per_probe, _ = native_kernels().range_costs()
         best: Split | None = None
-        room = int(memory * self.n * self.nbytes / (4 * (self.n + 1 + (1 << _bucket_bits(self.n)))))
-        for count in range(max(1, min(radius + 1, room, 8 * self.nbytes, _MAX_TABLES)), 0, -1):
+        for count in range(max(1, min(radius + 1, self._room(memory), 8 * self.nbytes, _MAX_TABLES)), 0, -1):
             masks, reach = self.masks(count), reaches(radius, count)
             least = (per_query + per_probe * sum(map(_probes, masks, reach))) / self.scan
             if max(reach) > native_kernels().range_max_reach or (best and least >= best.share) or least >= 1:
@@ -202,6 +221,59 @@ class RangeTables:
             blocks.append(self._block(q[block], radius, threads, allowed, bitmap, first, wanted, effort))
         return blocks[0] if len(blocks) == 1 else joined(blocks)
 
+    def pairs(
+        self, radius: int, threads: int | None = None, *, allowed: Tensor | None = None, start: int = 0
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every pair of codes at distance <= radius, once, bucket by bucket.
+
+        Parameters
+        ----------
+        radius : int
+            Below the number of substrings, so that a pair agrees in one of them.
+        threads : int, optional
+            Default all processors of this process.
+        allowed : Tensor, optional
+            bool (N,): the codes that count.
+        start : int, optional
+            Where to go on: what an earlier call gave last.
+
+        Yields
+        ------
+        at : int
+            How far it has come, of N for each of radius + 1 tables.
+        keys : Tensor
+            int64 (T,), lower index << 32 | higher index, in no order that matters.
+        distances : Tensor
+            int32 (T,).
+        """
+        native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
+        n, bitmap = len(self._codes), None if allowed is None else _bitmap(allowed)
+        index, tables = self._native()
+        at, step, tasks, room = start, _FIRST_SLOTS, 4 * threads if threads > 1 else 1, _FIRST_SLOTS
+        counts = torch.zeros(tasks, dtype=torch.int64, device="cpu")
+        while at < n * (radius + 1):
+            table, first = divmod(at, n)
+            last = min(n, first + step)
+            job = (table, first, last, radius, address(bitmap), tasks, threads)
+            while True:
+                keys = torch.empty(tasks * room, dtype=torch.int64, device="cpu")
+                near = torch.empty(tasks * room, dtype=torch.int32, device="cpu")
+                native.range_pairs(isa, index, tables, job, keys.data_ptr(), near.data_ptr(), room, counts.data_ptr())
+                most, total = int(counts.max()), int(counts.sum())
+                if most <= room:
+                    break
+                room = most
+            parts = [slice(t * room, t * room + int(count)) for t, count in enumerate(counts)]
+            at += last - first
+            yield at, torch.cat([keys[part] for part in parts]), torch.cat([near[part] for part in parts])
+            step = max(1, min(4 * step, _PAIRS * (last - first) // max(1, total)))
+            room = max(_FIRST_SLOTS, min(room, _PAIRS))
+
+    def _native(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """What native kernels take as index and tables."""
+        index = (self._codes.data_ptr(), *self._codes.shape, self._bucket_bits, self._index_bits)
+        return index, [(m.data_ptr(), p.data_ptr(), len(p), o.data_ptr(), s.data_ptr()) for m, p, o, s in self._tables]
+
     def _block(
         self,
         q: Tensor,
@@ -216,8 +288,7 @@ class RangeTables:
         native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
         n, nbytes = self._codes.shape
         reach = torch.tensor(reaches(radius, len(self._tables)), dtype=torch.int8)
-        index = (self._codes.data_ptr(), n, nbytes, self._bucket_bits, self._index_bits)
-        tables = [(m.data_ptr(), p.data_ptr(), len(p), o.data_ptr(), s.data_ptr()) for m, p, o, s in self._tables]
+        index, tables = self._native()
         search = (q.data_ptr(), len(q), radius, reach.data_ptr(), address(bitmap), after, threads)
         counts = torch.zeros(len(q), dtype=torch.int64, device="cpu")
         wanted = torch.ones(len(q), dtype=torch.bool, device="cpu") if asked is None else asked

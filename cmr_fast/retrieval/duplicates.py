@@ -3,7 +3,7 @@
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,7 +15,8 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, empty, native_kernels
 from cmr_fast.ops._tensors import as_integer, as_tensor, check_codes, check_values, like_input
-from cmr_fast.ops.hamming_pairs import join
+from cmr_fast.ops.hamming_pairs import bucket_tables, join
+from cmr_fast.ops.multi_index_range import RangeTables
 from cmr_fast.retrieval._checks import Array
 
 Keep = Literal["first", "last"]
@@ -147,24 +148,44 @@ def _joined(
     state: Path | None,
 ) -> np.ndarray:
     """int32 (N,): the lowest row of each code's component."""
-    components, at = _Components(len(leader)), 0
-    stamp = None if state is None else _stamp(codes, radius)
+    components, start = _Components(len(leader)), 0
+    tables = bucket_tables(codes, radius, threads)
+    stamp = None if state is None else _stamp(codes, radius, tables is not None)
     if state is not None and stamp is not None and state.exists():
-        components.labels, at = _read_state(state, stamp)
-        done(at)
+        components.labels, start = _read_state(state, stamp)
+        done(start if tables is None else start // (radius + 1))
     among = torch.from_numpy(leader == np.arange(len(leader)))
     noted = time.monotonic()
-    for first, lims, _, indices in join(codes, codes, radius, True, start=at, threads=threads, among=among):
-        counts = lims.diff().numpy()
-        rows = first + np.arange(len(counts))
-        components.add(np.repeat(rows, counts), indices.numpy())
-        done(len(rows))
+    for at, rows, a, b in _edges(codes, radius, tables, threads, among, start):
+        components.add(a, b)
+        done(rows)
         if state is not None and stamp is not None and time.monotonic() - noted >= _SAVED:
             components.merge()
-            _write_state(state, stamp, components.labels, first + len(rows))
+            _write_state(state, stamp, components.labels, at)
             noted = time.monotonic()
     components.merge()
     return np.asarray(components.labels[leader])
+
+
+def _edges(
+    codes: torch.Tensor,
+    radius: int,
+    tables: RangeTables | None,
+    threads: int | None,
+    among: torch.Tensor,
+    start: int,
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """How far it has come and by how many rows, and the pairs found on the way: bucket by bucket, or row by row."""
+    if tables is None:
+        for first, lims, _, indices in join(codes, codes, radius, True, start=start, threads=threads, among=among):
+            counts = lims.diff().numpy()
+            rows = np.repeat(first + np.arange(len(counts)), counts)
+            yield first + len(counts), len(counts), rows, indices.numpy()
+        return
+    before = start // (radius + 1)
+    for at, keys, _ in tables.pairs(radius, threads, allowed=among, start=start):
+        yield at, at // (radius + 1) - before, (keys >> 32).numpy(), (keys & 0xFFFFFFFF).numpy()
+        before = at // (radius + 1)
 
 
 class _Components:
@@ -197,12 +218,12 @@ class _Components:
         self._edges, self._count = [], 0
 
 
-def _stamp(codes: torch.Tensor, radius: int) -> np.ndarray:
+def _stamp(codes: torch.Tensor, radius: int, by_bucket: bool) -> np.ndarray:
     """int64: what a state belongs to."""
     check = 0
     for start in range(0, len(codes), _ROWS):
         check = zlib.crc32(codes[start : start + _ROWS].numpy().data, check)
-    return np.array([*codes.shape, radius, check], dtype=np.int64)
+    return np.array([*codes.shape, radius, by_bucket, check], dtype=np.int64)
 
 
 def _write_state(path: Path, stamp: np.ndarray, labels: np.ndarray, at: int) -> None:

@@ -190,6 +190,20 @@ PYBIND11_MODULE(_cpu, m) {
         });
     });
 
+    // job: (table, first, last, radius, allowed or 0, tasks, threads)
+    m.def("range_pairs",
+          [with_range](const std::string& isa, const RangeIndexArguments& index, const RangeTables& tables,
+                       const RangeArguments& job, Address keys, Address distances, int64_t capacity, Address counts) {
+              py::gil_scoped_release released;
+              with_range(index, tables, {}, 0, 0, [&](const auto& of, const auto&) {
+                  cmr::range_pairs(isa, of,
+                                   {static_cast<int>(job[0]), job[1], job[2], static_cast<uint32_t>(job[3]),
+                                    at<uint32_t>(static_cast<Address>(job[4]))},
+                                   job[5], static_cast<int>(job[6]), at<uint64_t>(keys), at<int32_t>(distances),
+                                   capacity, at<int64_t>(counts));
+              });
+          });
+
     m.def("triplet_workspace", &cmr::triplet_workspace);
     // Both return whether any pair with a weight is close.
     // points: (x, squared norms of x, y, those of y, width, whether distances come from differences alone)

@@ -348,4 +348,17 @@ void range_fill(const std::string& isa, const RangeIndex& index, const RangeSear
     });
 }
 
+void range_pairs(const std::string& isa, const RangeIndex& index, const PairJob& job, int64_t tasks, int threads,
+                 uint64_t* keys, int32_t* distances, int64_t capacity, int64_t* counts) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    set_last_isa(kernel.isa);
+    const int64_t share = (job.last - job.first + tasks - 1) / tasks;
+    parallel_for(tasks, threads, [&](int64_t task, int) {
+        PairJob part = job;
+        part.first = std::min(job.last, job.first + task * share);
+        part.last = std::min(job.last, part.first + share);
+        counts[task] = kernel.pairs(index, part, keys + task * capacity, distances + task * capacity, capacity);
+    });
+}
+
 }  // namespace cmr

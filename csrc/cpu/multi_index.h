@@ -92,6 +92,15 @@ struct RangeGroup {
     double scan_cost;         // of a query
 };
 
+// Pairs of codes that agree in a table's substring: of the code of each slot in [first, last) and those of later slots
+// of its bucket. A pair counts in the first table in which it agrees.
+struct PairJob {
+    int table;
+    int64_t first, last;
+    uint32_t radius;
+    const uint32_t* allowed;  // as in RangeGroup
+};
+
 struct MultiIndexKernel {
     const char* isa;
     // one query; false: given up, because it would cost more than `allowed`
@@ -100,6 +109,8 @@ struct MultiIndexKernel {
     // out; those given up get it. Returns how many hits there are.
     int64_t (*range)(const RangeIndex&, const RangeGroup&, uint64_t* hits, int64_t capacity, int64_t* counts,
                      uint8_t* done);
+    // keys: lower index << 32 | higher index. Returns how many pairs there are, also of those beyond `capacity`.
+    int64_t (*pairs)(const RangeIndex&, const PairJob&, uint64_t* keys, int32_t* distances, int64_t capacity);
 };
 
 extern const MultiIndexKernel multi_index_scalar;
@@ -148,5 +159,9 @@ void range_count(const std::string& isa, const RangeIndex&, const RangeSearch&, 
 // After range_count with the same workspace: the hits of query i from lims[i] on, of those that are done.
 void range_fill(const std::string& isa, const RangeIndex&, const RangeSearch&, const int64_t* lims, const uint8_t* done,
                 int32_t* distances, int64_t* indices, uint8_t* workspace);
+
+// A job in `tasks` parts: part t has counts[t] pairs, of which up to `capacity` stand from t * capacity on.
+void range_pairs(const std::string& isa, const RangeIndex&, const PairJob&, int64_t tasks, int threads, uint64_t* keys,
+                 int32_t* distances, int64_t capacity, int64_t* counts);
 
 }  // namespace cmr

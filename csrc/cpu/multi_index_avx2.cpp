@@ -18,7 +18,7 @@
 
 namespace cmr {
 
-const MultiIndexKernel multi_index_avx2{"avx2", search<PlainFilter>, range};
+const MultiIndexKernel multi_index_avx2{"avx2", search<PlainFilter>, range, pairs};
 
 }  // namespace cmr
 

@@ -43,7 +43,7 @@ struct Avx512Filter {
 
 }  // namespace
 
-const MultiIndexKernel multi_index_avx512{"avx512_vpopcntdq", search<Avx512Filter>, range};
+const MultiIndexKernel multi_index_avx512{"avx512_vpopcntdq", search<Avx512Filter>, range, pairs};
 
 }  // namespace cmr
 

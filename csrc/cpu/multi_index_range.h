@@ -31,6 +31,17 @@ constexpr int kProbes = 64;       // in flight
 constexpr int kCandidates = 128;  // codes in flight
 constexpr int kMaxWords = 64;
 
+inline int apart_in(const uint64_t* mask, const uint8_t* a, const uint8_t* b, int64_t nbytes) {
+    int bits = 0;
+    for (int64_t w = 0; w < words_of(nbytes); ++w)
+        bits += __builtin_popcountll((word_at(a, nbytes, w) ^ word_at(b, nbytes, w)) & mask[w]);
+    return bits;
+}
+
+inline void fetch(const uint8_t* code, int64_t nbytes) {
+    for (int64_t line = 0; line < nbytes; line += 64) __builtin_prefetch(code + line);
+}
+
 struct Range {
     const RangeIndex& index;
     const RangeGroup& group;
@@ -145,8 +156,7 @@ struct Range {
                 const uint32_t slot = table.slots[at], number = slot & of_index;
                 if ((slot & ~of_index) != probe.tag || static_cast<int64_t>(number) <= after) continue;
                 if (group.allowed && !(group.allowed[number / 32] >> number % 32 & 1)) continue;
-                const uint8_t* code = index.codes + int64_t{number} * index.nbytes;
-                for (int64_t line = 0; line < index.nbytes; line += 64) __builtin_prefetch(code + line);
+                fetch(index.codes + int64_t{number} * index.nbytes, index.nbytes);
                 candidates[num_candidates++] = {number, i};
                 if (num_candidates == kCandidates) {
                     compare();
@@ -189,11 +199,7 @@ struct Range {
     }
 
     int apart(int table, const uint8_t* query, const uint8_t* code) const {
-        const uint64_t* mask = index.tables[table].mask;
-        int bits = 0;
-        for (int64_t w = 0; w < words; ++w)
-            bits += __builtin_popcountll((word_at(query, index.nbytes, w) ^ word_at(code, index.nbytes, w)) & mask[w]);
-        return bits;
+        return apart_in(index.tables[table].mask, query, code, index.nbytes);
     }
 
     void take(int32_t query, uint32_t number, uint32_t distance) {
@@ -215,6 +221,71 @@ struct Range {
         for (int64_t i = 0; i < group.num_queries; from += counts[i++]) std::sort(from, from + counts[i]);
     }
 };
+
+// A join reads each bucket once: codes are fetched where two of its slots have one tag.
+struct Pairs {
+    const RangeIndex& index;
+    const PairJob& job;
+    uint64_t* const keys;
+    int32_t* const distances;
+    const int64_t capacity;
+    int64_t total = 0;
+    uint32_t lower[kCandidates] = {}, higher[kCandidates] = {};
+    int num_candidates = 0;
+
+    int64_t run() {
+        const RangeTable& table = index.tables[job.table];
+        const uint32_t of_index = static_cast<uint32_t>(low_bits(index.index_bits));
+        const uint32_t* end = table.offsets;  // of the bucket of `at`
+        if (job.first < job.last)
+            end = std::upper_bound(end, end + (int64_t{1} << index.bucket_bits), static_cast<uint32_t>(job.first));
+        for (int64_t at = job.first; at < job.last; ++at) {
+            while (*end <= at) ++end;
+            const uint32_t slot = table.slots[at], a = slot & of_index;
+            if (!takes_part(a)) continue;
+            for (int64_t next = at + 1; next < *end; ++next) {
+                if ((table.slots[next] ^ slot) & ~of_index) continue;
+                const uint32_t b = table.slots[next] & of_index;
+                if (takes_part(b)) push(a, b);
+            }
+        }
+        compare();
+        return total;
+    }
+
+    bool takes_part(uint32_t number) const { return !job.allowed || (job.allowed[number / 32] >> number % 32 & 1); }
+
+    void push(uint32_t a, uint32_t b) {
+        fetch(index.codes + int64_t{a} * index.nbytes, index.nbytes);
+        fetch(index.codes + int64_t{b} * index.nbytes, index.nbytes);
+        lower[num_candidates] = a, higher[num_candidates++] = b;
+        if (num_candidates == kCandidates) compare();
+    }
+
+    void compare() {
+        for (int i = 0; i < num_candidates; ++i) {
+            const uint8_t *a = index.codes + int64_t{lower[i]} * index.nbytes,
+                          *b = index.codes + int64_t{higher[i]} * index.nbytes;
+            const uint32_t distance = distance_of(a, b, index.nbytes);
+            if (distance > job.radius || apart_in(index.tables[job.table].mask, a, b, index.nbytes)) continue;
+            bool met = false;
+            for (int j = 0; j < job.table && !met; ++j) met = !apart_in(index.tables[j].mask, a, b, index.nbytes);
+            if (met) continue;
+            if (total < capacity) {
+                keys[total] = uint64_t{lower[i]} << 32 | higher[i];
+                distances[total] = static_cast<int32_t>(distance);
+            }
+            ++total;
+        }
+        num_candidates = 0;
+    }
+};
+
+inline int64_t pairs(const RangeIndex& index, const PairJob& job, uint64_t* keys, int32_t* distances,
+                     int64_t capacity) {
+    Pairs join{index, job, keys, distances, capacity};
+    return join.run();
+}
 
 int64_t range(const RangeIndex& index, const RangeGroup& group, uint64_t* hits, int64_t capacity, int64_t* counts,
               uint8_t* done) {

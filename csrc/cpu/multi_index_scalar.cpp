@@ -4,9 +4,9 @@
 
 namespace cmr {
 
-const MultiIndexKernel multi_index_scalar{"scalar", search<PlainFilter>, range};
+const MultiIndexKernel multi_index_scalar{"scalar", search<PlainFilter>, range, pairs};
 #if defined(__aarch64__)
-const MultiIndexKernel multi_index_neon{"neon", search<PlainFilter>, range};
+const MultiIndexKernel multi_index_neon{"neon", search<PlainFilter>, range, pairs};
 #endif
 
 }  // namespace cmr

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import cmr_fast as cf
 from cmr_fast.errors import InputError
-from cmr_fast.ops.multi_index_range import Sample, Split
+from cmr_fast.ops import multi_index_range
+from cmr_fast.ops.multi_index_range import RangeTables, Sample, Split
 
 JOINS = sys.modules["cmr_fast.ops.hamming_pairs"]  # the function of this name hides it
 
@@ -40,27 +41,35 @@ def assert_same(got, expected):
     others=st.one_of(st.none(), st.integers(0, 300)),
     nbytes=st.sampled_from([1, 2, 5, 8, 16, 32]),
     radius=st.integers(0, 6),
-    tables=st.booleans(),
+    way=st.sampled_from(["scan", "rows", "buckets"]),
     threads=st.integers(1, 3),
     rows=st.integers(1, 200),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=40, deadline=None)
-def test_equals_the_table_of_distances(n, others, nbytes, radius, tables, threads, rows, seed):
+def test_equals_the_table_of_distances(n, others, nbytes, radius, way, threads, rows, seed):
     rng = np.random.default_rng(seed)
     x = codes(rng, n, nbytes)
     other = None if others is None else np.concatenate([x[:20], codes(rng, others, nbytes)])
     expected = naive(x, radius, other)
+    if n == 0 and way == "buckets":
+        way = "rows"
+
+    def buckets(db, radius):
+        return RangeTables(db, Split(Sample(db).masks(radius + 1), radius, 0.0), threads)
+
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        if tables:  # whatever they cost
+        made = lambda db, r, t: asked.append(r) or buckets(db, r) if way == "buckets" else None  # noqa: E731
+        patch.setattr(JOINS, "bucket_tables", made)
+        if way != "scan":  # tables whatever they cost
             count = min(max(1, radius), 8 * nbytes)
             patch.setattr(JOINS, "available", lambda db: True)
             patch.setattr(JOINS, "scan_cost", lambda *_: 1e18)
             patch.setattr(Sample, "best", lambda self, *_: asked.append(1) or Split(self.masks(count), radius, 0.0))
         assert_same(cf.hamming_pairs(x, radius, other, threads=threads), expected)
         blocks = list(cf.hamming_pair_blocks(x, radius, other, rows=rows, threads=threads))
-    assert len(asked) == (2 if tables and n else 0)
+    assert len(asked) == (0 if way == "scan" or n == 0 else 2)
     assert [block.first for block in blocks] == list(np.cumsum([0, *(len(b.lims) - 1 for b in blocks)])[:-1])
     assert all(len(block.lims) - 1 <= rows for block in blocks)
     if blocks:
@@ -75,6 +84,28 @@ def test_equals_the_table_of_distances(n, others, nbytes, radius, tables, thread
 def test_large_joins_look_up_and_equal_the_scan():
     x = codes(np.random.default_rng(0), 6000, 32, flips=0.01)
     assert_same(cf.hamming_pairs(x, 4, threads=1), naive(x, 4))
+    assert JOINS.bucket_tables(torch.from_numpy(x).repeat(4, 1), 4, 1) is not None
+
+
+def test_a_bucket_join_goes_on_from_anywhere_and_finds_all_of_a_heavy_bucket(monkeypatch):
+    monkeypatch.setattr(multi_index_range, "_FIRST_SLOTS", 8)
+    monkeypatch.setattr(multi_index_range, "_PAIRS", 100)
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(np.concatenate([np.zeros((90, 8), np.uint8), codes(rng, 200, 8)])[rng.permutation(290)])
+    allowed = torch.from_numpy(rng.random(290) < 0.8)
+    tables = RangeTables(x, Split(Sample(x).masks(4), 3, 0.0), 1)
+    steps = list(tables.pairs(3, 2, allowed=allowed))
+    keys = torch.cat([keys for _, keys, _ in steps])
+    lims, distances, indices = naive(x.numpy(), 3)
+    rows = np.repeat(np.arange(290), np.diff(lims))
+    both = allowed.numpy()[rows] & allowed.numpy()[indices]
+    wanted = (rows << 32 | indices)[both]
+    order = np.argsort(keys.numpy())
+    np.testing.assert_array_equal(keys.numpy()[order], wanted)
+    np.testing.assert_array_equal(torch.cat([near for _, _, near in steps]).numpy()[order], distances[both])
+    for stop in (0, 5, len(steps) - 1):
+        rest = sum(len(k) for _, k, _ in tables.pairs(3, 1, allowed=allowed, start=steps[stop][0]))
+        assert rest == len(keys) - sum(len(k) for _, k, _ in steps[: stop + 1])
 
 
 def test_blocks_go_on_from_any_row():

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import cmr_fast as cf
 from cmr_fast.errors import InputError
+from cmr_fast.ops import multi_index_range
+from cmr_fast.ops.multi_index_range import RangeTables, Sample, Split
 from cmr_fast.retrieval import duplicates
 
 pytest.importorskip("scipy")
@@ -77,7 +79,13 @@ def test_torch_in_torch_out_and_the_torch_path(monkeypatch):
     np.testing.assert_array_equal(again.kept, found.kept)
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_bucket", [False, True])
+def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
+    if by_bucket:
+        monkeypatch.setattr(multi_index_range, "_FIRST_SLOTS", 8)
+        monkeypatch.setattr(
+            duplicates, "bucket_tables", lambda x, r, t: RangeTables(x, Split(Sample(x).masks(r + 1), r, 0.0), t)
+        )
     x = codes(np.random.default_rng(0), 300)
     expected, state = cf.near_duplicates(x, 3), tmp_path / "state"
     monkeypatch.setattr(duplicates, "_SAVED", 0.0)
@@ -92,7 +100,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
         cf.near_duplicates(x, 3, progress=stop, state=state)
     rows = []
     again = cf.near_duplicates(x, 3, progress=rows.append, state=state)
-    assert rows[0] >= 16 and sum(rows) == 300
+    assert rows[0] >= (4 if by_bucket else 16) and sum(rows) == 300
     np.testing.assert_array_equal(again.groups, expected.groups)
     for other, radius in ((x, 2), (x[::-1], 3)):
         with pytest.raises(InputError, match="other codes or another radius"):
