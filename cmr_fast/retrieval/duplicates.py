@@ -152,7 +152,7 @@ def _joined(
     tables = bucket_tables(codes, radius, threads)
     stamp = None if state is None else _stamp(codes, radius, tables is not None)
     if state is not None and stamp is not None and state.exists():
-        components.labels, start = _read_state(state, stamp)
+        components.parents, start = _read_state(state, stamp)
         done(start if tables is None else start // (radius + 1))
     among = torch.from_numpy(leader == np.arange(len(leader)))
     noted = time.monotonic()
@@ -161,10 +161,10 @@ def _joined(
         done(rows)
         if state is not None and stamp is not None and time.monotonic() - noted >= _SAVED:
             components.merge()
-            _write_state(state, stamp, components.labels, at)
+            _write_state(state, stamp, components.parents, at)
             noted = time.monotonic()
     components.merge()
-    return np.asarray(components.labels[leader])
+    return components.lowest(leader)
 
 
 def _edges(
@@ -189,10 +189,13 @@ def _edges(
 
 
 class _Components:
-    """Connected components of rows 0 .. n - 1 whose edges come in pieces; `labels` are the lowest rows of each."""
+    """Connected components of rows 0 .. n - 1 whose edges come in pieces.
+
+    `parents` are lower rows of the same component, or the row itself where it is the lowest.
+    """
 
     def __init__(self, n: int) -> None:
-        self.labels = np.arange(n, dtype=np.int32)
+        self.parents = np.arange(n, dtype=np.int32)
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
         self._count = 0
 
@@ -208,14 +211,23 @@ class _Components:
 
         if self._count == 0:
             return
-        n = len(self.labels)
-        a, b = (self.labels[np.concatenate(side)] for side in zip(*self._edges, strict=True))
-        edges = coo_array((np.ones(len(a), np.uint8), (a, b)), shape=(n, n))
-        count, component = connected_components(edges, directed=False)
-        lowest = np.empty(count, np.int32)
-        lowest[component[::-1]] = np.arange(n - 1, -1, -1, dtype=np.int32)  # the last to be written stays
-        self.labels = lowest[component[self.labels]]
-        self._edges, self._count = [], 0
+        ends = np.concatenate([end for side in zip(*self._edges, strict=True) for end in side])
+        self._edges = []
+        nodes, at = np.unique(self.lowest(ends), return_inverse=True)
+        edges = (at[: self._count].astype(np.int32), at[self._count :].astype(np.int32))
+        graph = coo_array((np.ones(self._count, np.uint8), edges), shape=(len(nodes), len(nodes)))
+        count, component = connected_components(graph, directed=False)
+        first = np.empty(count, np.int32)
+        first[component[::-1]] = nodes[::-1]  # the last to be written stays
+        self.parents[nodes] = first[component]
+        self._count = 0
+
+    def lowest(self, rows: np.ndarray) -> np.ndarray:
+        """The lowest row of the component of each."""
+        above = self.parents[rows]
+        while not np.array_equal(above, rows):
+            rows, above = above, self.parents[above]
+        return np.asarray(rows)
 
 
 def _stamp(codes: torch.Tensor, radius: int, by_bucket: bool) -> np.ndarray:
@@ -226,17 +238,17 @@ def _stamp(codes: torch.Tensor, radius: int, by_bucket: bool) -> np.ndarray:
     return np.array([*codes.shape, radius, by_bucket, check], dtype=np.int64)
 
 
-def _write_state(path: Path, stamp: np.ndarray, labels: np.ndarray, at: int) -> None:
+def _write_state(path: Path, stamp: np.ndarray, parents: np.ndarray, at: int) -> None:
     with write_aside(path) as aside, open(aside, "wb") as file:
-        np.savez(file, stamp=stamp, labels=labels, at=np.int64(at))
+        np.savez(file, stamp=stamp, parents=parents, at=np.int64(at))
 
 
 def _read_state(path: Path, stamp: np.ndarray) -> tuple[np.ndarray, int]:
     try:
         with np.load(path, allow_pickle=False) as state:
-            seen, labels, at = state["stamp"], state["labels"], int(state["at"])
+            seen, parents, at = state["stamp"], state["parents"], int(state["at"])
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not the state of an earlier run, or damaged: remove it to begin again") from error
-    if not np.array_equal(seen, stamp) or labels.shape != (stamp[0],):
+    if not np.array_equal(seen, stamp) or parents.shape != (stamp[0],):
         raise InputError(f"{path}: the state of a run over other codes or another radius: remove it to begin again")
-    return labels, at
+    return parents, at
