@@ -188,7 +188,7 @@ def hamming_range(
     faiss's own radius is left out (distance < radius): it is this one + 1.
 
     Where a small radius and many queries promise that it pays, tables of substrings are built for this call
-    (multi-index hashing; up to five times the memory of the codes) and looked up instead of scanning.
+    (multi-index hashing; up to 1.5 times the memory of the codes) and looked up instead of scanning.
 
     Parameters
     ----------

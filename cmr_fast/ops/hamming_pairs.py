@@ -12,7 +12,7 @@ from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_tensor, check_codes, check_values, like_input
 from cmr_fast.ops.hamming import hamming_range
 from cmr_fast.ops.multi_index_range import (
-    PASSING_MEMORY,
+    JOIN_MEMORY,
     Hits,
     RangeTables,
     Sample,
@@ -193,7 +193,7 @@ def bucket_tables(db: Tensor, radius: int, threads: int | None) -> RangeTables |
     if scan < least_cost(len(db)):
         return None
     sample = Sample(db)
-    split, other = sample.for_pairs(radius, PASSING_MEMORY), sample.best(radius, PASSING_MEMORY)
+    split, other = sample.for_pairs(radius, JOIN_MEMORY), sample.best(radius, JOIN_MEMORY)
     if split is None or 2 * split.share * scan + len(db) * split.build_cost > scan:
         return None
     if other is not None and 2 * split.share * scan + len(db) * split.build_cost > (
@@ -260,7 +260,7 @@ def _tables(q: Tensor, db: Tensor, radius: int, itself: bool, threads: int | Non
     scan = scan_cost(len(db), db.shape[1], len(q)) / (2 if itself else 1)
     if scan < least_cost(len(db)):
         return None
-    split = Sample(db, None if itself else q).best(radius, PASSING_MEMORY)
+    split = Sample(db, None if itself else q).best(radius, JOIN_MEMORY)
     if split is None or split.share * scan + len(db) * split.build_cost > scan:
         return None
     return RangeTables(db.contiguous(), split, threads)

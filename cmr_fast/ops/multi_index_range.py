@@ -21,8 +21,8 @@ Hits = tuple[Tensor, Tensor, Tensor]  # lims, distances, indices
 
 EFFORT = 0.05  # what queries may spend on the tables in vain, as a share of what scanning them costs
 WORTH = 0.5  # share of the cost of scanning that tables must be expected to stay below
-MEMORY = 1.5  # bytes of tables that are kept, for each byte of codes
-PASSING_MEMORY = 5.0  # of those that are made for one call
+MEMORY = 1.5  # bytes of tables, for each byte of codes
+JOIN_MEMORY = 5.0  # of those that a join makes
 MIN_CODES = 1 << 12
 _MAX_TABLES = 128
 _BUCKET = 4  # codes of a bucket, from so many to twice as many
@@ -423,7 +423,7 @@ def tables_for(q: Tensor, db: Tensor, radius: int, threads: int | None) -> Range
     scan = scan_cost(n, nbytes, len(q))
     if scan * WORTH < least_cost(n):
         return None
-    split = Sample(db, q).best(radius, PASSING_MEMORY)
+    split = Sample(db, q).best(radius, MEMORY)
     if split is None or split.share + n * split.build_cost / scan > WORTH:
         return None
     return RangeTables(db, split, threads)

@@ -8,7 +8,7 @@ import torch
 from cmr_fast.ops import hamming_range, hamming_topk, multi_index, multi_index_range
 from cmr_fast.ops._tensors import as_tensor
 from cmr_fast.ops.multi_index import SearchTables
-from cmr_fast.ops.multi_index_range import RangeTables, Sample
+from cmr_fast.ops.multi_index_range import RangeTables, Sample, Split
 
 Hits = tuple[np.ndarray, np.ndarray, np.ndarray]  # lims, distances, places
 
@@ -28,6 +28,7 @@ class SearchPlan:
         self._hopeless: int | None = None  # the smallest k that tables were found not to pay for
         self.ranges: RangeTables | None = None
         self._ranged = 0.0
+        self._split: Split | None = None  # of the tables to be built once that pays
         self._hopeless_radius: int | None = None  # the smallest that tables were found not to pay for
         self._building = threading.Lock()
 
@@ -88,12 +89,13 @@ class SearchPlan:
         if self._ranged < multi_index_range.least_cost(n) or not self._building.acquire(blocking=False):
             return None
         try:
-            database = as_tensor(codes, "codes")[0]
+            database, split = as_tensor(codes, "codes")[0], self._split
             if not multi_index_range.available(database):
                 return None
-            split = Sample(database).best(radius, multi_index_range.MEMORY)
+            if split is None or split.radius < radius:
+                split = self._split = Sample(database).best(radius, multi_index_range.MEMORY)
             if split is None or split.share > multi_index_range.WORTH:
-                self._hopeless_radius = radius
+                self._hopeless_radius, self._split = radius, None
                 return None
             if self._ranged < n * split.build_cost:
                 return None

@@ -37,7 +37,8 @@ class HammingIndex:
     waits for nobody; adding and removing wait for each other.
 
     Many searches over many codes in memory that do not change build tables (see cmr_fast.ops.multi_index) where those
-    are expected to pay; they take a few times the memory of the codes, and `tables = False` keeps to the scan.
+    are expected to pay; they take a few times the memory of the codes, those for a small radius 1.5 times at most, and
+    `tables = False` keeps to the scan.
 
     An index can be pickled and copied. Codes in memory go along; what is mapped from a file goes by the file's path,
     and is refused where that holds something else when it is used. Copies share what neither can change.

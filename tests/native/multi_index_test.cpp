@@ -178,6 +178,43 @@ void check_range(const std::string& isa, const RangeCase& c) {
     }
 }
 
+void check_pairs(const std::string& isa, int64_t nbytes, int radius, int64_t n, int64_t tasks, bool filtered) {
+    std::vector<uint8_t> codes(n * nbytes);
+    uint32_t random = static_cast<uint32_t>(nbytes + n);
+    const auto next = [&] { return (random = random * 1664525u + 1013904223u) >> 8; };
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t b = 0; b < nbytes; ++b)
+            codes[i * nbytes + b] = i >= 5 ? codes[(i - 5) * nbytes + b] : static_cast<uint8_t>(next() >> 8);
+    for (int64_t i = 0; i < n; ++i) codes[i * nbytes + next() % nbytes] ^= static_cast<uint8_t>(1u << next() % 8);
+    const RangeTables tables(codes, n, nbytes, radius + 1, 3, 2);
+    std::vector<uint32_t> allowed((n + 31) / 32);
+    for (uint32_t& word : allowed) word = next() << 8 ^ next();
+    const auto counts_in = [&](int64_t i) { return !filtered || (allowed[i / 32] >> i % 32 & 1); };
+    std::vector<std::pair<uint64_t, int32_t>> found, expected;
+    for (int table = 0; table <= radius; ++table) {
+        const cmr::PairJob job{table, 0, n, static_cast<uint32_t>(radius), filtered ? allowed.data() : nullptr};
+        std::vector<int64_t> counts(tasks);
+        cmr::range_pairs(isa, tables.index, job, tasks, 2, nullptr, nullptr, 0, counts.data());  // counted alone
+        const int64_t room = *std::max_element(counts.begin(), counts.end());
+        std::vector<uint64_t> keys(tasks * room);
+        std::vector<int32_t> distances(tasks * room);
+        cmr::range_pairs(isa, tables.index, job, tasks, 2, keys.data(), distances.data(), room, counts.data());
+        for (int64_t t = 0; t < tasks; ++t)
+            for (int64_t at = t * room; at < t * room + counts[t]; ++at) found.emplace_back(keys[at], distances[at]);
+    }
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = i + 1; j < n; ++j) {
+            int d = 0;
+            for (int64_t b = 0; b < nbytes; ++b) d += __builtin_popcount(codes[i * nbytes + b] ^ codes[j * nbytes + b]);
+            if (d <= radius && counts_in(i) && counts_in(j)) expected.emplace_back(uint64_t(i) << 32 | uint64_t(j), d);
+        }
+    std::sort(found.begin(), found.end());
+    if (found == expected) return;
+    std::printf("pairs differ: %s, %lld bytes, n = %lld, radius %d\n", isa.c_str(), (long long)nbytes, (long long)n,
+                radius);
+    std::exit(1);
+}
+
 }  // namespace
 
 int main() {
@@ -215,6 +252,10 @@ int main() {
         check_range(isa, {512, 127, 128, 300, 20, 4, 2, false, INFINITY});
         check_range(isa, {2, 4, 1, 500, 20, 5, 64, true, INFINITY});
         check_range(isa, {8, 2, 3, 140000, 5, 3, 2, false, INFINITY});
+        for (int64_t nbytes : {1, 3, 8, 32, 512})
+            for (int radius : {0, 1, 3, 7})
+                for (int64_t n : {0, 1, 60, 300})
+                    for (int64_t tasks : {1, 7}) check_pairs(isa, nbytes, radius, n, tasks, radius % 2 == 1);
         // buckets come from memory: wider registers without a popcount add nothing
         if (cmr::last_isa() != (isa == "avx512bw" ? "avx2" : isa)) {
             std::printf("%s was asked for, %s ran\n", isa.c_str(), cmr::last_isa());
