@@ -279,7 +279,7 @@ def _scanned(
     lims, distances, indices = hamming_range(q, db[first:], radius, tables=False, threads=threads)
     if after is None:
         return lims, distances, indices
-    own = torch.arange(first, first + len(q), device=q.device)
+    own = torch.arange(first, first + len(q), dtype=torch.int64, device=q.device)
     if asked is not None:  # those that take no part have no codes after them
         own = torch.where(asked, own, np.iinfo(np.int64).max)
     return kept((lims, distances, indices + first), among, own)

@@ -287,7 +287,7 @@ class RangeTables:
     ) -> Hits:
         native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
         n, nbytes = self._codes.shape
-        reach = torch.tensor(reaches(radius, len(self._tables)), dtype=torch.int8)
+        reach = torch.tensor(reaches(radius, len(self._tables)), dtype=torch.int8, device="cpu")
         index, tables = self._native()
         search = (q.data_ptr(), len(q), radius, reach.data_ptr(), address(bitmap), after, threads)
         counts = torch.zeros(len(q), dtype=torch.int64, device="cpu")
@@ -314,7 +314,9 @@ class RangeTables:
             workspace.data_ptr(),
         )  # fmt: skip
         if len(left):
-            to = torch.arange(len(apart), device="cpu") + torch.repeat_interleave(lims[left] - near[:-1], near.diff())
+            to = torch.arange(len(apart), dtype=torch.int64, device="cpu") + torch.repeat_interleave(
+                lims[left] - near[:-1], near.diff()
+            )
             distances[to], indices[to] = apart, places
         return lims, distances, indices
 
@@ -437,7 +439,7 @@ def joined(blocks: Sequence[Hits]) -> Hits:
     starts = np.cumsum([0, *(int(lims[-1]) for lims, _, _ in blocks)])
     lims = [lims[:-1] + int(start) for (lims, _, _), start in zip(blocks, starts, strict=False)]
     return (
-        torch.cat([*lims, torch.tensor(starts[-1:])]),
+        torch.cat([*lims, torch.from_numpy(starts[-1:])]),
         torch.cat([distances for _, distances, _ in blocks]),
         torch.cat([indices for _, _, indices in blocks]),
     )
@@ -448,7 +450,7 @@ def kept(hits: Hits, allowed: Tensor | None, after: Tensor | None) -> Hits:
     lims, distances, indices = hits
     if allowed is None and after is None:
         return hits
-    query = torch.repeat_interleave(torch.arange(len(lims) - 1, device=lims.device), lims.diff())
+    query = torch.repeat_interleave(torch.arange(len(lims) - 1, dtype=torch.int64, device=lims.device), lims.diff())
     keep = torch.ones(len(indices), dtype=torch.bool, device=lims.device) if allowed is None else allowed[indices]
     if after is not None:
         keep &= indices > after[query]
