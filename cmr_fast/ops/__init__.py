@@ -4,6 +4,7 @@ import importlib
 
 from cmr_fast.ops._dispatch import explain
 from cmr_fast.ops.hamming import hamming_distances, hamming_range, hamming_topk, pack_codes, unpack_codes
+from cmr_fast.ops.hamming_pairs import PairBlock, hamming_pair_blocks, hamming_pairs
 from cmr_fast.ops.info_nce import info_nce, js_critic, sigmoid_loss
 from cmr_fast.ops.multi_index import SearchTables
 from cmr_fast.ops.pairwise import pairwise_nll, pairwise_squared
@@ -13,12 +14,15 @@ from cmr_fast.ops.sinkhorn import Transport, ipot, sinkhorn
 from cmr_fast.ops.triplet import acmr_triplet, triplet_margin
 
 __all__ = [
+    "PairBlock",
     "Ranking",
     "SearchTables",
     "Transport",
     "acmr_triplet",
     "explain",
     "hamming_distances",
+    "hamming_pair_blocks",
+    "hamming_pairs",
     "hamming_range",
     "hamming_topk",
     "info_nce",

@@ -28,6 +28,7 @@ from cmr_fast.ops._tensors import (
     neighbours,
 )
 from cmr_fast.ops.cuda import hamming as hamming_cuda
+from cmr_fast.ops.multi_index_range import scan_range, tables_for
 
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
 
@@ -174,11 +175,20 @@ def hamming_topk(
 
 
 def hamming_range(
-    q: Array, db: Array, radius: int, *, backend: str | None = None, threads: int | None = None
+    q: Array,
+    db: Array,
+    radius: int,
+    *,
+    tables: bool = True,
+    backend: str | None = None,
+    threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Every database code at distance <= radius of each query: the triple of faiss's range_search.
 
     faiss's own radius is left out (distance < radius): it is this one + 1.
+
+    Where a small radius and many queries promise that it pays, tables of substrings are built for this call
+    (multi-index hashing; up to 1.5 times the memory of the codes) and looked up instead of scanning.
 
     Parameters
     ----------
@@ -186,6 +196,8 @@ def hamming_range(
         uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
     radius : int
         0 or more; inclusive, where faiss takes distances below its radius.
+    tables : bool, optional
+        False: only scan. Results do not depend on it.
     backend : {"cpp", "cuda", "torch"}, optional
         Forces one; the device chooses otherwise.
     threads : int, optional
@@ -208,7 +220,9 @@ def hamming_range(
     queries, database, was_numpy = as_codes(q, db)
     check_values(queries, "q")  # as many results as they say
     radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
-    result = torch.ops.cmr_fast.hamming_range(queries, database, radius, *_dispatch.how(backend, threads))
+    if not isinstance(tables, bool):
+        raise InputError(f"tables must be True or False, got {tables!r}")
+    result = torch.ops.cmr_fast.hamming_range(queries, database, radius, tables, *_dispatch.how(backend, threads))
     lims, distances, indices = (like_input(r, was_numpy) for r in result)
     return lims, distances, indices
 
@@ -288,30 +302,15 @@ def _topk(q: Tensor, db: Tensor, k: int, bits: int, backend: str | None, threads
 
 
 def _range(
-    q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
+    q: Tensor, db: Tensor, radius: int, with_tables: bool, backend: str | None, threads: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _dispatch.choose_backend("hamming_range", q.device.type, backend)
     if chosen == "cuda":
         return hamming_cuda.range_search(q, db, radius)
     if chosen == "cpp":
         q, db = q.contiguous(), db.contiguous()
-        native, isa = _dispatch.native(), _dispatch.choose_isa()
-        shape = (len(q), len(db), db.shape[1], radius, _dispatch.choose_threads(threads))
-        splits = native.hamming_range_splits(*shape)
-        offsets = torch.zeros(len(q) * splits + 1, dtype=torch.int64, device="cpu")
-        workspace = torch.empty(native.hamming_range_workspace(isa, *shape), dtype=torch.uint8, device="cpu")
-        native.hamming_range_count(isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), workspace.data_ptr())
-        torch.cumsum(offsets, 0, out=offsets)
-        total = int(offsets[-1])
-        distances, indices = (
-            torch.empty(total, dtype=torch.int32, device="cpu"),
-            torch.empty(total, dtype=torch.int64, device="cpu"),
-        )
-        native.hamming_range_fill(
-            isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), distances.data_ptr(), indices.data_ptr(),
-            workspace.data_ptr(),
-        )  # fmt: skip
-        return offsets[::splits].clone(), distances, indices
+        tables = tables_for(q, db, radius, threads) if with_tables else None
+        return scan_range(q, db, radius, threads) if tables is None else tables.range_search(q, radius, threads)
     lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
     parts = []
     for start, table in _torch_blocks(q, db):
@@ -358,7 +357,7 @@ def _signs(codes: Tensor) -> Tensor:
 
 
 def _fake_range(
-    q: Tensor, db: Tensor, radius: int, backend: str | None, threads: int | None
+    q: Tensor, db: Tensor, radius: int, tables: bool, backend: str | None, threads: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -382,7 +381,8 @@ _TOPK = register(
     ),
 )
 register(
-    "hamming_range(Tensor q, Tensor db, int radius, str? backend, int? threads) -> (Tensor, Tensor, Tensor)",
+    "hamming_range(Tensor q, Tensor db, int radius, bool tables, str? backend, int? threads) "
+    "-> (Tensor, Tensor, Tensor)",
     _range,
     _fake_range,
 )

@@ -5,13 +5,9 @@ Codes of few bits get one table whose buckets are the codes themselves. Queries 
 than the scan are given up early and scanned.
 """
 
-import contextlib
 import math
-import mmap
 import numbers
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +15,15 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
+from cmr_fast.ops._tables import MAX_CODES, address, empty, native_kernels, scan_cost_of_one, spread
 from cmr_fast.ops._tensors import MAX_K, Array, as_codes, as_integer, as_tensor, check_codes, like_input, neighbours
 from cmr_fast.ops.hamming import _check_bits, hamming_distances, hamming_topk, pack_codes, unpack_codes
 
 EFFORT = 0.05  # see SearchTables.search
 _VAIN = 0.9  # expected share of the cost of scanning, above which tables are not tried
 WORTH = 0.5  # share of the cost of scanning that tables must be expected to stay below
-MAX_CODES = (1 << 31) - 1
 _MAX_KEY_BITS = 26
 _BUCKET_BITS = 4  # a bucket holds up to about 2^4 different codes: reading them costs as much as finding them
-_HUGE_PAGES = 1 << 22  # bytes, from which tables are read at random all over memory
 MIN_CODES = 1 << 16  # below, a scan takes about as long as looking tables up
 _SAMPLE = 32
 _COUNTED = 1 << 15
@@ -91,35 +86,35 @@ class SearchTables:
             On codes of another kind, with bits set beyond `bits` or not on the CPU, and without the native kernels.
         """
         database, bits = _database(codes, bits)
-        native, threads = _native(), _dispatch.choose_threads(threads)
+        native, threads = native_kernels(), _dispatch.choose_threads(threads)
         n, nbytes = database.shape
         parts = _substrings(bits, n, substrings)
-        order, entries = _empty(n, torch.int32), _empty(n * native.multi_index_entry_bytes, torch.uint8)
-        different = None if len(parts) == 1 else _empty(n * nbytes, torch.uint8)
-        offsets = _empty((1 << parts[0][1]) + 2, torch.int32)
+        order, entries = empty(n, torch.int32), empty(n * native.multi_index_entry_bytes, torch.uint8)
+        different = None if len(parts) == 1 else empty(n * nbytes, torch.uint8)
+        offsets = empty((1 << parts[0][1]) + 2, torch.int32)
         native.multi_index_order(
             database.data_ptr(), n, nbytes, bits, parts[0][1], threads, offsets.data_ptr(), entries.data_ptr(),
-            order.data_ptr(), _address(different),
+            order.data_ptr(), address(different),
         )  # fmt: skip
         if different is None:
             return cls(database, bits, order, None, None, [(0, bits, offsets, None, None)])
-        starts = _empty(n + 1, torch.int32)
+        starts = empty(n + 1, torch.int32)
         count = native.multi_index_groups(n, nbytes, different.data_ptr(), starts.data_ptr())
         tables: list[Table] = []
         for number, (first, length) in enumerate(parts):
-            offsets = _empty((1 << length) + 2, torch.int32)
-            groups = _empty(count, torch.int32) if number else None
-            words = _empty(count, torch.int64)
+            offsets = empty((1 << length) + 2, torch.int32)
+            groups = empty(count, torch.int32) if number else None
+            words = empty(count, torch.int64)
             native.multi_index_table(
                 different.data_ptr(), count, nbytes, bits, first, length, threads, offsets.data_ptr(),
-                entries.data_ptr(), _address(groups), words.data_ptr(),
+                entries.data_ptr(), address(groups), words.data_ptr(),
             )  # fmt: skip
             tables.append((first, length, offsets, groups, words))
-        group_starts = None if count == n else _empty(count + 1, torch.int32).copy_(starts[: count + 1])
+        group_starts = None if count == n else empty(count + 1, torch.int32).copy_(starts[: count + 1])
         if bits <= 64:
             different = None
         elif count < n:
-            different = _empty(count * nbytes, torch.uint8).copy_(different[: count * nbytes])
+            different = empty(count * nbytes, torch.uint8).copy_(different[: count * nbytes])
         return cls(database, bits, order, group_starts, different, tables)
 
     def __len__(self) -> int:
@@ -200,9 +195,9 @@ class SearchTables:
         """
         k = min(1 << (int(k) - 1).bit_length(), max(1, len(self)))
         if k not in self._expected:
-            rows = _spread(len(self), _SAMPLE)
+            rows = spread(len(self), _SAMPLE)
             _, _, done, cost = self._search(self._codes[rows], min(k + 1, max(1, len(self))), 1, EFFORT)
-            scan = _scan_cost(len(self), self._codes.shape[1], len(rows), k)
+            scan = scan_cost_of_one(len(self), self._codes.shape[1], len(rows), k)
             self._expected[k] = float((cost.sum() / scan + (~done).sum()) / len(rows)) if len(rows) else 1.0
         return self._expected[k]
 
@@ -222,7 +217,7 @@ class SearchTables:
         return self.expected_cost(k) < WORTH
 
     def _search(self, q: Tensor, k: int, threads: int | None, effort: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        native, isa, threads = _native(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
+        native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
         q = q.contiguous()
         distances, indices = neighbours(len(q), k, self.bits, "cpu", padded=True)
         done, cost = (
@@ -232,10 +227,10 @@ class SearchTables:
         workspace = torch.empty(
             native.multi_index_workspace(len(self), len(q), k, threads), dtype=torch.uint8, device="cpu"
         )
-        tables = [(first, length, *map(_address, arrays)) for first, length, *arrays in self._tables]
+        tables = [(first, length, *map(address, arrays)) for first, length, *arrays in self._tables]
         native.multi_index_search(
-            isa, len(self), self._codes.shape[1], self.bits, self._order.data_ptr(), _address(self._starts),
-            _address(self._different), tables, q.data_ptr(), len(q), k, threads, effort, distances.data_ptr(),
+            isa, len(self), self._codes.shape[1], self.bits, self._order.data_ptr(), address(self._starts),
+            address(self._different), tables, q.data_ptr(), len(q), k, threads, effort, distances.data_ptr(),
             indices.data_ptr(), done.data_ptr(), cost.data_ptr(), workspace.data_ptr(),
         )  # fmt: skip
         return distances, indices, done, cost
@@ -273,7 +268,7 @@ def scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
     float
         For the whole batch.
     """
-    return num_queries * _scan_cost(n, nbytes, num_queries, k)
+    return num_queries * scan_cost_of_one(n, nbytes, num_queries, k)
 
 
 def num_tables(bits: int, n: int) -> int:
@@ -340,7 +335,7 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     if n == 0:
         return 1.0
     k = min(int(k), n)
-    rows = _spread(n, _SAMPLE)
+    rows = spread(n, _SAMPLE)
     nearest, _ = hamming_topk(database[rows], database, min(k + 1, n), bits=bits, threads=threads)
     reach = nearest[:, -1:].long()
     drawn = torch.randint(
@@ -349,7 +344,7 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
     some = torch.from_numpy(np.unique(drawn.numpy()))
     queries, counted = unpack_codes(database[rows], bits), unpack_codes(database[some], bits)
     parts, scale = _substrings(bits, n, None), n / len(some)
-    per_query, per_lookup, per_bucket, per_word, per_survivor = _native().multi_index_costs()
+    per_query, per_lookup, per_bucket, per_word, per_survivor = native_kernels().multi_index_costs()
     cost = torch.full((len(rows), 1), per_query, dtype=torch.float64, device="cpu")
     for number, (first, length) in enumerate(parts):
         here = torch.arange(first, first + length, dtype=torch.int64, device="cpu")
@@ -373,7 +368,7 @@ def estimated_cost(codes: Array, bits: int, k: int, threads: int | None = None) 
                 near = left <= reach - (radius if bits > 64 else 0)
                 price = price + words * per_word + (met & near).sum(dim=1, keepdim=True) * scale * per_survivor
             cost += torch.where(reached, price, 0.0)
-    scan = _scan_cost(n, database.shape[1], len(rows), k)
+    scan = scan_cost_of_one(n, database.shape[1], len(rows), k)
     return float((cost / scan).clamp(max=1 + EFFORT).mean())
 
 
@@ -396,21 +391,6 @@ def check_stray(codes: Tensor, bits: int, name: str) -> None:
         )
 
 
-def _native() -> Any:
-    module = _dispatch.native()
-    if not isinstance(module, ModuleType):
-        raise InputError(f"search tables need the native kernels: {_dispatch.unavailable('cpp', 'cpu')}")
-    return module
-
-
-def _scan_cost(n: int, nbytes: int, num_queries: int, k: int) -> float:
-    return float(_native().multi_index_scan_cost(_dispatch.choose_isa(), n, nbytes, num_queries, k))
-
-
-def _spread(n: int, count: int) -> Tensor:
-    return torch.linspace(0, max(n - 1, 0), min(count, n), dtype=torch.float64, device="cpu").long()
-
-
 def _substrings(bits: int, n: int, count: int | None) -> list[Part]:
     """One substring where codes are few, else as many as make buckets of up to about 2^_BUCKET_BITS codes."""
     key_bits = math.log2(max(n, 2))
@@ -424,18 +404,3 @@ def _substrings(bits: int, n: int, count: int | None) -> list[Part]:
     short, longer = divmod(bits, count)
     lengths = [short + 1] * longer + [short] * (count - longer)
     return [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
-
-
-def _empty(count: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, on huge pages where the system grants them: small ones cost a third of the time of a search."""
-    size = count * dtype.itemsize
-    if size < _HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype, device="cpu")
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=count)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

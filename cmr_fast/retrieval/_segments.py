@@ -1,5 +1,6 @@
 """What an index is made of: parts, each of contiguous codes and their ids, that never change once they are seen."""
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -141,3 +142,10 @@ def id_blocks(ids: Ids) -> Iterator[np.ndarray]:
     """Ids as int64 arrays, some at a time."""
     for start in range(0, len(ids), _ROWS):
         yield np.asarray(ids[start : start + _ROWS], dtype="<i8")
+
+
+def is_mapped(x: Any) -> bool:
+    """Whether an array lies in a file."""
+    while isinstance(x, np.ndarray):
+        x = x.base
+    return isinstance(x, mmap.mmap)

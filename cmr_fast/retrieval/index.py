@@ -1,6 +1,5 @@
 """HammingIndex: exact search over packed codes, with ids, in memory or in a file."""
 
-import mmap as mmap_module
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,17 +10,19 @@ from torch import Tensor
 
 from cmr_fast._files import StrPath, as_path
 from cmr_fast.errors import InputError
-from cmr_fast.ops import hamming_range, hamming_topk
 from cmr_fast.ops._dispatch import how
-from cmr_fast.ops._tensors import MAX_K, as_integer, neighbours
+from cmr_fast.ops._tensors import MAX_K, as_integer
 from cmr_fast.retrieval import _faiss, _indexfile
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
 from cmr_fast.retrieval._plan import SearchPlan
-from cmr_fast.retrieval._segments import Part, Tail
+from cmr_fast.retrieval._searching import Searched, hits_of_all, nearest_of_all
+from cmr_fast.retrieval._segments import Part, Tail, is_mapped
+from cmr_fast.retrieval._where import selected_rows
 
 Ids = Array | Sequence[int]
+Where = Array | Sequence[int] | Sequence[bool] | range
 _SMALL_BYTES = 1 << 20  # parts of a file that are read into memory: a search has a cost per part
 
 
@@ -36,7 +37,8 @@ class HammingIndex:
     waits for nobody; adding and removing wait for each other.
 
     Many searches over many codes in memory that do not change build tables (see cmr_fast.ops.multi_index) where those
-    are expected to pay; they take a few times the memory of the codes, and `tables = False` keeps to the scan.
+    are expected to pay; they take a few times the memory of the codes, those for a small radius 1.5 times at most, and
+    `tables = False` keeps to the scan.
 
     An index can be pickled and copied. Codes in memory go along; what is mapped from a file goes by the file's path,
     and is refused where that holds something else when it is used. Copies share what neither can change.
@@ -119,7 +121,7 @@ class HammingIndex:
         usage = {"memory": (tail.nbytes if tail else 0) + (known.nbytes if known else 0), "mapped": 0}
         usage["memory"] += sum(self._plans[part].nbytes for part in parts if part in self._plans)
         for part in parts if tail is None else parts[:-1]:
-            usage["mapped" if _is_mapped(part.codes) else "memory"] += part.nbytes
+            usage["mapped" if is_mapped(part.codes) else "memory"] += part.nbytes
         return usage
 
     def add(self, codes: Array, ids: Ids | None = None) -> None:
@@ -192,7 +194,15 @@ class HammingIndex:
             self._parts = tuple(part for part in parts if len(part))
         return sum(map(len, rows))
 
-    def search(self, q: Array, k: int, threads: int | None = None) -> tuple[Array, Array]:
+    def search(
+        self,
+        q: Array,
+        k: int,
+        threads: int | None = None,
+        *,
+        radius: int | None = None,
+        where: Where | None = None,
+    ) -> tuple[Array, Array]:
         """The k nearest codes of each query, exactly.
 
         Parameters
@@ -200,9 +210,14 @@ class HammingIndex:
         q : ndarray or Tensor
             uint8 (Q, nbytes) packed queries.
         k : int
-            1 to 2^31 - 1; beyond ntotal, id -1 and distance bits + 1 pad.
+            1 to 2^31 - 1; beyond what there is, id -1 and distance bits + 1 pad.
         threads : int, optional
             None is every processor of this process.
+        radius : int, optional
+            Only codes at distance <= radius, 0 or more. A small one is found without scanning.
+        where : array of bool, array of int or range, optional
+            Search only among these: bool (ntotal,) in the order in which codes were added, or ids. The cost falls with
+            their number.
 
         Returns
         -------
@@ -214,27 +229,20 @@ class HammingIndex:
         Raises
         ------
         InputError
-            For queries that are not packed codes of this length, a k or threads that are not counts, and a k that takes
-            more memory than there is (12 bytes for each result).
+            For queries that are not packed codes of this length, a k, radius or threads that are not counts, a mask of
+            another length, ids that are not in the index, and a k that takes more memory than there is (12 bytes for
+            each result).
         """
         rows = packed_codes(q, "q", self.bits)
         k, (_, threads) = as_integer(k, "k", 1, MAX_K), how(None, threads)
-        distances = [np.empty((len(rows), 0), dtype=np.int32)]
-        ids = [np.empty((len(rows), 0), dtype=np.int64)]
-        for part in self._parts:
-            near, places = self._nearest(part.sound(), rows, min(k, len(part)), threads)
-            distances.append(near)
-            ids.append(part.ids_of(places))
-        if len(ids) == 2 and ids[1].shape[1] == k:
-            return like(distances[1], q), like(ids[1], q)
-        every, names = np.concatenate(distances, axis=1), np.concatenate(ids, axis=1)
-        best = np.argsort(every, axis=1, kind="stable")[:, :k]
-        out, named = (x.numpy() for x in neighbours(len(rows), k, self.bits, "cpu", padded=k > best.shape[1]))
-        out[:, : best.shape[1]] = np.take_along_axis(every, best, axis=1)
-        named[:, : best.shape[1]] = np.take_along_axis(names, best, axis=1)
-        return like(out, q), like(named, q)
+        most = None if radius is None else as_integer(radius, "radius", 0)
+        found = [near for part in self._searched(where) for near in part.nearest(rows, k, most, self.bits, threads)]
+        distances, ids = nearest_of_all(found, len(rows), k, self.bits)
+        return like(distances, q), like(ids, q)
 
-    def range_search(self, q: Array, radius: int, threads: int | None = None) -> tuple[Array, Array, Array]:
+    def range_search(
+        self, q: Array, radius: int, threads: int | None = None, *, where: Where | None = None
+    ) -> tuple[Array, Array, Array]:
         """Every code at distance <= radius of each query.
 
         faiss's binary range_search leaves the radius itself out (distance < radius, strictly less than it): its
@@ -248,6 +256,8 @@ class HammingIndex:
             0 or more, in bits.
         threads : int, optional
             None is every processor of this process.
+        where : array of bool, array of int or range, optional
+            As in `search`.
 
         Returns
         -------
@@ -259,20 +269,13 @@ class HammingIndex:
         Raises
         ------
         InputError
-            For queries that are not packed codes of this length, and a radius or threads that are not counts.
+            For queries that are not packed codes of this length, a radius or threads that are not counts, a mask of
+            another length, and ids that are not in the index.
         """
         rows = packed_codes(q, "q", self.bits)
-        parts = self._parts or (Part(np.empty((0, self._nbytes), dtype=np.uint8), range(0)),)
-        hits = []
-        for part in parts:
-            lims, distances, places = hamming_range(rows, part.sound().codes, radius, threads=threads)
-            hits.append((lims, distances, part.ids_of(places)))
-        lims, distances, ids = hits[0]
-        if len(hits) > 1:
-            queries = np.concatenate([np.repeat(np.arange(len(rows)), np.diff(each[0])) for each in hits])
-            order = np.argsort(queries, kind="stable")
-            lims = np.sum([each[0] for each in hits], axis=0)
-            distances, ids = (np.concatenate([each[i] for each in hits])[order] for i in (1, 2))
+        radius, (_, threads) = min(as_integer(radius, "radius", 0), self.bits), how(None, threads)
+        found = [hits for part in self._searched(where) for hits in part.within(rows, radius, threads)]
+        lims, distances, ids = hits_of_all(found, len(rows))
         return like(lims, q), like(distances, q), like(ids, q)
 
     def save(self, path: StrPath) -> None:
@@ -511,7 +514,7 @@ class HammingIndex:
             tail, parts = Tail(self._nbytes), self._parts
             small = len(parts)  # parts in memory that a copy was left with: grown together, there are O(log N)
             rows = len(codes)
-            while small and not _is_mapped(parts[small - 1].codes) and len(parts[small - 1]) <= rows:
+            while small and not is_mapped(parts[small - 1].codes) and len(parts[small - 1]) <= rows:
                 small -= 1
                 rows += len(parts[small])
             for part in parts[small:]:
@@ -521,14 +524,17 @@ class HammingIndex:
         self._tail = tail
         self._parts = (*parts, part)
 
-    def _nearest(self, part: Part, q: np.ndarray, k: int, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and rows of the k nearest codes of a part: the one place that chooses how a part is searched."""
-        if self.tables and not _is_mapped(part.codes):
-            plan = self._plans.get(part)
-            if plan is None:
-                plan = self._plans.setdefault(part, SearchPlan())
-            return plan.topk(q, part.codes, k, self.bits, threads)
-        return hamming_topk(q, part.codes, k, bits=self.bits, threads=threads)
+    def _searched(self, where: Where | None) -> list[Searched]:
+        """Each part, its rows that count, and its plan: the one place that chooses how a part is searched."""
+        parts = self._parts
+        rows = [None] * len(parts) if where is None else selected_rows(where, parts)
+        return [Searched(part.sound(), each, self._plan_of(part)) for part, each in zip(parts, rows, strict=True)]
+
+    def _plan_of(self, part: Part) -> SearchPlan | None:
+        if not self.tables or is_mapped(part.codes):
+            return None
+        plan = self._plans.get(part)
+        return self._plans.setdefault(part, SearchPlan()) if plan is None else plan
 
     def _known_ids(self) -> IdSet:
         if self._known is None:
@@ -588,9 +594,3 @@ def _verify(parts: Sequence[Part]) -> None:
 def _distinct(parts: Sequence[Part], rows: Sequence[np.ndarray]) -> np.ndarray:
     """The ids, each once, of some rows of each part."""
     return np.unique(np.concatenate([np.empty(0, np.int64), *map(Part.ids_of, parts, rows)]))
-
-
-def _is_mapped(x: Any) -> bool:
-    while isinstance(x, np.ndarray):
-        x = x.base
-    return isinstance(x, mmap_module.mmap)

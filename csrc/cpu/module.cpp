@@ -144,6 +144,66 @@ PYBIND11_MODULE(_cpu, m) {
                                 at<uint8_t>(done), at<double>(cost), at<uint8_t>(workspace));
     });
 
+    m.attr("range_slot_bytes") = cmr::kSlotBytes;
+    m.attr("range_max_reach") = cmr::kMaxReach;
+    m.def("range_table", [](Address codes, int64_t n, int64_t nbytes, Address mask, int bucket_bits, int index_bits,
+                            int threads, Address offsets, Address slots_by_bucket, Address slots) {
+        py::gil_scoped_release released;
+        cmr::range_table(at<uint8_t>(codes), n, nbytes, at<uint64_t>(mask), bucket_bits, index_bits, threads,
+                         at<uint32_t>(offsets), at<uint8_t>(slots_by_bucket), at<uint32_t>(slots));
+    });
+    m.def("range_costs", &cmr::range_costs, "Of a query, a look-up and a code that is compared.");
+    m.def("range_workspace", &cmr::range_workspace);
+    // index: (codes, n, nbytes, bucket bits, index bits); tables: (mask, places, bits, offsets, slots) each
+    using RangeIndexArguments = std::array<int64_t, 5>;
+    using RangeTables = std::vector<std::array<Address, 5>>;
+    // search: (queries, how many, radius, reach, allowed or 0, after or -1, threads)
+    using RangeArguments = std::array<int64_t, 7>;
+    const auto with_range = [](const RangeIndexArguments& index, const RangeTables& tables, const RangeArguments& s,
+                               double effort, double scan_cost, const auto& body) {
+        std::vector<cmr::RangeTable> each;
+        for (const auto& t : tables)
+            each.push_back({at<uint64_t>(t[0]), at<uint16_t>(t[1]), static_cast<int>(t[2]), at<uint32_t>(t[3]),
+                            at<uint32_t>(t[4])});
+        const auto address = [](int64_t x) { return static_cast<Address>(x); };
+        body(cmr::RangeIndex{at<uint8_t>(address(index[0])), index[1], index[2], static_cast<int>(index[3]),
+                             static_cast<int>(index[4]), each.data(), static_cast<int>(each.size())},
+             cmr::RangeSearch{{at<uint8_t>(address(s[0])), s[1], static_cast<uint32_t>(s[2]), at<int8_t>(address(s[3])),
+                               at<uint32_t>(address(s[4])), s[5], effort, scan_cost},
+                              static_cast<int>(s[6])});
+    };
+    m.def("range_count", [with_range](const std::string& isa, const RangeIndexArguments& index,
+                                      const RangeTables& tables, const RangeArguments& s, double effort,
+                                      double scan_cost, Address counts, Address done, Address workspace) {
+        py::gil_scoped_release released;
+        with_range(index, tables, s, effort, scan_cost, [&](const auto& of, const auto& search) {
+            cmr::range_count(isa, of, search, at<int64_t>(counts), at<uint8_t>(done), at<uint8_t>(workspace));
+        });
+    });
+    m.def("range_fill", [with_range](const std::string& isa, const RangeIndexArguments& index,
+                                     const RangeTables& tables, const RangeArguments& s, Address lims, Address done,
+                                     Address distances, Address indices, Address workspace) {
+        py::gil_scoped_release released;
+        with_range(index, tables, s, 0, 0, [&](const auto& of, const auto& search) {
+            cmr::range_fill(isa, of, search, at<int64_t>(lims), at<uint8_t>(done), at<int32_t>(distances),
+                            at<int64_t>(indices), at<uint8_t>(workspace));
+        });
+    });
+
+    // job: (table, first, last, radius, allowed or 0, tasks, threads)
+    m.def("range_pairs",
+          [with_range](const std::string& isa, const RangeIndexArguments& index, const RangeTables& tables,
+                       const RangeArguments& job, Address keys, Address distances, int64_t capacity, Address counts) {
+              py::gil_scoped_release released;
+              with_range(index, tables, {}, 0, 0, [&](const auto& of, const auto&) {
+                  cmr::range_pairs(isa, of,
+                                   {static_cast<int>(job[0]), job[1], job[2], static_cast<uint32_t>(job[3]),
+                                    at<uint32_t>(static_cast<Address>(job[4]))},
+                                   job[5], static_cast<int>(job[6]), at<uint64_t>(keys), at<int32_t>(distances),
+                                   capacity, at<int64_t>(counts));
+              });
+          });
+
     m.def("triplet_workspace", &cmr::triplet_workspace);
     // Both return whether any pair with a weight is close.
     // points: (x, squared norms of x, y, those of y, width, whether distances come from differences alone)

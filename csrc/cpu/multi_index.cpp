@@ -6,8 +6,11 @@
 #include <cmath>
 #include <memory>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "isa.h"
+#include "multi_index_hash.h"
 #include "multi_index_kernel.h"
 #include "parallel.h"
 
@@ -121,6 +124,11 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == kEntryBytes);
 
+struct Slot {
+    uint32_t value, key;
+};
+static_assert(sizeof(Slot) == kSlotBytes);
+
 // offsets[key + 1]: where the first of this key belongs. Placing all, one after the other at offsets[key + 1]++, turns
 // them into the buckets' begins (offsets[key]) and ends.
 template <class KeyOf>
@@ -226,6 +234,131 @@ void multi_index_table(const uint8_t* sorted, int64_t num_groups, int64_t nbytes
                    words[begin + i] = found[i].word;
                }
            });
+}
+
+// First into ranges of buckets, a chunk of the codes for each thread, then inside each range: all writes stay in cache.
+void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t* mask, int bucket_bits, int index_bits,
+                 int threads, uint32_t* offsets, uint8_t* slots_by_bucket, uint32_t* slots) {
+    Slot* const found = reinterpret_cast<Slot*>(slots_by_bucket);
+    const int shift = std::max(0, bucket_bits - kPartitionBits);
+    const int64_t partitions = int64_t{1} << (bucket_bits - shift), buckets = int64_t{1} << shift;
+    const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(threads, n >> 16)), chunk = (n + chunks - 1) / chunks;
+    std::vector<uint32_t> cursors(chunks * partitions);  // first counts, then places
+    const auto each = [&](int64_t c, const auto& body) {
+        for (int64_t i = c * chunk; i < std::min(n, (c + 1) * chunk); ++i)
+            body(i, Place(hash_code(codes + i * nbytes, nbytes, mask), bucket_bits, index_bits));
+    };
+    parallel_for(chunks, threads, [&](int64_t c, int) {
+        each(c, [&](int64_t, const Place& place) { ++cursors[c * partitions + (place.bucket >> shift)]; });
+    });
+    std::vector<uint32_t> begin(partitions + 1);
+    uint32_t total = 0;
+    for (int64_t p = 0; p < partitions; ++p) {
+        begin[p] = total;
+        for (int64_t c = 0; c < chunks; ++c) {
+            const uint32_t count = cursors[c * partitions + p];
+            cursors[c * partitions + p] = total;
+            total += count;
+        }
+    }
+    begin[partitions] = total;
+    parallel_for(chunks, threads, [&](int64_t c, int) {
+        each(c, [&](int64_t i, const Place& place) {
+            found[cursors[c * partitions + (place.bucket >> shift)]++] = {place.tag | static_cast<uint32_t>(i),
+                                                                          place.bucket};
+        });
+    });
+    parallel_for(partitions, threads, [&](int64_t p, int) {
+        uint32_t* const first = offsets + p * buckets;
+        std::fill(first, first + buckets, 0u);
+        for (uint32_t i = begin[p]; i < begin[p + 1]; ++i) ++offsets[found[i].key];
+        uint32_t at = begin[p];
+        for (int64_t b = 0; b < buckets; ++b) at += std::exchange(first[b], at);
+        for (uint32_t i = begin[p]; i < begin[p + 1]; ++i) slots[offsets[found[i].key]++] = found[i].value;
+        std::memmove(first + 1, first, (buckets - 1) * sizeof(uint32_t));  // ends to begins
+        *first = begin[p];
+    });
+    offsets[partitions * buckets] = total;
+}
+
+std::array<double, 3> range_costs() { return {kRangeCostQuery, kRangeCostProbe, kRangeCostCode}; }
+
+namespace {
+
+constexpr int64_t kGroupHits = kQueriesTogether * kHitsKept;
+
+int64_t range_groups(int64_t num_queries) { return (num_queries + kQueriesTogether - 1) / kQueriesTogether; }
+
+RangeGroup group_of(const RangeGroup& all, int64_t nbytes, int64_t group) {
+    RangeGroup part = all;
+    const int64_t first = group * kQueriesTogether;
+    part.queries += first * nbytes;
+    part.num_queries = std::min(kQueriesTogether, all.num_queries - first);
+    if (part.after >= 0) part.after += first;
+    return part;
+}
+
+}  // namespace
+
+// For each group: how many hits there are, then room for kGroupHits of them.
+size_t range_workspace(int64_t num_queries) {
+    return static_cast<size_t>(range_groups(num_queries)) * (kGroupHits + 1) * sizeof(uint64_t);
+}
+
+void range_count(const std::string& isa, const RangeIndex& index, const RangeSearch& s, int64_t* counts, uint8_t* done,
+                 uint8_t* workspace) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    set_last_isa(kernel.isa);
+    uint64_t* const kept = reinterpret_cast<uint64_t*>(workspace);
+    parallel_for(range_groups(s.all.num_queries), s.threads, [&](int64_t group, int) {
+        const int64_t first = group * kQueriesTogether;
+        uint64_t* const mine = kept + group * (kGroupHits + 1);
+        mine[0] = static_cast<uint64_t>(kernel.range(index, group_of(s.all, index.nbytes, group), mine + 1, kGroupHits,
+                                                     counts + first, done + first));
+    });
+}
+
+void range_fill(const std::string& isa, const RangeIndex& index, const RangeSearch& s, const int64_t* lims,
+                const uint8_t* done, int32_t* distances, int64_t* indices, uint8_t* workspace) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    const uint64_t* const kept = reinterpret_cast<uint64_t*>(workspace);
+    parallel_for(range_groups(s.all.num_queries), s.threads, [&](int64_t group, int) {
+        RangeGroup part = group_of(s.all, index.nbytes, group);
+        const int64_t first = group * kQueriesTogether, last = first + part.num_queries;
+        const uint64_t* hits = kept + group * (kGroupHits + 1);
+        const int64_t total = static_cast<int64_t>(*hits++);
+        if (total > kGroupHits) {  // once more, now that there is room: at the begin of where they go
+            part.effort = INFINITY;
+            int64_t counts[kQueriesTogether];
+            uint8_t again[kQueriesTogether];
+            std::copy(done + first, done + last, again);
+            kernel.range(index, part, reinterpret_cast<uint64_t*>(indices + lims[first]), total, counts, again);
+            hits = reinterpret_cast<const uint64_t*>(indices + lims[first]);
+        }
+        // backwards: no hit is written over before it is read, since queries that were given up only leave gaps
+        int64_t at = total;
+        for (int64_t query = last - 1; query >= first; --query) {
+            if (!done[query]) continue;
+            for (int64_t to = lims[query + 1] - 1; to >= lims[query]; --to) {
+                const uint64_t hit = hits[--at];
+                distances[to] = static_cast<int32_t>(hit & ((1u << kDistanceBits) - 1));
+                indices[to] = static_cast<int64_t>(hit >> kDistanceBits);
+            }
+        }
+    });
+}
+
+void range_pairs(const std::string& isa, const RangeIndex& index, const PairJob& job, int64_t tasks, int threads,
+                 uint64_t* keys, int32_t* distances, int64_t capacity, int64_t* counts) {
+    const MultiIndexKernel& kernel = kernel_for(isa);
+    set_last_isa(kernel.isa);
+    const int64_t share = (job.last - job.first + tasks - 1) / tasks;
+    parallel_for(tasks, threads, [&](int64_t task, int) {
+        PairJob part = job;
+        part.first = std::min(job.last, job.first + task * share);
+        part.last = std::min(job.last, part.first + share);
+        counts[task] = kernel.pairs(index, part, keys + task * capacity, distances + task * capacity, capacity);
+    });
 }
 
 }  // namespace cmr

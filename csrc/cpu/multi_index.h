@@ -63,10 +63,54 @@ struct Nearest {
     uint32_t farthest() const { return static_cast<uint32_t>((limit - 1) >> 32); }  // that could still be pushed
 };
 
+// A search whose radius is known beforehand asks tables of wide substrings, of any bits: see multi_index_range.h.
+struct RangeTable {
+    const uint64_t* mask;    // (words) the substring's bits
+    const uint16_t* places;  // (bits) which they are
+    int bits;
+    const uint32_t* offsets;  // (2^bucket_bits + 1) into slots
+    const uint32_t* slots;    // (n) more bits of the hash << index_bits | index, rising within a bucket
+};
+
+struct RangeIndex {
+    const uint8_t* codes;  // (n, nbytes)
+    int64_t n, nbytes;     // n < 2^31
+    int bucket_bits, index_bits;
+    const RangeTable* tables;
+    int num_tables;
+};
+
+// A group of queries. Hits are (index << kDistanceBits | distance), query after query, by index in each.
+struct RangeGroup {
+    const uint8_t* queries;  // (num_queries, nbytes)
+    int64_t num_queries;
+    uint32_t radius;
+    const int8_t* reach;      // (num_tables) how many bits may differ in each substring; negative: not asked
+    const uint32_t* allowed;  // (ceil(n / 32)) a bit for each code that counts; null: all
+    int64_t after;            // query i counts codes beyond after + i alone; negative: all
+    double effort;            // what queries may spend without result, of scan_cost for all of them; infinite: no limit
+    double scan_cost;         // of a query
+};
+
+// Pairs of codes that agree in a table's substring: of the code of each slot in [first, last) and those of later slots
+// of its bucket. A pair counts in the first table in which it agrees.
+struct PairJob {
+    int table;
+    int64_t first, last;
+    uint32_t radius;
+    const uint32_t* allowed;  // as in RangeGroup
+};
+
 struct MultiIndexKernel {
     const char* isa;
     // one query; false: given up, because it would cost more than `allowed`
     bool (*search)(const MultiIndex&, const uint8_t* query, Nearest&, double allowed, double* cost);
+    // counts[i]: hits of query i, also of those beyond `capacity`, which are not kept. Queries of done[i] = 0 are left
+    // out; those given up get it. Returns how many hits there are.
+    int64_t (*range)(const RangeIndex&, const RangeGroup&, uint64_t* hits, int64_t capacity, int64_t* counts,
+                     uint8_t* done);
+    // keys: lower index << 32 | higher index. Returns how many pairs there are, also of those beyond `capacity`.
+    int64_t (*pairs)(const RangeIndex&, const PairJob&, uint64_t* keys, int32_t* distances, int64_t capacity);
 };
 
 extern const MultiIndexKernel multi_index_scalar;
@@ -91,5 +135,33 @@ size_t multi_index_workspace(int64_t n, int64_t num_queries, int64_t k, int thre
 // done[i] = 1: row i of distances and indices is final. 0: given up, the row is untouched. cost[i]: what it spent.
 void multi_index_search(const std::string& isa, const MultiIndex&, const MultiIndexSearch&, int32_t* distances,
                         int64_t* indices, uint8_t* done, double* cost, uint8_t* workspace);
+
+// Of tables for a known radius. `slots_by_bucket` is workspace, kSlotBytes for each code.
+constexpr int64_t kSlotBytes = 8;
+void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t* mask, int bucket_bits, int index_bits,
+                 int threads, uint32_t* offsets, uint8_t* slots_by_bucket, uint32_t* slots);
+
+constexpr int kDistanceBits = 16;
+constexpr int kMaxReach = 4;              // bits of a substring that may differ
+constexpr int64_t kQueriesTogether = 64;  // a group
+constexpr int64_t kHitsKept = 32;         // of a query of a group, on average; beyond, it is searched again
+
+struct RangeSearch {
+    RangeGroup all;  // every query
+    int threads;
+};
+
+std::array<double, 3> range_costs();
+size_t range_workspace(int64_t num_queries);
+// counts[i]: hits of query i. done[i] = 0: given up, counts[i] is 0.
+void range_count(const std::string& isa, const RangeIndex&, const RangeSearch&, int64_t* counts, uint8_t* done,
+                 uint8_t* workspace);
+// After range_count with the same workspace: the hits of query i from lims[i] on, of those that are done.
+void range_fill(const std::string& isa, const RangeIndex&, const RangeSearch&, const int64_t* lims, const uint8_t* done,
+                int32_t* distances, int64_t* indices, uint8_t* workspace);
+
+// A job in `tasks` parts: part t has counts[t] pairs, of which up to `capacity` stand from t * capacity on.
+void range_pairs(const std::string& isa, const RangeIndex&, const PairJob&, int64_t tasks, int threads, uint64_t* keys,
+                 int32_t* distances, int64_t capacity, int64_t* counts);
 
 }  // namespace cmr

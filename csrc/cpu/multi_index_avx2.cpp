@@ -14,10 +14,11 @@
 #endif
 
 #include "multi_index_kernel.h"
+#include "multi_index_range.h"
 
 namespace cmr {
 
-const MultiIndexKernel multi_index_avx2{"avx2", search<PlainFilter>};
+const MultiIndexKernel multi_index_avx2{"avx2", search<PlainFilter>, range, pairs};
 
 }  // namespace cmr
 

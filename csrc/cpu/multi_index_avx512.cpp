@@ -22,6 +22,7 @@
 #endif
 
 #include "multi_index_kernel.h"
+#include "multi_index_range.h"
 
 namespace cmr {
 namespace {
@@ -42,7 +43,7 @@ struct Avx512Filter {
 
 }  // namespace
 
-const MultiIndexKernel multi_index_avx512{"avx512_vpopcntdq", search<Avx512Filter>};
+const MultiIndexKernel multi_index_avx512{"avx512_vpopcntdq", search<Avx512Filter>, range, pairs};
 
 }  // namespace cmr
 

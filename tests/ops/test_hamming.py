@@ -412,7 +412,7 @@ def test_opcheck():
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.hamming_topk.default, (x, x, 3, 64, None, None), test_utils=tests)
     torch.library.opcheck(ops.hamming_distances.default, (x, x, "cpp", 2), test_utils=tests)
-    torch.library.opcheck(ops.hamming_range.default, (x, x, 30, "torch", 1), test_utils=tests[:2])
+    torch.library.opcheck(ops.hamming_range.default, (x, x, 30, True, "torch", 1), test_utils=tests[:2])
     torch.library.opcheck(ops.pack_codes.default, (x > 100,), test_utils=tests)
 
 

@@ -110,14 +110,14 @@ def test_clustered_codes_are_found_without_scanning_and_random_ones_are_given_up
     clustered = np.packbits(centres ^ (rng.random((10**6, 64), np.float32) < 0.03), axis=1, bitorder="little")
     tables = SearchTables.build(clustered)
     _, _, done, cost = tables._search(torch.from_numpy(clustered[:200]), 10, 1, multi_index.EFFORT)
-    scan = multi_index._scan_cost(10**6, 8, 200, 10)
+    scan = multi_index.scan_cost_of_one(10**6, 8, 200, 10)
     assert done.float().mean() > 0.95 and cost.mean() < scan / 2
     assert tables.worth_it(10) and multi_index.estimated_cost(clustered, 64, 10) < 0.7
 
     db, q = codes(rng, 400_000, 128), codes(rng, 200, 128)
     tables = SearchTables.build(db)
     distances, indices, done, cost = tables._search(torch.from_numpy(q), 10, 1, multi_index.EFFORT)
-    scan = multi_index._scan_cost(400_000, 16, 200, 10)
+    scan = multi_index.scan_cost_of_one(400_000, 16, 200, 10)
     assert not done.any() and cost.sum() <= 1.1 * multi_index.EFFORT * scan * len(q)
     assert (indices == -1).all() and (distances == 129).all()  # untouched
     assert not tables.worth_it(10) and tables.expected_cost(9) == tables.expected_cost(16)
@@ -131,7 +131,7 @@ def test_queries_unlike_the_codes_cost_little_more_than_the_scan():
     db, q = codes(rng, 100_000, 96, "clusters"), codes(rng, 160, 96)
     tables = SearchTables.build(db)
     *_, done, cost = tables._search(torch.from_numpy(q), 10, 1, multi_index.EFFORT)
-    scan = multi_index._scan_cost(100_000, 12, len(q), 10)
+    scan = multi_index.scan_cost_of_one(100_000, 12, len(q), 10)
     assert float(cost.sum() + (~done).sum() * scan) <= 1.15 * scan * len(q)
     assert_same(tables.search(q, 10), hamming_topk(q, db, 10))
 

@@ -1,0 +1,96 @@
+"""A search over the parts of an index: how each is searched, and what they found put together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cmr_fast.ops import hamming_topk
+from cmr_fast.ops._tensors import neighbours
+from cmr_fast.retrieval._plan import Hits, SearchPlan, nearest_of, scan_hits
+from cmr_fast.retrieval._segments import Part
+from cmr_fast.retrieval._where import Rows, as_mask, chosen, count_of
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A part, the rows of it that count (None: all), and how it is searched (None: by the scan)."""
+
+    part: Part
+    rows: Rows | None
+    plan: SearchPlan | None
+
+    def subsets(self) -> list[Part]:
+        """The rows that count, as parts."""
+        return [self.part] if self.rows is None else list(chosen(self.part, self.rows))
+
+    def nearest(
+        self, q: np.ndarray, k: int, radius: int | None, bits: int, threads: int | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Distances and ids (Q, up to k) of the k nearest, of one subset after the other.
+
+        radius    beyond it distances are bits + 1 and ids -1
+        """
+        if radius is not None and (hits := self._by_tables(q, radius, threads)) is not None:
+            return [nearest_of(hits, min(k, len(self.part)), bits)]
+        out = []
+        for part in self.subsets():
+            kept = min(k, len(part))
+            if self.plan is not None and self.rows is None:
+                near, places = self.plan.topk(q, part.codes, kept, bits, threads)
+            else:
+                near, places = hamming_topk(q, part.codes, kept, bits=bits, threads=threads)
+            ids = part.ids_of(places)
+            if radius is not None:
+                ids, near = np.where(near > radius, -1, ids), np.where(near > radius, bits + 1, near).astype(np.int32)
+            out.append((near, ids))
+        return out
+
+    def within(self, q: np.ndarray, radius: int, threads: int | None) -> list[Hits]:
+        """lims, distances and ids of everything at distance <= radius, of one subset after the other."""
+        if (hits := self._by_tables(q, radius, threads)) is not None:
+            return [hits]
+        out = []
+        for part in self.subsets():
+            lims, distances, places = scan_hits(q, part.codes, radius, threads, self.plan is not None)
+            out.append((lims, distances, part.ids_of(places)))
+        return out
+
+    def _by_tables(self, q: np.ndarray, radius: int, threads: int | None) -> Hits | None:
+        if self.plan is None:
+            return None
+        part, allowed = self.part, None
+        if self.rows is not None:
+            if count_of(self.rows) * 2 < len(part):
+                return None
+            allowed = as_mask(self.rows, len(part))
+        hits = self.plan.range(q, part.codes, radius, threads, allowed)
+        return None if hits is None else (hits[0], hits[1], part.ids_of(hits[2]))
+
+
+def nearest_of_all(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], count: int, k: int, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of `count` queries among what several parts hold; equal distances in the parts' order."""
+    if len(found) == 1 and found[0][1].shape[1] == k:
+        return found[0]
+    every = np.concatenate([np.empty((count, 0), dtype=np.int32), *(near for near, _ in found)], axis=1)
+    names = np.concatenate([np.empty((count, 0), dtype=np.int64), *(ids for _, ids in found)], axis=1)
+    best = np.argsort(every, axis=1, kind="stable")[:, :k]
+    out, named = (x.numpy() for x in neighbours(count, k, bits, "cpu", padded=k > best.shape[1]))
+    out[:, : best.shape[1]] = np.take_along_axis(every, best, axis=1)
+    named[:, : best.shape[1]] = np.take_along_axis(names, best, axis=1)
+    return out, named
+
+
+def hits_of_all(found: Sequence[Hits], count: int) -> Hits:
+    """The hits of `count` queries in several parts, query by query, in the order of the parts."""
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        return np.zeros(count + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.int64)
+    queries = np.concatenate([np.repeat(np.arange(count), np.diff(lims)) for lims, _, _ in found])
+    order = np.argsort(queries, kind="stable")
+    lims = np.sum([lims for lims, _, _ in found], axis=0)
+    distances, ids = (np.concatenate([each[i] for each in found])[order] for i in (1, 2))
+    return lims, distances, ids
