@@ -263,5 +263,5 @@ def test_the_commands(config, tmp_path, capsys):
         file = tmp_path / f"{modality}.npy"
         assert main(["encode", str(run), "--modality", modality, "--out", str(file)]) == 0
         assert f"float32 ({rows}, 8)" in capsys.readouterr().out
-    assert main(["evaluate", str(run), "--k", "5"]) == 2 and main(["attack", str(run)]) == 2
-    assert "is for mAP" in (error := capsys.readouterr().err) and "trained on captions" in error
+    assert main(["evaluate", str(run), "--k", "5"]) == 2
+    assert "is for mAP" in capsys.readouterr().err

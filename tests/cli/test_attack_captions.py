@@ -1,0 +1,77 @@
+"""`cmr-fast attack` on a run of captions: the table, the report, and what is refused."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import tiny_towers
+import torch
+from commands import refused
+
+from cmr_fast.attacks.multimodal import registry
+from cmr_fast.cli import main
+from cmr_fast.data import load_captions
+from cmr_fast.errors import InputError
+from cmr_fast.methods.clip import ClipConfig
+from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.reports import attacked_captions
+
+SMALL = ClipConfig(dim=16, hidden=16, epochs=12, head_epochs=12, batch_size=16, head_lr=1e-2, captions=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        data = load_captions("shapes", count=60)
+        words = sorted({w for row in data.train.text for caption in row for w in caption.lower().split()})
+        towers = tiny_towers.towers(tmp_path_factory.mktemp("towers"), words, data.train.pixels())
+        out = tmp_path_factory.mktemp("runs") / "clip"
+        return train("clip", replace(SMALL, towers=towers), data, RunConfig(out=out, quiet=True, valid_fraction=0.0))
+
+
+@pytest.fixture(scope="module")
+def split():
+    return load_captions("shapes", count=60).test.select(torch.arange(8))
+
+
+def test_images_leave_their_captions_within_the_ball(run, split):
+    result = attacked_captions.examine(run.model.dual, split, ["pgd5", "clean"], eps=8 / 255)
+    clean, moved = result.images["clean"], result.images["pgd5"]
+    assert 0 < float((moved - clean).abs().max()) <= 8 / 255 + 1e-7
+    assert result.changed == {"pgd5": 0.0} and result.texts["pgd5"] == result.texts["clean"]
+    # captions alone are searched for among clean images as before
+    assert result.clean.by_attack["pgd5"]["ir"] == result.clean.clean["ir"]
+    rows = attacked_captions.table_of(result)
+    assert [row[0] for row in rows] == ["clean", "pgd5", "pgd5, clean gallery"]
+    assert all(len(row) == len(attacked_captions.HEAD) for row in rows)
+
+
+def test_an_attack_sees_the_whole_gallery_whatever_the_batch(run, split):
+    whole, parts = (
+        attacked_captions.examine(run.model.dual, split, ["pgd5"], batch=batch).images["pgd5"] for batch in (8, 3)
+    )
+    assert float((whole - parts).abs().max()) <= 1e-6
+
+
+def test_the_command_writes_a_report(run, tmp_path, capsys):
+    command = ["attack", str(run.path), "--data", "shapes", "--options", "count=60", "--images", "8"]
+    out = tmp_path / "report"
+    assert main([*command, "--attacks", "pgd3", "character", "--eps", "0.03", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "character" in said and "worst case of a query" in said
+    rows = list(csv.reader((out / "results.csv").open()))
+    assert rows[0][:2] == ["attack", "TR R@1"] and len(rows) == 7
+    for file in ("README.md", "index.html", "recall.png", "images-pgd3.png", "captions.png"):
+        assert (out / file).stat().st_size > 0
+
+
+def test_what_does_not_go_together_is_refused(run, capsys, split):
+    command = ["attack", str(run.path), "--data", "shapes", "--options", "count=60"]
+    assert "takes words from a masked language model" in refused(capsys, *command, "--attacks", "sga")
+    assert "unknown attack 'nothing'" in refused(capsys, *command, "--attacks", "nothing")
+    assert "other runs than those on captions" in refused(capsys, *command, "--restarts", "2")
+    with pytest.raises(InputError, match="no attack on images and captions"):
+        registry.make("pgd20x5", run.model.dual)
+    with pytest.raises(InputError, match="an attack at least"):
+        attacked_captions.examine(run.model.dual, split, ["clean"])
