@@ -35,7 +35,7 @@ class _Library(torch.library.Library):
         return super().impl(op_name, reverse_only, dispatch_key, **kwargs)
 
 
-_OPS: dict[str, Any] = {}
+_OPS: dict[str, Any] = {}  # by op: its only overload, looked up once
 _FUNCTIONS: dict[str, Any] = {}  # by op: its derivative in the form that torch.func takes
 LIBRARY = _Library("cmr_fast", "DEF")
 
@@ -101,7 +101,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(implementation)
     def guarded(*args: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
+        if not torch._C._is_any_autocast_enabled():  # one call for all devices; there is no public name
             return implementation(*args)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return implementation(*args)
@@ -125,7 +125,8 @@ def register_loss(
         lambda upstream, *gradients: tuple([x * upstream if x.numel() else torch.empty_like(x) for x in gradients]),
         lambda upstream, *gradients: tuple(torch.empty_like(x) for x in gradients),
     )
-    inputs, scale = len(getattr(torch.ops.cmr_fast, name).default._schema.arguments), f"{name}_backward"
+    inputs = len(getattr(torch.ops.cmr_fast, name).default._schema.arguments)
+    backward_op = f"{name}_backward"
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
@@ -133,7 +134,7 @@ def register_loss(
 
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * inputs
-        gradients = call(scale, upstream, *ctx.saved_tensors)
+        gradients = call(backward_op, upstream, *ctx.saved_tensors)
         for i, shape, gradient in zip(differentiable, ctx.shapes, gradients, strict=True):
             if ctx.needs_input_grad[i]:
                 if gradient.shape != shape:
