@@ -128,7 +128,8 @@ class Port:
 
 
 def problem(count: int) -> tuple[Victim, nn.Module, list[str]]:
-    from cmr_fast.models.mlm import MaskedLM, minilm
+    from cmr_fast.models.mlm import MaskedLM
+    from cmr_fast.models.text import minilm
 
     return Victim(str(minilm())).eval(), MaskedLM.load(os.environ["CMR_FAST_MLM"]), captions(count)
 

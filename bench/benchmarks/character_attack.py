@@ -14,7 +14,7 @@ from cmr_fast.attacks import CharacterAttack
 from cmr_fast.attacks.problem import STREAM
 from cmr_fast.attacks.text.characters import ALPHABET
 from cmr_fast.errors import InputError
-from cmr_fast.models.mlm import minilm
+from cmr_fast.models.text import minilm
 from cmr_fast.ops.pgd import pgd_noise
 
 from .bert_attack import Victim, captions

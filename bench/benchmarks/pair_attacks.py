@@ -118,7 +118,7 @@ def coattack_port(
 
 
 def problem(count: int) -> tuple[Victim, Any, Tensor, list[str], Tensor, Tensor]:
-    from cmr_fast.models.mlm import minilm
+    from cmr_fast.models.text import minilm
 
     _, mlm, texts = bert_attack.problem(count * EACH)
     images = F.interpolate(torch.rand((count, 3, 12, 12), generator=torch.Generator().manual_seed(0)), SIDE)

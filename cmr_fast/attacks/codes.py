@@ -128,6 +128,8 @@ class Perturbation:
         self.noise = torch.zeros_like(clean)
         self.first, self.second = torch.zeros_like(clean), torch.zeros_like(clean)
         self.count = 0
+        self.broken = torch.zeros(len(clean), dtype=torch.int32, device=clean.device)
+        """The first step of each item whose gradient was not finite; 0 where none was."""
 
     def point(self) -> Tensor:
         """Where the gradient is wanted."""
@@ -146,6 +148,7 @@ class Perturbation:
         (slope,) = torch.autograd.grad(loss, self.noise)
         self.noise = self.noise.detach()
         self.count += 1
+        self.broken[(self.broken == 0) & ~slope.flatten(1).isfinite().all(dim=1)] = self.count
         rate = self.budget.lr
         if self.optimizer == "sign":
             self.noise -= rate * slope.sign()
@@ -173,7 +176,17 @@ class Perturbation:
         self.noise = (self.clean + self.noise).clamp_(low, high) - self.clean
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The perturbed items as numbers of `dtype`, in the box, and in the ball as these numbers say."""
+        """The perturbed items as numbers of `dtype`, in the box, and in the ball as these numbers say.
+
+        InputError where a gradient was not finite: such an item would stand still, and look robust.
+        """
+        if bool(self.broken.any()):
+            item = int(self.broken.nonzero()[0])
+            raise InputError(
+                f"the model's gradient of {int(self.broken.count_nonzero())} of {len(self.broken)} items is not "
+                f"finite, item {item} of the batch first at step {int(self.broken[item])}; expected a model with "
+                "finite slopes at the items (a square root has none at 0)"
+            )
         x, p = (self.clean + self.noise).clamp(*self.budget.bounds), ORDER[self.budget.norm]
         x = self._rounded(x, dtype)
         margin = 1e-7

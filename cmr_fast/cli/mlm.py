@@ -35,7 +35,8 @@ class TrainMLM:
         """Run the command."""
         from cmr_fast.data.texts import load_texts
         from cmr_fast.methods.mlm import train_mlm
-        from cmr_fast.models.mlm import MaskedLM, minilm
+        from cmr_fast.models.mlm import MaskedLM
+        from cmr_fast.models.text import minilm
 
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out}: is a file, expected the name of a folder")

@@ -28,6 +28,8 @@ from cmr_fast.ops._tensors import as_seed
 SPLITS = ("train", "val", "test")
 TABLES = (".csv", ".tsv", ".txt", ".token")
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_TOKENS = re.compile(r"[^\t]+#\d+\t")
+"""How a line of Flickr's .token files begins."""
 _COLUMNS = {
     "image": ("image", "path", "filepath", "file", "filename", "image_name", "file_name", "image_path"),
     "caption": ("caption", "title", "text", "sentence", "raw", "comment", "description"),
@@ -170,7 +172,7 @@ class Item(NamedTuple):
 def holds(path: Path) -> bool:
     """Whether captions lie there: a file of them, a folder with one, or a tar of webdataset."""
     if path.is_dir():
-        return _file_in(path) is not None or bool(_shards(path))
+        return file_in(path) is not None or bool(_shards(path))
     return _kind(path) is not None
 
 
@@ -233,7 +235,7 @@ def load(
     seed = as_seed(seed)
     file = Path(path)
     if file.is_dir():
-        found = _file_in(file)
+        found = file_in(file)
         file = file if found is None else found
     if shards := _shards(file):
         items = _webdataset(shards)
@@ -307,21 +309,18 @@ def _table(file: Path) -> list[Item]:
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not text in UTF-8 ({error})") from error
     lines = text.splitlines()
-    if lines and re.match(r"[^\t]+#\d+\t", lines[0]):  # Flickr's tokens
+    if lines and _TOKENS.match(lines[0]):
         pairs = [line.split("\t", 1) for line in lines if line.strip()]
         if wrong := next((number for number, pair in enumerate(pairs, 1) if len(pair) != 2), None):
             raise InputError(f"{file}: line {wrong} is not name#number, tab, caption")
         return _once(file, (Item(name.rpartition("#")[0], "", (caption,)) for name, caption in pairs))
-    for delimiter in ",\t|;":
-        head = [name.strip().lower() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
-        places = {what: next((head.index(n) for n in names if n in head), None) for what, names in _COLUMNS.items()}
-        if places["image"] is not None and places["caption"] is not None:
-            break
-    else:
+    columns = _columns(lines[0]) if lines else None
+    if columns is None:
         raise InputError(
             f"{file}: expected a first line that names the columns image (or path, filepath, …) and caption (or title, "
             f"text, …), got {lines[0][:80] if lines else 'an empty file'!r}"
         )
+    delimiter, head, places = columns
     items = []
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     for number, row in enumerate(rows, 1):
@@ -329,12 +328,33 @@ def _table(file: Path) -> list[Item]:
             continue
         if len(row) != len(head):
             raise InputError(f"{file}: row {number} has {len(row)} columns, the first line names {len(head)}")
-        split = row[places["split"]].strip() if places["split"] is not None else ""
+        split = row[places["split"]].strip() if "split" in places else ""
         split = {"valid": "val", "validation": "val", "restval": "train"}.get(split, split)
-        if places["split"] is not None and split not in SPLITS:
+        if "split" in places and split not in SPLITS:
             raise InputError(f"{file}: row {number} is of split {split!r}; expected train, val or test")
         items.append(Item(row[places["image"]].strip(), split, (row[places["caption"]],)))
     return _once(file, items)
+
+
+def _columns(line: str) -> tuple[str, list[str], dict[str, int]] | None:
+    """What separates a table's columns, their names, and where image, caption and split are; None of another line."""
+    for delimiter in ",\t|;":
+        head = [name.strip().lower() for name in next(csv.reader([line], delimiter=delimiter), [])]
+        found = {what: [head.index(name) for name in names if name in head] for what, names in _COLUMNS.items()}
+        places = {what: where[0] for what, where in found.items() if where}
+        if "image" in places and "caption" in places:
+            return delimiter, head, places
+    return None
+
+
+def is_table(file: Path) -> bool:
+    """Whether a text file begins as a table of images and captions does, or as Flickr's tokens."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            first = next(lines, "").rstrip("\n")
+        return _TOKENS.match(first) is not None or _columns(first) is not None
+    except (UnicodeDecodeError, csv.Error):
+        return False
 
 
 def _webdataset(shards: Sequence[Path]) -> list[Item]:
@@ -446,7 +466,7 @@ def _kind(file: Path) -> str | None:
     return "table" if file.suffix in TABLES else "shard" if file.suffix == ".tar" else None
 
 
-def _file_in(folder: Path) -> Path | None:
+def file_in(folder: Path) -> Path | None:
     """The one file of captions in a folder: dataset_*.json, captions.*, results.csv, or Flickr's tokens."""
     patterns = ("dataset_*.json", "captions.*", "results.csv", "*.token.txt", "*.token")
     for pattern in patterns:

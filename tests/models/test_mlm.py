@@ -14,7 +14,8 @@ from cmr_fast.attacks import BertAttack  # noqa: E402
 from cmr_fast.data import load_texts  # noqa: E402
 from cmr_fast.errors import InputError  # noqa: E402
 from cmr_fast.methods.mlm import MLMConfig, train_mlm  # noqa: E402
-from cmr_fast.models.mlm import MaskedLM, minilm  # noqa: E402
+from cmr_fast.models.mlm import MaskedLM  # noqa: E402
+from cmr_fast.models.text import minilm  # noqa: E402
 
 
 def batch(texts):
@@ -174,14 +175,17 @@ def test_training_repeats():
 
 def test_texts(tmp_path):
     sentences = [{"raw": " a dog runs "}, {"raw": ""}]
-    images = [{"split": split, "sentences": sentences} for split in ("train", "restval", "val")]
+    images = [{"filename": f"{s}.jpg", "split": s, "sentences": sentences} for s in ("train", "restval", "val")]
     (tmp_path / "dataset_x.json").write_text(json.dumps({"images": images}))
     assert load_texts(tmp_path) == ["a dog runs"] * 2 and load_texts(tmp_path, "val") == ["a dog runs"]
     (tmp_path / "captions.txt").write_text("one\n\ntwo \n")
     assert load_texts(tmp_path / "captions.txt") == ["one", "two"] and not load_texts(tmp_path / "captions.txt", "val")
     (tmp_path / "dataset_x.json").write_text("[1]")
-    with pytest.raises(InputError, match="expected images with split"):
+    with pytest.raises(InputError, match="expected images with filename"):
         load_texts(tmp_path)
+    (tmp_path / "table.csv").write_text("path,caption\na.jpg,one\na.jpg,two\n")
+    (tmp_path / "tokens.txt").write_text("a.jpg#0\tone\na.jpg#1\ttwo\n")
+    assert load_texts(tmp_path / "table.csv") == load_texts(tmp_path / "tokens.txt") == ["one", "two"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match="no captions"):
         load_texts(tmp_path / "empty.txt")
