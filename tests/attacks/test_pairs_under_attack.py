@@ -89,8 +89,8 @@ def test_bad_ranks_are_named(change, message):
 
 
 def test_names():
-    with pytest.raises(InputError, match="unknown attack 'pgd20' on images and captions"):
-        registry.make("pgd20", victim())
+    with pytest.raises(InputError, match="unknown attack 'square20' on images and captions"):
+        registry.make("square20", victim())
     with pytest.raises(InputError, match="cmr-fast train mlm"):
         registry.make("sga", victim())
     images = torch.rand(1, 3, 12, 12)

@@ -284,7 +284,7 @@ def test_retrieval_commands_name_a_classifier_and_the_reverse(runs, capsys, tmp_
     retriever = ["train", "acmr", "--options", "count=160", "--epochs", "1", "--out", str(tmp_path / "acmr"), "--quiet"]
     assert main(retriever) == 0
     assert main(["report", str(runs / "run0"), str(tmp_path / "acmr"), "--out", str(tmp_path / "r")]) == 2
-    assert "both kinds" in capsys.readouterr().err
+    assert "several kinds" in capsys.readouterr().err
     assert main(["attack", str(tmp_path / "acmr"), "--images", "16", "--eps", "0.02"]) == 0
     shown = capsys.readouterr().out
     assert "R@10" in shown and "worst case of a query" in shown and "R@1" in shown
