@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast.cli.common import (
     DataFlags,
+    check_folder,
     check_least,
     check_output,
     check_report_folder,
@@ -68,7 +69,9 @@ class Attack(DataFlags):
     surrogate: Path | None = None
     """A run that the transfer attacks are crafted on; the victim itself is refused."""
     save: Path | None = None
-    """An .npz for the images, their labels, and the adversarial images of the last attack, float32 from 0 to 1."""
+    """Of a classifier: an .npz for the images, their labels, and the adversarial images of the last attack, float32
+    from 0 to 1. Of a run on captions: a folder for PNG and JPEG files of each attack's images, rounded within the ball,
+    and captions.csv; the files are read again by each decoder, and what is left of the attack is a table."""
     out: Path | None = None
     """Of a classifier: a folder that keeps finished attacks, so that the command goes on where it was stopped. Of a
     retriever: a folder for the report, with plots and a verdict."""
@@ -87,8 +90,8 @@ class Attack(DataFlags):
         """Run the command."""
         least = {"images": (self.images, 1), "batch": (self.batch, 1), "restarts": (self.restarts, 1)}
         check_least(**least, seed=(self.seed, 0))
-        if self.save is not None:
-            if self.save.suffix != ".npz" or not self.save.parent.is_dir():
+        if self.save is not None and self.save.suffix == ".npz":
+            if not self.save.parent.is_dir():
                 raise InputError(f"{self.save}: expected the name of an .npz in a folder that is there")
             check_output(self.save, self.force, self.trained, self.surrogate, self.data_of(self.trained))
         if self.out is not None:  # whether it holds a report already, is for those that write one
@@ -96,6 +99,8 @@ class Attack(DataFlags):
         model = load_run(self.trained)
         if not reads_captions(model):
             refuse_flags({"mlm": self.mlm}, "is for runs on captions")
+            if self.save is not None and self.save.suffix != ".npz":
+                raise InputError(f"{self.save}: expected the name of an .npz; folders are for runs on captions")
         if is_classifier(model):
             self._classifier(model)
         elif reads_captions(model):
@@ -171,7 +176,6 @@ class Attack(DataFlags):
 
         refuse_flags(
             {
-                "save": self.save,
                 "restarts": self.restarts,
                 "surrogate": self.surrogate,
                 "batch": None if self.batch == BATCH else self.batch,
@@ -180,6 +184,12 @@ class Attack(DataFlags):
         )
         if self.out is not None:
             check_report_folder(self.out, self.force)
+        if self.save is not None:
+            check_folder(self.save)
+            if self.save.suffix == ".npz":
+                raise InputError(f"{self.save}: of a run on captions images are saved as files, expected a folder")
+            if self.save.is_dir() and any(self.save.iterdir()) and not self.force:
+                raise InputError(f"{self.save}: is not empty, expected a new folder; --force writes into it")
         mlm = None if self.mlm is None else MaskedLM.load(self.mlm)
         eps = CAPTIONS_EPS if self.eps is None else self.eps
         dataset = self.captions_of(model, self.trained)
@@ -187,8 +197,9 @@ class Attack(DataFlags):
         attacks = self.attacks or (CAPTIONS_DEFAULT if mlm is None else CAPTIONS_WORDS)
         assert isinstance(model, CaptionRetriever)
         result = attacked_captions.examine(
-            model.dual, split, attacks, mlm=mlm, eps=eps, seed=self.seed, dtype=torch.bfloat16 if self.fast else None
-        )
+            model.dual, split, attacks, mlm=mlm, eps=eps, seed=self.seed, dtype=torch.bfloat16 if self.fast else None,
+            save=self.save,
+        )  # fmt: skip
         title = f"{self.trained}: {len(split)} test images of {dataset.name}, with captions, eps {eps * 255:.3g}/255"
         attacked_captions.print_report(result, title)
         if self.out is not None:

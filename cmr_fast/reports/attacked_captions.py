@@ -4,6 +4,7 @@ Adversarial queries search an adversarial gallery, as Co-Attack and SGA measure;
 what a search engine has that nobody but the asker attacks.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting, new_table, show
+from cmr_fast.attacks import saved
 from cmr_fast.attacks.multimodal import registry
 from cmr_fast.attacks.multimodal.base import DualEncoder
-from cmr_fast.attacks.multimodal.recall import WAYS, PairsUnderAttack, pairs_under_attack
+from cmr_fast.attacks.multimodal.recall import WAYS, PairsUnderAttack, Recall, pairs_under_attack
 from cmr_fast.attacks.text.candidates import WordModel
 from cmr_fast.attacks.text.encoder import FlatTexts, evaluating
 from cmr_fast.attacks.victim import widened
@@ -39,6 +42,32 @@ HEAD = (
 )  # fmt: skip
 
 
+SAVED_HEAD = ("attack", "file", "decoder", "levels", *HEAD[1 : 1 + len(WAYS) * len(KS)], "success TR", "success IR")
+
+
+@dataclass(frozen=True)
+class SavedImages:
+    """What is left of an attack in its files, read by one decoder.
+
+    Attributes
+    ----------
+    attack, kind, decoder
+        Which files, read by what; of "clean" what the file format alone does.
+    levels
+        The largest distance of a pixel from the clean one, of 255.
+    recall, success
+        {"tr", "ir"} -> {K: share}: R@K among the attack's captions, and of the queries that were right the share that
+        is wrong.
+    """
+
+    attack: str
+    kind: saved.Format
+    decoder: saved.Decoder
+    levels: int
+    recall: Recall
+    success: Recall
+
+
 @dataclass(frozen=True)
 class AttackedCaptions:
     """One model under attacks.
@@ -53,6 +82,8 @@ class AttackedCaptions:
         int64 (M,), the image of each caption.
     changed
         {attack: share of the captions that are other ones now}.
+    saved
+        What is left of each attack in files, where they were asked for.
     """
 
     adversarial: PairsUnderAttack
@@ -61,11 +92,12 @@ class AttackedCaptions:
     texts: dict[str, list[str]] = field(repr=False)
     owner: Tensor = field(repr=False)
     changed: dict[str, float]
+    saved: list[SavedImages] = field(default_factory=list)
 
 
 def examine(
     victim: DualEncoder, split: "CaptionedImages", attacks: Sequence[str], *, mlm: WordModel | None = None,
-    eps: float = 2 / 255, seed: int = 0, dtype: torch.dtype | None = None, batch: int = 32,
+    eps: float = 2 / 255, seed: int = 0, dtype: torch.dtype | None = None, batch: int = 32, save: Path | None = None,
 ) -> AttackedCaptions:  # fmt: skip
     """Attack the images of a split and all of their captions by each named attack, and rank what comes out.
 
@@ -83,6 +115,9 @@ def examine(
         As of `registry.make`.
     batch
         Images that are read and attacked at a time.
+    save
+        A folder for the images, NAME/png and NAME/jpeg of each attack and of the clean ones, and captions.csv; they
+        are read again and measured, `AttackedCaptions.saved`.
 
     Raises
     ------
@@ -101,6 +136,7 @@ def examine(
     made: dict[str, list[str]] = {"clean": texts} | {name: list(texts) for name in names}
     seen: dict[str, list[Tensor]] = {name: [] for name in made}
     shown: dict[str, list[Tensor]] = {name: [] for name in made}
+    files: dict[tuple[str, saved.Format], list[Path]] = {}
     with counting(len(rows) * len(names), "attacking images and captions") as advance:
         for part in rows:
             pixels = split.select(part).pixels()
@@ -116,6 +152,12 @@ def examine(
                 seen[name].append(_seen(victim, images))
                 if part[0] < SHOWN:
                     shown[name].append(images)
+                if save is not None:
+                    levels = saved.to_uint8(images, pixels, eps)
+                    for kind in saved.FORMATS:
+                        stems = [_stem(split, int(row)) for row in part]
+                        paths = saved.write_images(save / name / kind, levels, stems, kind)
+                        files.setdefault((name, kind), []).extend(paths)
     image = {name: torch.cat(parts) for name, parts in seen.items()}
     encode = FlatTexts(victim)
     with encode.prepare():
@@ -123,10 +165,47 @@ def examine(
     both = {name: _ranks(image[name], text[name], image[name], text[name], owner) for name in made}
     alone = {name: _ranks(image[name], text[name], image["clean"], text["clean"], owner) for name in made}
     changed = {name: sum(a != b for a, b in zip(made[name], texts, strict=True)) / max(1, len(texts)) for name in names}
+    read_again = []
+    if save is not None:
+        _write_captions(save / "captions.csv", split, made, owner)
+        read_again = [
+            _read_again(victim, split, name, kind, decoder, paths, text, both["clean"], owner, batch)
+            for (name, kind), paths in files.items() for decoder in saved.decoders()
+        ]  # fmt: skip
     return AttackedCaptions(
         pairs_under_attack(both, KS), pairs_under_attack(alone, KS),
-        {name: torch.cat(parts)[:SHOWN] for name, parts in shown.items()}, made, owner, changed,
+        {name: torch.cat(parts)[:SHOWN] for name, parts in shown.items()}, made, owner, changed, read_again,
     )  # fmt: skip
+
+
+def _stem(split: "CaptionedImages", row: int) -> str:
+    """The name of an image's file: its number, and its own name where it has one."""
+    name = "" if isinstance(split.image, Tensor) else f"-{Path(split.image.name(row)).stem}"
+    return f"{row:06d}{name}"
+
+
+def _write_captions(path: Path, split: "CaptionedImages", texts: Mapping[str, list[str]], owner: Tensor) -> None:
+    with write_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", *texts])
+        for row, *words in zip(owner.tolist(), *texts.values(), strict=True):
+            writer.writerow([_stem(split, row), *words])
+
+
+def _read_again(
+    victim: DualEncoder, split: "CaptionedImages", name: str, kind: saved.Format, decoder: saved.Decoder,
+    paths: Sequence[Path], text: Mapping[str, Tensor], clean: dict[str, np.ndarray], owner: Tensor, batch: int,
+) -> SavedImages:  # fmt: skip
+    """One attack's files, decoded, among its captions."""
+    seen, levels = [], 0
+    for part in torch.arange(len(paths)).split(batch):
+        images = saved.read_images([paths[int(row)] for row in part], decoder)
+        before = (split.select(part).pixels() * 255).round()
+        levels = max(levels, int((images - before).abs().max()))
+        seen.append(_seen(victim, images.float() / 255))
+    image = torch.cat(seen)
+    result = pairs_under_attack({"clean": clean, "files": _ranks(image, text[name], image, text[name], owner)}, KS)
+    return SavedImages(name, kind, decoder, levels, result.by_attack["files"], result.success["files"])
 
 
 @torch.no_grad()
@@ -163,6 +242,18 @@ def _row(title: str, result: PairsUnderAttack, name: str | None) -> list[str]:
     return [title, *cells, *rates]
 
 
+def saved_table_of(attacked: AttackedCaptions) -> list[list[str]]:
+    """Rows in the order of SAVED_HEAD, in percent."""
+    return [
+        [
+            row.attack, _file(row), row.decoder, str(row.levels),
+            *(f"{100 * row.recall[way][k]:.1f}" for way in WAYS for k in KS),
+            *(f"{100 * row.success[way][1]:.1f}" for way in WAYS),
+        ]
+        for row in attacked.saved
+    ]  # fmt: skip
+
+
 def verdict(attacked: AttackedCaptions) -> list[str]:
     """A line an attack; one that does next to nothing is named, and a model that does not read its captions."""
     lines = []
@@ -175,7 +266,15 @@ def verdict(attacked: AttackedCaptions) -> list[str]:
         if share and attacked.adversarial.clean["ir"][1] > 0 and _deaf(attacked, name):
             line += f"; it changed {share:.0%} of the captions and no rank: the model does not read them"
         lines.append(line)
+    for row in attacked.saved:
+        if row.decoder == attacked.saved[0].decoder:
+            tr, ir = (row.success[way][1] for way in WAYS)
+            lines.append(f"{row.attack} in {_file(row)} files: {tr:.0%} of the images, {ir:.0%} of the captions")
     return lines
+
+
+def _file(row: SavedImages) -> str:
+    return "PNG" if row.kind == "png" else f"JPEG {saved.QUALITY}"
 
 
 def _deaf(attacked: AttackedCaptions, name: str) -> bool:
@@ -193,12 +292,19 @@ def print_report(attacked: AttackedCaptions, title: str) -> None:
         table.add_row(*row)
     show(title, table)
     print("success: of the queries right at 1, the share made wrong (SGA); drop: R@1 clean less attacked (Co-Attack)")
+    if attacked.saved:
+        table = new_table("percent")
+        for name in SAVED_HEAD[1:]:
+            table.add_column(name, justify="right")
+        for row in saved_table_of(attacked):
+            table.add_row(*row)
+        show("Images written and read again; levels: the largest distance of a pixel from the clean one, of 255", table)
     for line in verdict(attacked):
         print(line)
 
 
 def write_report(attacked: AttackedCaptions, out: Path, title: str) -> None:
-    """README.md, index.html, results.csv, captions.csv, and the figures: R@1, captions and images before and after."""
+    """README.md, index.html, results.csv, saved.csv, and the figures: R@1, captions and images before and after."""
     out.mkdir(parents=True, exist_ok=True)
     result = attacked.adversarial
     bars = {f"{_TITLES[way]} R@1": {name: recall[way][1] for name, recall in result.rows()} for way in WAYS}
@@ -218,6 +324,9 @@ def write_report(attacked: AttackedCaptions, out: Path, title: str) -> None:
         "image is. The galleries are the attack's own, of rows that say so clean. Success: of the queries right at 1, "
         "the share made wrong (SGA's rate); drop: R@1 clean less attacked (Co-Attack's)."
     )
+    if attacked.saved:
+        with write_aside(out / "saved.csv") as aside, aside.open("w", encoding="utf-8", newline="") as opened:
+            csv.writer(opened).writerows([SAVED_HEAD, *saved_table_of(attacked)])
     write_page(out, title, HEAD, table_of(attacked), note, pages, words=verdict(attacked))
 
 

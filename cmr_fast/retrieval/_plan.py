@@ -85,13 +85,13 @@ class SearchPlan:
         if self._hopeless_radius is not None and radius >= self._hopeless_radius:
             return None
         n, nbytes = codes.shape
+        if not multi_index_range.available(as_tensor(codes, "codes")[0]):
+            return None
         self._ranged += multi_index_range.scan_cost(n, nbytes, len(q)) if len(q) else 0
         if self._ranged < multi_index_range.least_cost(n) or not self._building.acquire(blocking=False):
             return None
         try:
             database, split = as_tensor(codes, "codes")[0], self._split
-            if not multi_index_range.available(database):
-                return None
             if split is None or split.radius < radius:
                 split = self._split = Sample(database).best(radius, multi_index_range.MEMORY)
             if split is None or split.share > multi_index_range.WORTH:

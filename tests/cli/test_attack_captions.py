@@ -66,6 +66,40 @@ def test_the_command_writes_a_report(run, tmp_path, capsys):
         assert (out / file).stat().st_size > 0
 
 
+def test_saved_images_are_read_again(run, tmp_path, capsys):
+    command = [
+        "attack",
+        str(run.path),
+        "--data",
+        "shapes",
+        "--options",
+        "count=60",
+        "--images",
+        "8",
+        "--attacks",
+        "pgd3",
+    ]
+    out, report = tmp_path / "images", tmp_path / "report"
+    assert main([*command, "--eps", "0.03", "--save", str(out), "--out", str(report)]) == 0
+    assert "Images written and read again" in capsys.readouterr().out
+    for name in ("clean", "pgd3"):
+        assert len(list((out / name / "png").glob("*.png"))) == len(list((out / name / "jpeg").glob("*.jpg"))) == 8
+    assert len(list(csv.reader((out / "captions.csv").open()))) > 8
+    rows = list(csv.reader((report / "saved.csv").open()))
+    levels = {(row[0], row[1]): int(row[3]) for row in rows[1:]}
+    assert levels["clean", "PNG"] == 0 and levels["pgd3", "PNG"] == 7 < levels["pgd3", "JPEG 95"]
+    assert "is not empty" in refused(capsys, *command, "--save", str(out))
+    assert "expected a folder" in refused(capsys, *command, "--save", str(tmp_path / "x.npz"))
+
+
+def test_png_files_keep_what_the_attack_made(run, split, tmp_path):
+    result = attacked_captions.examine(run.model.dual, split, ["pgd5"], eps=8 / 255, save=tmp_path / "images")
+    png = [row for row in result.saved if row.attack == "pgd5" and row.kind == "png"]
+    assert len(png) >= 1 and all(row.levels == 8 for row in png)
+    # signed steps of eps / 4 end on whole levels, so PNG loses nothing
+    assert all(row.recall == result.adversarial.by_attack["pgd5"] for row in png)
+
+
 def test_what_does_not_go_together_is_refused(run, capsys, split):
     command = ["attack", str(run.path), "--data", "shapes", "--options", "count=60"]
     assert "takes words from a masked language model" in refused(capsys, *command, "--attacks", "sga")
