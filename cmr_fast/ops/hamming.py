@@ -313,10 +313,12 @@ def _range(
         return scan_range(q, db, radius, threads) if tables is None else tables.range_search(q, radius, threads)
     lims = torch.zeros(len(q) + 1, dtype=torch.int64, device=q.device)
     parts = []
+    near = torch.empty(0, dtype=torch.bool, device=q.device)
     for start, table in _torch_blocks(q, db):
-        near = table <= radius
+        near = torch.le(table, radius, out=near.resize_(table.shape))
         lims[start + 1 : start + 1 + len(table)] = near.sum(dim=1)
-        parts.append((table[near], near.nonzero()[:, 1]))
+        rows, columns = near.nonzero().unbind(1)
+        parts.append((table[rows, columns], columns))
     distances = torch.cat([p[0] for p in parts]) if parts else lims.new_empty(0, dtype=torch.int32)
     indices = torch.cat([p[1] for p in parts]) if parts else lims.new_empty(0)
     return lims.cumsum(0), distances, indices
@@ -341,14 +343,22 @@ def _distances(q: Tensor, db: Tensor, backend: str | None, threads: int | None) 
 
 
 def _torch_blocks(q: Tensor, db: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of the distance table, int32, by products of +-1: exact in float32 up to 2^24 bits."""
+    """Blocks of the distance table, int32, by products of +-1: exact in float32 up to 2^24 bits.
+
+    Each is overwritten by the next.
+    """
     if len(q) == 0 or len(db) == 0:
         return
     bits = 8 * db.shape[1]
     signs = _signs(db).T
-    step = max(1, _TORCH_BLOCK // len(db))
+    step = min(len(q), max(1, _TORCH_BLOCK // len(db)))
+    # filled anew for each block: freed ones would be cut up by what is kept of them, and the heap would grow
+    products = torch.empty((step, len(db)), dtype=torch.float32, device=q.device)
+    table = torch.empty((step, len(db)), dtype=torch.int32, device=q.device)
     for start in range(0, len(q), step):
-        yield start, ((bits - _signs(q[start : start + step]) @ signs) / 2).int()
+        rows = min(step, len(q) - start)
+        torch.mm(_signs(q[start : start + rows]), signs, out=products[:rows])
+        yield start, table[:rows].copy_(products[:rows].neg_().add_(bits).div_(2))
 
 
 def _signs(codes: Tensor) -> Tensor:
