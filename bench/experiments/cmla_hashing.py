@@ -41,7 +41,7 @@ def table(results):
             maps = [f"{row['map'][task]:.3f}" for task in hashing.TASKS]
             moved = [f"{row['distortion'][m]:.4f}" for m in ("image", "text")]
             lines.append(f"| {name} | {row['name']} | {' | '.join(maps + moved)} |")
-    lines += ["", "| model | fine-tuned | " + " | ".join(hashing.DEFENCE_HEAD[2:]) + " |", "|---|---|" + "---:|" * 6]
+    lines += ["", "| model | fine-tuned | " + " | ".join(hashing.DEFENCE_HEAD[1:]) + " |", "|---|---|" + "---:|" * 6]
     for name, found in results.items():
         for row in found["defence"]:
             lines.append(f"| {name} | {' | '.join(row)} |")
