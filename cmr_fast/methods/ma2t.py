@@ -176,12 +176,9 @@ def _from_file(file: Path, train: CaptionedImages, count: int) -> list[Sequence[
     ):
         raise InputError(f"{file}: expected an object of image names, each with a list of texts that have words")
     names = _names(train)
-    known = set(names)
-    if isinstance(train.image, Photos):
-        known |= {photo.name for photo in train.image.files}  # those of the other splits too
-    else:
-        known |= {str(number) for number in range(int(train.labels.max()) + 1)}
-    if unknown := [name for name in stored if name not in known]:
+    photos = {photo.name for photo in train.image.files} if isinstance(train.image, Photos) else None
+    # those of the other splits are known too
+    if unknown := [name for name in stored if (not name.isdecimal() if photos is None else name not in photos)]:
         raise InputError(
             f"{file}: names {len(unknown)} of {len(stored)} images that are not in the data set, {unknown[0]!r} first; "
             f"expected names like {names[0]!r}"

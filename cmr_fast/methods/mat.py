@@ -237,17 +237,20 @@ class Finetune(CaptionRetriever):
         takes that gradient on to the weights (Gao et al. 2021, GradCache). Dropout draws the same both times.
         """
         c, device = self.config, self.dual.log_scale.device
-        images = [partial(self.dual.encode_image, part) for part in pairs.pixels.split(c.chunk or len(pairs.pixels))]
-        texts, back = ([], None) if self.image_alone else self._text_passes(pairs.texts)
-        passes = [*images, *texts]
+        parts = pairs.pixels.split(c.chunk or len(pairs.pixels))
+        passes: list[Callable[[], Tensor]] = [partial(self.dual.encode_image, part) for part in parts]
+        back: Tensor | None = None
+        if not self.image_alone:
+            texts, back = self._text_passes(pairs.texts)
+            passes += texts
         state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         with torch.set_grad_enabled(not c.chunk):
             seen = [widened(encode()) for encode in passes]
         if c.chunk:
             torch.clear_autocast_cache()  # weights that were cast without a graph
             seen = [vectors.requires_grad_() for vectors in seen]
-        image = torch.cat(seen[: len(images)])
-        text = self.targets(pairs).to(image) if back is None else torch.cat(seen[len(images) :])[back]
+        image = torch.cat(seen[: len(parts)])
+        text = self.targets(pairs).to(image) if back is None else torch.cat(seen[len(parts) :])[back]
         scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
         ids = pairs.ids, pairs.ids[pairs.owner]
         loss: Any = info_nce(image, text, scale, positives=ids, direction="image" if self.image_alone else "both")
@@ -457,6 +460,6 @@ def _refuse_broken(loss: Tensor, image: Tensor, text: Tensor, pairs: _Pairs) -> 
             whose = f"{what} {int(ids[broken[0]])} has an embedding that is not finite"
             break
     raise InputError(
-        f"the loss is {float(loss)} ({whose}); expected a finite one: lower lr. A checkpoint, if there is one, holds "
+        f"the loss is {loss.item()} ({whose}); expected a finite one: lower lr. A checkpoint, if there is one, holds "
         "an earlier step"
     )
