@@ -179,7 +179,7 @@ def _rounds(
                 if state.epoch % run.eval_every == 0 or last:
                     scores = model.validate(dataset.valid)
                     ranked = [scores[name] for name in reversed(model.monitor)]
-                    if ranked > state.best_scores:
+                    if model.keeps_last or ranked > state.best_scores:
                         state.best_scores, state.best_epoch = ranked, state.epoch
                         best = _snapshot(model)
                 row |= scores

@@ -146,6 +146,7 @@ class Finetune(CaptionRetriever):
     name: ClassVar[str] = "finetune"
     Config: ClassVar[type] = FinetuneConfig
     presets: ClassVar[dict[str, Any]] = _presets(FinetuneConfig)
+    keeps_last: ClassVar[bool] = True  # clean validation would take the weights that learned least of the attacks
     image_alone: ClassVar[bool] = False
     """Whether the image tower alone learns, and of the images' side of the loss."""
 

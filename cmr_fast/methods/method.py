@@ -41,6 +41,8 @@ class Method(nn.Module):
     monitor: tuple[str, ...]
     """What `validate` returns; the weights with the highest value of the last one are kept, of equals those with the
     highest of the one before it."""
+    keeps_last: ClassVar[bool] = False
+    """Whether the last weights are kept whatever validation says, as of a paper that trains so many steps."""
     presets: ClassVar[dict[str, Any]] = {}
     """Configs by name; `cmr-fast train --preset` starts from one."""
     preset_data: ClassVar[dict[str, str]] = {}

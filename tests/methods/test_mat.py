@@ -386,11 +386,17 @@ def test_a_run_begins_with_the_weights_of_another_and_forgets_where_they_lay(con
     assert torch.equal(load_model(moved).embed("text", data.test), run.model.embed("text", data.test))
 
 
-def test_refitting_takes_as_many_steps_as_the_best_model_had(config_of, data, tmp_path):
-    settings = config_of("finetune", max_steps=4)
-    run = train("finetune", settings, data, quiet(tmp_path / "run", refit=True, round_steps=2))
-    selection = json.loads((tmp_path / "run" / "selection" / "results.json").read_text())
-    assert selection["best_step"] in (2, 4) and run.results["best_step"] == selection["best_step"]
+def test_the_last_weights_are_kept_whatever_validation_says(config_of, data, tmp_path, monkeypatch):
+    scores = iter((9.0, 5.0, 7.0))
+    monkeypatch.setattr(Finetune, "validate", lambda self, valid: dict.fromkeys(self.monitor, next(scores)))
+    run = train(
+        "finetune", config_of("finetune", max_steps=6), data, quiet(tmp_path / "run", round_steps=2, patience=1)
+    )
+    assert (run.results["best_epoch"], run.results["best_step"], run.results["valid_rsum"]) == (3, 6, 7.0)
+    more = {"refit": True, "round_steps": 2, "eval_every": 9}
+    scores = iter((9.0, 8.0))
+    refit = train("finetune", config_of("finetune", max_steps=3), data, quiet(tmp_path / "refit", **more))
+    assert refit.results["best_step"] == 3 and len(refit.history) == 2
 
 
 def test_a_loss_that_breaks_names_its_step_and_the_checkpoint_before_it_is_kept(config_of, data, tmp_path):
