@@ -140,6 +140,42 @@ def _presets(kind: type[FinetuneConfig]) -> dict[str, Any]:
     return {"small": replace(small, **two), "steps2": kind(**two), "steps10": kind()}
 
 
+@dataclass(frozen=True)
+class PairBatch:
+    """B images and their M texts, as they are or attacked.
+
+    Attributes
+    ----------
+    pixels
+        Float (B, 3, H, W) from 0 to 1.
+    texts
+        M of them.
+    owner
+        int64 (M,), the row of each one's image.
+    ids
+        int64 (B,), which image each row is of; rows of one image have its texts in common as positives.
+    seen
+        Embeddings of the texts in evaluation mode, float (M, d), where they are known.
+    """
+
+    pixels: Tensor
+    texts: list[str]
+    owner: Tensor
+    ids: Tensor
+    seen: Tensor | None = None
+
+    def positive(self) -> Tensor:
+        """float32 (B, M): texts of the same image, each row summing to 1."""
+        same = (self.ids[:, None] == self.ids[self.owner]).float()
+        return same / same.sum(dim=1, keepdim=True)
+
+    def mean_of_own(self, texts: Tensor) -> Tensor:
+        """(B, d): the mean over the texts of each row."""
+        count = len(self.pixels)
+        own = torch.bincount(self.owner, minlength=count)[:, None]
+        return summed(texts, self.owner, count) / own.to(texts)
+
+
 class Finetune(CaptionRetriever):
     """Clean training of a dual encoder, both towers: what the defences are compared with."""
 
@@ -217,7 +253,7 @@ class Finetune(CaptionRetriever):
         pixels = batch.pixels() if self._more is None else self._more.pixels(batch)
         texts = [caption for row in batch.text for caption in row]
         owner = torch.repeat_interleave(torch.tensor([len(row) for row in batch.text])).to(where.device)
-        pairs = _Pairs(pixels.to(where.device, where.dtype), texts, owner, batch.labels.to(where.device))
+        pairs = PairBatch(pixels.to(where.device, where.dtype), texts, owner, batch.labels.to(where.device))
         with _named(f"step {round(progress * c.max_steps) + 1} of {c.max_steps}"):
             pairs, logged = self.attacked(pairs, batch.rows)
             optimizer.zero_grad()
@@ -227,11 +263,11 @@ class Finetune(CaptionRetriever):
             self.dual.clamp_scale()
         return {"loss": loss, "scale": self.dual.scale.detach()} | logged
 
-    def attacked(self, pairs: "_Pairs", rows: Tensor | None = None) -> tuple["_Pairs", dict[str, Tensor]]:
+    def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """What a batch is trained on in its place, and what to log of it; rows number the images' noise."""
         return pairs, {}
 
-    def _descend(self, pairs: "_Pairs", backward: Callable[[Tensor], None]) -> Tensor:
+    def _descend(self, pairs: PairBatch, backward: Callable[[Tensor], None]) -> Tensor:
         """The gradient of the whole batch's loss: of parts that go through the towers twice, where there is a chunk.
 
         First without a graph, which gives the loss and its gradient at the embeddings; then each part once more, which
@@ -274,7 +310,7 @@ class Finetune(CaptionRetriever):
         parts = [[x.to(device) for x in trimmed(ids[r], mask[r])] for r in order.split(self.config.chunk or _TEXTS)]
         return [partial(self.dual.encode_text, *part) for part in parts], torch.argsort(order).to(device)
 
-    def targets(self, pairs: "_Pairs") -> Tensor:
+    def targets(self, pairs: PairBatch) -> Tensor:
         """Embeddings of a batch's texts in evaluation mode, without a graph, float32 or wider (M, d)."""
         if pairs.seen is not None:
             return pairs.seen
@@ -307,7 +343,7 @@ class MatImg(Finetune):
     Config: ClassVar[type] = MatImgConfig
     presets: ClassVar[dict[str, Any]] = _presets(MatImgConfig)
 
-    def attacked(self, pairs: "_Pairs", rows: Tensor | None = None) -> tuple["_Pairs", dict[str, Tensor]]:
+    def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Images away from their texts (Eq. 5, or the maximum of Eq. 3)."""
         c, device = self.config, pairs.pixels.device
         dtype, numbers = _mixed(device), torch.arange(len(pairs.pixels)) if rows is None else rows
@@ -372,7 +408,7 @@ class Mat(MatImg):
         super().fit_inputs(train)
         self._words = [MaskedLM.load(self.config.mlm)]
 
-    def attacked(self, pairs: "_Pairs", rows: Tensor | None = None) -> tuple["_Pairs", dict[str, Tensor]]:
+    def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Texts away from themselves (Eq. 4), then images away from these."""
         c, device = self.config, pairs.pixels.device
         (mlm,) = self._words
@@ -394,28 +430,6 @@ class Mat(MatImg):
         """Both attacks."""
         words = "1 word" if self.config.words == 1 else f"{self.config.words} words"
         return f"texts by BERT-Attack, {words} (l2), {super().perturbation}"
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """A batch: pixels (B, 3, H, W), M texts, whose each is (M,), ids of the images (B,), what the texts are seen as."""
-
-    pixels: Tensor
-    texts: list[str]
-    owner: Tensor
-    ids: Tensor
-    seen: Tensor | None = None  # (M, d), in evaluation mode
-
-    def positive(self) -> Tensor:
-        """float32 (B, M): texts of the same image, each row summing to 1."""
-        same = (self.ids[:, None] == self.ids[self.owner]).float()
-        return same / same.sum(dim=1, keepdim=True)
-
-    def mean_of_own(self, texts: Tensor) -> Tensor:
-        """(B, d): the mean over the texts of each row."""
-        count = len(self.pixels)
-        own = torch.bincount(self.owner, minlength=count)[:, None]
-        return summed(texts, self.owner, count) / own.to(texts)
 
 
 def _infonce(targets: Tensor, scale: Tensor, outputs: Tensor, positive: Tensor) -> Tensor:
@@ -450,7 +464,7 @@ def _named(step: str) -> Iterator[None]:
         raise InputError(f"{step}: {error}") from error
 
 
-def _refuse_broken(loss: Tensor, image: Tensor, text: Tensor, pairs: _Pairs) -> None:
+def _refuse_broken(loss: Tensor, image: Tensor, text: Tensor, pairs: PairBatch) -> None:
     """InputError for a loss that is not finite: whose embedding it comes from."""
     if bool(loss.isfinite()):
         return
