@@ -352,7 +352,7 @@ def weights(run):
     ("name", "more"), [("tecoa", {"augment_image": "randaug"}), ("mat", {"augment_text": "human"})]
 )
 def test_a_run_that_is_killed_within_a_pass_ends_with_the_same_weights(name, more, config_of, data, tmp_path):
-    config, run = config_of(name, max_steps=5, steps=1, **more), {"round_steps": 2, "valid_fraction": 0.0}
+    config, run = config_of(name, max_steps=4, steps=1, **more), {"round_steps": 2, "valid_fraction": 0.0}
     whole = train(name, config, data, quiet(tmp_path / "whole", **run))
     kind = METHODS[name]
     step, calls = kind.step, []
@@ -497,6 +497,23 @@ def test_what_goes_wrong_without_an_error_is_said(config_of, start):
     assert MatImg(config_of("mat-img")).trouble([]) is None
     towers = load_model(start).config.towers
     assert "began at random" in Finetune(config_of("finetune", start="", towers=towers)).trouble([])
+
+
+def test_a_model_of_open_clip_is_trained_in_its_image_tower_alone(config_of, data, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    (tmp_path / "small.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "small.json")
+    config = config_of("tecoa", start="", towers="open_clip/small", max_steps=1, chunk=5)
+    model, split = prepared(config, "tecoa", data.train, torch.float32)
+    before = {key: value.clone() for key, value in model.dual.named_parameters()}
+    model.step(split.select(torch.arange(12)), model.optimizers(), lambda loss: loss.backward(), 0.0)
+    moved = {key for key, value in model.dual.named_parameters() if not torch.equal(value, before[key])}
+    assert moved and all(key.startswith("model.visual.") for key in moved)
+    assert model.trouble([]) is None
+    with pytest.raises(InputError, match="has no blocks to freeze, expected frozen_blocks 0, got 1"):
+        Finetune(config_of("finetune", start="", towers="open_clip/small", frozen_blocks=1))
 
 
 # ---- the commands
