@@ -83,7 +83,7 @@ class Port:
         final = []
         for i, text in enumerate(texts):
             words = text.split(" ")
-            importance = kl(self.victim.padded(self.masked(words), self.length), clean[i])
+            importance = self.importance(self.victim.padded(self.masked(words), self.length), clean[i])
             keys, index = [], 1
             for word in words:
                 pieces = tokenizer.tokenize(word)
@@ -108,6 +108,9 @@ class Port:
                 changed += tried[best] != words[which]
             final.append(" ".join(now))
         return final
+
+    def importance(self, moved: Tensor, clean: Tensor) -> Tensor:
+        return kl(moved, clean)
 
     def objective(self, moved: Tensor, clean: Tensor, caption: int) -> Tensor:
         return kl(moved, clean)

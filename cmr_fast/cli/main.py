@@ -19,7 +19,7 @@ Your own data:  cmr-fast train acmr --data PATH
 
 Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
-COMMANDS = ("demo", "train", "encode", "index", "search", "dedup", "evaluate", "attack", "report", "doctor")
+COMMANDS = ("demo", "train", "encode", "index", "search", "dedup", "evaluate", "attack", "report", "study", "doctor")
 EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks", "textattack": "textattack"} | (
     dict.fromkeys(("faiss", "asv", "torchmetrics"), "bench") | {"ray": "dist"}
 )

@@ -159,7 +159,8 @@ def flags_of(method: str, preset: str = "paper") -> type[Train]:
         namespace={"method": method},
         frozen=True,
     )
-    example = f"cmr-fast train {method} --data PATH --epochs 50 --seed 1 --out runs/first"
+    length = "--max-steps 300" if hasattr(kind.Config(), "max_steps") else "--epochs 50"
+    example = f"cmr-fast train {method} --data PATH {length} --seed 1 --out runs/first"
     flags.__doc__ = f"{paper}\n\nExample:  {example}\n\nPresets:  {', '.join(presets)}"
     return flags
 
@@ -215,9 +216,12 @@ def _print_captions(run: "Run") -> None:
 
     results = run.results
     print_results({results["method"]: results}, f"{results['data']}: test split, every caption of an image its own")
+    if "perturbation" in results:
+        print(f"\nTrained on: {results['perturbation']}")
     print(f"\nRun folder: {run.path} (weights of epoch {results['best_epoch']})")
     print("Next:")
     print(f"  cmr-fast evaluate {run.path}")
+    print(f"  cmr-fast attack {run.path} --images 100")
     print(f"  cmr-fast report {run.path} --out {run.path}/report")
 
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cmr_fast._files import cache_folder, write_aside
-from cmr_fast._terminal import track
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_finite, check_kinds, check_least
@@ -31,7 +30,7 @@ from cmr_fast.models.clip import TwoTowers, dual_encoder
 from cmr_fast.models.dual import by_length
 from cmr_fast.ops.info_nce import info_nce
 
-_IMAGES, _TEXTS = 64, 64  # that go through a tower at a time
+_TEXTS = 64  # that go through a tower at a time
 
 
 @dataclass(frozen=True)
@@ -195,9 +194,7 @@ class Clip(CaptionRetriever):
         if self._train is not None:
             seen = self._recall(split)
             return self._head(modality, seen.image if modality == "image" else seen.text).cpu()
-        if modality == "image":
-            return self._images(split, self.dual.encode_image)
-        return by_length(self.dual, split.captions()[0], self.dual.encode_text).cpu()
+        return super().embed(modality, split)
 
     @torch.no_grad()
     def _recall(self, split: CaptionedImages) -> _Seen:
@@ -230,12 +227,6 @@ class Clip(CaptionRetriever):
         with suppress(OSError, SafetensorError), write_aside(file) as aside:  # a full disk costs time, not the data
             save_file({"image": image.contiguous(), "text": text.contiguous()}, aside)
         return image, text
-
-    def _images(self, split: CaptionedImages, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """`encode` of all pixels of a split, some at a time; on the CPU."""
-        where = self.dual.log_scale
-        parts = track(list(torch.arange(len(split)).split(_IMAGES)), "images through the tower")
-        return torch.cat([encode(split.select(r).pixels().to(where.device, where.dtype)).cpu() for r in parts])
 
 
 def augmented(pixels: Tensor) -> Tensor:

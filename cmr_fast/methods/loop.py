@@ -25,7 +25,6 @@ from cmr_fast.methods._runfolder import (
     disk_errors,
     forgotten_if_refused,
     held,
-    read_json,
     refuse_used,
     same,
     write_json,
@@ -84,6 +83,7 @@ def train(
         raise InputError(f"{kind.name} needs a {kind.Config.__name__} config, got {type(config).__name__}")
     if not isinstance(dataset, kind.dataset):
         raise InputError(f"{kind.name} is trained on a {kind.dataset.__name__}, got a {type(dataset).__name__}")
+    config = kind.completed(config)
     dataset = _dense(kind, dataset)
     if start is not None and (type(start) is not kind or run.refit):
         seen = "refit" if run.refit else type(start).__name__
@@ -141,7 +141,7 @@ def _rounds(
     folder, kind, config = Path(run.out), type(model), model.config
     claim(folder, described, run.resume, kind)
     weight = next(model.parameters())
-    split = dataset.train.to(weight.device, weight.dtype)
+    split = model.enlarge(dataset.train).to(weight.device, weight.dtype)
     schedule = _Schedule.of(config, len(split), run)
     state = _State()
     history: list[dict[str, float]] = []
@@ -179,7 +179,7 @@ def _rounds(
                 if state.epoch % run.eval_every == 0 or last:
                     scores = model.validate(dataset.valid)
                     ranked = [scores[name] for name in reversed(model.monitor)]
-                    if ranked > state.best_scores:
+                    if model.keeps_last or ranked > state.best_scores:
                         state.best_scores, state.best_epoch = ranked, state.epoch
                         best = _snapshot(model)
                 row |= scores
@@ -205,6 +205,7 @@ def _rounds(
         "seed": run.seed,
         "epochs": state.epoch,
         "best_epoch": state.best_epoch,
+        **({"best_step": min(schedule.total, state.best_epoch * schedule.every)} if schedule.by_steps else {}),
         monitor: state.best_scores[0] if best is not None else None,
         "train_seconds": sum(row["seconds"] for row in history),
     } | model.test(dataset)
@@ -271,9 +272,7 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         dataset = replace(dataset, train=train_split.joined(dataset.valid), valid=None)
     best = selection.results["best_epoch"]
     if hasattr(config, "max_steps"):
-        rows = read_json(folder / "selection" / CONFIG, data=dict)["data"]["train"]
-        every = _Schedule.of(config, rows, run).every
-        config = replace(config, max_steps=min(config.max_steps, best * every))
+        config = replace(config, max_steps=selection.results["best_step"])
     else:
         config = replace(config, epochs=best)
     return train(kind, config, dataset, replace(run, valid_fraction=0.0, refit=False, resume=True))

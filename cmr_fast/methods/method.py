@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cmr_fast._terminal import track
 from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
 from cmr_fast.data.images import ImageDataset
 from cmr_fast.data.pairs import PairedDataset
@@ -15,9 +16,10 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_kinds
 from cmr_fast.methods.evaluation import accuracy, caption_results, final_results, recalls, validate
 from cmr_fast.modalities import Modality
-from cmr_fast.models.dual import DualEncoder
+from cmr_fast.models.dual import DualEncoder, by_length
 from cmr_fast.ops._tensors import as_seed
 
+_IMAGES = 64  # that go through a tower at a time
 Dataset = PairedDataset | CaptionedDataset | ImageDataset
 
 
@@ -39,6 +41,8 @@ class Method(nn.Module):
     monitor: tuple[str, ...]
     """What `validate` returns; the weights with the highest value of the last one are kept, of equals those with the
     highest of the one before it."""
+    keeps_last: ClassVar[bool] = False
+    """Whether the last weights are kept whatever validation says, as of a paper that trains so many steps."""
     presets: ClassVar[dict[str, Any]] = {}
     """Configs by name; `cmr-fast train --preset` starts from one."""
     preset_data: ClassVar[dict[str, str]] = {}
@@ -47,6 +51,15 @@ class Method(nn.Module):
     def __init__(self, config: Any, num_classes: int = 0) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
+
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """The config that a run goes by: settings that follow from others filled in, before anything else is done."""
+        return config
+
+    def enlarge(self, train: Any) -> Any:
+        """The split that batches are drawn from: the training split, or more rows that a method makes of it."""
+        return train
 
     def fit_inputs(self, train: Any) -> None:
         """Learn input statistics from the training split alone and keep them as buffers."""
@@ -125,7 +138,15 @@ class CaptionRetriever(Method):
 
     def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
         """(N, d) embeddings of the images, or (M, d) of all their captions, image by image; on the CPU."""
-        raise NotImplementedError
+        if modality == "image":
+            return self._images(split, self.dual.encode_image)
+        return by_length(self.dual, split.captions()[0], self.dual.encode_text).cpu()
+
+    def _images(self, split: CaptionedImages, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """`encode` of all pixels of a split, some at a time; on the CPU."""
+        where = self.dual.log_scale
+        parts = track(list(torch.arange(len(split)).split(_IMAGES)), "images through the tower")
+        return torch.cat([encode(split.select(r).pixels().to(where.device, where.dtype)).cpu() for r in parts])
 
     def validate(self, valid: Any) -> dict[str, float]:
         """R@1 both ways and rsum (0 to 600) of the validation split, all captions of an image its own."""

@@ -397,13 +397,15 @@ def test_codes_are_compared_by_hamming_distance(tmp_path):
 
 def test_unknown_method_and_wrong_config_are_refused(tmp_path):
     with pytest.raises(
-        InputError, match="unknown method 'acmrr', expected one of acmr, cmimh, dcmh, ssah, djsrh, clip, scatter, madry"
+        InputError,
+        match="unknown method 'acmrr', expected one of acmr, cmimh, dcmh, ssah, djsrh, clip, finetune, tecoa",
     ):
         METHODS["acmrr"]
     with pytest.raises(InputError, match="ACMRConfig"):
         train("acmr", {"epochs": 3}, small_dataset(), quick(tmp_path / "run"))
     assert list(METHODS) == [
-        "acmr", "cmimh", "dcmh", "ssah", "djsrh", "clip", "scatter", "madry", "plain", "random-targeted",
+        "acmr", "cmimh", "dcmh", "ssah", "djsrh", "clip", "finetune", "tecoa", "mat-img", "mat", "scatter", "madry",
+        "plain", "random-targeted",
     ]  # fmt: skip
 
 

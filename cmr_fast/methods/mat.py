@@ -1,0 +1,480 @@
+"""MAT, multimodal adversarial training of a dual encoder, and what the paper compares it with (ICLR 2025 submission).
+
+    T' = argmax |g(T') - g(T)|                 Eq. 4: BERT-Attack, one word
+    I' = argmin cos(f(I'), g(T'))              Eq. 5: PGD in the L-inf ball
+    minimise InfoNCE(f(I'), g(T'))             Eq. 6: both directions halved, both towers and the temperature
+
+    mat-img     T' = T
+    tecoa       I' = argmax InfoNCE_I(f(I'), g(T)), and the image tower alone learns InfoNCE_I (Eq. 3; Mao et al. 2023)
+    finetune    I' = I, T' = T
+
+All begin with the weights of one run (`start`) and take so many steps, whatever the data. The first caption of an image
+is its text; what else is paired with it is MA2T's data (cmr_fast.methods.ma2t).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from math import cos, pi
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cmr_fast.attacks.multimodal.base import ImageTower, summed
+from cmr_fast.attacks.pgd import PGD
+from cmr_fast.attacks.text.bert import BertAttack
+from cmr_fast.attacks.text.encoder import FlatTexts
+from cmr_fast.attacks.victim import widened
+from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
+from cmr_fast.errors import InputError
+from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
+from cmr_fast.methods.loop import load_model
+from cmr_fast.methods.ma2t import BOTH, AugmentConfig, MorePairs, more_pairs
+from cmr_fast.methods.method import CaptionRetriever, Method
+from cmr_fast.models.clip import TwoTowers, dual_encoder
+from cmr_fast.models.dual import trimmed
+from cmr_fast.models.mlm import MaskedLM
+from cmr_fast.ops.info_nce import info_nce
+
+_TEXTS = 64  # that go through a tower at a time
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(AugmentConfig):
+    """The paper's settings (section 4.1); what it does not say is marked as ours."""
+
+    start: str = ""
+    """A run of `train clip` (or any on captions) whose weights and towers to begin with. None: the pretrained towers,
+    under heads that are random where the towers bring none."""
+    towers: str = "efficientnet-lite0+minilm"
+    """As of `train clip` (the paper: CLIP ViT-B/16, open_clip/ViT-B-16@openai); of a `start` its own."""
+    dim: int = 512
+    """Of the common space (of IMAGE+TEXT); of a `start` its own."""
+    hidden: int = 512
+    """Of the heads' hidden layer; of a `start` its own."""
+    dropout: float = 0.0
+    """Of the heads' hidden layer (ours: attacks see none)."""
+    max_steps: int = 5000
+    """Batches in all, whatever the data."""
+    batch_size: int = 128
+    """Images a batch."""
+    lr: float = 1e-4
+    """Of SGD in the beginning; a cosine down to 0."""
+    momentum: float = 0.9
+    """Of SGD (ours, as TeCoA's code)."""
+    weight_decay: float = 1e-4
+    """Of SGD."""
+    captions: int = 1
+    """Captions of an image, the first so many, all of them its positives; 0: all."""
+    frozen_blocks: int = 0
+    """Of the image tower's blocks the first so many, and what lies before them, keep their weights (ours: none)."""
+    chunk: int = 0
+    """Images, and texts, that go through the towers at once, for less memory; the loss is that of the whole batch all
+    the same, at the cost of one forward pass more. 0: all of them."""
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        check_least(self, dim=1, hidden=1, batch_size=2, captions=0, frozen_blocks=0, chunk=0)
+        check_finite(self, "lr", "momentum", "weight_decay")
+        if not (0 <= self.dropout < 1 and self.momentum < 1):
+            raise InputError(
+                f"dropout and momentum must be at least 0 and below 1, got {self.dropout} and {self.momentum}"
+            )
+        self.check_augment()
+
+
+@dataclass(frozen=True)
+class TecoaConfig(FinetuneConfig):
+    """TeCoA on captions (Eq. 3)."""
+
+    eps: float = 2 / 255
+    """Radius of the L-inf ball, of pixels from 0 to 1."""
+    alpha: float = 0.5 / 255
+    """Step of PGD (ours)."""
+    steps: int = 10
+    """Steps of PGD, from a random start (ours)."""
+    away: Literal["infonce", "cosine"] = "infonce"
+    """What PGD raises: InfoNCE among the texts of the batch (Eq. 3), or minus the cosine with its own (Eq. 5)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, steps=1)
+        check_choices(self, away=("infonce", "cosine"))
+        if not 0 < self.eps <= 1 or not 0 < self.alpha <= 1:
+            raise InputError(
+                f"eps and alpha are of pixels from 0 to 1 (2/255 is 0.00784), got {self.eps} and {self.alpha}"
+            )
+
+
+@dataclass(frozen=True)
+class MatImgConfig(TecoaConfig):
+    """MAT of images alone."""
+
+    away: Literal["infonce", "cosine"] = "cosine"
+    """What PGD raises: minus the cosine with its own texts (Eq. 5), or InfoNCE among those of the batch (Eq. 3)."""
+
+
+@dataclass(frozen=True)
+class MatConfig(MatImgConfig):
+    """MAT of both."""
+
+    mlm: str = ""
+    """The masked language model's folder that BERT-Attack takes words from, as `train mlm` makes it; required."""
+    words: int = 1
+    """Words of a caption that may change (the paper says one of its evaluation, nothing of its training)."""
+    k: int = 10
+    """Of the masked language model's likeliest pieces at a position (ours, as Co-Attack)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, words=1, k=1)
+
+
+def _presets(kind: type[FinetuneConfig]) -> dict[str, Any]:
+    small = kind(max_steps=300, batch_size=64, lr=1e-3)  # 1e-2 lets attacked embeddings fall together
+    if not issubclass(kind, TecoaConfig):
+        return {"small": small}
+    two: dict[str, Any] = {"steps": 2, "alpha": 1 / 255}
+    return {"small": replace(small, **two), "steps2": kind(**two), "steps10": kind()}
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B images and their M texts, as they are or attacked.
+
+    Attributes
+    ----------
+    pixels
+        Float (B, 3, H, W) from 0 to 1.
+    texts
+        M of them.
+    owner
+        int64 (M,), the row of each one's image.
+    ids
+        int64 (B,), which image each row is of; rows of one image have its texts in common as positives.
+    seen
+        Embeddings of the texts in evaluation mode, float (M, d), where they are known.
+    """
+
+    pixels: Tensor
+    texts: list[str]
+    owner: Tensor
+    ids: Tensor
+    seen: Tensor | None = None
+
+    def positive(self) -> Tensor:
+        """float32 (B, M): texts of the same image, each row summing to 1."""
+        same = (self.ids[:, None] == self.ids[self.owner]).float()
+        return same / same.sum(dim=1, keepdim=True)
+
+    def mean_of_own(self, texts: Tensor) -> Tensor:
+        """(B, d): the mean over the texts of each row."""
+        count = len(self.pixels)
+        own = torch.bincount(self.owner, minlength=count)[:, None]
+        return summed(texts, self.owner, count) / own.to(texts)
+
+
+class Finetune(CaptionRetriever):
+    """Clean training of a dual encoder, both towers: what the defences are compared with."""
+
+    name: ClassVar[str] = "finetune"
+    Config: ClassVar[type] = FinetuneConfig
+    presets: ClassVar[dict[str, Any]] = _presets(FinetuneConfig)
+    keeps_last: ClassVar[bool] = True  # clean validation would take the weights that learned least of the attacks
+    image_alone: ClassVar[bool] = False
+    """Whether the image tower alone learns, and of the images' side of the loss."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        super().__init__(config)
+        self.config: Any = config
+        c = config
+        self.dual = dual_encoder(c.towers, dim=c.dim, hidden=c.hidden, dropout=c.dropout, pretrained=False)
+        self.dual.requires_grad_(True)
+        if c.frozen_blocks and not isinstance(self.dual, TwoTowers):
+            raise InputError(f"{c.towers} has no blocks to freeze, expected frozen_blocks 0, got {c.frozen_blocks}")
+        if isinstance(self.dual, TwoTowers):
+            self.dual.freeze_blocks(c.frozen_blocks)
+        self._more: MorePairs | None = None
+
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """The towers and widths of the run that is begun with."""
+        if not config.start:
+            return config
+        theirs = _started(config.start).config
+        default, taken = cls.Config(), {}
+        for name in ("towers", "dim", "hidden"):
+            given, taken[name] = getattr(config, name), getattr(theirs, name)
+            if given not in (getattr(default, name), taken[name]):
+                raise InputError(f"{name} is {taken[name]!r} in {config.start}, which this begins with; got {given!r}")
+        return replace(config, **taken)
+
+    def enlarge(self, train: CaptionedImages) -> CaptionedImages:
+        """The first captions, and MA2T's pairs where they are asked for."""
+        self._more = more_pairs(train, self.config, self.config.captions)
+        return self._more.split
+
+    def fit_inputs(self, train: CaptionedImages) -> None:
+        """Take the weights of `start`, or the pretrained ones."""
+        if self.config.start:
+            self.dual.load_state_dict(_started(self.config.start).dual.state_dict())
+        else:
+            self.dual.load()
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that learn, by what they are called in an error."""
+        parts = self.dual.parts()
+        return {"image tower": parts["image"], "text tower": parts["text"], "heads": parts["heads"]}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """SGD. InputError where a part that must learn is frozen."""
+        c, trained = self.config, self.trained()
+        for what, parameters in trained.items():
+            if not any(p.requires_grad for p in parameters):
+                raise InputError(
+                    f"{self.name} trains the {what}, all of which is frozen: expected weights that require grad"
+                )
+        parameters = [p for part in trained.values() for p in part]
+        return {"all": torch.optim.SGD(parameters, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)}
+
+    def step(
+        self,
+        batch: CaptionedImages,
+        optimizers: dict[str, torch.optim.Optimizer],
+        backward: Callable[[Tensor], None],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Attack texts, then images against them, and one step of SGD on the loss of both."""
+        c, optimizer, where = self.config, optimizers["all"], self.dual.log_scale
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * (1 + cos(pi * progress)) / 2
+        pixels = batch.pixels() if self._more is None else self._more.pixels(batch)
+        texts = [caption for row in batch.text for caption in row]
+        owner = torch.repeat_interleave(torch.tensor([len(row) for row in batch.text])).to(where.device)
+        pairs = PairBatch(pixels.to(where.device, where.dtype), texts, owner, batch.labels.to(where.device))
+        with _named(f"step {round(progress * c.max_steps) + 1} of {c.max_steps}"):
+            pairs, logged = self.attacked(pairs, batch.rows)
+            optimizer.zero_grad()
+            loss = self._descend(pairs, backward)
+        optimizer.step()
+        if not self.image_alone:
+            self.dual.clamp_scale()
+        return {"loss": loss, "scale": self.dual.scale.detach()} | logged
+
+    def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
+        """What a batch is trained on in its place, and what to log of it; rows number the images' noise."""
+        return pairs, {}
+
+    def _descend(self, pairs: PairBatch, backward: Callable[[Tensor], None]) -> Tensor:
+        """The gradient of the whole batch's loss: of parts that go through the towers twice, where there is a chunk.
+
+        First without a graph, which gives the loss and its gradient at the embeddings; then each part once more, which
+        takes that gradient on to the weights (Gao et al. 2021, GradCache). Dropout draws the same both times.
+        """
+        c, device = self.config, self.dual.log_scale.device
+        parts = pairs.pixels.split(c.chunk or len(pairs.pixels))
+        passes: list[Callable[[], Tensor]] = [partial(self.dual.encode_image, part) for part in parts]
+        back: Tensor | None = None
+        if not self.image_alone:
+            texts, back = self._text_passes(pairs.texts)
+            passes += texts
+        state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        with torch.set_grad_enabled(not c.chunk):
+            seen = [widened(encode()) for encode in passes]
+        if c.chunk:
+            torch.clear_autocast_cache()  # weights that were cast without a graph
+            seen = [vectors.requires_grad_() for vectors in seen]
+        image = torch.cat(seen[: len(parts)])
+        text = self.targets(pairs).to(image) if back is None else torch.cat(seen[len(parts) :])[back]
+        scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
+        ids = pairs.ids, pairs.ids[pairs.owner]
+        loss: Any = info_nce(image, text, scale, positives=ids, direction="image" if self.image_alone else "both")
+        _refuse_broken(loss, image, text, pairs)
+        backward(loss)
+        if c.chunk:
+            torch.set_rng_state(state[0])
+            if state[1] is not None:
+                torch.cuda.set_rng_state(state[1], device)
+            for encode, vectors in zip(passes, seen, strict=True):
+                assert vectors.grad is not None
+                backward((widened(encode()) * vectors.grad).sum())
+        return loss.detach()
+
+    def _text_passes(self, texts: Sequence[str]) -> tuple[list[Callable[[], Tensor]], Tensor]:
+        """Passes over texts of like length, and the rows of their results that restore the order."""
+        device = self.dual.log_scale.device
+        ids, mask = self.dual.tokenize(texts)
+        order = torch.argsort(mask.sum(dim=1), stable=True)
+        parts = [[x.to(device) for x in trimmed(ids[r], mask[r])] for r in order.split(self.config.chunk or _TEXTS)]
+        return [partial(self.dual.encode_text, *part) for part in parts], torch.argsort(order).to(device)
+
+    def targets(self, pairs: PairBatch) -> Tensor:
+        """Embeddings of a batch's texts in evaluation mode, without a graph, float32 or wider (M, d)."""
+        if pairs.seen is not None:
+            return pairs.seen
+        encode = FlatTexts(self.dual, _mixed(pairs.pixels.device))
+        with encode.prepare():
+            return encode(pairs.texts)
+
+    def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """MA2T with both sides augmented, and heads that began at random."""
+        if self.config.augment_both:
+            return BOTH
+        if isinstance(self.dual, TwoTowers) and not self.config.start:
+            return "the heads began at random: expected --start RUN, a run of `cmr-fast train clip`"
+        return None
+
+    @property
+    def perturbation(self) -> str:
+        """What the training pairs were replaced by, in words."""
+        return "none"
+
+    def test(self, dataset: CaptionedDataset) -> dict[str, Any]:
+        """R@1, R@5, R@10 and ranks both ways on the test split, and what was trained on."""
+        return {"perturbation": self.perturbation} | super().test(dataset)
+
+
+class MatImg(Finetune):
+    """MAT of images alone: PGD on images, both towers learn."""
+
+    name: ClassVar[str] = "mat-img"
+    Config: ClassVar[type] = MatImgConfig
+    presets: ClassVar[dict[str, Any]] = _presets(MatImgConfig)
+
+    def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
+        """Images away from their texts (Eq. 5, or the maximum of Eq. 3)."""
+        c, device = self.config, pairs.pixels.device
+        dtype, numbers = _mixed(device), torch.arange(len(pairs.pixels)) if rows is None else rows
+        with torch.autocast(device.type, enabled=False):  # towers run in 16 bits all the same, objectives do not
+            targets = self.targets(pairs)
+            infonce = partial(_infonce, targets, self.dual.scale.detach())
+            guides = pairs.positive().to(targets) if c.away == "infonce" else pairs.mean_of_own(targets)
+            atk = PGD(
+                ImageTower(self.dual), c.eps, c.alpha, c.steps, loss=infonce if c.away == "infonce" else _cosine,
+                strict=True, dtype=dtype, seed=int(torch.randint(2**62, ())), check=False, progress=False,
+            )  # fmt: skip
+            parts = torch.arange(len(pairs.pixels)).split(c.chunk or len(pairs.pixels))
+            moved = [atk(pairs.pixels[part], guides[part], index=numbers[part]) for part in parts]
+        return replace(pairs, pixels=torch.cat(moved), seen=targets), {}
+
+    @property
+    def perturbation(self) -> str:
+        """The image attack."""
+        c = self.config
+        return f"images by PGD, {c.steps} x {c.alpha * 255:.3g}/255 within {c.eps * 255:.3g}/255 ({c.away})"
+
+
+class Tecoa(MatImg):
+    """TeCoA on captions (Mao et al. 2023): PGD on images, the image tower alone learns."""
+
+    name: ClassVar[str] = "tecoa"
+    Config: ClassVar[type] = TecoaConfig
+    presets: ClassVar[dict[str, Any]] = _presets(TecoaConfig)
+    image_alone: ClassVar[bool] = True
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """The image tower, and its head."""
+        image = self.dual.parts()["image"]
+        if not isinstance(self.dual, TwoTowers):
+            return {"image tower": image}
+        return {"image tower": image, "image head": [*self.dual.image_head.parameters()]}
+
+
+class Mat(MatImg):
+    """Multimodal adversarial training: BERT-Attack on texts, PGD on images against them, both towers learn."""
+
+    name: ClassVar[str] = "mat"
+    Config: ClassVar[type] = MatConfig
+    presets: ClassVar[dict[str, Any]] = _presets(MatConfig)
+
+    def __init__(self, config: MatConfig) -> None:
+        super().__init__(config)
+        self._words: list[MaskedLM] = []  # in a list: no part of what is trained and stored
+
+    @classmethod
+    def completed(cls, config: Any) -> Any:
+        """As of the others; InputError without a masked language model."""
+        if not config.mlm:
+            raise InputError(
+                "mat attacks captions with words of a masked language model: expected mlm, the folder of one that "
+                "`cmr-fast train mlm` made; mat-img attacks images alone"
+            )
+        return super().completed(config)
+
+    def fit_inputs(self, train: CaptionedImages) -> None:
+        """The weights to begin with, and the masked language model."""
+        super().fit_inputs(train)
+        self._words = [MaskedLM.load(self.config.mlm)]
+
+    def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
+        """Texts away from themselves (Eq. 4), then images away from these."""
+        c, device = self.config, pairs.pixels.device
+        (mlm,) = self._words
+        with torch.autocast(device.type, enabled=False):
+            atk = BertAttack(
+                self.dual, mlm.to(device), words=c.words, k=c.k, objective="l2", dtype=_mixed(device), check=False
+            )
+            with atk.holding():
+                prepared = atk.prepare(pairs.texts)
+                found = atk.finish(prepared)
+                texts = [result.text for result in found]
+                seen = atk.embedded(prepared, texts)
+        changed = torch.tensor(sum(bool(result.changes) for result in found) / len(found))
+        pairs, logged = super().attacked(replace(pairs, texts=texts, seen=seen), rows)
+        return pairs, {"changed": changed} | logged
+
+    @property
+    def perturbation(self) -> str:
+        """Both attacks."""
+        words = "1 word" if self.config.words == 1 else f"{self.config.words} words"
+        return f"texts by BERT-Attack, {words} (l2), {super().perturbation}"
+
+
+def _infonce(targets: Tensor, scale: Tensor, outputs: Tensor, positive: Tensor) -> Tensor:
+    """(B,): InfoNCE of images (B, d) among texts (M, d); positives (B, M) sum to 1 in each row."""
+    logits = scale.to(outputs) * (outputs @ targets.to(outputs).T)
+    return -(positive * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def _cosine(outputs: Tensor, own: Tensor) -> Tensor:
+    """(B,): minus the cosine of images (B, d) with their texts (B, d), of several the mean."""
+    return -(outputs * own.to(outputs)).sum(dim=1)
+
+
+def _mixed(device: torch.device) -> torch.dtype | None:
+    """What autocast around the step computes in; None where there is none."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _started(run: str) -> CaptionRetriever:
+    model: Method = load_model(run)
+    if not isinstance(model, CaptionRetriever):
+        raise InputError(f"start={run}: a run of {model.name}, expected one on captions (clip)")
+    return model
+
+
+@contextmanager
+def _named(step: str) -> Iterator[None]:
+    """An InputError from inside says in which step."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{step}: {error}") from error
+
+
+def _refuse_broken(loss: Tensor, image: Tensor, text: Tensor, pairs: PairBatch) -> None:
+    """InputError for a loss that is not finite: whose embedding it comes from."""
+    if bool(loss.isfinite()):
+        return
+    whose = "no embedding is broken, the temperature may be"
+    for what, vectors, ids in (("image", image, pairs.ids), ("a caption of image", text, pairs.ids[pairs.owner])):
+        broken = (~vectors.isfinite().all(dim=1)).nonzero()[:, 0]
+        if len(broken):
+            whose = f"{what} {int(ids[broken[0]])} has an embedding that is not finite"
+            break
+    raise InputError(
+        f"the loss is {loss.item()} ({whose}); expected a finite one: lower lr. A checkpoint, if there is one, holds "
+        "an earlier step"
+    )

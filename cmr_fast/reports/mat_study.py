@@ -1,0 +1,347 @@
+"""MAT's study (Tables 1 to 3, 5) at a chosen size: every defence from one model, all attacked, which findings hold.
+
+Runs are in OUT/runs, what attacks leave of them in OUT/hits; what is there already is not made again, so that a study
+that was stopped goes on. Intervals are 95 % of 2,000 bootstrap draws of images, each with its captions and its pairs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cmr_fast._files import write_aside
+from cmr_fast._terminal import new_table, show
+from cmr_fast.attacks.multimodal.recall import WAYS
+from cmr_fast.errors import InputError
+from cmr_fast.methods import METHODS
+from cmr_fast.methods._runfolder import RESULTS, write_json
+from cmr_fast.methods.loop import load_model, train
+from cmr_fast.methods.method import CaptionRetriever, RunConfig
+from cmr_fast.models.mlm import MaskedLM
+from cmr_fast.reports import figures
+from cmr_fast.reports.attacked_captions import KS, examine
+from cmr_fast.reports.page import write_page
+
+if TYPE_CHECKING:
+    from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
+
+START, FINETUNE, TECOA, MAT_IMG, MAT = "start", "finetune", "TeCoA", "MAT_Img", "MAT"
+EDA, HUMAN, RANDAUG = "MA2T EDA", "MA2T Human", "MA2T RandAug"
+ROWS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    FINETUNE: ("finetune", {}),
+    TECOA: ("tecoa", {}),
+    MAT_IMG: ("mat-img", {}),
+    MAT: ("mat", {}),
+    EDA: ("mat", {"augment_text": "eda"}),
+    HUMAN: ("mat", {"augment_text": "human"}),
+    RANDAUG: ("mat", {"augment_image": "randaug"}),
+}
+BOTH_SIDES = ("co-attack", "sga")
+ATTACKS = ("pgd10", "bert-attack", *BOTH_SIDES)
+GAP = (MAT, HUMAN)  # attacked on training images too
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is.
+
+    Attributes
+    ----------
+    steps, batch
+        Of every training.
+    image_steps, alpha
+        Of PGD in it.
+    lr
+        Of SGD in the beginning.
+    images, captions
+        Of the test split the first so many, and of each image.
+    """
+
+    steps: int
+    batch: int
+    image_steps: int
+    alpha: float
+    lr: float
+    images: int
+    captions: int
+
+
+SCALES = {
+    "tiny": Scale(steps=10, batch=32, image_steps=2, alpha=1 / 255, lr=1e-3, images=20, captions=1),
+    "small": Scale(steps=300, batch=64, image_steps=2, alpha=1 / 255, lr=1e-3, images=200, captions=5),
+    "paper": Scale(steps=5000, batch=128, image_steps=10, alpha=0.5 / 255, lr=1e-4, images=1000, captions=5),
+}
+
+
+@dataclass(frozen=True)
+class Hits:
+    """{attack: {way: bool (images or captions, K's)}}, "clean" among them, and int (captions,), whose each is."""
+
+    found: Mapping[str, Mapping[str, np.ndarray]]
+    owner: np.ndarray
+
+    def at_one(self, attack: str) -> tuple[np.ndarray, np.ndarray]:
+        """float (images,) each: of an image its own hit at 1, and the share of its captions'."""
+        images, captions = (self.found[attack][way][:, 0].astype(float) for way in WAYS)
+        return images, np.bincount(self.owner, captions, len(images)) / np.bincount(self.owner, minlength=len(images))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper found: `better` has the higher mean of R@1 both ways than `worse`, under these attacks."""
+
+    words: str
+    better: str
+    worse: str
+    attacks: Sequence[str] = BOTH_SIDES
+
+
+FINDINGS = (
+    Finding("Multimodal training defends: MAT over clean fine-tuning (Table 1)", MAT, FINETUNE),
+    Finding("Attacking both sides in training beats images alone: MAT over MAT_Img (Table 1)", MAT, MAT_IMG),
+    Finding("Training the whole model on attacked images loses to TeCoA's image tower (Table 1)", TECOA, MAT_IMG),
+    Finding("MAT over TeCoA (Table 1)", MAT, TECOA),
+    Finding("Clean recall is the price: fine-tuning over MAT without an attack (Table 1)", FINETUNE, MAT, ("clean",)),
+    Finding("More captions help: MA2T Human over MAT (Table 3)", HUMAN, MAT),
+    Finding("EDA helps: MA2T EDA over MAT (Table 3)", EDA, MAT),
+    Finding("RandAugment helps: MA2T RandAug over MAT (Table 3)", RANDAUG, MAT),
+    Finding("Captions by people beat EDA's: MA2T Human over MA2T EDA (Table 3)", HUMAN, EDA),
+    Finding("MAT defends against captions attacked alone: over TeCoA under BERT-Attack (Table 5)", MAT, TECOA,
+            ("bert-attack",)),
+)  # fmt: skip
+OVERFIT = "More captions narrow the gap between training and test images under Co-Attack: MA2T Human (Table 2)"
+
+
+def study(
+    dataset: "CaptionedDataset", out: Path, *, start: Path, mlm: Path, scale: str = "tiny",
+    seeds: Sequence[int] = (0,), rows: Sequence[str] = tuple(ROWS), quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train every row from one model, attack it, and write the report.
+
+    Parameters
+    ----------
+    dataset
+        Images with captions; its validation split is left out.
+    out
+        The folder; a study that was begun there goes on.
+    start
+        A run on captions that everything begins with.
+    mlm
+        A masked language model's folder.
+    scale
+        Of SCALES.
+    seeds
+        Of the trainings: each row is trained once a seed.
+    rows
+        Of ROWS.
+    quiet
+        Print nothing.
+
+    Returns
+    -------
+    dict
+        What results.json holds: recalls by row, findings with their intervals.
+
+    Raises
+    ------
+    InputError
+        For unknown scales and rows, and a folder that holds a study of other settings.
+    """
+    if scale not in SCALES:
+        raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise InputError(f"rows must be of {', '.join(ROWS)}, got {unknown[0]!r}")
+    if not seeds:
+        raise InputError("seeds must be one number or more, got none")
+    size, words = SCALES[scale], MaskedLM.load(mlm)
+    parts = {"test": _first(dataset.test, size), "train": _first(dataset.train, size)}
+    data = replace(dataset, valid=None, test=parts["test"])
+    hits: dict[str, list[dict[str, Hits]]] = {}
+    for seed in seeds:
+        for name in (START, *rows) if seed == seeds[0] else rows:
+            folder = start if name == START else out / "runs" / f"{_slug(name)}-seed{seed}"
+            model = load_model(start) if name == START else _trained(name, data, folder, start, mlm, size, seed, quiet)
+            assert isinstance(model, CaptionRetriever)
+            found = {"test": _hits(out, f"{_slug(name)}-seed{seed}", model, parts["test"], words, ATTACKS)}
+            if name in GAP:
+                file = f"{_slug(name)}-seed{seed}-train"
+                found["train"] = _hits(out, file, model, parts["train"], words, ("co-attack",))
+            hits.setdefault(name, []).append(found)
+    title = f"MAT's study on {dataset.name}, scale {scale}"
+    results = {
+        "data": dataset.name,
+        "scale": scale,
+        "steps": size.steps,
+        "batch": size.batch,
+        "images": len(parts["test"]),
+        "seeds": list(seeds),
+        "recalls": {name: _recalls([seed["test"] for seed in found]) for name, found in hits.items()},
+        "findings": _findings(hits),
+    }
+    write_json(out / "results.json", results)
+    _write(results, out, title, size)
+    if not quiet:
+        _print(results, title)
+    return results
+
+
+def _first(split: "CaptionedImages", size: Scale) -> "CaptionedImages":
+    part = split.select(torch.arange(min(size.images, len(split))))
+    return replace(part, text=tuple(row[: size.captions] for row in part.text), rows=None)
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-").replace("_", "-")
+
+
+def _trained(
+    name: str, data: "CaptionedDataset", folder: Path, start: Path, mlm: Path, size: Scale, seed: int, quiet: bool
+) -> Any:
+    """The model of a row, trained where it is not there yet."""
+    method, changes = ROWS[name]
+    kind = METHODS[method]
+    settings = {"start": str(start), "max_steps": size.steps, "batch_size": size.batch, "lr": size.lr} | changes
+    if method != "finetune":
+        settings |= {"steps": size.image_steps, "alpha": size.alpha}
+    if method == "mat":
+        settings["mlm"] = str(mlm)
+    config = kind.completed(kind.Config(**settings))
+    if (folder / RESULTS).exists():
+        model = load_model(folder)
+        if model.config != config:
+            raise InputError(f"{folder}: a run of other settings, expected those of this study; name another folder")
+        return model
+    run = RunConfig(
+        out=folder, seed=seed, resume=True, valid_fraction=0.0, round_steps=max(1, size.steps // 5), quiet=quiet
+    )
+    return train(method, config, data, run).model
+
+
+def _hits(
+    out: Path, run: str, model: CaptionRetriever, split: "CaptionedImages", mlm: MaskedLM, attacks: Sequence[str]
+) -> Hits:
+    """What attacks leave of a run; from the file where it is there."""
+    file = out / "hits" / f"{run}.npz"
+    if not file.exists():
+        found = examine(model.dual, split, attacks, mlm=mlm).adversarial.hits
+        file.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {f"{name}/{way}": found[name][way] for name in ("clean", *attacks) for way in WAYS}
+        with write_aside(file) as aside, open(aside, "wb") as opened:
+            np.savez(opened, **arrays)
+    owner = split.captions()[1].numpy()
+    with np.load(file, allow_pickle=False) as stored:
+        hits = {name: {way: stored[f"{name}/{way}"] for way in WAYS} for name in ("clean", *attacks)}
+    if len(hits["clean"]["tr"]) != len(split) or len(hits["clean"]["ir"]) != len(owner):
+        raise InputError(f"{file}: of {len(hits['clean']['tr'])} images, expected {len(split)}; name another folder")
+    return Hits(hits, owner)
+
+
+def _recalls(seeds: Sequence[Hits]) -> dict[str, dict[str, dict[str, float]]]:
+    """R@K by attack and way, the mean over the seeds; "worst": of queries that survive all attacks."""
+    names = list(seeds[0].found)
+    every = [
+        {**hits.found, "worst": {way: np.logical_and.reduce([hits.found[n][way] for n in names[1:]]) for way in WAYS}}
+        for hits in seeds
+    ]
+    return {
+        name: {
+            way: {
+                f"R@{k}": float(np.mean([hits[name][way][:, column].mean() for hits in every]))
+                for column, k in enumerate(KS)
+            }
+            for way in WAYS
+        }
+        for name in (*names, "worst")
+    }
+
+
+def _scores(found: Sequence[Hits], attacks: Sequence[str]) -> np.ndarray:
+    """float (images,): of each image, the mean at 1 over attacks and seeds of its own hit and of its captions'."""
+    values = [part for hits in found for attack in attacks for part in hits.at_one(attack)]
+    return np.asarray(np.mean(values, axis=0))
+
+
+def _interval(parts: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """The sum of the means of independent samples, and its 95 % bootstrap interval."""
+    random = np.random.default_rng(0)
+    drawn = sum(part[random.integers(len(part), size=(DRAWS, len(part)))].mean(axis=1) for part in parts)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(sum(part.mean() for part in parts)), float(low), float(high)
+
+
+def _findings(hits: Mapping[str, Sequence[Mapping[str, Hits]]]) -> list[dict[str, Any]]:
+    """Each finding whose rows are there: the difference in R@1, its interval, and what that says."""
+    told = []
+    for finding in FINDINGS:
+        if finding.better in hits and finding.worse in hits:
+            better, worse = (
+                _scores([seed["test"] for seed in hits[name]], finding.attacks)
+                for name in (finding.better, finding.worse)
+            )
+            told.append(_told(finding.words, [better - worse]))
+    if all(name in hits for name in GAP):
+        apart = {
+            part: np.subtract(*(_scores([seed[part] for seed in hits[name]], ("co-attack",)) for name in GAP))
+            for part in ("train", "test")
+        }
+        told.append(_told(OVERFIT, [apart["train"], -apart["test"]]))
+    return told
+
+
+def _told(words: str, parts: Sequence[np.ndarray]) -> dict[str, Any]:
+    difference, low, high = _interval(parts)
+    verdict = "holds here" if low > 0 else "the reverse holds here" if high < 0 else "cannot be told here"
+    return {"finding": words, "difference": difference, "low": low, "high": high, "verdict": verdict}
+
+
+HEAD = ("trained by", *(f"{name} {way.upper()}" for name in ("clean", *ATTACKS, "worst") for way in WAYS))
+
+
+def _table(results: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [name, *(f"{100 * recalls[attack][way]['R@1']:.1f}" for attack in ("clean", *ATTACKS, "worst") for way in WAYS)]
+        for name, recalls in results["recalls"].items()
+    ]
+
+
+def _words(results: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{told['finding']}: {told['verdict']} ({100 * told['difference']:+.1f} points of R@1, 95 % from "
+        f"{100 * told['low']:+.1f} to {100 * told['high']:+.1f})"
+        for told in results["findings"]
+    ]
+
+
+def _write(results: Mapping[str, Any], out: Path, title: str, size: Scale) -> None:
+    shown = ("clean", *BOTH_SIDES)
+    bars = {
+        attack: {
+            name: float(np.mean([recalls[attack][way]["R@1"] for way in WAYS]))
+            for name, recalls in results["recalls"].items()
+        }
+        for attack in shown
+    }
+    figures.plot_bars(out / "recall.png", title, bars, "R@1, mean of both ways")
+    seeds = len(results["seeds"])
+    note = (
+        f"R@1 in percent on {results['images']} test images with {size.captions} caption(s) each, queries and gallery "
+        f"under attack within 2/255 and one word; {size.steps} steps of batch {size.batch} from one model, "
+        f"{size.image_steps} x {size.alpha * 255:.3g}/255 for images in training; {seeds} seed(s). Worst: queries that "
+        "survive every attack. Intervals are over images, not over seeds."
+    )
+    write_page(out, title, HEAD, _table(results), note, [("recall.png", "R@1 by defence")], words=_words(results))
+
+
+def _print(results: Mapping[str, Any], title: str) -> None:
+    table = new_table("R@1, percent")
+    for name in HEAD[1:]:
+        table.add_column(name, justify="right")
+    for row in _table(results):
+        table.add_row(*row)
+    show(title, table)
+    for line in _words(results):
+        print(line)

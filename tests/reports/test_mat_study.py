@@ -1,0 +1,101 @@
+"""MAT's study: every row trained and attacked once, resumed, told in words."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_towers
+from torch.testing import assert_close
+
+from cmr_fast.cli import main
+from cmr_fast.data import load_captions
+from cmr_fast.methods.clip import ClipConfig
+from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.models.mlm import MaskedLM
+from cmr_fast.reports import mat_study
+from cmr_fast.reports.mat_study import Hits, Scale
+
+DATA = ["--data", "shapes", "--options", "count=40"]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of clip on two small towers, and a masked language model."""
+    pytest.importorskip("transformers")
+    place = tmp_path_factory.mktemp("begun")
+    data = load_captions("shapes", count=40)
+    words = sorted({w for row in data.train.text for caption in row for w in caption.lower().split()})
+    config = ClipConfig(
+        towers=tiny_towers.towers(place, words, data.train.pixels()), dim=8, hidden=8, epochs=2, head_epochs=2,
+        batch_size=16, head_lr=1e-2,
+    )  # fmt: skip
+    MaskedLM.scratch(data.train.captions()[0], vocabulary=200, width=32, layers=1).save(place / "mlm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        train("clip", config, data, RunConfig(out=place / "clip", quiet=True, valid_fraction=0.0))
+    return ["--start", str(place / "clip"), "--mlm", str(place / "mlm")]
+
+
+@pytest.fixture(autouse=True)
+def least(monkeypatch):
+    monkeypatch.setitem(mat_study.SCALES, "tiny", Scale(2, 8, 1, 1 / 255, 1e-2, 4, 1))
+    monkeypatch.setattr(mat_study, "ATTACKS", ("pgd2", "bert-attack", "co-attack", "sga"))
+    monkeypatch.setattr(mat_study, "HEAD", ("trained by", *("clean", "worst") * 6))
+
+
+def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "study"
+    command = ["study", "mat", *DATA, *begun, "--out", str(out), "--rows", "finetune", "MAT", "MA2T Human"]
+    trained = []
+    original = mat_study.train
+
+    def dying(method, *arguments):
+        trained.append(method)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return original(method, *arguments)
+
+    monkeypatch.setattr(mat_study, "train", dying)
+    assert main(command) == 130
+    assert main(command) == 0
+    assert trained == ["finetune", "mat", "mat", "mat"]
+    said = capsys.readouterr().out
+    assert "MAT over clean fine-tuning (Table 1): " in said and "narrow the gap" in said
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["recalls"]) == ["start", "finetune", "MAT", "MA2T Human"] and results["images"] == 4
+    assert len(results["findings"]) == 4
+    for told in results["findings"]:
+        assert told["low"] <= told["difference"] <= told["high"]
+        assert told["verdict"] in ("holds here", "the reverse holds here", "cannot be told here")
+    for file in ("index.html", "README.md", "results.csv", "recall.png"):
+        assert (out / file).stat().st_size > 0
+    before = (out / "README.md").read_text()
+    assert main(command) == 0 and trained == ["finetune", "mat", "mat", "mat"]
+    assert (out / "README.md").read_text() == before
+    monkeypatch.setitem(mat_study.SCALES, "tiny", Scale(3, 8, 1, 1 / 255, 1e-2, 4, 1))
+    assert main(command) == 2
+    assert "a run of other settings" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_refused(begun, tmp_path, capsys):
+    command = ["study", "mat", *DATA, *begun, "--out", str(tmp_path / "study")]
+    assert main([*command, "--rows", "FARE"]) == 2
+    assert "rows must be of finetune, TeCoA" in capsys.readouterr().err
+    assert main(["study", "mat", *DATA, "--start", str(tmp_path / "no"), "--mlm", str(tmp_path)]) == 2
+    assert "no: no such file or folder" in capsys.readouterr().err
+
+
+def hits(tr, ir, owner):
+    return Hits({"clean": {"tr": np.array(tr)[:, None] > 0, "ir": np.array(ir)[:, None] > 0}}, np.array(owner))
+
+
+def test_an_image_counts_with_its_captions_and_a_difference_with_its_interval():
+    found = hits([1, 0], [1, 0, 1], [0, 0, 1])
+    assert_close(mat_study._scores([found], ["clean"]), np.array([0.75, 0.5]))
+    random = np.random.default_rng(1)
+    a = random.random(200)
+    difference, low, high = mat_study._interval([a + 0.5, -a])
+    error = 1.96 * np.sqrt(2 * a.var() / 200)
+    assert difference == pytest.approx(0.5) and abs(low - (0.5 - error)) < 0.01 and abs(high - (0.5 + error)) < 0.01
+    for shift, verdict in ((0.5, "holds here"), (-0.5, "the reverse holds here"), (0.0, "cannot be told here")):
+        assert mat_study._told("x", [a - a.mean() + shift])["verdict"] == verdict
