@@ -179,13 +179,14 @@ def hamming_range(
     db: Array,
     radius: int,
     *,
+    strict: bool = False,
     tables: bool = True,
     backend: str | None = None,
     threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Every database code at distance <= radius of each query: the triple of faiss's range_search.
 
-    faiss's own radius is left out (distance < radius): it is this one + 1.
+    faiss leaves its radius out (distance < radius): faiss radius = ours + 1, or the same with `strict=True`.
 
     Where a small radius and many queries promise that it pays, tables of substrings are built for this call
     (multi-index hashing; up to 1.5 times the memory of the codes) and looked up instead of scanning.
@@ -196,6 +197,8 @@ def hamming_range(
         uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
     radius : int
         0 or more; inclusive, where faiss takes distances below its radius.
+    strict : bool, optional
+        True: distance < radius, as faiss has it; within radius 0 there is nothing.
     tables : bool, optional
         False: only scan. Results do not depend on it.
     backend : {"cpp", "cuda", "torch"}, optional
@@ -219,7 +222,9 @@ def hamming_range(
     """
     queries, database, was_numpy = as_codes(q, db)
     check_values(queries, "q")  # as many results as they say
-    radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
+    radius = min(closed_radius(radius, strict), 8 * database.shape[1])
+    if radius < 0:
+        radius, database = 0, database[:0]
     if not isinstance(tables, bool):
         raise InputError(f"tables must be True or False, got {tables!r}")
     result = torch.ops.cmr_fast.hamming_range(queries, database, radius, tables, *_dispatch.how(backend, threads))
@@ -262,6 +267,13 @@ def _check_bits(bits: int | None, nbytes: int) -> int:
     if not 8 * (nbytes - 1) < number <= 8 * nbytes:
         raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits!r}")
     return number
+
+
+def closed_radius(radius: object, strict: object) -> int:
+    """The radius r of distance <= r; -1 where distance < 0 was asked for."""
+    if not isinstance(strict, bool):
+        raise InputError(f"strict must be True or False, got {strict!r}")
+    return as_integer(radius, "radius", 0) - strict
 
 
 def _pack_codes(bits: Tensor) -> Tensor:

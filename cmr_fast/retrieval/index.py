@@ -12,6 +12,7 @@ from cmr_fast._files import StrPath, as_path
 from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
+from cmr_fast.ops.hamming import closed_radius
 from cmr_fast.retrieval import _faiss, _indexfile
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._formats import index_kind
@@ -241,12 +242,18 @@ class HammingIndex:
         return like(distances, q), like(ids, q)
 
     def range_search(
-        self, q: Array, radius: int, threads: int | None = None, *, where: Where | None = None
+        self,
+        q: Array,
+        radius: int,
+        threads: int | None = None,
+        *,
+        strict: bool = False,
+        where: Where | None = None,
     ) -> tuple[Array, Array, Array]:
         """Every code at distance <= radius of each query.
 
-        faiss's binary range_search leaves the radius itself out (distance < radius, strictly less than it): its
-        radius is this one + 1.
+        faiss's binary range_search leaves the radius itself out (distance < radius): faiss radius = ours + 1, or the
+        same with `strict=True`.
 
         Parameters
         ----------
@@ -256,6 +263,8 @@ class HammingIndex:
             0 or more, in bits.
         threads : int, optional
             None is every processor of this process.
+        strict : bool, optional
+            True: distance < radius, as faiss has it; within radius 0 there is nothing.
         where : array of bool, array of int or range, optional
             As in `search`.
 
@@ -273,8 +282,9 @@ class HammingIndex:
             another length, and ids that are not in the index.
         """
         rows = packed_codes(q, "q", self.bits)
-        radius, (_, threads) = min(as_integer(radius, "radius", 0), self.bits), how(None, threads)
-        found = [hits for part in self._searched(where) for hits in part.within(rows, radius, threads)]
+        radius, (_, threads) = min(closed_radius(radius, strict), self.bits), how(None, threads)
+        parts = self._searched(where)
+        found = [hits for part in parts if radius >= 0 for hits in part.within(rows, radius, threads)]
         lims, distances, ids = hits_of_all(found, len(rows))
         return like(lims, q), like(distances, q), like(ids, q)
 

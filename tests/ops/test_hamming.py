@@ -173,6 +173,32 @@ def test_agrees_with_faiss():
     np.testing.assert_array_equal(cf.hamming_topk(q, db, 50)[0], index.search(q, 50)[0])
 
 
+@pytest.mark.parametrize("radius", [0, 1, 20, 64, 65, 66])
+@pytest.mark.parametrize("count", [0, 300])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_strict_radius_is_that_of_faiss(backend, count, radius):
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(radius)
+    q, db = codes(rng, 5, 8), codes(rng, count, 8)
+    if count:
+        q[0], db[1] = db[0], ~q[1]
+    index = faiss.IndexBinaryFlat(64)
+    index.add(db)
+    lims, near, found = index.range_search(q, radius)
+    got = cf.hamming_range(q, db, radius, strict=True, backend=backend)
+    own = cf.HammingIndex(64)
+    own.add(db)
+    for ours in (got, own.range_search(q, radius, strict=True)):
+        np.testing.assert_array_equal(ours[0], lims)
+        for i in range(len(q)):
+            pairs = zip(*(x[lims[i] : lims[i + 1]].tolist() for x in (ours[2], ours[1])), strict=True)
+            theirs = zip(*(x[lims[i] : lims[i + 1]].tolist() for x in (found, near)), strict=True)
+            assert list(pairs) == sorted(theirs)
+    if radius:
+        for a, b in zip(got, cf.hamming_range(q, db, radius - 1, backend=backend), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_odd_bits_set_the_padding_distance():
     x = cf.pack_codes(np.eye(3, 13, dtype=bool))
     distances, indices = cf.hamming_topk(x, x, 5, bits=13)
@@ -381,6 +407,14 @@ def test_pack_rules_for_zero_and_threshold():
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, threads=0), "1 or more"),
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, backend="cuda"), "cuda"),
         (lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), -1), "radius .* got -1"),
+        (
+            lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), -1, strict=True),
+            "radius .* got -1",
+        ),
+        (
+            lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, strict=1),
+            "strict must be True or False, got 1",
+        ),
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 2**63), "below 2"),
         (lambda: cf.pack_codes(np.ones((2, 8), ">f4")), ">f4"),
         (lambda: cf.pack_codes(torch.eye(4).to_sparse()), "dense"),
