@@ -6,7 +6,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import Tensor
 
 from cmr_fast._files import StrPath, as_path
 from cmr_fast.errors import InputError
@@ -17,10 +16,12 @@ from cmr_fast.retrieval import _faiss, _indexfile
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
+from cmr_fast.retrieval._pieces import check_progress, distinct, planned, verify, width_of
 from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._searching import Searched, hits_of_all, nearest_of_all
 from cmr_fast.retrieval._segments import Part, Tail, is_mapped
 from cmr_fast.retrieval._where import selected_rows
+from cmr_fast.retrieval.searcher import Searcher
 
 Ids = Array | Sequence[int]
 Where = Array | Sequence[int] | Sequence[bool] | range
@@ -179,8 +180,8 @@ class HammingIndex:
         gone = np.sort(np.asarray(check_ids(ids, None, any_sign=True), dtype=np.int64))
         with self._writing:
             rows = [part.sound().rows_of(gone) for part in self._parts]
-            if sum(map(len, rows)) < len(gone) or len(_distinct(self._parts, rows)) < len(gone):
-                unknown = np.setdiff1d(gone, _distinct(self._parts, rows))
+            if sum(map(len, rows)) < len(gone) or len(distinct(self._parts, rows)) < len(gone):
+                unknown = np.setdiff1d(gone, distinct(self._parts, rows))
                 raise InputError(f"ids must be in the index: {len(unknown)} are not, the first is {unknown[0]}")
             parts, tail = [], self._tail
             for part, cut in zip(self._parts, rows, strict=True):
@@ -240,6 +241,30 @@ class HammingIndex:
         found = [near for part in self._searched(where) for near in part.nearest(rows, k, most, self.bits, threads)]
         distances, ids = nearest_of_all(found, len(rows), k, self.bits)
         return like(distances, q), like(ids, q)
+
+    def searcher(self, k: int, threads: int | None = None) -> Searcher:
+        """Search for one query after the other, into arrays that are made once.
+
+        Parameters
+        ----------
+        k : int
+            As in `search`.
+        threads : int, optional
+            None is every processor of this process.
+
+        Returns
+        -------
+        Searcher
+            `searcher.search(q)` finds what `index.search(q, k)` finds of one query, with less around it: what it
+            returns is **overwritten by its next call**. What is added to the index or removed later counts. One
+            searcher serves one thread at a time.
+
+        Raises
+        ------
+        InputError
+            For a k or threads that are not counts.
+        """
+        return Searcher(self, as_integer(k, "k", 1, MAX_K), how(None, threads)[1])
 
     def range_search(
         self,
@@ -305,7 +330,7 @@ class HammingIndex:
         """
         with self._writing:
             parts, next_id = self._parts, self._next_id
-        _verify(parts)
+        verify(parts)
         _indexfile.write(path, self.bits, next_id, parts)
 
     @classmethod
@@ -382,7 +407,7 @@ class HammingIndex:
         InputError
             Where the file is damaged.
         """
-        _verify(self._parts)
+        verify(self._parts)
 
     @classmethod
     def build(
@@ -422,10 +447,10 @@ class HammingIndex:
             if not pieces:
                 raise InputError("codes must hold an array at least, or bits must say the length")
             first = pieces[0]
-            bits = first.bits if isinstance(first, HammingIndex) else 8 * _width(first)
+            bits = first.bits if isinstance(first, HammingIndex) else 8 * width_of(first)
         bits = code_length(bits)
-        _check_progress(progress)
-        parts, next_id = _planned(pieces, ids, bits, (), 0)
+        check_progress(progress)
+        parts, next_id = planned(_opened(pieces, bits), ids, (), 0)
         _indexfile.write(path, bits, next_id, parts, progress)
 
     @staticmethod
@@ -456,8 +481,8 @@ class HammingIndex:
             Where the system refuses, with the path.
         """
         pieces = _pieces(codes)
-        _check_progress(progress)
-        _indexfile.append(path, lambda old: _planned(pieces, ids, old.bits, old.parts, old.next_id), progress)
+        check_progress(progress)
+        _indexfile.append(path, lambda old: planned(_opened(pieces, old.bits), ids, old.parts, old.next_id), progress)
 
     @classmethod
     def from_faiss(cls, path: StrPath, bits: int | None = None, mmap: bool = True) -> "HammingIndex":
@@ -511,7 +536,7 @@ class HammingIndex:
             Where the system refuses, with the path.
         """
         parts = self._parts
-        _verify(parts)
+        verify(parts)
         _faiss.write(path, self._nbytes, parts)
 
     @property
@@ -537,7 +562,9 @@ class HammingIndex:
     def _searched(self, where: Where | None) -> list[Searched]:
         """Each part, its rows that count, and its plan: the one place that chooses how a part is searched."""
         parts = self._parts
-        rows = [None] * len(parts) if where is None else selected_rows(where, parts)
+        if where is None:
+            return [Searched(part.sound(), None, self._plan_of(part)) for part in parts]
+        rows = selected_rows(where, parts)
         return [Searched(part.sound(), each, self._plan_of(part)) for part, each in zip(parts, rows, strict=True)]
 
     def _plan_of(self, part: Part) -> SearchPlan | None:
@@ -552,55 +579,19 @@ class HammingIndex:
         return self._known
 
 
-def _planned(
-    pieces: "list[Array | HammingIndex]", ids: Ids | None, bits: int, old: Sequence[Part], next_id: int
-) -> tuple[list[Part], int]:
-    """Pieces as parts whose ids are neither among the `old` parts' nor each other's, and the next id."""
-    given = None if ids is None else check_ids(ids, sum(map(len, pieces)))
-    known: IdSet | None = None
-    out: list[Part] = []
-    taken = 0
-    for piece in pieces:
-        parts: Sequence[Part]
-        if isinstance(piece, HammingIndex):
-            if piece.bits != bits:
-                raise InputError(f"codes must have {bits} bits, got a HammingIndex of {piece.bits}")
-            parts = piece._parts
-            _verify(parts)
-        else:
-            rows = packed_codes(piece, "codes", bits)
-            parts = (Part(rows, counted_on(next_id, len(rows))),)
-        for part in (part for part in parts if len(part)):
-            new = part if given is None else Part(part.codes, given[taken : taken + len(part)])
-            if lowest(new.ids) < next_id:
-                known = known or IdSet(other.sound().ids for other in (*old, *out))
-                refuse_known(new.ids, known)
-            if known is not None:
-                known.add(new.ids)
-            next_id, taken = next_after(next_id, new.ids), taken + len(new)
-            out.append(new)
-    return out, next_id
-
-
 def _pieces(codes: "Array | HammingIndex | Sequence[Array | HammingIndex]") -> "list[Array | HammingIndex]":
     return list(codes) if isinstance(codes, list | tuple) else [codes]  # type: ignore[list-item]
 
 
-def _width(codes: object) -> int:
-    """Bytes of a code of what may not be codes at all."""
-    return codes.shape[1] if isinstance(codes, np.ndarray | Tensor) and codes.ndim == 2 else 1
-
-
-def _check_progress(progress: object) -> None:
-    if progress is not None and not callable(progress):
-        raise InputError(f"progress must be called with a number of rows, got {progress!r}")
-
-
-def _verify(parts: Sequence[Part]) -> None:
-    for part in parts:
-        part.verify()
-
-
-def _distinct(parts: Sequence[Part], rows: Sequence[np.ndarray]) -> np.ndarray:
-    """The ids, each once, of some rows of each part."""
-    return np.unique(np.concatenate([np.empty(0, np.int64), *map(Part.ids_of, parts, rows)]))
+def _opened(pieces: "list[Array | HammingIndex]", bits: int) -> list[np.ndarray | tuple[Part, ...]]:
+    """Rows of codes, and indexes as their parts."""
+    out: list[np.ndarray | tuple[Part, ...]] = []
+    for piece in pieces:
+        if not isinstance(piece, HammingIndex):
+            out.append(packed_codes(piece, "codes", bits))
+        elif piece.bits != bits:
+            raise InputError(f"codes must have {bits} bits, got a HammingIndex of {piece.bits}")
+        else:
+            verify(piece._parts)
+            out.append(piece._parts)
+    return out
