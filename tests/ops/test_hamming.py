@@ -114,12 +114,26 @@ def test_topk_with_sampled_limits(isa, order, monkeypatch):
         assert_topk(q, db, k, threads=1)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("share", [1, 2, 31, 32, 33, 40])
+@pytest.mark.parametrize("nbytes", [1, 2, 3, 8, 9, 40])
+def test_large_k_of_tied_and_random_codes(isa, nbytes, share, monkeypatch):
+    monkeypatch.setenv("CMR_FAST_ISA", isa)
+    rng = np.random.default_rng(share)
+    q, n = codes(rng, 5, nbytes), 4096 + 200 + share
+    for kind in ("random", "tied", "equal"):
+        for threads in (1, 3):
+            assert_topk(q, codes(rng, n, nbytes, kind), -(-n // share), threads=threads)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_topk_and_range_do_not_depend_on_threads_or_splits(threads):
     rng = np.random.default_rng(3)
     db = codes(rng, 150_000, 3)  # 24 bits: many ties across the splits
     q = codes(rng, 3, 3)
-    assert_topk(q, db, 50, threads=threads)
+    for k in (50, 4000, 60_000):
+        assert_topk(q, db, k, threads=threads)
+        assert_topk(q[:1], db, k, threads=threads)
     for got, expected in zip(
         cf.hamming_range(q, db, 5, threads=threads), _reference.hamming_range(q, db, 5), strict=True
     ):
