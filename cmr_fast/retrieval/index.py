@@ -12,7 +12,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
 from cmr_fast.ops.hamming import closed_radius
-from cmr_fast.retrieval import _faiss, _indexfile
+from cmr_fast.retrieval import _faiss, _indexfile, _usearch
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
@@ -255,9 +255,8 @@ class HammingIndex:
         Returns
         -------
         Searcher
-            `searcher.search(q)` finds what `index.search(q, k)` finds of one query, with less around it: what it
-            returns is **overwritten by its next call**. What is added to the index or removed later counts. One
-            searcher serves one thread at a time.
+            `searcher.search(q)` finds what `index.search(q, k)` finds of one query; what it returns is **overwritten
+            by its next call**. It sees what is added and removed. One searcher serves one thread at a time.
 
         Raises
         ------
@@ -372,16 +371,16 @@ class HammingIndex:
 
     @classmethod
     def open(cls, path: StrPath, mmap: bool = True, bits: int | None = None) -> "HammingIndex":
-        """Open an index file, of this package or of faiss.
+        """Open an index file, of this package, of faiss or of usearch.
 
         Parameters
         ----------
         path : path
-            What `save` or faiss.write_index_binary wrote.
+            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote.
         mmap : bool
-            As in `load`: False reads everything into memory.
+            As in `load`: False reads everything into memory. usearch's is always read.
         bits : int, optional
-            Code length; only a faiss file's may be shorter than its bytes.
+            Code length; only that of a file of others may be shorter than its bytes.
 
         Returns
         -------
@@ -390,10 +389,13 @@ class HammingIndex:
         Raises
         ------
         InputError
-            For a file that is neither, saying what it is, or of another code length.
+            For a file that is none of these, saying what it is, or of another code length.
         """
-        if index_kind(path) == "faiss":
+        kind = index_kind(path)
+        if kind == "faiss":
             return cls.from_faiss(path, bits, mmap)
+        if kind == "usearch":
+            return cls._holding(path, *_usearch.read(path), bits, False)
         index = cls.load(path, mmap)
         if bits is not None and code_length(bits) != index.bits:
             raise InputError(f"{path}: its codes have {index.bits} bits, expected {bits}")
@@ -486,8 +488,9 @@ class HammingIndex:
 
     @classmethod
     def from_faiss(cls, path: StrPath, bits: int | None = None, mmap: bool = True) -> "HammingIndex":
-        """Open a faiss file of IndexBinaryFlat, or of IndexBinaryIDMap or IDMap2 over one.
+        """Open a faiss file of IndexBinaryFlat, IVF, HNSW, Hash or MultiHash, or of IndexBinaryIDMap or IDMap2 over it.
 
+        Lists, graphs and hashes are left aside, with a warning: searches here are exact. Codes are by rising id then.
         Its ids are kept as they are: negative ones, and one id for several codes. (-1 also pads what `search` returns;
         the distance bits + 1 tells the padding.) `add` goes on to take new ids of 0 or more only.
 
@@ -498,7 +501,7 @@ class HammingIndex:
         bits : int, optional
             The code length where it is no multiple of 8.
         mmap : bool
-            True: codes and ids stay in the file. False: they are read into memory.
+            True: codes and ids of a flat index stay in the file. False: they are read, as others always are.
 
         Returns
         -------
@@ -509,11 +512,14 @@ class HammingIndex:
         InputError
             For a file that is missing, damaged, too wide or something else, saying what it is.
         """
-        file_bits, part = _faiss.read(path)
+        return cls._holding(path, *_faiss.read(path), bits, mmap)
+
+    @classmethod
+    def _holding(cls, path: StrPath, file_bits: int, part: Part, bits: int | None, mmap: bool) -> "HammingIndex":
         index = cls(file_bits if bits is None else bits)
         if len(part):
             packed_codes(part.codes, f"{as_path(path)}", index.bits)
-            if mmap:
+            if mmap and part.source is not None:
                 index._parts = (part,)
             else:
                 index._extend(part.codes, part.ids)
@@ -562,9 +568,7 @@ class HammingIndex:
     def _searched(self, where: Where | None) -> list[Searched]:
         """Each part, its rows that count, and its plan: the one place that chooses how a part is searched."""
         parts = self._parts
-        if where is None:
-            return [Searched(part.sound(), None, self._plan_of(part)) for part in parts]
-        rows = selected_rows(where, parts)
+        rows = [None] * len(parts) if where is None else selected_rows(where, parts)
         return [Searched(part.sound(), each, self._plan_of(part)) for part, each in zip(parts, rows, strict=True)]
 
     def _plan_of(self, part: Part) -> SearchPlan | None:
