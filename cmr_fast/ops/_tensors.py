@@ -129,11 +129,27 @@ def neighbours(count: int, k: int, bits: int, device: torch.device | str, padded
         distances = torch.empty((count, k), dtype=torch.int32, device=device)
         indices = torch.empty((count, k), dtype=torch.int64, device=device)
     except (RuntimeError, MemoryError) as error:
-        raise InputError(
-            f"k must be small enough for the results to be held: k={k} for {count} queries takes {12 * count * k} "
-            f"bytes, more than there are on {device}"
-        ) from error
+        raise _too_large(count, k, device) from error
     return (distances.fill_(bits + 1), indices.fill_(-1)) if padded else (distances, indices)
+
+
+def neighbour_arrays(count: int, k: int, bits: int, padded: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`neighbours` as numpy arrays."""
+    try:
+        distances, indices = np.empty((count, k), np.int32), np.empty((count, k), np.int64)
+    except (MemoryError, ValueError) as error:
+        raise _too_large(count, k, "cpu") from error
+    if padded:
+        distances.fill(bits + 1)
+        indices.fill(-1)
+    return distances, indices
+
+
+def _too_large(count: int, k: int, device: torch.device | str) -> InputError:
+    return InputError(
+        f"k must be small enough for the results to be held: k={k} for {count} queries takes {12 * count * k} "
+        f"bytes, more than there are on {device}"
+    )
 
 
 def as_seed(value: object, name: str = "seed") -> int:

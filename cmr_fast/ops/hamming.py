@@ -6,6 +6,7 @@ lower index, whatever the backend, the instruction set and the number of threads
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,14 @@ from cmr_fast.ops._tensors import (
     check_codes,
     check_values,
     like_input,
+    neighbour_arrays,
     neighbours,
 )
 from cmr_fast.ops.cuda import hamming as hamming_cuda
 from cmr_fast.ops.multi_index_range import scan_range, tables_for
 
+_BYTE = np.dtype(np.uint8)
+_LITTLE = 1 << 17  # pairs of codes that are compared before another thread is awake
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
 
 
@@ -165,6 +169,8 @@ def hamming_topk(
     InputError
         On codes, k or bits of another kind, and a backend that cannot run.
     """
+    if _plain(q, db) and _dispatch.choose_backend("hamming_topk", "cpu", _dispatch.how(backend, threads)[0]) == "cpp":
+        return _topk_of_arrays(q, db, as_integer(k, "k", 1, MAX_K), _check_bits(bits, db.shape[1]), threads)
     queries, database, was_numpy = as_codes(q, db)
     k = as_integer(k, "k", 1, MAX_K)
     bits = _check_bits(bits, database.shape[1])
@@ -174,18 +180,45 @@ def hamming_topk(
     return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
 
+def _plain(q: object, db: object) -> bool:
+    """Whether both are packed codes of one width, in numpy arrays that are used as they are."""
+    if type(q) is not np.ndarray or type(db) is not np.ndarray or q.ndim != 2 or db.ndim != 2:
+        return False
+    width = db.shape[1]
+    return (
+        q.dtype == _BYTE
+        and db.dtype == _BYTE
+        and q.shape[1] == width
+        and 1 <= width <= MAX_BITS // 8
+        and q.flags.c_contiguous
+        and db.flags.c_contiguous
+    )
+
+
+def _topk_of_arrays(q: Any, db: Any, k: int, bits: int, threads: int | None) -> tuple[Any, Any]:
+    """`_topk` on the native kernels without torch, whose calls cost more than a small scan."""
+    count, size = len(q), len(db)
+    distances, indices = neighbour_arrays(count, k, bits, k > size)
+    if threads is None and count * size <= _LITTLE and not _dispatch.setting("CMR_FAST_THREADS"):
+        threads = 1
+    isa, threads = _dispatch.choose_isa(), _dispatch.choose_threads(threads)
+    _dispatch.native().hamming_topk_of_arrays(isa, q, db, k, threads, distances, indices)
+    return distances, indices
+
+
 def hamming_range(
     q: Array,
     db: Array,
     radius: int,
     *,
+    strict: bool = False,
     tables: bool = True,
     backend: str | None = None,
     threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Every database code at distance <= radius of each query: the triple of faiss's range_search.
 
-    faiss's own radius is left out (distance < radius): it is this one + 1.
+    faiss leaves its radius out (distance < radius): faiss radius = ours + 1, or the same with `strict=True`.
 
     Where a small radius and many queries promise that it pays, tables of substrings are built for this call
     (multi-index hashing; up to 1.5 times the memory of the codes) and looked up instead of scanning.
@@ -196,6 +229,8 @@ def hamming_range(
         uint8 (Q, nbytes) and (N, nbytes) packed codes, on one device.
     radius : int
         0 or more; inclusive, where faiss takes distances below its radius.
+    strict : bool, optional
+        True: distance < radius, as faiss has it; within radius 0 there is nothing.
     tables : bool, optional
         False: only scan. Results do not depend on it.
     backend : {"cpp", "cuda", "torch"}, optional
@@ -219,7 +254,9 @@ def hamming_range(
     """
     queries, database, was_numpy = as_codes(q, db)
     check_values(queries, "q")  # as many results as they say
-    radius = min(as_integer(radius, "radius", 0), 8 * database.shape[1])
+    radius = min(closed_radius(radius, strict), 8 * database.shape[1])
+    if radius < 0:
+        radius, database = 0, database[:0]
     if not isinstance(tables, bool):
         raise InputError(f"tables must be True or False, got {tables!r}")
     result = torch.ops.cmr_fast.hamming_range(queries, database, radius, tables, *_dispatch.how(backend, threads))
@@ -262,6 +299,13 @@ def _check_bits(bits: int | None, nbytes: int) -> int:
     if not 8 * (nbytes - 1) < number <= 8 * nbytes:
         raise InputError(f"codes of {nbytes} bytes hold {8 * nbytes - 7} to {8 * nbytes} bits, got bits={bits!r}")
     return number
+
+
+def closed_radius(radius: object, strict: object) -> int:
+    """The radius r of distance <= r; -1 where distance < 0 was asked for."""
+    if not isinstance(strict, bool):
+        raise InputError(f"strict must be True or False, got {strict!r}")
+    return as_integer(radius, "radius", 0) - strict
 
 
 def _pack_codes(bits: Tensor) -> Tensor:

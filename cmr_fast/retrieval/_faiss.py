@@ -1,5 +1,7 @@
 """faiss's files of IndexBinaryFlat ("IBxF"), alone or under an IndexBinaryIDMap ("IBMp") or IDMap2 ("IBM2").
 
+Those of other kinds are read by _faiss_kinds.
+
 Little-endian, as faiss/impl/index_write.cpp lays them out on 64-bit machines: fourcc, then int32 d, int32 code_size,
 int64 ntotal, bool is_trained, int32 metric; a flat index goes on with uint64 bytes and the codes; a map with the flat
 index inside, then uint64 ntotal and int64 ids.
@@ -16,7 +18,8 @@ import numpy as np
 from cmr_fast._files import StrPath, as_path, check_regular, named, write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.ops._tensors import MAX_BITS
-from cmr_fast.retrieval._formats import FAISS_FLAT, FAISS_MAPS, HEAD, what_it_is
+from cmr_fast.retrieval import _faiss_kinds
+from cmr_fast.retrieval._formats import FAISS_FLAT, FAISS_MAPS, FAISS_OTHERS, HEAD, what_it_is
 from cmr_fast.retrieval._ids import LAST
 from cmr_fast.retrieval._segments import Ids, Part, id_blocks, joined
 
@@ -58,9 +61,13 @@ def read(path: StrPath) -> tuple[int, Part]:
         size = status.st_size
         data = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(size,))) if size else np.empty(0, np.uint8)
     kind = data[:4].tobytes()
+    inner = data[_HEADER.size : _HEADER.size + 4].tobytes() if kind in FAISS_MAPS else kind
+    if inner in FAISS_OTHERS:
+        bits, codes, own = _faiss_kinds.read(path, data)
+        return bits, Part(codes, _counted(own))
     if kind not in (FAISS_FLAT, *FAISS_MAPS):
         what = what_it_is(data[:HEAD].tobytes())
-        raise InputError(f"{path}: expected a faiss IndexBinaryFlat or IndexBinaryIDMap file, it {what}")
+        raise InputError(f"{path}: expected a faiss file of a binary index, it {what}")
     at = 0
     headers = []
     for wanted in (FAISS_MAPS, (FAISS_FLAT,)) if kind in FAISS_MAPS else ((FAISS_FLAT,),):

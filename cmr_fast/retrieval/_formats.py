@@ -1,5 +1,7 @@
 """What kind of index a file is, by its first bytes."""
 
+import os
+import struct
 from typing import Literal
 
 from cmr_fast._files import StrPath, as_path, check_regular, named, pointer
@@ -9,10 +11,16 @@ FAISS_FLAT = b"IBxF"
 FAISS_MAPS = (b"IBMp", b"IBM2")
 HEAD = 512
 
-_FAISS = {b"IBw": "IndexBinaryIVF", b"IBHf": "IndexBinaryHNSW", b"IBHh": "IndexBinaryHash", b"IBHm": "a multi-hash"}
+FAISS_OTHERS = {
+    b"IBwF": "IndexBinaryIVF",
+    b"IBHf": "IndexBinaryHNSW",
+    b"IBHh": "IndexBinaryHash",
+    b"IBHm": "IndexBinaryMultiHash",
+}
+USEARCH = b"usearch"
 
 
-def index_kind(path: StrPath) -> Literal["cmr_fast", "faiss"] | None:
+def index_kind(path: StrPath) -> Literal["cmr_fast", "faiss", "usearch"] | None:
     """Whose index a file is.
 
     Parameters
@@ -23,7 +31,7 @@ def index_kind(path: StrPath) -> Literal["cmr_fast", "faiss"] | None:
     Returns
     -------
     str or None
-        "cmr_fast", "faiss" (IndexBinaryFlat, alone or under an IndexBinaryIDMap or IDMap2), or None: neither.
+        "cmr_fast", "faiss" (a binary index), "usearch", or None: none of these.
 
     Raises
     ------
@@ -33,7 +41,24 @@ def index_kind(path: StrPath) -> Literal["cmr_fast", "faiss"] | None:
     head = first_bytes(path)
     if head.startswith(MAGIC):
         return "cmr_fast"
-    return "faiss" if head[:4] in (FAISS_FLAT, *FAISS_MAPS) else None
+    if head[:4] in (FAISS_FLAT, *FAISS_MAPS, *FAISS_OTHERS):
+        return "faiss"
+    return "usearch" if _has_usearch_head(path, head) else None
+
+
+def _has_usearch_head(path: StrPath, head: bytes) -> bool:
+    """Whether the head of a usearch index comes after a matrix of the size that the file begins with."""
+    path = as_path(path)
+    with named(path), open(path, "rb") as file:
+        for form in ("<2I", "<2Q"):
+            if len(head) >= struct.calcsize(form):
+                rows, columns = struct.unpack_from(form, head)
+                at = struct.calcsize(form) + rows * columns
+                if at + len(USEARCH) <= os.fstat(file.fileno()).st_size:
+                    file.seek(at)
+                    if file.read(len(USEARCH)) == USEARCH:
+                        return True
+    return False
 
 
 def first_bytes(path: StrPath) -> bytes:
@@ -52,14 +77,11 @@ def what_it_is(head: bytes) -> str:
         return "is empty"
     if head.startswith(MAGIC):
         return "is an index of cmr_fast, which HammingIndex.load and HammingIndex.open read"
-    if head[:4] in (FAISS_FLAT, *FAISS_MAPS):
+    if head[:4] in (FAISS_FLAT, *FAISS_MAPS, *FAISS_OTHERS):
         return "is an index of faiss, which HammingIndex.from_faiss and HammingIndex.open read"
     if head.startswith(b"\x93NUMPY"):
         return "is a .npy array; HammingIndex.build makes an index of one that holds packed codes"
     seen = f"begins with {head[:4] if head[:1] == b'I' else head[:8]!r}"
-    for start, name in _FAISS.items():
-        if head.startswith(start):
-            return f"{seen}, faiss's {name}; of its binary indexes IndexBinaryFlat and ID maps over it are read"
     if head[:2] in (b"Ix", b"Iw", b"IH") and head[:4].isalnum():
         return f"{seen}, a faiss index of floats; packed codes are in its binary indexes"
     if head.startswith(b"PK"):

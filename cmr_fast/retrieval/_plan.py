@@ -41,16 +41,23 @@ class SearchPlan:
         self, q: np.ndarray, codes: np.ndarray, k: int, bits: int, threads: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """What hamming_topk(q, codes, k, bits=bits) returns; `codes` are the same in every call."""
-        if self.tables is None and self._due(q, codes, k, bits):
-            self._build(codes, k, bits, threads)
-        if self.tables is not None and self.tables.worth_it(k):
-            return self.tables.search(q, k, threads=threads)
+        tables = self.tables_for(len(q), codes, k, bits, threads)
+        if tables is not None:
+            return tables.search(q, k, threads=threads)
         return hamming_topk(q, codes, k, bits=bits, threads=threads)
 
-    def _due(self, q: np.ndarray, codes: np.ndarray, k: int, bits: int) -> bool:
+    def tables_for(
+        self, num_queries: int, codes: np.ndarray, k: int, bits: int, threads: int | None
+    ) -> SearchTables | None:
+        """The tables that these queries are looked up in, perhaps built for them; None: they are to be scanned."""
+        if self.tables is None and self._due(num_queries, codes, k, bits):
+            self._build(codes, k, bits, threads)
+        return self.tables if self.tables is not None and self.tables.worth_it(k) else None
+
+    def _due(self, num_queries: int, codes: np.ndarray, k: int, bits: int) -> bool:
         if (self._hopeless is not None and k >= self._hopeless) or not multi_index.available(codes):
             return False
-        self._scanned += multi_index.scan_cost(len(codes), codes.shape[1], len(q), k)
+        self._scanned += multi_index.scan_cost(len(codes), codes.shape[1], num_queries, k)
         return self._scanned >= multi_index.build_cost(len(codes), bits)
 
     def _build(self, codes: np.ndarray, k: int, bits: int, threads: int | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmr_fast.ops import hamming_topk
-from cmr_fast.ops._tensors import neighbours
+from cmr_fast.ops._tensors import neighbour_arrays
 from cmr_fast.retrieval._plan import Hits, SearchPlan, nearest_of, scan_hits
 from cmr_fast.retrieval._segments import Part
 from cmr_fast.retrieval._where import Rows, as_mask, chosen, count_of
@@ -77,7 +77,7 @@ def nearest_of_all(
     every = np.concatenate([np.empty((count, 0), dtype=np.int32), *(near for near, _ in found)], axis=1)
     names = np.concatenate([np.empty((count, 0), dtype=np.int64), *(ids for _, ids in found)], axis=1)
     best = np.argsort(every, axis=1, kind="stable")[:, :k]
-    out, named = (x.numpy() for x in neighbours(count, k, bits, "cpu", padded=k > best.shape[1]))
+    out, named = neighbour_arrays(count, k, bits, padded=k > best.shape[1])
     out[:, : best.shape[1]] = np.take_along_axis(every, best, axis=1)
     named[:, : best.shape[1]] = np.take_along_axis(names, best, axis=1)
     return out, named

@@ -6,20 +6,22 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import Tensor
 
 from cmr_fast._files import StrPath, as_path
 from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
-from cmr_fast.retrieval import _faiss, _indexfile
+from cmr_fast.ops.hamming import closed_radius
+from cmr_fast.retrieval import _faiss, _indexfile, _usearch
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
+from cmr_fast.retrieval._pieces import check_progress, distinct, planned, verify, width_of
 from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._searching import Searched, hits_of_all, nearest_of_all
 from cmr_fast.retrieval._segments import Part, Tail, is_mapped
 from cmr_fast.retrieval._where import selected_rows
+from cmr_fast.retrieval.searcher import Searcher
 
 Ids = Array | Sequence[int]
 Where = Array | Sequence[int] | Sequence[bool] | range
@@ -178,8 +180,8 @@ class HammingIndex:
         gone = np.sort(np.asarray(check_ids(ids, None, any_sign=True), dtype=np.int64))
         with self._writing:
             rows = [part.sound().rows_of(gone) for part in self._parts]
-            if sum(map(len, rows)) < len(gone) or len(_distinct(self._parts, rows)) < len(gone):
-                unknown = np.setdiff1d(gone, _distinct(self._parts, rows))
+            if sum(map(len, rows)) < len(gone) or len(distinct(self._parts, rows)) < len(gone):
+                unknown = np.setdiff1d(gone, distinct(self._parts, rows))
                 raise InputError(f"ids must be in the index: {len(unknown)} are not, the first is {unknown[0]}")
             parts, tail = [], self._tail
             for part, cut in zip(self._parts, rows, strict=True):
@@ -240,13 +242,42 @@ class HammingIndex:
         distances, ids = nearest_of_all(found, len(rows), k, self.bits)
         return like(distances, q), like(ids, q)
 
+    def searcher(self, k: int, threads: int | None = None) -> Searcher:
+        """Search for one query after the other, into arrays that are made once.
+
+        Parameters
+        ----------
+        k : int
+            As in `search`.
+        threads : int, optional
+            None is every processor of this process.
+
+        Returns
+        -------
+        Searcher
+            `searcher.search(q)` finds what `index.search(q, k)` finds of one query; what it returns is **overwritten
+            by its next call**. It sees what is added and removed. One searcher serves one thread at a time.
+
+        Raises
+        ------
+        InputError
+            For a k or threads that are not counts.
+        """
+        return Searcher(self, as_integer(k, "k", 1, MAX_K), how(None, threads)[1])
+
     def range_search(
-        self, q: Array, radius: int, threads: int | None = None, *, where: Where | None = None
+        self,
+        q: Array,
+        radius: int,
+        threads: int | None = None,
+        *,
+        strict: bool = False,
+        where: Where | None = None,
     ) -> tuple[Array, Array, Array]:
         """Every code at distance <= radius of each query.
 
-        faiss's binary range_search leaves the radius itself out (distance < radius, strictly less than it): its
-        radius is this one + 1.
+        faiss's binary range_search leaves the radius itself out (distance < radius): faiss radius = ours + 1, or the
+        same with `strict=True`.
 
         Parameters
         ----------
@@ -256,6 +287,8 @@ class HammingIndex:
             0 or more, in bits.
         threads : int, optional
             None is every processor of this process.
+        strict : bool, optional
+            True: distance < radius, as faiss has it; within radius 0 there is nothing.
         where : array of bool, array of int or range, optional
             As in `search`.
 
@@ -273,8 +306,9 @@ class HammingIndex:
             another length, and ids that are not in the index.
         """
         rows = packed_codes(q, "q", self.bits)
-        radius, (_, threads) = min(as_integer(radius, "radius", 0), self.bits), how(None, threads)
-        found = [hits for part in self._searched(where) for hits in part.within(rows, radius, threads)]
+        radius, (_, threads) = min(closed_radius(radius, strict), self.bits), how(None, threads)
+        parts = self._searched(where)
+        found = [hits for part in parts if radius >= 0 for hits in part.within(rows, radius, threads)]
         lims, distances, ids = hits_of_all(found, len(rows))
         return like(lims, q), like(distances, q), like(ids, q)
 
@@ -295,7 +329,7 @@ class HammingIndex:
         """
         with self._writing:
             parts, next_id = self._parts, self._next_id
-        _verify(parts)
+        verify(parts)
         _indexfile.write(path, self.bits, next_id, parts)
 
     @classmethod
@@ -337,16 +371,16 @@ class HammingIndex:
 
     @classmethod
     def open(cls, path: StrPath, mmap: bool = True, bits: int | None = None) -> "HammingIndex":
-        """Open an index file, of this package or of faiss.
+        """Open an index file, of this package, of faiss or of usearch.
 
         Parameters
         ----------
         path : path
-            What `save` or faiss.write_index_binary wrote.
+            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote.
         mmap : bool
-            As in `load`: False reads everything into memory.
+            As in `load`: False reads everything into memory. usearch's is always read.
         bits : int, optional
-            Code length; only a faiss file's may be shorter than its bytes.
+            Code length; only that of a file of others may be shorter than its bytes.
 
         Returns
         -------
@@ -355,10 +389,13 @@ class HammingIndex:
         Raises
         ------
         InputError
-            For a file that is neither, saying what it is, or of another code length.
+            For a file that is none of these, saying what it is, or of another code length.
         """
-        if index_kind(path) == "faiss":
+        kind = index_kind(path)
+        if kind == "faiss":
             return cls.from_faiss(path, bits, mmap)
+        if kind == "usearch":
+            return cls._holding(path, *_usearch.read(path), bits, False)
         index = cls.load(path, mmap)
         if bits is not None and code_length(bits) != index.bits:
             raise InputError(f"{path}: its codes have {index.bits} bits, expected {bits}")
@@ -372,7 +409,7 @@ class HammingIndex:
         InputError
             Where the file is damaged.
         """
-        _verify(self._parts)
+        verify(self._parts)
 
     @classmethod
     def build(
@@ -412,10 +449,10 @@ class HammingIndex:
             if not pieces:
                 raise InputError("codes must hold an array at least, or bits must say the length")
             first = pieces[0]
-            bits = first.bits if isinstance(first, HammingIndex) else 8 * _width(first)
+            bits = first.bits if isinstance(first, HammingIndex) else 8 * width_of(first)
         bits = code_length(bits)
-        _check_progress(progress)
-        parts, next_id = _planned(pieces, ids, bits, (), 0)
+        check_progress(progress)
+        parts, next_id = planned(_opened(pieces, bits), ids, (), 0)
         _indexfile.write(path, bits, next_id, parts, progress)
 
     @staticmethod
@@ -446,13 +483,14 @@ class HammingIndex:
             Where the system refuses, with the path.
         """
         pieces = _pieces(codes)
-        _check_progress(progress)
-        _indexfile.append(path, lambda old: _planned(pieces, ids, old.bits, old.parts, old.next_id), progress)
+        check_progress(progress)
+        _indexfile.append(path, lambda old: planned(_opened(pieces, old.bits), ids, old.parts, old.next_id), progress)
 
     @classmethod
     def from_faiss(cls, path: StrPath, bits: int | None = None, mmap: bool = True) -> "HammingIndex":
-        """Open a faiss file of IndexBinaryFlat, or of IndexBinaryIDMap or IDMap2 over one.
+        """Open a faiss file of IndexBinaryFlat, IVF, HNSW, Hash or MultiHash, or of IndexBinaryIDMap or IDMap2 over it.
 
+        Lists, graphs and hashes are left aside, with a warning: searches here are exact. Codes are by rising id then.
         Its ids are kept as they are: negative ones, and one id for several codes. (-1 also pads what `search` returns;
         the distance bits + 1 tells the padding.) `add` goes on to take new ids of 0 or more only.
 
@@ -463,7 +501,7 @@ class HammingIndex:
         bits : int, optional
             The code length where it is no multiple of 8.
         mmap : bool
-            True: codes and ids stay in the file. False: they are read into memory.
+            True: codes and ids of a flat index stay in the file. False: they are read, as others always are.
 
         Returns
         -------
@@ -474,11 +512,14 @@ class HammingIndex:
         InputError
             For a file that is missing, damaged, too wide or something else, saying what it is.
         """
-        file_bits, part = _faiss.read(path)
+        return cls._holding(path, *_faiss.read(path), bits, mmap)
+
+    @classmethod
+    def _holding(cls, path: StrPath, file_bits: int, part: Part, bits: int | None, mmap: bool) -> "HammingIndex":
         index = cls(file_bits if bits is None else bits)
         if len(part):
             packed_codes(part.codes, f"{as_path(path)}", index.bits)
-            if mmap:
+            if mmap and part.source is not None:
                 index._parts = (part,)
             else:
                 index._extend(part.codes, part.ids)
@@ -501,7 +542,7 @@ class HammingIndex:
             Where the system refuses, with the path.
         """
         parts = self._parts
-        _verify(parts)
+        verify(parts)
         _faiss.write(path, self._nbytes, parts)
 
     @property
@@ -542,55 +583,19 @@ class HammingIndex:
         return self._known
 
 
-def _planned(
-    pieces: "list[Array | HammingIndex]", ids: Ids | None, bits: int, old: Sequence[Part], next_id: int
-) -> tuple[list[Part], int]:
-    """Pieces as parts whose ids are neither among the `old` parts' nor each other's, and the next id."""
-    given = None if ids is None else check_ids(ids, sum(map(len, pieces)))
-    known: IdSet | None = None
-    out: list[Part] = []
-    taken = 0
-    for piece in pieces:
-        parts: Sequence[Part]
-        if isinstance(piece, HammingIndex):
-            if piece.bits != bits:
-                raise InputError(f"codes must have {bits} bits, got a HammingIndex of {piece.bits}")
-            parts = piece._parts
-            _verify(parts)
-        else:
-            rows = packed_codes(piece, "codes", bits)
-            parts = (Part(rows, counted_on(next_id, len(rows))),)
-        for part in (part for part in parts if len(part)):
-            new = part if given is None else Part(part.codes, given[taken : taken + len(part)])
-            if lowest(new.ids) < next_id:
-                known = known or IdSet(other.sound().ids for other in (*old, *out))
-                refuse_known(new.ids, known)
-            if known is not None:
-                known.add(new.ids)
-            next_id, taken = next_after(next_id, new.ids), taken + len(new)
-            out.append(new)
-    return out, next_id
-
-
 def _pieces(codes: "Array | HammingIndex | Sequence[Array | HammingIndex]") -> "list[Array | HammingIndex]":
     return list(codes) if isinstance(codes, list | tuple) else [codes]  # type: ignore[list-item]
 
 
-def _width(codes: object) -> int:
-    """Bytes of a code of what may not be codes at all."""
-    return codes.shape[1] if isinstance(codes, np.ndarray | Tensor) and codes.ndim == 2 else 1
-
-
-def _check_progress(progress: object) -> None:
-    if progress is not None and not callable(progress):
-        raise InputError(f"progress must be called with a number of rows, got {progress!r}")
-
-
-def _verify(parts: Sequence[Part]) -> None:
-    for part in parts:
-        part.verify()
-
-
-def _distinct(parts: Sequence[Part], rows: Sequence[np.ndarray]) -> np.ndarray:
-    """The ids, each once, of some rows of each part."""
-    return np.unique(np.concatenate([np.empty(0, np.int64), *map(Part.ids_of, parts, rows)]))
+def _opened(pieces: "list[Array | HammingIndex]", bits: int) -> list[np.ndarray | tuple[Part, ...]]:
+    """Rows of codes, and indexes as their parts."""
+    out: list[np.ndarray | tuple[Part, ...]] = []
+    for piece in pieces:
+        if not isinstance(piece, HammingIndex):
+            out.append(packed_codes(piece, "codes", bits))
+        elif piece.bits != bits:
+            raise InputError(f"codes must have {bits} bits, got a HammingIndex of {piece.bits}")
+        else:
+            verify(piece._parts)
+            out.append(piece._parts)
+    return out

@@ -121,6 +121,134 @@ void write_sorted(int64_t num_parts, const PartOf& part, int64_t k, int64_t bits
     }
 }
 
+// Large k: every distance of a query is written down and counted, then those up to the k-th go to their places. Two
+// passes without a branch that depends on the codes cost less than keeping so many survivors.
+constexpr int64_t kDenseShare = 32;       // from k = n / kDenseShare on
+constexpr int64_t kDenseBlock = 4096;     // codes whose distances are made together
+constexpr int64_t kDenseCodes = 1 << 26;  // of a query, at most: they take 2 bytes each
+constexpr int kCounters = 4;              // histograms of a range, so that equal neighbours do not wait for each other
+constexpr int64_t kDenseStep = 16;        // distances that are looked at together
+
+bool is_dense(const HammingShape& s) {
+    return s.n > 0 && s.n <= kDenseCodes && s.k_or_radius >= ceil_div(s.n, kDenseShare);
+}
+
+// Many queries: each is a task. Fewer than threads: each in turn, its codes split over the threads.
+struct DenseMemory {
+    int64_t splits, split, slots, scratch, block, counts, slot, rows, row, total;
+
+    explicit DenseMemory(const HammingShape& s) {
+        splits = s.num_queries >= s.threads ? 1 : std::max<int64_t>(1, std::min<int64_t>(s.threads, s.n / kMinSplit));
+        split = ceil_div(ceil_div(s.n, splits), kDenseStep) * kDenseStep;
+        splits = ceil_div(s.n, split);
+        rows = splits > 1 ? 1 : std::max<int64_t>(1, std::min<int64_t>(s.threads, s.num_queries));
+        slots = std::max(rows, splits);
+        scratch = align(scan_scratch_bytes(1, s.nbytes));
+        block = align(kDenseBlock * static_cast<int64_t>(sizeof(int32_t)));
+        counts = align(kCounters * (8 * s.nbytes + 1) * static_cast<int64_t>(sizeof(int64_t)));
+        slot = scratch + block + counts;
+        row = align((s.n + kDenseStep) * static_cast<int64_t>(sizeof(int16_t)));
+        total = slots * slot + rows * row + kAlign;
+    }
+};
+
+// Distances of codes [first, first + count) into `row`, and how many there are of each into counts[0 .. bits].
+void write_down(const HammingKernel& kernel, const uint8_t* q, const uint8_t* db, const HammingShape& s, int64_t first,
+                int64_t count, const DenseMemory& memory, uint8_t* mine, int16_t* row) {
+    int32_t* const block = reinterpret_cast<int32_t*>(mine + memory.scratch);
+    int64_t* const counts = reinterpret_cast<int64_t*>(mine + memory.scratch + memory.block);
+    const int64_t values = 8 * s.nbytes + 1;
+    std::fill(counts, counts + kCounters * values, 0);
+    for (int64_t begin = first; begin < first + count; begin += kDenseBlock) {
+        const int64_t size = std::min(kDenseBlock, first + count - begin);
+        kernel.table({q, 1, db + begin * s.nbytes, size, s.nbytes, mine}, block, size);
+        for (int64_t i = 0; i < size; ++i) row[begin + i] = static_cast<int16_t>(block[i]);
+        int64_t i = 0;
+        for (; i + kCounters <= size; i += kCounters)
+            for (int c = 0; c < kCounters; ++c) ++counts[c * values + block[i + c]];
+        for (; i < size; ++i) ++counts[block[i]];
+    }
+    for (int c = 1; c < kCounters; ++c)
+        for (int64_t d = 0; d < values; ++d) counts[d] += counts[c * values + d];
+}
+
+// The codes of a range at distance <= cut, in index order, each to the next place of its distance.
+void to_places(const int16_t* row, int64_t first, int64_t count, int64_t k, int16_t cut, int64_t* place,
+               int32_t* distances, int64_t* indices) {
+    uint8_t near[kDenseStep];
+    for (int64_t begin = first; begin < first + count; begin += kDenseStep) {
+        const int64_t size = std::min(kDenseStep, first + count - begin);
+        const int16_t* const step = row + begin;
+        if (size == kDenseStep) {
+            int16_t least = step[0];
+            for (int64_t i = 0; i < kDenseStep; ++i) least = step[i] < least ? step[i] : least;
+            if (least > cut) continue;
+        }
+        int64_t found = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            near[found] = static_cast<uint8_t>(i);
+            found += step[i] <= cut;
+        }
+        for (int64_t i = 0; i < found; ++i) {
+            const int16_t d = step[near[i]];
+            const int64_t at = place[d]++;
+            if (at >= k) continue;
+            distances[at] = d;
+            indices[at] = begin + near[i];
+        }
+    }
+}
+
+void topk_dense(const HammingKernel& kernel, const uint8_t* q, const uint8_t* db, const HammingShape& s,
+                int32_t* distances, int64_t* indices, uint8_t* workspace) {
+    const DenseMemory memory(s);
+    const int64_t k = s.k_or_radius, values = 8 * s.nbytes + 1;
+    uint8_t* const base = aligned(workspace);
+    const auto slot_of = [&](int64_t slot) { return base + slot * memory.slot; };
+    const auto row_of = [&](int64_t slot) {
+        return reinterpret_cast<int16_t*>(slot_of(memory.slots) + slot * memory.row);
+    };
+    const auto counts_of = [&](int64_t slot) {
+        return reinterpret_cast<int64_t*>(slot_of(slot) + memory.scratch + memory.block);
+    };
+    // `count` slots with counts of each distance -> the places of the first of each; the distance of the k-th
+    const auto to_starts = [&](int64_t first, int64_t count) {
+        int64_t before = 0;
+        int16_t cut = static_cast<int16_t>(values - 1);
+        bool passed = false;
+        for (int64_t d = 0; d < values; ++d) {
+            for (int64_t slot = first; slot < first + count; ++slot) {
+                const int64_t here = counts_of(slot)[d];
+                counts_of(slot)[d] = before;
+                before += here;
+            }
+            if (!passed && before >= k) cut = static_cast<int16_t>(d), passed = true;
+        }
+        return cut;
+    };
+    if (memory.splits == 1) {
+        parallel_for(s.num_queries, s.threads, [&](int64_t query, int slot) {
+            write_down(kernel, q + query * s.nbytes, db, s, 0, s.n, memory, slot_of(slot), row_of(slot));
+            const int16_t cut = to_starts(slot, 1);
+            to_places(row_of(slot), 0, s.n, k, cut, counts_of(slot), distances + query * k, indices + query * k);
+        });
+        return;
+    }
+    const auto size_of = [&](int64_t split) { return std::min(memory.split, s.n - split * memory.split); };
+    for (int64_t query = 0; query < s.num_queries; ++query) {
+        // the split's number says the memory, for both passes: whichever thread takes it
+        parallel_for(memory.splits, s.threads, [&](int64_t split, int) {
+            write_down(kernel, q + query * s.nbytes, db, s, split * memory.split, size_of(split), memory,
+                       slot_of(split), row_of(0));
+        });
+        const int16_t cut = to_starts(0, memory.splits);
+        parallel_for(memory.splits, s.threads, [&](int64_t split, int) {
+            to_places(row_of(0), split * memory.split, size_of(split), k, cut, counts_of(split), distances + query * k,
+                      indices + query * k);
+        });
+    }
+}
+
 Plan range_plan(const HammingShape& s) { return Plan(s, kRangeGroup); }
 
 uint32_t clamp_radius(const HammingShape& s) {
@@ -151,11 +279,17 @@ void topk_compact(TopK& state, int64_t k) {
     state.limit = cut;
 }
 
-size_t hamming_topk_workspace(const HammingShape& s) { return TopKMemory(s, topk_plan(s)).total; }
+size_t hamming_topk_workspace(const HammingShape& s) {
+    return is_dense(s) ? DenseMemory(s).total : TopKMemory(s, topk_plan(s)).total;
+}
 
 void hamming_topk(const std::string& isa, const uint8_t* q, const uint8_t* db, const HammingShape& s,
                   int32_t* distances, int64_t* indices, uint8_t* workspace) {
     const HammingKernel& kernel = kernel_for(isa);
+    if (is_dense(s)) {
+        topk_dense(kernel, q, db, s, distances, indices, workspace);
+        return;
+    }
     const Plan plan = topk_plan(s);
     const TopKMemory memory(s, plan);
     const int64_t k = s.k_or_radius, bits = 8 * s.nbytes;

@@ -1,10 +1,13 @@
 // cmr_fast._cpu: raw pointers and sizes in, nothing returned that Python must free. The callers in cmr_fast/ops check
-// every argument and own every byte, workspace included; the GIL is released while a kernel runs.
+// every argument and own every byte, workspace included (but of hamming_topk_of_arrays); the GIL is released while a kernel runs.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -40,6 +43,13 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("available_isas", &cmr::available_isas, "Instruction sets of this build and processor, best first.");
     m.def("last_isa", &cmr::last_isa, "The instruction set whose kernel ran last.");
 
+    m.def(
+        "environment",
+        [](const char* name) -> py::object {
+            const char* value = std::getenv(name);
+            return value ? py::cast(std::string(value)) : py::none();
+        },
+        "os.environ.get(name), which takes longer than a small search where the name is not set.");
     m.def("reset_last_isa", [] { cmr::set_last_isa("none"); }, "Forget it, so that a test sees what runs next.");
 
     m.def("hamming_topk_workspace",
@@ -51,6 +61,19 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release released;
         cmr::hamming_topk(isa, at<uint8_t>(q), at<uint8_t>(db), {nq, n, nbytes, k, threads}, at<int32_t>(distances),
                           at<int64_t>(indices), at<uint8_t>(workspace));
+    });
+    // A small search takes less time than asking numpy for addresses and a workspace, so this one does it by itself.
+    m.def("hamming_topk_of_arrays", [](const std::string& isa, const py::array& q, const py::array& db, int64_t k,
+                                       int threads, py::array& distances, py::array& indices) {
+        const int64_t nbytes = db.shape(1);
+        const cmr::HammingShape shape{q.size() / nbytes, db.shape(0), nbytes, k, threads};
+        const auto* queries = static_cast<const uint8_t*>(q.data());
+        const auto* codes = static_cast<const uint8_t*>(db.data());
+        auto* near = static_cast<int32_t*>(distances.mutable_data());
+        auto* places = static_cast<int64_t*>(indices.mutable_data());
+        py::gil_scoped_release released;
+        const std::unique_ptr<uint8_t[]> workspace(new uint8_t[cmr::hamming_topk_workspace(shape)]);
+        cmr::hamming_topk(isa, queries, codes, shape, near, places, workspace.get());
     });
     m.def("hamming_range_splits", [](int64_t nq, int64_t n, int64_t nbytes, int64_t radius, int threads) {
         return cmr::hamming_range_splits({nq, n, nbytes, radius, threads});

@@ -8,6 +8,8 @@ import cmr_fast as cf
 from cmr_fast.cli import main
 from cmr_fast.retrieval import duplicates
 
+pytest.importorskip("scipy")
+
 
 @pytest.fixture
 def codes(tmp_path, monkeypatch):

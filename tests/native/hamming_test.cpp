@@ -100,7 +100,9 @@ int main() {
                 for (int kind = 0; kind < 3; ++kind)
                     for (int64_t k : {int64_t{1}, int64_t{10}, n + 2})
                         check(isa, kind == 0 ? 11 : 3, n, nbytes, k, kind, 1 + kind);
-        check(isa, 2, 150000, 4, 500, 0, 4);  // several splits, sampled limits
+        check(isa, 2, 150000, 4, 500, 0, 4);     // several splits, sampled limits
+        check(isa, 2, 200003, 4, 100000, 0, 4);  // large k: one query after the other, split over the threads
+        check(isa, 5, 5000, 4, 700, 1, 4);       // and each query by a thread
         // the widest codes, above the number of codes from which limits are sampled: every room at its largest
         for (int64_t nbytes : {257, 512})
             for (int64_t k : {24, 70003})

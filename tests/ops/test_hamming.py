@@ -114,12 +114,26 @@ def test_topk_with_sampled_limits(isa, order, monkeypatch):
         assert_topk(q, db, k, threads=1)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("share", [1, 2, 31, 32, 33, 40])
+@pytest.mark.parametrize("nbytes", [1, 2, 3, 8, 9, 40])
+def test_large_k_of_tied_and_random_codes(isa, nbytes, share, monkeypatch):
+    monkeypatch.setenv("CMR_FAST_ISA", isa)
+    rng = np.random.default_rng(share)
+    q, n = codes(rng, 5, nbytes), 4096 + 200 + share
+    for kind in ("random", "tied", "equal"):
+        for threads in (1, 3):
+            assert_topk(q, codes(rng, n, nbytes, kind), -(-n // share), threads=threads)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_topk_and_range_do_not_depend_on_threads_or_splits(threads):
     rng = np.random.default_rng(3)
     db = codes(rng, 150_000, 3)  # 24 bits: many ties across the splits
     q = codes(rng, 3, 3)
-    assert_topk(q, db, 50, threads=threads)
+    for k in (50, 4000, 60_000):
+        assert_topk(q, db, k, threads=threads)
+        assert_topk(q[:1], db, k, threads=threads)
     for got, expected in zip(
         cf.hamming_range(q, db, 5, threads=threads), _reference.hamming_range(q, db, 5), strict=True
     ):
@@ -171,6 +185,32 @@ def test_agrees_with_faiss():
     index = faiss.IndexBinaryFlat(64)
     index.add(db)
     np.testing.assert_array_equal(cf.hamming_topk(q, db, 50)[0], index.search(q, 50)[0])
+
+
+@pytest.mark.parametrize("radius", [0, 1, 20, 64, 65, 66])
+@pytest.mark.parametrize("count", [0, 300])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_strict_radius_is_that_of_faiss(backend, count, radius):
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(radius)
+    q, db = codes(rng, 5, 8), codes(rng, count, 8)
+    if count:
+        q[0], db[1] = db[0], ~q[1]
+    index = faiss.IndexBinaryFlat(64)
+    index.add(db)
+    lims, near, found = index.range_search(q, radius)
+    got = cf.hamming_range(q, db, radius, strict=True, backend=backend)
+    own = cf.HammingIndex(64)
+    own.add(db)
+    for ours in (got, own.range_search(q, radius, strict=True)):
+        np.testing.assert_array_equal(ours[0], lims)
+        for i in range(len(q)):
+            pairs = zip(*(x[lims[i] : lims[i + 1]].tolist() for x in (ours[2], ours[1])), strict=True)
+            theirs = zip(*(x[lims[i] : lims[i + 1]].tolist() for x in (found, near)), strict=True)
+            assert list(pairs) == sorted(theirs)
+    if radius:
+        for a, b in zip(got, cf.hamming_range(q, db, radius - 1, backend=backend), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_odd_bits_set_the_padding_distance():
@@ -381,6 +421,14 @@ def test_pack_rules_for_zero_and_threshold():
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, threads=0), "1 or more"),
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, backend="cuda"), "cuda"),
         (lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), -1), "radius .* got -1"),
+        (
+            lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), -1, strict=True),
+            "radius .* got -1",
+        ),
+        (
+            lambda: cf.hamming_range(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 1, strict=1),
+            "strict must be True or False, got 1",
+        ),
         (lambda: cf.hamming_topk(np.zeros((1, 8), np.uint8), np.zeros((4, 8), np.uint8), 2**63), "below 2"),
         (lambda: cf.pack_codes(np.ones((2, 8), ">f4")), ">f4"),
         (lambda: cf.pack_codes(torch.eye(4).to_sparse()), "dense"),

@@ -161,7 +161,7 @@ def test_damaged_files_are_refused(tmp_path):
             with pytest.raises(InputError, match=r"damaged|truncated|expected"):
                 HammingIndex.from_faiss(path)
     path.write_bytes(b"IBwF" + FLAT[4:])
-    with pytest.raises(InputError, match=f"^{path}: .* begins with b'IBwF', faiss's IndexBinaryIVF"):
+    with pytest.raises(InputError, match=f"^{path} is truncated or damaged"):
         HammingIndex.from_faiss(path)
     wide = struct.pack("<4siiq?iQ", b"IBxF", 4104, 513, 0, True, 1, 0)
     path.write_bytes(wide)
