@@ -391,8 +391,7 @@ class HammingIndex:
         InputError
             For a file that is none of these, saying what it is, or of another code length.
         """
-        kind = index_kind(path)
-        if kind == "faiss":
+        if (kind := index_kind(path)) == "faiss":
             return cls.from_faiss(path, bits, mmap)
         if kind == "usearch":
             return cls._holding(path, *_usearch.read(path), bits, False)

@@ -76,6 +76,9 @@ def test_codes_and_ids_of_faiss_are_read(tmp_path, kind):
         HammingIndex.from_faiss(path)
 
 
+BITS = (98, 1, 14, 15)  # usearch's kinds of metric, scalar, key and slot
+
+
 def usearch_file(bits, codes, keys, levels=None, removed=0, kinds=BITS, wide=False):
     """As usearch 2.26.6 writes it, connectivity 16 and 32, without links."""
     n = len(codes)
