@@ -392,7 +392,6 @@ def test_other_files_are_named(tmp_path):
         (tmp_path / "codes.npy").read_bytes(): r"is a \.npy array; HammingIndex.build",
         b"PK\x03\x04": "a zip archive",
         b"IxF2" + bytes(40): "a faiss index of floats",
-        b"IBHf" + bytes(40): "faiss's IndexBinaryHNSW",
         b"hello": "begins with b'hello'",
     }.items():
         path.write_bytes(data)
@@ -402,6 +401,10 @@ def test_other_files_are_named(tmp_path):
         with pytest.raises(InputError, match=f"^{path}.*{message}"):
             HammingIndex.append(path, TABLE[:3])
         assert path.read_bytes() == data
+    path.write_bytes(b"IBHf" + bytes(40))  # of faiss's other kinds only what takes them reads them
+    for refused in (lambda: HammingIndex.load(path), lambda: HammingIndex.append(path, TABLE[:3])):
+        with pytest.raises(InputError, match=r"which HammingIndex.from_faiss and HammingIndex.open read"):
+            refused()
     with pytest.raises(InputError, match=r"is an index of faiss, which HammingIndex\.from_faiss and .*open read"):
         HammingIndex.load(tmp_path / "faiss")
     filled(3).save(path)
