@@ -20,8 +20,8 @@ Your own data:  cmr-fast train acmr --data PATH
 Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
 COMMANDS = ("demo", "train", "encode", "index", "search", "dedup", "evaluate", "attack", "report", "study", "doctor")
-EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks", "textattack": "textattack"} | (
-    dict.fromkeys(("faiss", "asv", "torchmetrics"), "bench") | {"ray": "dist"}
+EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"} | dict.fromkeys(
+    ("faiss", "asv", "torchmetrics"), "bench"
 )
 """The extra that brings a package which not every command needs; all others come with `train`."""
 
