@@ -18,6 +18,16 @@ def new_table(*columns: str) -> "Table":
     return Table(*columns, box=None, pad_edge=False)
 
 
+def table_of_numbers(head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """A table of rows whose first cell is a name and whose others are numbers."""
+    table = new_table(head[0])
+    for name in head[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def show(title: str, table: "Table") -> None:
     """Print a table under its title; numbers (columns to the right) are never cut or broken.
 

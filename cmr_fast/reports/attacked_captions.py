@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import counting, new_table, show
+from cmr_fast._terminal import counting, show, table_of_numbers
 from cmr_fast.attacks import saved
 from cmr_fast.attacks.multimodal import registry
 from cmr_fast.attacks.multimodal.base import DualEncoder
@@ -285,19 +285,10 @@ def _deaf(attacked: AttackedCaptions, name: str) -> bool:
 
 def print_report(attacked: AttackedCaptions, title: str) -> None:
     """The table on standard output, and what it says."""
-    table = new_table("percent")
-    for name in HEAD[1:]:
-        table.add_column(name, justify="right")
-    for row in table_of(attacked):
-        table.add_row(*row)
-    show(title, table)
+    show(title, table_of_numbers(("percent", *HEAD[1:]), table_of(attacked)))
     print("success: of the queries right at 1, the share made wrong (SGA); drop: R@1 clean less attacked (Co-Attack)")
     if attacked.saved:
-        table = new_table("percent")
-        for name in SAVED_HEAD[1:]:
-            table.add_column(name, justify="right")
-        for row in saved_table_of(attacked):
-            table.add_row(*row)
+        table = table_of_numbers(("percent", *SAVED_HEAD[1:]), saved_table_of(attacked))
         show("Images written and read again; levels: the largest distance of a pixel from the clean one, of 255", table)
     for line in verdict(attacked):
         print(line)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmr_fast._terminal import new_table, show
+from cmr_fast._terminal import show, table_of_numbers
 from cmr_fast.errors import InputError
 from cmr_fast.methods.evaluation import caption_results
 from cmr_fast.reports import figures
@@ -33,12 +33,8 @@ def row_of(results: Mapping[str, Any]) -> list[str]:
 
 def print_results(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """R@K both ways on standard output, a row a model."""
-    table = new_table("percent")
-    for name in HEAD:
-        table.add_column(name, justify="right")
-    for name, result in results.items():
-        table.add_row(name, *row_of(result))
-    show(title, table)
+    rows = ((name, *row_of(result)) for name, result in results.items())
+    show(title, table_of_numbers(("percent", *HEAD), rows))
 
 
 def write_report(

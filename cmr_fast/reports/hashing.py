@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import busy, new_table, show
+from cmr_fast._terminal import busy, show, table_of_numbers
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.evaluation import encode_all
@@ -124,12 +124,7 @@ def verdict(attacked: Attacked) -> list[str]:
 
 def print_report(attacked: Attacked, title: str) -> None:
     """The table of clean and attacked mAP, and of D."""
-    table = new_table(HEAD[0])
-    for name in HEAD[1:]:
-        table.add_column(name, justify="right")
-    for row in attacked.rows:
-        table.add_row(row.name, *_cells(row))
-    show(title, table)
+    show(title, table_of_numbers(HEAD, ([row.name, *_cells(row)] for row in attacked.rows)))
     print("mAP over the whole ranking (convention `all`); D: root mean square of the perturbation, share of the range")
     for line in verdict(attacked):
         print(line)
@@ -234,12 +229,7 @@ def defend(
 
 def print_defences(rows: Sequence[Defence], title: str) -> None:
     """The table of defences: natural, attacked anew, and by the stored queries."""
-    table = new_table(DEFENCE_HEAD[0])
-    for name in DEFENCE_HEAD[1:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*defence_cells(row))
-    show(title, table)
+    show(title, table_of_numbers(DEFENCE_HEAD, map(defence_cells, rows)))
     print("attacked anew: each model's own attack; stored queries: made against the model that is not fine-tuned")
     if any(row.name == CONTROL for row in rows):
         print(f"{CONTROL}: as many epochs on clean pairs alone; what it wins is no defence")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import new_table, show
+from cmr_fast._terminal import show, table_of_numbers
 from cmr_fast.attacks.multimodal.recall import WAYS
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
@@ -337,11 +337,6 @@ def _write(results: Mapping[str, Any], out: Path, title: str, size: Scale) -> No
 
 
 def _print(results: Mapping[str, Any], title: str) -> None:
-    table = new_table("R@1, percent")
-    for name in HEAD[1:]:
-        table.add_column(name, justify="right")
-    for row in _table(results):
-        table.add_row(*row)
-    show(title, table)
+    show(title, table_of_numbers(("R@1, percent", *HEAD[1:]), _table(results)))
     for line in _words(results):
         print(line)
