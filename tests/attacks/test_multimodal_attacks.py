@@ -9,6 +9,7 @@ from captions import CAPTIONS, Victim, masked_lm, victim
 from torch.nn import functional as F
 
 from cmr_fast.attacks import SGA, BertAttack, CoAttack
+from cmr_fast.attacks.multimodal import registry
 from cmr_fast.attacks.problem import STREAM
 from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import pgd_noise
@@ -16,6 +17,7 @@ from cmr_fast.ops.pgd import pgd_noise
 EPS = 8 / 255
 OWNER = [0, 2, 0, 1, 2, 2, 1]
 TEXTS = list(CAPTIONS[: len(OWNER)])
+CORPUS = ["a dog", "two men walk in the snow", "a red ball", "the street", "a woman sits on the grass by a tree"]
 
 
 def pixels(count=3):
@@ -121,17 +123,38 @@ def test_sga_equals_the_oracle(scales, compat):
     assert texts == slow_texts != TEXTS
 
 
-def test_dra_equals_the_oracle():
+def in_order(u):
+    """SA-AET's shares of the image and of the clean one: drawn one after the other, those in order kept."""
+    kept = [(a, b) for a in range(1, 101) for b in range(1, 101 - a) if 1 <= a < 100 - a - b < b]
+    chances = [1 / 100 / (100 - a) for a, _ in kept]
+    total, passed = sum(chances), 0.0
+    for pair, chance in zip(kept, chances, strict=True):
+        passed += chance / total
+        if u < passed:
+            return pair
+    return kept[-1]
+
+
+@pytest.mark.parametrize("corpus", [None, CORPUS], ids=["dra", "sa-aet"])
+def test_attacks_along_the_trajectory_equal_the_oracle(corpus):
     images, start, scales, seed, samples, steps, alpha = pixels(), begin(pixels()), (0.5,), 4, 3, 4, 0.5 / 255
     options = {"eps": EPS, "steps": steps, "scales": scales, "seed": seed, "samples": samples, "threshold": 0.0}
+    options["corpus"] = corpus
     adversarial, texts = SGA(victim(), masked_lm(), batch=2, **options)(images, TEXTS, OWNER, start=start)
     text = BertAttack(victim(), masked_lm(), objective="image", threshold=0.0)
     with torch.no_grad():
         clean = victim().encode_image(images)
         first = text(TEXTS, clean[OWNER])
 
+    span = torch.eye(16, dtype=torch.float64)  # of the embeddings that are compared
+    if corpus is not None:
+        rows = torch.stack([embed_text(caption).detach() for caption in corpus])
+        span = torch.linalg.svd(rows, full_matrices=False).Vh[1:].T
+        assert span.shape == (16, len(corpus) - 1)
+
     def loss(pictures, guides):
-        return -sum((victim().encode_image(picture[None])[0] * g).sum() for picture in pictures for g in guides)
+        seen = [victim().encode_image(picture[None])[0] @ span for picture in pictures]
+        return -sum((picture * (g @ span)).sum() for picture in seen for g in guides)
 
     def slope(at, views, guides):
         at = at.clone().requires_grad_()
@@ -151,6 +174,8 @@ def test_dra_equals_the_oracle():
                 for k in range(samples):
                     r1 = 1 + math.floor(98 * u[k])
                     r2 = 1 + math.floor((99 - r1) * u[samples + k])
+                    if corpus is not None:
+                        r1, r2 = in_order(u[k])
                     points.append(r1 / 100 * x + r2 / 100 * image + (100 - r1 - r2) / 100 * before)
                 tried = [x + alpha * slope(p, lambda q: [q], guides).sign() for p in points]
                 values = [float(loss([y], guides).detach()) for y in tried]
@@ -238,6 +263,9 @@ def test_coattacks_start_is_one_sided():
         (lambda atk: CoAttack(victim(), masked_lm(), mode="both"), "mode must be one of clean, text"),
         (lambda atk: CoAttack(len, masked_lm()), "must have encode_image"),
         (lambda atk: SGA(victim(), masked_lm(), eps=2), "is a / 255 missing"),
+        (lambda atk: SGA(victim(), masked_lm(), corpus=["a dog"]), "expected samples=5, say, got 0"),
+        (lambda atk: SGA(victim(), masked_lm(), samples=5, corpus="a dog"), "texts must be a list of captions"),
+        (lambda atk: registry.make("sa-aet", victim(), masked_lm()), "looks at the captions of the gallery, got none"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -39,7 +39,7 @@ def test_an_undefended_model_falls():
     images = pictures()
     seen = {"clean": ranks(images, CAPTIONS)}
     for name in registry.MAKERS:
-        attack = registry.make(name, victim(), masked_lm(), eps=16 / 255)
+        attack = registry.make(name, victim(), masked_lm(), eps=16 / 255, captions=(CAPTIONS, OWNER))
         moved, texts = attack(images, list(CAPTIONS), OWNER)
         assert float((moved - images).abs().max()) <= 16 / 255 + 1e-15
         seen[name] = ranks(moved, texts)

@@ -123,6 +123,7 @@ class MultimodalAttack:
             raise InputError(f"index must be integers ({len(pixels)},), got shape {tuple(numbers.shape)}")
         adversarial, changed = [pixels[:0]], list(texts)
         with evaluating(self.model):
+            self._begin()
             for first in range(0, len(pixels), self.batch):
                 rows = slice(first, first + self.batch)
                 mine = ((owner >= first) & (owner < first + self.batch)).nonzero()[:, 0].tolist()
@@ -135,6 +136,9 @@ class MultimodalAttack:
                     changed[i] = text
         out = torch.cat(adversarial)
         return (out.cpu().numpy() if was_numpy else out), changed
+
+    def _begin(self) -> None:
+        """What is found once a call, before its batches."""
 
     def _attack(
         self, images: Tensor, texts: list[str], owner: Tensor, start: Tensor | None, index: Tensor

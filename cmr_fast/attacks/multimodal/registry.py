@@ -3,7 +3,7 @@
 bert-attack    captions, one word; bert-attack-l2, bert-attack-similarity: other objectives
 character      captions, one character
 co-attack      images and captions; co-attack-image and the like: its modes
-sga            images and captions
+sga            images and captions; dra, sa-aet: its successors
 pgd20, ...     images, by an attack on rankings (attacks.registry) away from all of their captions
 """
 
@@ -140,6 +140,14 @@ def _sga(scales: Sequence[float], samples: int, s: Setting) -> PairAttack:
     )  # fmt: skip
 
 
+def _aligned(s: Setting) -> PairAttack:
+    if s.captions is None:
+        raise InputError("sa-aet looks at the captions of the gallery, got none")
+    return SGA(
+        s.victim, s.words, eps=s.eps, alpha=None, samples=5, corpus=s.captions[0], seed=s.seed, dtype=s.dtype
+    )  # fmt: skip
+
+
 MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
     "bert-attack": partial(_bert, "kl"),
     "bert-attack-l2": partial(_bert, "l2"),
@@ -151,6 +159,7 @@ MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
     "sga": partial(_sga, SCALES, 0),
     "sga-single-scale": partial(_sga, (), 0),
     "dra": partial(_sga, SCALES, 5),
+    "sa-aet": _aligned,
 }
 NAMES = ", ".join((*MAKERS, *alone.STANDARD_RANKING)) + " and the like"
 
@@ -177,7 +186,7 @@ def make(
         torch.bfloat16: towers run under autocast.
     captions
         All captions of the gallery, and int64 (M,), the number of each one's image, as in a call's `index`: what
-        attacks on images alone see. None: the captions of the call.
+        attacks on images alone see, and sa-aet. None: the captions of the call.
 
     Raises
     ------

@@ -5,9 +5,11 @@
     x  <- P(x + alpha sign(grad L_views(p_b)))   b the k of the highest L(y_k); before there is an x_before, p_b is x
 
 L sees the image alone, L_views all of its views. The k points of all images are one forward and backward pass, their
-y_k one forward pass. The authors choose one k for a batch, by its mean loss; here each image has its own.
+y_k one forward pass. The authors choose one k for a batch, by its mean loss; here each image has its own. SA-AET (Jia
+et al. 2024) draws only r with r1 < r3 < r2.
 """
 
+from functools import cache
 from typing import Any, Unpack
 
 import torch
@@ -32,15 +34,18 @@ class TrajectoryPGD(PGD):
         As of PGD.
     samples
         Points an image and step.
+    ordered
+        Draw shares as SA-AET does: the image's below the one before's, and that below the clean one's.
     options
         As of PGD.
     """
 
     def __init__(
-        self, model: Any, eps: Value, alpha: Value | None, steps: int, *, samples: int, **options: Unpack[Options]
-    ) -> None:
+        self, model: Any, eps: Value, alpha: Value | None, steps: int, *, samples: int, ordered: bool = False,
+        **options: Unpack[Options],
+    ) -> None:  # fmt: skip
         super().__init__(model, eps, alpha, steps, **options)
-        self.views, self.samples = model, samples
+        self.views, self.samples, self.ordered = model, samples, ordered
         self.before: Tensor | None = None  # the points before the last step
 
     def _ascend(
@@ -81,6 +86,18 @@ class TrajectoryPGD(PGD):
         """(3, samples, N) shares in hundredths, each 0.01 or more, an image's by its number."""
         seed = (self.seed + (RATIOS + step) * STREAM) % 2**64
         u = (pgd_noise(index, 2 * self.samples, seed=seed).double().T + 1) / 2
+        if self.ordered:
+            triples, upto = _ordered()
+            drawn = torch.searchsorted(upto.to(u.device), u[: self.samples].contiguous(), right=True)
+            return triples.to(u.device)[:, drawn.clamp(max=len(upto) - 1)] / 100
         first = 1 + (98 * u[: self.samples]).floor().clamp(max=97)
         second = 1 + ((99 - first) * u[self.samples :]).floor().clamp(min=torch.zeros_like(first), max=98 - first)
         return torch.stack([first, second, 100 - first - second]) / 100
+
+
+@cache
+def _ordered() -> tuple[Tensor, Tensor]:
+    """SA-AET's triples (3, M) in hundredths, and the chance (M,) that its rejection draws one up to each."""
+    triples = [(a, b, 100 - a - b) for a in range(1, 100) for b in range(1, 100 - a) if a < 100 - a - b < b]
+    chances = torch.tensor([1 / (100 - a) for a, _, _ in triples], dtype=torch.float64)
+    return torch.tensor(triples, dtype=torch.float64).T, chances.cumsum(0) / chances.sum()
