@@ -72,3 +72,21 @@ def test_any_order_of_captions_and_any_number_an_image():
 def test_owners_that_do_not_fit(owner, message):
     with pytest.raises(InputError, match=message):
         evaluate_captions(torch.eye(2), torch.ones(3, 2), np.array(owner))
+
+
+def test_folds_are_ranked_within_themselves():
+    random = np.random.default_rng(2)
+    owner = random.permutation(np.repeat(np.arange(20), 3))
+    image, text = random.standard_normal((20, 6)), random.standard_normal((60, 6))
+    result = evaluate_captions(image, text, owner, folds=5)
+    shares = []
+    for fold in range(5):
+        images, mine = slice(4 * fold, 4 * fold + 4), owner // 4 == fold
+        alone = evaluate_captions(image[images], text[mine], owner[mine] - 4 * fold)
+        assert result.image_ranks[images].tolist() == alone.image_ranks.tolist()
+        assert result.text_ranks[mine].tolist() == alone.text_ranks.tolist()
+        assert result.caption_ranks[mine].tolist() == alone.caption_ranks.tolist()
+        shares.append(alone.rsum)
+    assert result.rsum == pytest.approx(np.mean(shares))
+    with pytest.raises(InputError, match="folds must divide the 20 images, got 3"):
+        evaluate_captions(image, text, owner, folds=3)
