@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops._tensors import as_integer
@@ -129,11 +131,13 @@ def evaluate_captions(image: Array, text: Array, owner: Array, *, folds: int = 1
     for first in range(0, len(x), size):
         mine = np.flatnonzero((rows >= first) & (rows < first + size))
         fold = slice(first, first + size)
-        caption_ranks[mine], image_ranks[fold], text_ranks[mine] = _both_ways(x[fold], y[mine], rows[mine] - first)
+        caption_ranks[mine], image_ranks[fold], text_ranks[mine] = _both_ways(
+            x[fold], y[torch.from_numpy(mine)], rows[mine] - first
+        )
     return CaptionRetrieval(caption_ranks, image_ranks, text_ranks)
 
 
-def _both_ways(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _both_ways(x: Tensor, y: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ranks of captions, of images and of texts, as CaptionRetrieval has them."""
     order = np.argsort(rows, kind="stable")  # captions image by image
     caption_ranks = np.empty(len(y), dtype=np.int64)
