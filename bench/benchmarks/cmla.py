@@ -39,7 +39,10 @@ def objective(
     network: nn.Module, x: Tensor, noise: Tensor, high: float, other: Tensor, own: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor]:
     """J of the authors' code, and the perturbed inputs."""
-    moved = (x + noise).clamp(0, high)
+    moved = x + noise
+    moved = torch.where(
+        (moved < 0) | (moved > high), moved.clamp(0, high), moved
+    )  # TensorFlow's clip: slope 1 at bounds
     values = network(moved).tanh()
     inter, intra = values @ other.T, values @ own.T
     total = (share * inter + nn.functional.softplus(-inter)).mean() + (x - moved).abs().mean()
@@ -99,7 +102,8 @@ def comparison() -> Comparison:
 
     def check() -> None:
         a, b = mine(), theirs()
-        for name in inputs:
+        for name, x in inputs.items():
+            assert not torch.equal(getattr(a, name), x) and not torch.equal(b[name], x), f"{name}: nothing moved"
             # TensorFlow's Adam and torch's place epsilon differently, which shows where the gradient is next to nothing
             apart = ((getattr(a, name) - b[name]).abs() > 0.1 * EPS[name]).float().mean()
             assert apart < 0.05, f"{name}: {apart:.1%} of the values moved otherwise"

@@ -135,8 +135,12 @@ class Perturbation:
         """Where the gradient is wanted."""
         self.noise.requires_grad_()
         x = self.clean + self.noise
-        # the code clips inside the graph; else the noise stays where the sum is in the box
-        return x.clamp(*self.budget.bounds) if self.one_sided else x
+        if not self.one_sided:  # the noise stays where the sum is in the box
+            return x
+        low, high = (
+            self.budget.bounds
+        )  # the code clips inside the graph, with slope 1 at the bounds; torch's clamp has 0
+        return torch.where((x < low) | (x > high), x.clamp(low, high), x)
 
     def scatter(self) -> None:
         """Begin at a random point: uniform in the cube of side 2 eps, projected onto the ball and the box."""

@@ -41,8 +41,8 @@ class TrainingData(DataFlags):
     adversarial: tuple[int, ...] = ()
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
     its own for each number and one on none for comparison, and attack every one anew. None: no such training."""
-    adversarial_steps: int = 500
-    """Steps of CMLA, for the samples and for the attacks."""
+    adversarial_attack: str = "cmla"
+    """The variant of CMLA, for the samples and for the attacks, its steps after it where not 500: cmla-nointra100."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Train:
         """Run the command."""
         from cmr_fast.data.pairs import PairedDataset
         from cmr_fast.methods._runfolder import refuse_used
+        from cmr_fast.methods.hardening import check_name
         from cmr_fast.methods.loop import train
         from cmr_fast.ops._tensors import MAX_BITS
 
@@ -76,11 +77,9 @@ class Train:
             load = load_labelled_images
         if self.source.adversarial and not getattr(METHODS[self.method], "binary", False):
             raise InputError(f"--adversarial is for hashing methods; {self.method} makes no codes")
-        if self.source.adversarial_steps < 1 or any(count < 1 for count in self.source.adversarial):
-            raise InputError(
-                "--adversarial and --adversarial-steps must be 1 or more, got "
-                f"{' '.join(map(str, self.source.adversarial))} and {self.source.adversarial_steps}"
-            )
+        if any(count < 1 for count in self.source.adversarial):
+            raise InputError(f"--adversarial must be 1 or more, got {' '.join(map(str, self.source.adversarial))}")
+        check_name(self.source.adversarial_attack)
         self._refuse_idle_flags()
         if not self.run.resume and "<data>" not in str(self.run.out):  # before the data are read
             refuse_used(self._folder(""))
@@ -113,8 +112,8 @@ class Train:
             given = {name: getattr(self.config, name) for name, default in own.items()}
             refuse_flags({name: x for name, x in given.items() if x != own[name]}, "is for --defence cgat")
             if not self.source.adversarial:
-                steps = self.source.adversarial_steps
-                idle = {"adversarial_steps": None if steps == TrainingData.adversarial_steps else steps}
+                attack = self.source.adversarial_attack
+                idle = {"adversarial_attack": None if attack == TrainingData.adversarial_attack else attack}
                 refuse_flags(idle, "is for --adversarial and --defence")
 
     def _folder(self, data: str) -> Path:
@@ -126,7 +125,7 @@ class Train:
 
         assert isinstance(run.model, Retriever)
         settings = replace(self.run, out=run.path)
-        counts, attack = self.source.adversarial, f"cmla{self.source.adversarial_steps}"
+        counts, attack = self.source.adversarial, self.source.adversarial_attack
         rows = hashing.defend(run.model, dataset, settings, counts, attack=attack, cgat=on_the_fly)
         for row in rows:
             if row.run is not None:

@@ -63,19 +63,25 @@ def named_attack(
     InputError
         For other names, a share outside 0 to 1, and a model that makes no codes.
     """
-    match = re.fullmatch(r"([a-z-]+?)(\d*)", name)
-    if match is None or match[1] not in VARIANTS or match[2] == "0":
-        raise InputError(f"unknown attack {name!r} on hash codes, expected one of {', '.join(VARIANTS)}, as in cmla100")
+    variant, steps = check_name(name)
     if not model.binary:
         raise InputError(f"{name} attacks codes, but {model.name} makes embeddings; expected a hashing method")
     share = IMAGE_SHARE if share is None else share
     if not 0 <= share <= 1:
         raise InputError(f"eps must be from 0 to 1, a share of the inputs' range, got {share}")
-    settings: dict[str, Any] = {"steps": int(match[2] or 500)}
+    settings: dict[str, Any] = {"steps": steps}
     for modality, part in zip(MODALITIES, (share, share * TEXT_SHARE / IMAGE_SHARE), strict=True):
         low, high = bounds_of(dataset, modality)
         settings |= {f"{modality}_eps": part * (high - low), f"{modality}_bounds": (low, high)}
-    return CMLA(model, **(settings | VARIANTS[match[1]] | dict(options or {})))
+    return CMLA(model, **(settings | VARIANTS[variant] | dict(options or {})))
+
+
+def check_name(name: str) -> tuple[str, int]:
+    """The variant and the steps of an attack's name. InputError for others."""
+    match = re.fullmatch(r"([a-z-]+?)(\d*)", name)
+    if match is None or match[1] not in VARIANTS or match[2] == "0":
+        raise InputError(f"unknown attack {name!r} on hash codes, expected one of {', '.join(VARIANTS)}, as in cmla100")
+    return match[1], int(match[2] or 500)
 
 
 def perturb(attack: CMLA, pairs: Pairs) -> tuple[Pairs, Perturbed]:

@@ -66,7 +66,7 @@ class InputScaling(nn.Module):
 
 def _chi2_map(x: Tensor) -> Tensor:
     """Two samples of the kernel's spectrum sech(pi w): (N, dim) -> (N, 3 dim). 0 stays 0."""
-    x = x.clamp(min=0)
+    x = torch.where(x < 0, 0.0, x)  # clamp's slope is 0 at the bound: entries of 0 would look robust
     phase = _CHI2_STEP * x.clamp(min=torch.finfo(x.dtype).tiny).log()
     constant = _root(x * _CHI2_STEP)
     wave = _root(2 * _CHI2_STEP * x / torch.cosh(torch.tensor(torch.pi * _CHI2_STEP, dtype=x.dtype)))

@@ -10,6 +10,11 @@ agree with it. With the whole training set's F^l and H^l in buffers, each networ
 
 The pairwise loss is the likelihood that the paper prints, or the squared form of the authors' code. In that code the
 discriminators read placeholders, so nothing adversarial reaches the image and text networks; here the gradient does.
+
+Besides, the code sums J1 to J4 over pairs and entries and takes the mean of J_adv alone; here each is the mean over its
+own pairs or entries, so weights of 1 balance them otherwise. There the networks train in phases of several passes,
+image and text are quantised to the signs of their own codes, and local response normalisation lies between the layers
+of the label and text networks; here all take a step on every batch, B is the label network's, and there is none.
 """
 
 import math
@@ -68,7 +73,7 @@ class SSAHConfig(CgATConfig):
     discriminator_hidden: tuple[int, int] = (512, 256)
     """Hidden units of the discriminators (code)."""
     dropout: float = 0.1
-    """Dropout of the discriminators (code: keep_prob 0.9)."""
+    """Dropout of the discriminators (ours; the code has the layers and feeds them keep_prob 1)."""
     lr: float = 1e-4
     """Adam's rate of the image and text networks (code: 10^-4.5 and 10^-3.5)."""
     label_lr: float = 1e-3

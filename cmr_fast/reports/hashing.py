@@ -34,7 +34,7 @@ TASKS = ("i2t", "t2i", "i2i", "t2t")
 CROSS = ("i2t", "t2i")
 HEAD = ("queries", "I2T", "T2I", "I2I", "T2T", "D image", "D text")
 WEAK = 0.25
-"""At the authors' budget an undefended model loses more than this share of its mAP; less is said to be little."""
+"""An attack that takes less than this share of a direction's mAP is said to take little."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,16 @@ def verdict(attacked: Attacked) -> list[str]:
     clean = attacked.rows[0]
     lines = []
     for row in attacked.rows[1:]:
-        lost = 1 - row.cross / max(clean.cross, 1e-12)
-        line = f"{row.name} takes {lost:.0%} of the cross-modal mAP ({clean.cross:.3f} to {row.cross:.3f})"
-        if lost < WEAK:
+        lost = {task: 1 - row.map[task] / max(clean.map[task], 1e-12) for task in CROSS}
+        i2t, t2i = (f"({clean.map[task]:.3f} to {row.map[task]:.3f})" for task in CROSS)
+        line = f"{row.name} takes {lost['i2t']:.0%} of I2T's mAP {i2t} and {lost['t2i']:.0%} of T2I's {t2i}"
+        if weak := [task.upper() for task in CROSS if lost[task] < WEAK]:
             line += (
-                ": little. A model trained against it may hold; an undefended one should fall: look at eps, steps, and "
-                "whether the codes have a gradient"
+                f": little of {' and '.join(weak)}. A model trained against it may hold; an undefended one should "
+                "fall: look at eps, steps, and whether the codes have a gradient"
             )
+        if still := [f"no {m}" for m in MODALITIES if not row.distortion[m]]:
+            line += f"; {' and '.join(still)} has moved (D is 0)"
         lines.append(line)
     return lines
 

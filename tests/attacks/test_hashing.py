@@ -99,8 +99,13 @@ def test_penalty_is_the_norm(norm, p):
 def test_compat_takes_the_codes_first_steps():
     """The authors' two steps, as their formulas say: no 1/2, means, clip in the graph, Adam of TensorFlow, one side."""
     image, text, labels = items(7)
+    text = (text > 0.5).double()  # a bag of words: every value on a bound
     model = Linear()
     eps, lr = 0.05, 0.02
+
+    def clip(x):  # TensorFlow's clip_by_value: its gradient passes at the bounds
+        return torch.where((x < 0) | (x > 1), x.detach().clamp(0, 1), x)
+
     result = CMLA(
         model, image_eps=eps, image_lr=lr, text_eps=0.01, text_lr=0.004, steps=2, compat="cmla", batch=7
     )(image, text, labels)  # fmt: skip
@@ -113,7 +118,7 @@ def test_compat_takes_the_codes_first_steps():
         m, v = torch.zeros_like(x), torch.zeros_like(x)
         for t in (1, 2):
             noise = noise.detach().requires_grad_()
-            moved = (x + noise).clamp(0, 1)
+            moved = clip(x + noise)
             hash_ = model.encode(name, moved).tanh()
             inter, intra = hash_ @ codes[other].T, hash_ @ codes[name].T
             loss = (share * inter + (1 + (-inter).exp()).log()).mean() + (x - moved).abs().mean()
@@ -123,7 +128,7 @@ def test_compat_takes_the_codes_first_steps():
             step = rate * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
             noise = (noise.detach() - step * m / (v.sqrt() + 1e-8)).clamp(0, budget)
         assert_close(getattr(result, name), (x + noise).clamp(0, 1), rtol=1e-9, atol=1e-12)
-        assert (getattr(result, name) >= x).all()
+        assert (getattr(result, name) >= x).all() and (getattr(result, name) > x).any()
 
 
 def test_compat_batches_overlap_at_the_end():
@@ -142,10 +147,39 @@ def test_a_result_does_not_depend_on_its_batch(options):
     assert_close(parts.losses["image"], whole.losses["image"])
 
 
+def in_turn(image, text, labels, steps, eps=0.5, lr=0.05):
+    """Text, image, text, ... by Adam, each against the other's binary code before its last step; no distortion term."""
+    model, clean = Linear(), {"image": image, "text": text}
+    own = {m: signs(model.encode(m, x)).detach() for m, x in clean.items()}
+    other = {m: codes.clone() for m, codes in own.items()}
+    noise = {m: torch.zeros_like(x) for m, x in clean.items()}
+    moments = {m: (torch.zeros_like(x), torch.zeros_like(x)) for m, x in clean.items()}
+    share = (labels[:, None] == labels).double()
+    for t in range(1, steps + 1):
+        for m, theirs in (("text", "image"), ("image", "text")):
+            delta = noise[m].clone().requires_grad_()
+            values = model.encode(m, clean[m] + delta).tanh()
+            inter, intra = 0.5 * values @ other[theirs].T, 0.5 * values @ own[m].T
+            loss = (
+                nn.functional.softplus(-inter) + share * inter + nn.functional.softplus(intra) - share * intra
+            ).sum()
+            (slope,) = torch.autograd.grad(loss, delta)
+            first, second = moments[m]
+            first.mul_(0.9).add_(0.1 * slope)
+            second.mul_(0.999).add_(0.001 * slope * slope)
+            step = lr * (first / (1 - 0.9**t)) / (second / (1 - 0.999**t)).sqrt().clamp(min=1e-30)
+            moved = (noise[m] - step).clamp(-eps, eps)
+            noise[m] = (clean[m] + moved).clamp(0, 1) - clean[m]
+            other[m] = signs(values.detach())
+    return {m: x + noise[m] for m, x in clean.items()}
+
+
 def test_updates_in_turn_see_the_others_codes_of_that_moment():
     image, text, labels = items()
-    options = {"image_eps": 0.5, "text_eps": 0.5, "image_lr": 0.05, "text_lr": 0.05, "steps": 20}
+    options = {"image_eps": 0.5, "text_eps": 0.5, "image_lr": 0.05, "text_lr": 0.05, "steps": 20, "distortion": 0.0}
     apart, together = (CMLA(Linear(), alternate=a, **options)(image, text, labels) for a in (False, True))
+    assert_close(together.text, in_turn(image, text, labels, 20)["text"], rtol=1e-9, atol=1e-12)
+    assert_close(together.image, in_turn(image, text, labels, 20)["image"], rtol=1e-9, atol=1e-12)
     # the text's first step is the same, the image's already sees the text moved only where a bit flipped
     assert apart.losses["text"][0] == together.losses["text"][0]
     assert not torch.equal(apart.image, together.image)

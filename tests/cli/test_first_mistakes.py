@@ -75,7 +75,8 @@ def test_what_an_attack_says_of_itself_is_one_line():
     ("flags", "said"),
     [
         (("--cgat-eps", "0.3"), "--cgat-eps is for --defence cgat"),
-        (("--adversarial-steps", "7"), "--adversarial-steps is for --adversarial"),
+        (("--adversarial-attack", "cmla7"), "--adversarial-attack is for --adversarial"),
+        (("--adversarial", "5", "--adversarial-attack", "pgd7"), "unknown attack 'pgd7' on hash codes"),
     ],
 )
 def test_settings_of_a_defence_that_is_not_asked_for(tmp_path, capsys, flags, said):

@@ -57,7 +57,23 @@ def test_an_undefended_model_falls_and_the_report_says_so(model, data, tmp_path)
 
 
 def test_an_attack_that_does_not_bite_is_named(model, data):
-    assert "little" in hashing.verdict(hashing.examine(model, data, ["cmla2"], share=1e-6))[0]
+    (line,) = hashing.verdict(hashing.examine(model, data, ["cmla2"], share=1e-6))
+    assert "little of I2T and T2I" in line and "moved" not in line
+    (line,) = hashing.verdict(hashing.examine(model, data, ["cmla2"], share=0.0))
+    assert "no image and no text has moved" in line
+
+
+def test_each_direction_is_judged_by_itself():
+    """An attack that takes half of I2T and none of T2I; the texts have moved."""
+    rows = [
+        hashing.Row("clean", {"i2t": 0.4, "t2i": 0.2, "i2i": 0.3, "t2t": 0.5}, {}),
+        hashing.Row("cmla", {"i2t": 0.2, "t2i": 0.2, "i2i": 0.3, "t2t": 0.5}, {}, {"image": 0.0, "text": 0.1}),
+    ]
+    (line,) = hashing.verdict(hashing.Attacked(rows, {}, {}, {}))
+    assert line.startswith(
+        "cmla takes 50% of I2T's mAP (0.400 to 0.200) and 0% of T2I's (0.200 to 0.200): little of T2I."
+    )
+    assert line.endswith("; no image has moved (D is 0)")
 
 
 def test_names_say_what_runs(model, data):
@@ -142,8 +158,8 @@ def test_from_the_command_line(data, tmp_path, capsys):
     save_pairs(tmp_path / "small.npz", data)
     flags = "--epochs 10 --bits 8 --batch-size 16 --text-hidden 24 --image-hidden 24 --optimizer adam --lr 5e-3"
     assert main(
-        f"train dcmh --data {tmp_path}/small.npz {flags} --eta 0.01 --adversarial 10 --adversarial-steps 20 "
-        f"--defence cgat --cgat-eps 0.1 --cgat-steps 2 "
+        f"train dcmh --data {tmp_path}/small.npz {flags} --eta 0.01 --adversarial 10 "
+        f"--adversarial-attack cmla-nointra20 --defence cgat --cgat-eps 0.1 --cgat-steps 2 "
         f"--out {tmp_path}/run --device cpu".split()
     ) in (0, None)  # fmt: skip
     out = capsys.readouterr().out
@@ -166,7 +182,7 @@ def test_raw_pixels_from_the_command_line(tmp_path, capsys):
     save_pairs(tmp_path / "pixels.npz", pixel_dataset())
     assert main(
         f"train dcmh --data {tmp_path}/pixels.npz --epochs 1 --bits 8 --batch-size 6 --text-hidden 8 --optimizer adam "
-        f"--lr 1e-4 --adversarial 2 --adversarial-steps 2 --out {tmp_path}/run --device cpu".split()
+        f"--lr 1e-4 --adversarial 2 --adversarial-attack cmla2 --out {tmp_path}/run --device cpu".split()
     ) in (0, None)  # fmt: skip
     assert main(f"attack {tmp_path}/run --attacks cmla2 --images 3 --out {tmp_path}/report".split()) in (0, None)
     assert (tmp_path / "report" / "photos.png").stat().st_size > 0
