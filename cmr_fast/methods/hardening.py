@@ -85,7 +85,25 @@ def check_name(name: str) -> tuple[str, int]:
 
 
 def perturb(attack: CMLA, pairs: Pairs) -> tuple[Pairs, Perturbed]:
-    """The pairs as `attack` leaves them, on the CPU, and what it says of them. Perturbed pixels are floats."""
+    """Attack pairs.
+
+    Parameters
+    ----------
+    attack
+        Whose model's device is used.
+    pairs
+        N pairs of images and text features.
+
+    Returns
+    -------
+    Pairs, Perturbed
+        The pairs as the attack leaves them, on the CPU, pixels as floats; and what it says of them.
+
+    Raises
+    ------
+    InputError
+        For texts that are captions or token ids, and as of CMLA.
+    """
     if not isinstance(pairs.text, Tensor) or not pairs.text.is_floating_point():
         raise InputError("CMLA perturbs text features; the texts of this data set are captions or token ids")
     weight = _device(attack)
@@ -119,7 +137,7 @@ def harden(
         Adversarial samples: so many training pairs, drawn by the seed, are attacked. 0 is the control: the same
         epochs on the clean pairs alone.
     epochs : int
-        Of fine-tuning in all (code: 5).
+        Of fine-tuning in all (code: 5), at the rates of the model's config (code: 1e-4 of images, 1e-2 of texts).
     rounds : int
         Above 1 the samples are made anew, against the model of that moment, so many times; `epochs` is divided among
         them.

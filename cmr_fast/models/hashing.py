@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmr_fast.errors import InputError
+
 
 class CNNF(nn.Module):
     """CNN-F up to fc7: pixels (N, 3, H, W) from 0 to 255 -> (N, 4096).
 
     The papers' images are 224 x 224; others of at least 64 x 64 are taken as they are, fc6 has the width that they
     need. The mean pixel of the training images is subtracted (`fit`); DCMH and SSAH subtract a mean image.
+
+    Raises
+    ------
+    InputError
+        For images of less than 64 pixels a side.
     """
 
     mean: Tensor
@@ -23,6 +30,8 @@ class CNNF(nn.Module):
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
+        if min(height, width) < 64:
+            raise InputError(f"CNN-F takes images of 64 x 64 pixels or more, got {height} x {width}")
         norm = lambda: nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)  # noqa: E731  # tf: radius 2, alpha 1e-4
         pool = lambda: nn.MaxPool2d(3, 2, ceil_mode=True)  # noqa: E731
         self.features = nn.Sequential(

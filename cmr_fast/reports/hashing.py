@@ -65,7 +65,29 @@ class Attacked:
 def score(
     model: Retriever, query: Pairs, database: Pairs, name: str, base: Mapping[str, Tensor] | None = None
 ) -> "tuple[Row, dict[str, RetrievalResult]]":
-    """mAP(all) of query codes over the database's (`base`, where they were made already), for all TASKS."""
+    """mAP(all) of query codes over the database's, for all TASKS.
+
+    Parameters
+    ----------
+    model
+        A hashing method.
+    query, database
+        Q and N pairs, labels (., C) or (.,).
+    name
+        What the row is called.
+    base
+        The database's packed codes by modality, uint8 (N, bytes), where they were made already.
+
+    Returns
+    -------
+    Row, dict
+        mAP from 0 to 1, by index and tie-aware, and the ranked result of each task.
+
+    Raises
+    ------
+    InputError
+        For a model that makes embeddings.
+    """
     if not model.binary:
         raise InputError(f"{model.name} makes embeddings; expected a hashing method, whose signs are a code")
     asked, bits = _codes(model, query), model.config.bits
@@ -89,7 +111,26 @@ def examine(
     share: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Attacked:
-    """Attack the first `count` queries (None: all) by each named attack, and score them beside the clean ones."""
+    """Attack queries by each named attack, and score them beside the clean ones.
+
+    Parameters
+    ----------
+    model
+        A trained hashing method.
+    dataset
+        Its queries are attacked, and rank its clean database.
+    attacks
+        Names, as of `named_attack`.
+    count
+        The first so many queries, which are attacked against one another's clean codes. None: all.
+    share, options
+        As of `named_attack`.
+
+    Raises
+    ------
+    InputError
+        For unknown attacks and a model that makes no codes.
+    """
     query = dataset.query if count is None else dataset.query.select(torch.arange(min(count, len(dataset.query))))
     base = _codes(model, dataset.database)
     row, ranked = score(model, query, dataset.database, "clean", base)
@@ -134,7 +175,17 @@ def print_report(attacked: Attacked, title: str) -> None:
 
 
 def write_report(attacked: Attacked, out: Path, title: str) -> None:
-    """README.md, index.html, results.csv, results.json, and the figures: mAP, PR, Prec@R, loss, photos, texts."""
+    """README.md, index.html, results.csv, results.json, and the figures: mAP, PR, Prec@R, loss, photos, texts.
+
+    Parameters
+    ----------
+    attacked
+        Of `examine`.
+    out
+        The folder, made where it is missing.
+    title
+        Of page and figures.
+    """
     out.mkdir(parents=True, exist_ok=True)
     names = [row.name for row in attacked.rows]
     bars = {row.name: {task.upper(): row.map[task] for task in TASKS} for row in attacked.rows}
@@ -200,10 +251,34 @@ def defend(
     """The trade-off of adversarial training: `model` itself, then fine-tuned on no samples and on each of `counts`.
 
     Each hardened model is attacked anew (the numbers that count) and, beside it, given the queries that were made
-    against `model`, which is what the authors' code scores. Runs go to `run.out`-adversarialN and -cgat.
+    against `model`, which is what the authors' code scores.
 
-    control: what as many epochs without a sample do, so that a longer training is not taken for a defence.
-    cgat: a last row, fine-tuned by CgAT as the model's config says.
+    Parameters
+    ----------
+    model
+        A trained hashing method; it is not changed.
+    dataset
+        It is fine-tuned on the training split, all queries are attacked.
+    run
+        Settings of the fine-tuning; its runs go to `run.out`-adversarialN and -cgat.
+    counts
+        Adversarial samples of each row.
+    attack, share, epochs, rounds
+        As of `harden`; the attack is also the one that is scored.
+    control
+        A row of as many epochs without a sample, so that a longer training is not taken for a defence.
+    cgat
+        A last row, fine-tuned by CgAT as the model's config says.
+
+    Returns
+    -------
+    list of Defence
+        The base model first.
+
+    Raises
+    ------
+    InputError
+        As of `harden`.
     """
     if any(count < 1 for count in counts):
         raise InputError(f"expected 1 or more adversarial samples, got {', '.join(map(str, counts))}")

@@ -226,3 +226,8 @@ def test_cnn_f_has_the_papers_layers():
 def test_bad_settings(changes, words):
     with pytest.raises(InputError, match=words):
         replace(SMALL, **changes)
+
+
+def test_cnnf_refuses_images_that_its_pools_leave_nothing_of():
+    with pytest.raises(InputError, match="64 x 64 pixels or more, got 32 x 80"):
+        DCMH(DCMHConfig(bits=8), (3, 32, 80), 5, 2)
