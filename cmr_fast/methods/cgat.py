@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cmr_fast.attacks.hashing import CodeAttack, centre_codes
+from cmr_fast.attacks.hashing import CodeAttack, centres
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.modalities import Modality
@@ -73,7 +73,7 @@ class CenterGuided:
             eps = config.cgat_eps * share * (high - low)
             self._attacks[modality] = CodeAttack(
                 self._victim, modality, eps=eps, bounds=(low, high), steps=config.cgat_steps, lr=eps / 4, away=True,
-                random_start=True, batch=config.batch_size,
+                random_start=True, batch=config.batch_size, check=False,
             )  # fmt: skip
 
     def loss(self, modality: Modality, batch: Pairs, codes: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class CenterGuided:
         codes: (N, bits) of +-1, of the whole training split.
         """
         x = getattr(batch, modality)
-        centres = centre_codes(codes, self._labels, batch.labels)
-        moved = self._attacks[modality](x, centres)
+        aims = centres(codes, self._labels, batch.labels)
+        moved = self._attacks[modality](x, aims)
         outputs = self._victim.encode(modality, moved)
-        return -(centres * outputs.to(centres.dtype).tanh()).mean()
+        return -(aims * outputs.to(aims.dtype).tanh()).mean()
 
 
 class _Victim(nn.Module):
