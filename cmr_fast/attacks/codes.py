@@ -57,8 +57,8 @@ class Encoders:
             if isinstance(error, InputError | torch.OutOfMemoryError):
                 raise
             raise InputError(
-                f"the {modality} encoder cannot take {x.dtype} {tuple(x.shape)}; expected inputs of its width and dtype "
-                f"({error})"
+                f"the {modality} encoder cannot take {x.dtype} {tuple(x.shape)}; expected inputs of its own width and "
+                f"dtype ({error})"
             ) from error
         if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(x) or not values.shape[1]:
             seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
