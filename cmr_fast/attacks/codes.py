@@ -150,7 +150,11 @@ class Perturbation:
         self.noise.requires_grad_()
         x = self.clean + self.noise
         # the code clips inside the graph; else the noise stays where the sum is in the box
-        return x.clamp(*self.budget.bounds) if self.one_sided else x
+        if not self.one_sided:
+            return x
+        low, high = self.budget.bounds
+        # slope 1 at both ends, as TensorFlow's clip; of torch's clamp words that are 0 and black pixels have slope 0
+        return torch.where(x < low, low, torch.where(x > high, high, x))
 
     def scatter(self) -> None:
         """Begin at a random point: uniform in the cube of side 2 eps, projected onto the ball and the box."""

@@ -126,6 +126,29 @@ def test_compat_takes_the_codes_first_steps():
         assert (getattr(result, name) >= x).all()
 
 
+def test_compat_moves_words_and_pixels_at_the_ends_of_their_range():
+    """Bags of words are 0 and 1; the authors' clip (TensorFlow's) has slope 1 there, torch's clamp has 0."""
+    image, text, labels = items(7)
+    image, text = image.round(), text.round()
+    model, rate = Linear(), 0.004
+    atk = CMLA(model, image_lr=rate, text_lr=rate, steps=1, compat="cmla", batch=7)
+    result = atk(image, text, labels)
+    share = (labels[:, None] == labels).double()
+    for name, other, x, eps in (("image", "text", image, 10 / 255), ("text", "image", text, 0.01)):
+        given = {"image": image, "text": text}
+        codes = {m: signs(model.encode(m, given[m])).detach() for m in given}
+        x.requires_grad_()
+        hash_ = model.encode(name, x).tanh()
+        inter, intra = hash_ @ codes[other].T, hash_ @ codes[name].T
+        loss = (share * inter + (1 + (-inter).exp()).log()).mean() + ((1 + intra.exp()).log() - share * intra).mean()
+        (g,) = torch.autograd.grad(loss, x)
+        # Adam's first step is the rate along the sign
+        expected = torch.where(g < 0, rate * g.abs() / (g.abs() + 1e-8 / 0.001**0.5), 0.0).clamp(max=eps)
+        moved = (x.detach() + expected).clamp(max=1)
+        assert_close(getattr(result, name), moved, rtol=1e-9, atol=1e-12)
+        assert (moved != x).any()
+
+
 def test_compat_batches_overlap_at_the_end():
     atk = CMLA(Linear(), compat="cmla", batch=5)
     assert [b.tolist() for b in atk._batches(12)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [7, 8, 9, 10, 11]]
