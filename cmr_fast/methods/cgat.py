@@ -69,7 +69,7 @@ class CenterGuided:
         self._attacks: dict[Modality, CodeAttack] = {}
         shares: dict[Modality, float] = {"image": 1.0, "text": TEXT_SHARE / IMAGE_SHARE}
         for modality, share in shares.items():
-            low, high = bounds_in([getattr(split, modality)])
+            low, high = bounds_in([getattr(split, modality)], modality)
             eps = config.cgat_eps * share * (high - low)
             self._attacks[modality] = CodeAttack(
                 self._victim, modality, eps=eps, bounds=(low, high), steps=config.cgat_steps, lr=eps / 4, away=True,
@@ -100,8 +100,14 @@ class _Victim(nn.Module):
         return values
 
 
-def bounds_in(values: list[Tensor]) -> tuple[float, float]:
-    """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and the largest value."""
+def bounds_in(values: list[Tensor], modality: Modality) -> tuple[float, float]:
+    """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and the largest value.
+
+    InputError where these are the same.
+    """
     if values[0].dtype == torch.uint8:
         return 0.0, 255.0
-    return min(float(x.min()) for x in values), max(float(x.max()) for x in values)
+    low, high = min(float(x.min()) for x in values), max(float(x.max()) for x in values)
+    if low == high:
+        raise InputError(f"every {modality} feature is {low:g}; expected a range, which the budget is a share of")
+    return low, high
