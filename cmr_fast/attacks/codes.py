@@ -51,36 +51,48 @@ class Encoders:
 
     def relaxed(self, modality: Modality, x: Tensor) -> Tensor:
         """Relaxed codes (n, bits) of inputs (n, ...), checked."""
-        values = self.encode(modality, x.clone())  # the first layer may work in place
-        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(x):
+        try:
+            values: object = self.encode(modality, x.clone())  # the first layer may work in place
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, InputError | torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"the {modality} encoder cannot take {x.dtype} {tuple(x.shape)}; expected inputs of its own width and "
+                f"dtype ({error})"
+            ) from error
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(x) or not values.shape[1]:
             seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"the {modality} encoder must return ({len(x)}, bits), got {seen}")
         return values.tanh() if self.relax == "tanh" else values
 
     @torch.no_grad()
     def codes(self, inputs: dict[Modality, Tensor], batch: int) -> dict[Modality, Tensor]:
-        """Binary codes as +-1."""
+        """Binary codes as +-1, of one dtype for both modalities: the wider one, float32 at least."""
         out = {m: [signs(self.relaxed(m, part)) for part in x.split(batch)] for m, x in inputs.items()}
         codes = {m: torch.cat(parts) for m, parts in out.items()}
+        for other in tuple(codes.values()):
+            wide = torch.promote_types(other.dtype, torch.float32)
+            codes = {m: c.to(torch.promote_types(c.dtype, wide)) for m, c in codes.items()}
         widths = [c.shape[1] for c in codes.values()]
         if widths[0] != widths[1]:
             raise InputError(f"both encoders must make codes of one length, got {widths[0]} bits and {widths[1]} bits")
         return codes
 
     @torch.no_grad()
-    def probe(self, inputs: dict[Modality, Tensor]) -> None:
+    def probe(self, modality: Modality, x: Tensor, bounds: tuple[float, float]) -> None:
         """Refuse a model whose output for an item depends on the others of its batch, or is random."""
-        for modality, x in inputs.items():
-            if len(x) < 2:
-                continue
-            beside, alone = (self.relaxed(modality, part)[:1] for part in (x[:8], torch.cat([x[:1], x[:1]])))
-            apart = float((beside - alone).abs().max())
-            if apart > 1e-3:
-                raise InputError(
-                    f"the {modality} code of an item depends on the rest of its batch, or is random (it changed by "
-                    f"{apart:.3g} of 1): batch normalisation without running statistics, or dropout? Use evaluation "
-                    "mode, or pass check=False"
-                )
+        if not len(x):
+            return
+        mirrored = (sum(bounds) - x[:1]).clamp(*bounds)  # another item, where all are alike or there is one only
+        batches = torch.cat([x[:7], mirrored]), torch.cat([x[:1], x[:1]])
+        beside, alone = (self.relaxed(modality, batch)[:1] for batch in batches)
+        apart = float((beside.double() - alone.double()).abs().max()) / max(1.0, float(alone.abs().max()))
+        if apart > (1e-3 if alone.dtype.itemsize > 2 else 2e-2):
+            raise InputError(
+                f"the {modality} code of an item depends on the rest of its batch, or is random (it changed by "
+                f"{apart:.3g} of 1): batch normalisation without running statistics, or dropout? Use evaluation "
+                "mode, or pass check=False"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,9 +122,11 @@ class Budget:
         """x as floats. InputError where it is not what the budget is for."""
         if x.ndim < 2 or not (x.is_floating_point() or x.dtype == torch.uint8):
             raise InputError(f"{name} must be floats (N, ...) or uint8 pixels, got {x.dtype} {tuple(x.shape)}")
+        dtype = x.dtype if x.is_floating_point() else torch.float64
         x = x.detach()
         x = x if x.dtype == torch.float64 else x.float()
-        low, high = self.bounds
+        # as numbers of the dtype given: 0.1 of float32 is above 0.1
+        low, high = (float(torch.tensor(b, dtype=dtype)) for b in self.bounds)
         if x.numel() and not (x.isfinite().all() and float(x.min()) >= low and float(x.max()) <= high):
             raise InputError(
                 f"{name} must lie in its bounds, {low:g} to {high:g}, got {float(x.min()):g} to {float(x.max()):g}"
@@ -135,12 +149,12 @@ class Perturbation:
         """Where the gradient is wanted."""
         self.noise.requires_grad_()
         x = self.clean + self.noise
-        if not self.one_sided:  # the noise stays where the sum is in the box
+        # the code clips inside the graph; else the noise stays where the sum is in the box
+        if not self.one_sided:
             return x
-        low, high = (
-            self.budget.bounds
-        )  # the code clips inside the graph, with slope 1 at the bounds; torch's clamp has 0
-        return torch.where((x < low) | (x > high), x.clamp(low, high), x)
+        low, high = self.budget.bounds
+        # slope 1 at both ends, as TensorFlow's clip; of torch's clamp words that are 0 and black pixels have slope 0
+        return torch.where(x < low, low, torch.where(x > high, high, x))
 
     def scatter(self) -> None:
         """Begin at a random point: uniform in the cube of side 2 eps, projected onto the ball and the box."""
@@ -221,8 +235,8 @@ def within(noise: Tensor, eps: float, norm: Norm) -> Tensor:
     """Noise (N, ...) projected onto the l2 or l1 ball of radius eps, item by item."""
     flat = noise.flatten(1)
     if norm == "l2":
-        size = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        shrunk: Tensor = flat * (eps / size.clamp(min=1e-30)).clamp(max=1)
+        size = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=torch.float64)  # squares overflow float32
+        shrunk: Tensor = flat * (eps / size.clamp(min=1e-30)).clamp(max=1).to(flat.dtype)
         return shrunk.view_as(noise)
     # l1: soft threshold (Duchi et al. 2008, Fig. 1)
     ordered = flat.abs().sort(dim=1, descending=True).values

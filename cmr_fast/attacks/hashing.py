@@ -28,7 +28,7 @@ from cmr_fast.losses.dcmh import packed_labels, signs
 from cmr_fast.modalities import Modality
 from cmr_fast.ops import pairwise_nll, pairwise_squared
 from cmr_fast.ops._tensors import as_tensor, like_input
-from cmr_fast.ops.labels import share_label
+from cmr_fast.ops.labels import label_array, share_label
 
 Array = Any  # numpy array or torch tensor
 _MOST = 1e30  # of a weight
@@ -173,7 +173,7 @@ class CMLA:
         text : Tensor or numpy.ndarray
             Float (N, d) in text_bounds.
         labels : Tensor or numpy.ndarray
-            Class ids, integers (N,), or multi-hot rows (N, C); rows without a label share none.
+            Class ids, integers (N,), or multi-hot rows (N, C) of 0 and 1; rows without a label share none.
 
         Returns
         -------
@@ -192,12 +192,12 @@ class CMLA:
         classes = _labels(labels, len(inputs["image"])).to(inputs["image"].device)
         if len(inputs["text"]) != len(classes):
             raise InputError(f"image, text and labels must be of one length, got {len(inputs['text'])} texts")
-        result = {m: x.clone() for m, x in inputs.items()}
-        losses = {m: torch.zeros(self.steps, dtype=torch.float64) for m in inputs}
         dtypes = {m: _dtype(value) for m, value in given.items()}
         with frozen(self.model.modules):
-            if self.check:
-                self.model.probe(inputs)
+            result = {m: x.clone() for m, x in inputs.items()}
+            losses = {m: torch.zeros(self.steps, dtype=torch.float64) for m in inputs}
+            for m, x in inputs.items() if self.check else ():
+                self.model.probe(m, x, self.budgets[m].bounds)
             clean = self.model.codes(inputs, self.batch)
             for rows in self._batches(len(classes)):
                 self._attack(rows, inputs, clean, classes, result, losses, dtypes)
@@ -236,7 +236,7 @@ class CMLA:
             run.step(loss)
             losses[modality][number] += float(loss.detach()) * (len(rows) if within else 1)
             if self.alternate:
-                right[modality][rows] = signs(values.detach())
+                right[modality][rows] = signs(values.detach()).to(right[modality].dtype)
 
         if self.alternate:
             for number in range(self.steps):
@@ -305,6 +305,8 @@ class CodeAttack:
         As in CMLA.
     batch : int
         Items at a time.
+    check : bool
+        As in CMLA.
     """
 
     def __init__(
@@ -321,14 +323,15 @@ class CodeAttack:
         random_start: bool = False,
         relax: Literal["tanh", "none"] = "tanh",
         batch: int = 128,
+        check: bool = True,
     ) -> None:
-        if modality not in _OTHER or norm not in ORDER or relax not in ("tanh", "none"):
+        if modality not in tuple(_OTHER) or norm not in tuple(ORDER) or relax not in ("tanh", "none"):
             raise InputError(
                 f"modality must be image or text, norm one of {', '.join(ORDER)}, relax tanh or none, got "
                 f"{modality!r}, {norm!r} and {relax!r}"
             )
         self.model, self.modality, self.away = Encoders.of(model, relax), modality, flag("away", away)
-        self.random_start = flag("random_start", random_start)
+        self.random_start, self.check = flag("random_start", random_start), flag("check", check)
         self.budget = Budget.checked(modality, eps, norm, bounds, lr, 0.1)
         self.steps, self.batch = whole("steps", steps, 1), whole("batch", batch, 1)
 
@@ -336,12 +339,14 @@ class CodeAttack:
         """Perturb x (N, ...) with regard to codes of +-1, (N, bits) or one for all (bits,); of x's kind."""
         values, was_numpy = as_tensor(x, "x")
         inputs = self.budget.inputs(values, self.modality)
-        aims = as_tensor(codes, "codes")[0].to(inputs.device, inputs.dtype)
+        aims = _check_codes(as_tensor(codes, "codes")[0]).to(inputs.device, inputs.dtype)
         aims = aims.expand(len(inputs), -1) if aims.ndim == 1 else aims
         if aims.ndim != 2 or len(aims) != len(inputs):
             raise InputError(f"codes must be ({len(inputs)}, bits) or (bits,), got {tuple(aims.shape)}")
-        out = inputs.clone()
         with frozen(self.model.modules):
+            out = inputs.clone()
+            if self.check:
+                self.model.probe(self.modality, inputs, self.budget.bounds)
             for rows in torch.arange(len(inputs)).split(self.batch):
                 run = Perturbation(inputs[rows], self.budget, self.steps, "sign", one_sided=False)
                 if self.random_start:
@@ -357,17 +362,18 @@ class CodeAttack:
         return like_input(out.to(_dtype(x)), was_numpy)
 
 
-def anchor_code(codes: Tensor) -> Tensor:
+def anchor_code(codes: Array) -> Array:
     """DHTA's anchor of a set of codes (n, bits) of +-1: each bit as most of them have it (component voting, Alg. 1).
 
-    It has the least summed Hamming distance to the set; a bit that is even becomes 1.
+    It has the least summed Hamming distance to the set; a bit that is even becomes 1. InputError for other codes.
     """
-    if codes.ndim != 2 or not len(codes):
-        raise InputError(f"codes must be (n, bits) of at least one, got {tuple(codes.shape)}")
-    return signs(codes.sum(dim=0))
+    values, was_numpy = as_tensor(codes, "codes")
+    if values.ndim != 2 or not len(values):
+        raise InputError(f"codes must be (n, bits) of at least one, got {tuple(values.shape)}")
+    return like_input(signs(_check_codes(values).sum(dim=0)).to(values.dtype), was_numpy)
 
 
-def centre_codes(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
+def centre_codes(codes: Array, labels: Array, query_labels: Array) -> Array:
     """CgAT's centre code of each query, (Q, bits) of +-1: near the codes that share a label, far from the others.
 
     b = sign(1/Np sum_positives b_j - 1/Nn sum_negatives b_j), the optimum of its Eq. 5 with equal weights; a query
@@ -375,16 +381,43 @@ def centre_codes(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
 
     Parameters
     ----------
-    codes : Tensor
+    codes : Tensor or numpy.ndarray
         (N, bits) of +-1, with `labels` (N,) or (N, C).
-    query_labels : Tensor
-        (Q,) or (Q, C).
+    query_labels : Tensor or numpy.ndarray
+        (Q,) or (Q, C), of the same kind.
+
+    Raises
+    ------
+    InputError
+        For other codes, and labels of two kinds, another count or values that are no labels.
     """
+    values, was_numpy = as_tensor(codes, "codes")
+    if values.ndim != 2:
+        raise InputError(f"codes must be (N, bits), got {tuple(values.shape)}")
+    given = {"labels": labels, "query_labels": query_labels}
+    base, asked = (torch.from_numpy(label_array(x, name)).to(values.device) for name, x in given.items())
+    if len(base) != len(values) or base.shape[1:] != asked.shape[1:]:
+        raise InputError(
+            f"labels and query_labels must be ({len(values)},) and (Q,) class ids, or ({len(values)}, C) and (Q, C) "
+            f"multi-hot, got {tuple(base.shape)} and {tuple(asked.shape)}"
+        )
+    floats = _check_codes(values).to(torch.promote_types(values.dtype, torch.float32))
+    return like_input(centres(floats, base, asked), was_numpy)
+
+
+def centres(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
+    """`centre_codes` of what is known to fit: floats, and labels of one kind."""
     alike = share_label(query_labels, labels).to(codes.dtype)
     apart = 1 - alike
     near = alike @ codes / alike.sum(dim=1, keepdim=True).clamp(min=1)
     far = apart @ codes / apart.sum(dim=1, keepdim=True).clamp(min=1)
     return signs(near - far)
+
+
+def _check_codes(codes: Tensor) -> Tensor:
+    if codes.dtype == torch.bool or not bool((codes.abs() == 1).all()):
+        raise InputError(f"codes must be -1 and 1, got {codes.dtype} with other values; bits b are codes 2 b - 1")
+    return codes
 
 
 def _labels(labels: Array, count: int) -> Tensor:
@@ -394,7 +427,8 @@ def _labels(labels: Array, count: int) -> Tensor:
             f"labels must be integers ({count},), or 0 and 1 ({count}, classes), got {values.dtype} "
             f"{tuple(values.shape)}"
         )
-    return values
+    known = torch.from_numpy(label_array(values, "labels"))
+    return known if known.ndim == 2 else known.unique(return_inverse=True)[1]  # kernels take ids of 32 bits
 
 
 def _distortion(x: Tensor, clean: Tensor, bounds: tuple[float, float]) -> float:

@@ -91,7 +91,12 @@ class Train:
             )
         on_the_fly = getattr(self.config, "defence", "none") != "none"
         config = replace(self.config, defence="none") if on_the_fly else self.config
-        run = train(self.method, config, dataset, replace(self.run, out=self._folder(dataset.name)))
+        settings = replace(self.run, out=self._folder(dataset.name))
+        if self.source.adversarial or on_the_fly:  # before hours of training
+            from cmr_fast.reports.hashing import check_defences
+
+            check_defences(dataset, settings, self.source.adversarial, cgat=on_the_fly)
+        run = train(self.method, config, dataset, settings)
         record_source(run.path, self.source.data, options)
         if self.source.adversarial or on_the_fly:
             self._harden(run, dataset, options, on_the_fly)

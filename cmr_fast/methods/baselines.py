@@ -14,7 +14,7 @@ from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
 from cmr_fast.modalities import MODALITIES, Modality
-from cmr_fast.ops._tensors import as_seed
+from cmr_fast.ops._tensors import MAX_BITS, as_integer, as_number, as_seed
 
 SCALES = ("each", "global", "none")
 
@@ -93,11 +93,8 @@ class CCA(Baseline):
         self, dim: int | None = 7, ridge: float = 1e-3, *, weight: float = 0.0, scale: str = "each", seed: int = 0
     ) -> None:
         super().__init__(scale=scale, seed=seed)
-        if dim is not None and dim < 1:
-            raise InputError(f"dim must be at least 1, got {dim}")
-        if ridge < 0:
-            raise InputError(f"ridge must be 0 or more, got {ridge}")
-        self.dim, self.ridge, self.weight = dim, ridge, weight
+        self.dim = None if dim is None else as_integer(dim, "dim", 1)
+        self.ridge, self.weight = as_number(ridge, "ridge", least=0), as_number(weight, "weight")
         self.correlations = torch.empty(0)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,11 +139,9 @@ class CCAITQ(Baseline):
     ) -> None:
         super().__init__(scale=scale, seed=seed)
         self.bits = _check_bits(bits)
-        if dim is not None and not 1 <= dim <= bits:
-            raise InputError(f"dim must lie between 1 and bits={bits}, got {dim}")
-        if iterations < 0:
-            raise InputError(f"iterations must be 0 or more, got {iterations}")
-        self.dim, self.ridge, self.weight, self.iterations = dim, ridge, weight, iterations
+        dim = None if dim is None else as_integer(dim, "dim", 1, self.bits)
+        self.iterations = as_integer(iterations, "iterations", 0)
+        self.dim, self.ridge, self.weight = dim, as_number(ridge, "ridge", least=0), as_number(weight, "weight")
         self.rotation = torch.empty(0)  # (dim, bits)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +164,7 @@ class CVH(Baseline):
 
     def __init__(self, bits: int = 32, ridge: float = 1e-3, *, scale: str = "each", seed: int = 0) -> None:
         super().__init__(scale=scale, seed=seed)
-        self.bits, self.ridge = _check_bits(bits), ridge
+        self.bits, self.ridge = _check_bits(bits), as_number(ridge, "ridge", least=0)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
@@ -196,12 +191,11 @@ class CMFH(Baseline):
         scale: str = "each", seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(scale=scale, seed=seed)
-        if not 0 < lam < 1 or not (mu > 0 and gamma > 0) or iterations < 1:
-            raise InputError(
-                "lam must lie between 0 and 1, mu and gamma above 0, iterations at 1 or more, got "
-                f"{lam}, {mu}, {gamma} and {iterations}"
-            )
-        self.bits, self.lam, self.mu, self.gamma, self.iterations = _check_bits(bits), lam, mu, gamma, iterations
+        self.bits, self.iterations = _check_bits(bits), as_integer(iterations, "iterations", 1)
+        self.lam = as_number(lam, "lam", least=0, above=True)
+        if self.lam >= 1:
+            raise InputError(f"lam must lie between 0 and 1, got {lam}")
+        self.mu, self.gamma = as_number(mu, "mu", least=0, above=True), as_number(gamma, "gamma", least=0, above=True)
         self.losses: list[float] = []
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,14 +257,11 @@ class FSH(Baseline):
         iterations: int = 100, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(scale="none", seed=seed)
-        if min(anchors, neighbours, iterations) < 1:
-            raise InputError(
-                f"anchors, neighbours and iterations must be at least 1, got {anchors}, {neighbours} and {iterations}"
-            )
-        if not (0 <= power < 1 and 0 < lam < float("inf")):
-            raise InputError(f"power must be at least 0 and below 1, lam finite and above 0, got {power} and {lam}")
-        self.bits, self.anchors, self.neighbours = _check_bits(bits), anchors, neighbours
-        self.lam, self.power, self.iterations = lam, power, iterations
+        self.bits, self.iterations = _check_bits(bits), as_integer(iterations, "iterations", 1)
+        self.anchors, self.neighbours = as_integer(anchors, "anchors", 1), as_integer(neighbours, "neighbours", 1)
+        self.lam, self.power = as_number(lam, "lam", least=0, above=True), as_number(power, "power", least=0)
+        if self.power >= 1:
+            raise InputError(f"power must be at least 0 and below 1, got {power}")
         self.losses: list[tuple[float, float]] = []
         """The objective before and after each iteration's turns, at that iteration's w."""
         self.weights: list[float] = []
@@ -422,9 +413,7 @@ def _orthonormal_rows(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def _check_bits(bits: int) -> int:
-    if bits < 1:
-        raise InputError(f"bits must be at least 1, got {bits}")
-    return bits
+    return as_integer(bits, "bits", 1, MAX_BITS)
 
 
 def _as_features(values: object, modality: str) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cmr_fast.attacks.hashing import CodeAttack, centre_codes
+from cmr_fast.attacks.hashing import CodeAttack, centres
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.modalities import Modality
@@ -69,11 +69,11 @@ class CenterGuided:
         self._attacks: dict[Modality, CodeAttack] = {}
         shares: dict[Modality, float] = {"image": 1.0, "text": TEXT_SHARE / IMAGE_SHARE}
         for modality, share in shares.items():
-            low, high = bounds_in([getattr(split, modality)])
+            low, high = bounds_in([getattr(split, modality)], modality)
             eps = config.cgat_eps * share * (high - low)
             self._attacks[modality] = CodeAttack(
                 self._victim, modality, eps=eps, bounds=(low, high), steps=config.cgat_steps, lr=eps / 4, away=True,
-                random_start=True, batch=config.batch_size,
+                random_start=True, batch=config.batch_size, check=False,
             )  # fmt: skip
 
     def loss(self, modality: Modality, batch: Pairs, codes: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class CenterGuided:
         codes: (N, bits) of +-1, of the whole training split.
         """
         x = getattr(batch, modality)
-        centres = centre_codes(codes, self._labels, batch.labels)
-        moved = self._attacks[modality](x, centres)
+        aims = centres(codes, self._labels, batch.labels)
+        moved = self._attacks[modality](x, aims)
         outputs = self._victim.encode(modality, moved)
-        return -(centres * outputs.to(centres.dtype).tanh()).mean()
+        return -(aims * outputs.to(aims.dtype).tanh()).mean()
 
 
 class _Victim(nn.Module):
@@ -100,8 +100,14 @@ class _Victim(nn.Module):
         return values
 
 
-def bounds_in(values: list[Tensor]) -> tuple[float, float]:
-    """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and the largest value."""
+def bounds_in(values: list[Tensor], modality: Modality) -> tuple[float, float]:
+    """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and the largest value.
+
+    InputError where these are the same.
+    """
     if values[0].dtype == torch.uint8:
         return 0.0, 255.0
-    return min(float(x.min()) for x in values), max(float(x.max()) for x in values)
+    low, high = min(float(x.min()) for x in values), max(float(x.max()) for x in values)
+    if low == high:
+        raise InputError(f"every {modality} feature is {low:g}; expected a range, which the budget is a share of")
+    return low, high

@@ -102,7 +102,7 @@ class Memory(nn.Module):
         for name, own in list(self.named_buffers()):
             stored = state_dict.get(prefix + name)
             if stored is not None and stored.ndim == 2 and stored.shape[1:] == own.shape[1:]:
-                setattr(self, name, own.new_zeros(stored.shape))
+                setattr(self, name, torch.zeros_like(stored, device=own.device))  # float32 beside bfloat16 weights
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def bounds_of(dataset: PairedDataset, modality: Modality) -> tuple[float, float]:
     """The range that perturbed inputs stay in: 0 to 255 of pixels, else the least and largest value of all splits."""
-    return bounds_in([getattr(s, modality) for s in (dataset.train, dataset.query, dataset.database)])
+    return bounds_in([getattr(s, modality) for s in (dataset.train, dataset.query, dataset.database)], modality)
 
 
 def named_attack(

@@ -18,8 +18,9 @@ from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, show, table_of_numbers
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.methods._runfolder import refuse_used
 from cmr_fast.methods.evaluation import encode_all
-from cmr_fast.methods.hardening import harden, harden_on_the_fly, named_attack, perturb
+from cmr_fast.methods.hardening import bounds_of, harden, harden_on_the_fly, named_attack, perturb
 from cmr_fast.methods.method import Retriever, Run, RunConfig
 from cmr_fast.modalities import MODALITIES
 from cmr_fast.ops import pack_codes
@@ -129,14 +130,16 @@ def examine(
     Raises
     ------
     InputError
-        For unknown attacks and a model that makes no codes.
+        Before anything is attacked, for unknown attacks, a count below 1 and a model that makes no codes.
     """
+    if count is not None and count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    named = {name: named_attack(name, model, dataset, share=share, options=options) for name in attacks}
     query = dataset.query if count is None else dataset.query.select(torch.arange(min(count, len(dataset.query))))
     base = _codes(model, dataset.database)
     row, ranked = score(model, query, dataset.database, "clean", base)
     out = Attacked([row], {"clean": ranked}, {}, {"clean": query})
-    for name in attacks:
-        attack = named_attack(name, model, dataset, share=share, options=options)
+    for name, attack in named.items():
         with busy(f"{name}, {attack.steps} steps"):
             moved, result = perturb(attack, query)
         row, ranked = score(model, moved, dataset.database, name, base)
@@ -151,6 +154,8 @@ def verdict(attacked: Attacked) -> list[str]:
     """What the rows say, attack by attack; a set-up that does not bite is named."""
     clean = attacked.rows[0]
     lines = []
+    if not clean.cross:
+        return ["the clean queries find nothing across the modalities: there is nothing that an attack could take"]
     for row in attacked.rows[1:]:
         lost = {task: 1 - row.map[task] / max(clean.map[task], 1e-12) for task in CROSS}
         i2t, t2i = (f"({clean.map[task]:.3f} to {row.map[task]:.3f})" for task in CROSS)
@@ -280,8 +285,7 @@ def defend(
     InputError
         As of `harden`.
     """
-    if any(count < 1 for count in counts):
-        raise InputError(f"expected 1 or more adversarial samples, got {', '.join(map(str, counts))}")
+    check_defences(dataset, run, counts, control=control, cgat=cgat)
     base = examine(model, dataset, [attack], share=share)
     out = [Defence(BASE, None, base.rows[0], base.rows[1], base.rows[1])]
 
@@ -303,6 +307,22 @@ def defend(
             done = harden_on_the_fly(model, dataset, settings, epochs=epochs)
         measure(CGAT, done)
     return out
+
+
+def check_defences(
+    dataset: PairedDataset, run: RunConfig, counts: Sequence[int], *, control: bool = True, cgat: bool = False
+) -> None:
+    """InputError for what `defend` refuses, some of it only after hours: counts, data without a range, used folders."""
+    if any(not 1 <= count <= len(dataset.train) for count in counts) or len(set(counts)) < len(counts):
+        raise InputError(
+            f"expected different numbers of samples from 1 to {len(dataset.train)}, the training pairs; got "
+            f"{', '.join(map(str, counts))}"
+        )
+    for modality in MODALITIES:
+        bounds_of(dataset, modality)
+    for ending in [*(f"adversarial{n}" for n in ([0, *counts] if control else counts)), *(["cgat"] if cgat else [])]:
+        if not run.resume:
+            refuse_used(run.out.with_name(f"{run.out.name}-{ending}"))
 
 
 def print_defences(rows: Sequence[Defence], title: str) -> None:

@@ -131,6 +131,29 @@ def test_compat_takes_the_codes_first_steps():
         assert (getattr(result, name) >= x).all() and (getattr(result, name) > x).any()
 
 
+def test_compat_moves_words_and_pixels_at_the_ends_of_their_range():
+    """Bags of words are 0 and 1; the authors' clip (TensorFlow's) has slope 1 there, torch's clamp has 0."""
+    image, text, labels = items(7)
+    image, text = image.round(), text.round()
+    model, rate = Linear(), 0.004
+    atk = CMLA(model, image_lr=rate, text_lr=rate, steps=1, compat="cmla", batch=7)
+    result = atk(image, text, labels)
+    share = (labels[:, None] == labels).double()
+    for name, other, x, eps in (("image", "text", image, 10 / 255), ("text", "image", text, 0.01)):
+        given = {"image": image, "text": text}
+        codes = {m: signs(model.encode(m, given[m])).detach() for m in given}
+        x.requires_grad_()
+        hash_ = model.encode(name, x).tanh()
+        inter, intra = hash_ @ codes[other].T, hash_ @ codes[name].T
+        loss = (share * inter + (1 + (-inter).exp()).log()).mean() + ((1 + intra.exp()).log() - share * intra).mean()
+        (g,) = torch.autograd.grad(loss, x)
+        # Adam's first step is the rate along the sign
+        expected = torch.where(g < 0, rate * g.abs() / (g.abs() + 1e-8 / 0.001**0.5), 0.0).clamp(max=eps)
+        moved = (x.detach() + expected).clamp(max=1)
+        assert_close(getattr(result, name), moved, rtol=1e-9, atol=1e-12)
+        assert (moved != x).any()
+
+
 def test_compat_batches_overlap_at_the_end():
     atk = CMLA(Linear(), compat="cmla", batch=5)
     assert [b.tolist() for b in atk._batches(12)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [7, 8, 9, 10, 11]]
@@ -316,6 +339,15 @@ def test_bad_input_is_named():
         CMLA(Linear())(image, text[:3], labels)
     with pytest.raises(InputError, match="labels must be integers"):
         CMLA(Linear())(image, text, labels[:3])
+    for wrong in (labels == 0, labels[:, None], torch.ones(12, 3).long() * -1, torch.ones(12, 3).long() * 2):
+        with pytest.raises(InputError, match="labels"):  # bits of one class, a column, -1 for absent, counts
+            CMLA(Linear())(image, text, wrong)
+    with pytest.raises(InputError, match=r"image encoder cannot take torch.float64 \(8, 4\)"):
+        CMLA(Linear())(image[:, :4], text, labels)
+    with pytest.raises(InputError, match=r"image encoder cannot take torch.float64"):
+        CMLA(Linear(torch.float32))(image.numpy(), text.float(), labels)
+    with pytest.raises(InputError, match=r"must return \(8, bits\), got \(8, 0\)"):
+        CMLA((lambda x: x[:, :0], lambda x: x[:, :0]))(image, text, labels)
     with pytest.raises(InputError, match="codes of one length, got 8 bits and 4 bits"):
         CMLA((nn.Linear(6, 8).double(), nn.Linear(5, 4).double()))(image, text, labels)
     with pytest.raises(InputError, match="image_eps must be"):
@@ -338,6 +370,81 @@ def test_codes_that_depend_on_batch_mates_are_named():
     model = (network, nn.Linear(5, BITS).double())
     with pytest.raises(InputError, match="the image code of an item depends on the rest of its batch"):
         CMLA(model)(image, text, labels)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), [0] * 12], ids=["one item", "all alike"])
+@pytest.mark.parametrize("kind", ["normalised", "centred", "dropout"])
+def test_such_codes_are_named_whatever_the_batch(kind, rows):
+    """Of callables, whose modules cannot be put in evaluation mode; by the attack on given codes as well."""
+    image, text, labels = (x[rows] for x in items())
+    linear, norm = nn.Linear(6, BITS).double(), nn.BatchNorm1d(BITS).double()
+    encoder = {
+        "normalised": lambda x: norm(linear(x)),
+        "centred": lambda x: linear(x - x.mean(dim=0)),
+        "dropout": lambda x: nn.functional.dropout(linear(x)),
+    }[kind]
+    model = encoder, nn.Linear(5, BITS).double()
+    with pytest.raises(InputError, match="the image code of an item depends on the rest of its batch, or is random"):
+        CMLA(model)(image, text, labels)
+    with pytest.raises(InputError, match="the image code of an item depends on the rest of its batch, or is random"):
+        CodeAttack(model)(image, torch.ones(BITS))
+    if kind != "normalised":
+        assert CodeAttack(model, steps=1, check=False)(image, torch.ones(BITS)).shape == image.shape
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": "positives"}, {"alternate": True}, {"compat": "cmla"}])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float32])
+def test_encoders_of_two_dtypes_are_attacked_in_the_wider_one(narrow, options):
+    image, text, labels = items()
+    model = Linear()
+
+    def run(dtype):
+        pair = (lambda x: model.image(x).to(dtype), model.text)
+        return CMLA(pair, image_eps=0.1, steps=3, **options)(image, text, labels)
+
+    mixed, wide = run(narrow), run(torch.float64)
+    assert_close(mixed.text, wide.text, rtol=0, atol=1e-9)
+    assert (mixed.image - wide.image).abs().median() < 1e-3  # signs of small slopes may differ
+    assert (mixed.image != image).any()
+
+
+def test_class_ids_of_any_size():
+    image, text, labels = items()
+    near, far = (CMLA(Linear(), steps=2)(image, text, y) for y in (labels, labels * 2**40 - 7))
+    assert torch.equal(near.image, far.image)
+
+
+def test_bounds_are_numbers_of_the_inputs_dtype():
+    """0.1 as float32 is above 0.1: inputs clipped to the bounds lie in them."""
+    image, text, labels = items(dtype=torch.float32)
+    model = Linear(torch.float32)
+    high = {torch.float32: 0.1, torch.float16: 0.3}
+    for dtype, top in high.items():
+        x = image.clamp(max=top).to(dtype)
+        x[0] = top
+        assert float(x.max()) > top
+        moved = CMLA(model, image_bounds=(0, top), image_eps=0.01, steps=2)(x, text, labels).image
+        assert moved.max() <= x.max() and (moved != x).any()
+        assert torch.equal(CMLA(model, image_bounds=(0, top), image_eps=0, steps=1)(x, text, labels).image, x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_budget_beyond_the_box_leaves_the_box_as_the_only_limit(norm):
+    image, text, labels = items(dtype=torch.float32)
+    result = CMLA(Linear(torch.float32), image_eps=1e30, text_eps=1e30, norm=norm, steps=2)(image, text, labels)
+    for moved, clean in ((result.image, image), (result.text, text)):
+        assert (moved != clean).any(dim=1).all() and moved.min() >= 0 and moved.max() <= 1
+
+
+def test_inside_inference_mode():
+    image, text, labels = items(5)
+    outside = CMLA(Linear(), steps=2)(image, text, labels)
+    model = Linear()
+    with torch.inference_mode():
+        inside = CMLA(model, steps=2)(image.clone(), text.clone(), labels)
+        moved = CodeAttack(model, steps=2)(image, torch.ones(BITS))
+    assert torch.equal(inside.image, outside.image) and torch.equal(inside.text, outside.text)
+    assert torch.equal(moved, CodeAttack(model, steps=2)(image, torch.ones(BITS)))
 
 
 def test_items_without_labels_and_none_at_all():
@@ -389,6 +496,26 @@ def test_code_attack_refuses_codes_that_do_not_fit():
         CodeAttack(Linear())(image, torch.ones(4))
     with pytest.raises(InputError, match="modality must be"):
         CodeAttack(Linear(), "sound")
+    for bits in (torch.zeros(BITS), torch.ones(BITS, dtype=torch.bool), torch.full((BITS,), torch.nan)):
+        with pytest.raises(InputError, match="codes must be -1 and 1"):
+            CodeAttack(Linear())(image, bits)
+
+
+def test_codes_to_aim_at_refuse_bits_and_labels_of_two_kinds():
+    codes, labels = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]), torch.tensor([0, 1, 1])
+    hot = torch.eye(3, dtype=torch.uint8)
+    for bits in (codes > 0, (codes > 0).to(torch.uint8), codes * torch.nan):
+        with pytest.raises(InputError, match="codes must be -1 and 1"):
+            anchor_code(bits)
+        with pytest.raises(InputError, match="codes must be -1 and 1"):
+            centre_codes(bits, labels, labels)
+    for one, other in ((labels, hot), (hot, labels), (labels[:2], labels), (hot, hot[:, :2])):
+        with pytest.raises(InputError, match="labels and query_labels must be"):
+            centre_codes(codes, one, other)
+    assert np.array_equal(
+        centre_codes(codes.numpy(), labels.numpy(), labels.numpy()), centre_codes(codes, labels, labels)
+    )
+    assert np.array_equal(anchor_code(codes.numpy()), [1, 1])
 
 
 def test_encoders_may_work_in_place():

@@ -135,10 +135,18 @@ def test_evaluates_like_a_trained_method(name):
 def test_refusals():
     train = correlated(50)
     for make, words in [
-        (lambda: CCAITQ(0), "bits must be at least 1, got 0"),
-        (lambda: CCA(0), "dim must be at least 1, got 0"),
-        (lambda: CCA(3, ridge=-1.0), "ridge must be 0 or more, got -1.0"),
-        (lambda: CCAITQ(8, dim=9), "dim must lie between 1 and bits=8, got 9"),
+        (lambda: CCAITQ(0), "bits must be an integer of 1 or more and below 4097, got 0"),
+        (lambda: CCA(0), "dim must be an integer of 1 or more, got 0"),
+        (lambda: CCA(2.5), "dim must be an integer"),
+        (lambda: CCA(3, ridge=-1.0), "ridge must be a finite number of 0 or more, got -1.0"),
+        (lambda: CVH(3, ridge=torch.nan), "ridge must be a finite number of 0 or more, got nan"),
+        (lambda: CCAITQ(3, ridge="1"), "ridge must be a finite number"),
+        (lambda: CCAITQ(8, dim=9), "dim must be an integer of 1 or more and below 9, got 9"),
+        *(
+            (lambda kind=kind, bits=bits: kind(bits), "bits must be an integer of 1 or more and below 4097")
+            for kind in (CCAITQ, CVH, CMFH, FSH, PCASign, Random)
+            for bits in (2.5, "8", True, None, 5000)
+        ),
         (lambda: CCAITQ(8, iterations=-1), "iterations"),
         (lambda: PCASign(8, scale="log"), "scale must be one of"),
         (lambda: CCA(5).fit(train), "4 canonical variates at most, dim=5"),
@@ -226,7 +234,11 @@ def test_unsupervised_baselines_beat_random_codes():
 def test_cmfh_refuses_bad_settings():
     with pytest.raises(InputError, match="lam must lie"):
         CMFH(lam=1.0)
-    with pytest.raises(InputError, match="bits must be at least 1"):
+    with pytest.raises(InputError, match="mu must be a finite number above 0"):
+        CMFH(mu=torch.inf)
+    with pytest.raises(InputError, match="iterations must be an integer"):
+        CMFH(iterations=2.5)
+    with pytest.raises(InputError, match="bits must be an integer of 1 or more"):
         CMFH(0)
 
 
@@ -326,10 +338,11 @@ def test_fsh_does_not_look_at_the_length_of_a_row():
 
 def test_fsh_refuses_bad_settings():
     for options, words in (
-        ({"bits": 0}, "bits must be at least 1"),
-        ({"anchors": 0}, "anchors, neighbours and iterations must be at least 1"),
+        ({"bits": 0}, "bits must be an integer of 1 or more"),
+        ({"anchors": 0}, "anchors must be an integer of 1 or more"),
+        ({"neighbours": 2.5}, "neighbours must be an integer of 1 or more"),
         ({"power": 1.0}, "power must be at least 0 and below 1"),
-        ({"lam": 0.0}, "lam finite and above 0"),
+        ({"lam": 0.0}, "lam must be a finite number above 0"),
     ):
         with pytest.raises(InputError, match=words):
             FSH(**options)

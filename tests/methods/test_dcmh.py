@@ -87,11 +87,13 @@ def test_learns_what_random_codes_do_not(tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_resumed_run_equals_one_that_was_not_stopped(tmp_path, optimizer, monkeypatch):
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("sgd", "32-true"), ("adam", "32-true"), ("sgd", "bf16-true"), ("adam", "64-true")]
+)
+def test_resumed_run_equals_one_that_was_not_stopped(tmp_path, optimizer, precision, monkeypatch):
     data = small_dataset()
     config = replace(SMALL, epochs=4, optimizer=optimizer, lr=1e-2, text_input="raw")
-    settings = replace(RUN, checkpoint_seconds=0.0, valid_fraction=0.2)
+    settings = replace(RUN, checkpoint_seconds=0.0, valid_fraction=0.2, precision=precision)
     whole = train("dcmh", config, data, replace(settings, out=tmp_path / "whole"))
     calls = []
 

@@ -76,6 +76,51 @@ def test_each_direction_is_judged_by_itself():
     assert line.endswith("; no image has moved (D is 0)")
 
 
+def test_queries_that_find_nothing_have_nothing_to_lose(model, data):
+    alone = replace(data, query=replace(data.query, labels=torch.zeros_like(data.query.labels)), valid=None)
+    result = hashing.examine(model, alone, ["cmla2"], share=SHARE)
+    assert result.rows[0].cross == 0
+    assert hashing.verdict(result) == [
+        "the clean queries find nothing across the modalities: there is nothing that an attack could take"
+    ]
+
+
+def test_all_names_are_looked_at_before_the_first_attack(model, data, monkeypatch):
+    monkeypatch.setattr(hashing, "perturb", lambda *_: pytest.fail("attacked"))
+    with pytest.raises(InputError, match="unknown attack 'pgd20'"):
+        hashing.examine(model, data, ["cmla500", "pgd20"])
+    with pytest.raises(InputError, match="count must be at least 1"):
+        hashing.examine(model, data, ["cmla2"], count=0)
+
+
+def test_features_without_a_range_are_named(model, data):
+    plain = {
+        m: replace(getattr(data, m), text=torch.ones_like(data.train.text)) for m in ("train", "query", "database")
+    }
+    with pytest.raises(InputError, match="every text feature is 1; expected a range"):
+        hashing.examine(model, replace(data, **plain), ["cmla2"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--adversarial 5 46", "from 1 to 45, the training pairs; got 5, 46"),
+        ("--adversarial 5 5", "expected different numbers"),
+        ("--adversarial 7", "run-adversarial7: not empty"),
+        ("--defence cgat", "run-cgat: not empty"),
+    ],
+)
+def test_a_defence_that_cannot_be_is_refused_before_the_training(data, tmp_path, capsys, flags, words):
+    from cmr_fast.cli import main
+
+    save_pairs(tmp_path / "small.npz", data)
+    for used in ("run-adversarial7", "run-cgat"):
+        (tmp_path / used).mkdir()
+        (tmp_path / used / "notes.txt").write_text("mine")
+    assert main(f"train dcmh --data {tmp_path}/small.npz --epochs 2 {flags} --out {tmp_path}/run".split())
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_names_say_what_runs(model, data):
     assert named_attack("cmla", model, data).steps == 500
     assert named_attack("cmla-compat100", model, data).compat == "cmla"
