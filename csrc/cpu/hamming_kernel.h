@@ -117,8 +117,14 @@ struct Scan {
     // Calls sink.emit for every code nearer than its query's limit; sink.limit(i) may tighten on the way.
     template <class Sink>
     void run(Sink& sink) const {
-        for (int64_t first = 0; first < job.n; first += tile_codes)
-            run_tile(sink, first, std::min(tile_codes, job.n - first));
+        for (int64_t first = 0, count; first < job.n; first += count)
+            run_tile(sink, first, count = tile_from(first));
+    }
+
+    // Codes of the tile from `first` on: whole steps, which are read in place where a code is one word; then the rest.
+    int64_t tile_from(int64_t first) const {
+        const int64_t count = std::min(tile_codes, job.n - first);
+        return count > kStep ? count / kStep * kStep : count;
     }
 
     template <class Sink>
@@ -284,8 +290,8 @@ struct Scan {
 
     void table(int32_t* out, int64_t row_stride) const {
         alignas(64) int32_t row[V::lanes];
-        for (int64_t first = 0; first < job.n; first += tile_codes) {
-            const int64_t count = std::min(tile_codes, job.n - first);
+        for (int64_t first = 0, count; first < job.n; first += count) {
+            count = tile_from(first);
             const word* codes = tile(first, count);
             for (int64_t i = 0; i < job.num_queries; ++i) {
                 int32_t* to = out + i * row_stride + first;
