@@ -182,6 +182,7 @@ def _joined(
             components.merge()
             _write_state(state, stamp, components.parents, at)
             noted = time.monotonic()
+    del tables, among
     components.merge()
     return components.lowest(leader)
 

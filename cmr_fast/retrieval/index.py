@@ -11,7 +11,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
 from cmr_fast.ops.hamming import closed_radius
-from cmr_fast.retrieval import _faiss, _indexfile, _usearch
+from cmr_fast.retrieval import _codefiles, _faiss, _indexfile, _usearch
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._collection import Collection, Ids
 from cmr_fast.retrieval._formats import index_kind
@@ -263,14 +263,16 @@ class HammingIndex(Collection):
 
     @classmethod
     def open(cls, path: StrPath, mmap: bool = True, bits: int | None = None) -> "HammingIndex":
-        """Open an index file, of this package, of faiss or of usearch.
+        """Open an index file, of this package, of faiss or of usearch, or a file of codes that others wrote.
 
         Parameters
         ----------
         path : path
-            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote.
+            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote; .u8bin and
+            .bvecs, whose rows are taken as packed codes; .hdf5 or .h5 of ann-benchmarks by Hamming distance ("train",
+            packed). Their ids are 0, 1, 2 and so on.
         mmap : bool
-            As in `load`: False reads everything into memory. usearch's is always read.
+            As in `load`: False reads everything into memory. usearch's and files of codes are always read.
         bits : int, optional
             Code length; only that of a file of others may be shorter than its bytes.
 
@@ -283,6 +285,11 @@ class HammingIndex(Collection):
         InputError
             For a file that is none of these, saying what it is, or of another code length.
         """
+        if _codefiles.has_codes(path):
+            held, codes = _codefiles.read_codes(path, bits=bits)
+            index = cls(held)
+            index.add(codes)
+            return index
         if (kind := index_kind(path)) == "faiss":
             return cls.from_faiss(path, bits, mmap)
         if kind == "usearch":
