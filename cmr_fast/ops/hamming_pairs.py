@@ -160,7 +160,8 @@ def _in_buckets(db: Tensor, radius: int, most: int, threads: int | None) -> Hits
     del tables  # which take more memory than what is made of the pairs
     keys, order = torch.cat(found).sort()  # a pair is there once
     lims = torch.zeros(n + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(torch.bincount(keys >> 32, minlength=n), 0, out=lims[1:])
+    lims.index_add_(0, (keys >> 32) + 1, torch.ones_like(keys))
+    torch.cumsum(lims, 0, out=lims)
     return lims, torch.cat(near)[order], keys & 0xFFFFFFFF
 
 

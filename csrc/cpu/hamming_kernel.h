@@ -117,8 +117,7 @@ struct Scan {
     // Calls sink.emit for every code nearer than its query's limit; sink.limit(i) may tighten on the way.
     template <class Sink>
     void run(Sink& sink) const {
-        for (int64_t first = 0, count; first < job.n; first += count)
-            run_tile(sink, first, count = tile_from(first));
+        for (int64_t first = 0, count; first < job.n; first += count) run_tile(sink, first, count = tile_from(first));
     }
 
     // Codes of the tile from `first` on: whole steps, which are read in place where a code is one word; then the rest.
