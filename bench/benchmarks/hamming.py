@@ -9,12 +9,11 @@ import numpy as np
 import cmr_fast as cf
 from cmr_fast.ops import _dispatch
 
-from .common import Comparison, compare, on_all_processors, one_thread
+from .common import Comparison, compare, one_thread
 
 QUERIES, CODES = 256, 1_000_000
 BITS, KS = (32, 64, 128, 256), (10, 100, 1000)
 LARGE_KS = (10_000, 100_000)
-WAYS = ("index.search", "index.searcher", "hamming_topk")
 
 
 def random_codes(bits: int, queries: int = QUERIES, codes: int = CODES) -> tuple[np.ndarray, np.ndarray]:
@@ -78,69 +77,14 @@ def one_by_one(bits: int = 64, k: int = 10, queries: int = 20, codes: int = CODE
     )
 
 
-def few_codes(codes: int, way: str, bits: int = 64, k: int = 10, calls: int = 2000) -> Comparison:
-    """One query over so few codes that a call costs more than its scan."""
-    together = topk(bits, k, 1, codes)
-    flat, (q, db) = flat_index(bits, codes), random_codes(bits, 1, codes)
-    index = cf.HammingIndex(bits)
-    index.add(db)
-    searcher = index.searcher(k)
-    one = {
-        "index.search": lambda: index.search(q, k),
-        "index.searcher": lambda: searcher.search(q),
-        "hamming_topk": lambda: cf.hamming_topk(q, db, k),
-    }[way]
-
-    def check() -> None:
-        together.check()
-        for a, b in zip(one(), cf.hamming_topk(q, db, k), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    return replace(
-        together,
-        name=f"{way}, {bits} bits, k={k}, one query x {codes:,}",
-        ours=lambda: [one() for _ in range(calls)],
-        theirs=lambda: [flat.search(q, k) for _ in range(calls)],
-        check=check,
-        work=calls / 1e3,
-        unit="thousand calls",
-        limit=None,
-    )
-
-
-def on_two_threads(bits: int = 64, k: int = 10, codes: int = 10_000_000) -> Comparison:
-    """One query whose codes are split over threads."""
-    q, db = random_codes(bits, 1, codes)
-
-    def two() -> tuple[np.ndarray, np.ndarray]:
-        with on_all_processors():
-            return cf.hamming_topk(q, db, k, threads=2)
-
-    def check() -> None:
-        for a, b in zip(two(), cf.hamming_topk(q, db, k, threads=1), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    return Comparison(
-        name=f"top-k {bits} bits, k={k}, 1 x {codes:,}, two threads",
-        alternative="own scan, one thread",
-        ours=two,
-        theirs=lambda: cf.hamming_topk(q, db, k, threads=1),
-        check=check,
-        work=codes / 1e9,
-        unit="G comparisons",
-    )
-
-
 def comparisons(quick: bool = False) -> list[Comparison]:
     if quick:
-        return [topk(64, 10, queries=16, codes=100_000), few_codes(1000, "index.search", calls=100)]
+        return [topk(64, 10, queries=16, codes=100_000)]
     return [
         *(topk(bits, k) for bits in BITS for k in KS),
         *(topk(64, k, queries=32) for k in LARGE_KS),
         topk(64, 10, queries=1),
         one_by_one(),
-        *(few_codes(codes, way) for codes in (1_000, 20_000) for way in WAYS),
-        on_two_threads(),
     ]
 
 
