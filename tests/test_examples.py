@@ -1,7 +1,9 @@
 """Every program of examples/ runs from another folder, says what it shows, and leaves nothing behind."""
 
+import ast
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,17 @@ def test_search(tmp_path):
     nearest = [int(x) for x in re.search(r"nearest of query 0: .* at \[(.*)\]", text).group(1).split(",")]
     assert nearest == sorted(nearest) and 0 < int(re.search(r"query 0: (\d+) items", text).group(1)) < 19_900
     assert float(re.search(r"mAP ([\d.]+)", text).group(1)) > 0.5
+
+
+def test_sqlite_vec_codes(tmp_path):
+    pytest.importorskip("sqlite_vec")
+    if not hasattr(sqlite3.Connection, "enable_load_extension"):
+        pytest.skip("this Python's sqlite3 loads no extensions")
+    text = output("sqlite_vec_codes.py", tmp_path)
+    ours, theirs = (ast.literal_eval(x) for x in re.findall(r": (\[.*\]) at (?:\[.*\])", text))
+    distances = re.findall(r"at (\[.*\])", text)
+    assert "read 5000 codes" in text and len(ours) == 10 and distances[0] == distances[1]
+    assert ours[0] == theirs[0] and distances[0].startswith("[0, ")
 
 
 def test_swap_loss(tmp_path):

@@ -69,6 +69,19 @@ def compare(comparison: Comparison, rounds: int = 7) -> Timing:
 
 
 @contextmanager
+def on_all_processors() -> Iterator[None]:
+    """Inside `one_thread`: what begins here may run on every processor again."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: None)(0)
+    if allowed:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        if allowed:
+            os.sched_setaffinity(0, allowed)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """Pin this process to one processor, where the platform can, and every library to one thread."""
     import torch

@@ -13,6 +13,7 @@ from .common import Comparison, compare, one_thread
 
 QUERIES, CODES = 256, 1_000_000
 BITS, KS = (32, 64, 128, 256), (10, 100, 1000)
+LARGE_KS = (10_000, 100_000)
 
 
 def random_codes(bits: int, queries: int = QUERIES, codes: int = CODES) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +80,12 @@ def one_by_one(bits: int = 64, k: int = 10, queries: int = 20, codes: int = CODE
 def comparisons(quick: bool = False) -> list[Comparison]:
     if quick:
         return [topk(64, 10, queries=16, codes=100_000)]
-    return [*(topk(bits, k) for bits in BITS for k in KS), topk(64, 10, queries=1), one_by_one()]
+    return [
+        *(topk(bits, k) for bits in BITS for k in KS),
+        *(topk(64, k, queries=32) for k in LARGE_KS),
+        topk(64, 10, queries=1),
+        one_by_one(),
+    ]
 
 
 class TopK:

@@ -1,7 +1,7 @@
-"""Files of codes that `cmr-fast index` and `search` read: .npy arrays, index files, faiss files."""
+"""Files of codes that `cmr-fast index` and `search` read: .npy arrays, index files, those of others."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cmr_fast.cli.common import check_exists, read_array
 from cmr_fast.errors import InputError
@@ -12,11 +12,24 @@ if TYPE_CHECKING:
     from cmr_fast.retrieval.index import HammingIndex
 
 
-def open_codes(path: Path, bits: int | None) -> "np.ndarray | HammingIndex":
-    """Codes of a .npy file (as an array), an index file or a faiss file (with their ids), left in the file."""
-    from cmr_fast.retrieval import index_kind
+def open_codes(
+    path: Path, bits: int | None, dataset: Literal["train", "test"] = "train"
+) -> "np.ndarray | HammingIndex":
+    """Codes of a file of codes (as an array) or an index (with its ids), left in the file where it holds them packed.
+
+    dataset    of an HDF5 file of ann-benchmarks
+    """
+    from cmr_fast.retrieval import HammingIndex, index_kind, read_codes
+    from cmr_fast.retrieval._codefiles import has_codes
 
     check_exists(path)
+    if has_codes(path):
+        held, packed = read_codes(path, dataset, bits)
+        if held % 8 == 0 or bits is not None:
+            return packed
+        index = HammingIndex(held)
+        index.add(packed)
+        return index
     if path.is_file() and index_kind(path):
         return open_index(path, bits)
     codes = read_array(path)

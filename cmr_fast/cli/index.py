@@ -29,8 +29,8 @@ class Index:
     """
 
     codes: Positional[tuple[Path, ...]]
-    """.npy files, uint8 (N, bytes), whose rows are numbered on; index files and faiss's IndexBinaryFlat or IDMap files,
-    which bring their ids."""
+    """.npy files, uint8 (N, bytes), whose rows are numbered on; .u8bin and .bvecs, whose rows are taken for codes,
+    and ann-benchmarks .hdf5 by Hamming distance; index files, also faiss's and usearch's, which bring their ids."""
     out: Path
     """The index file to write."""
     append: bool = False

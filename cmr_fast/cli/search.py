@@ -35,9 +35,9 @@ class Search:
     """
 
     index: Positional[Path]
-    """Index file, from `cmr-fast index`, or a faiss IndexBinaryFlat or IDMap file."""
+    """Index file, from `cmr-fast index`, or another that it takes."""
     queries: Positional[Path]
-    """Packed query codes: uint8 (Q, bytes) .npy, or an index file."""
+    """Packed query codes: uint8 (Q, bytes) .npy, .u8bin or .bvecs, an index file, or ann-benchmarks .hdf5 ("test")."""
     k: int = 10
     """Hits per query; the codes that the index holds where these are fewer."""
     out: Path | None = None
@@ -61,7 +61,7 @@ class Search:
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}")
         index = open_index(self.index)
-        source = open_codes(self.queries, index.bits)
+        source = open_codes(self.queries, index.bits, "test")
         queries = source if isinstance(source, np.ndarray) else source.codes
         if len(queries) == 0:
             raise InputError(f"{self.queries}: holds no query, expected at least one")

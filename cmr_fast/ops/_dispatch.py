@@ -185,6 +185,15 @@ def choose_isa() -> str:
     return forced
 
 
+def isa_of_arrays(op: str, backend: str | None) -> str | None:
+    """The instruction set with which the native kernels run `op` on numpy arrays; None: another backend runs it."""
+    module = native()
+    free = backend is None and not isinstance(module, ImportError) and not torch.compiler.is_compiling()
+    if free and not module.forced():
+        return _best_isa(module)
+    return choose_isa() if choose_backend(op, "cpu", backend) == "cpp" else None
+
+
 def choose_threads(threads: int | None = None) -> int:
     """`threads`, else CMR_FAST_THREADS, else the processors that this process may use."""
     if threads is not None:

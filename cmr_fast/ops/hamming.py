@@ -33,7 +33,7 @@ from cmr_fast.ops.cuda import hamming as hamming_cuda
 from cmr_fast.ops.multi_index_range import scan_range, tables_for
 
 _BYTE = np.dtype(np.uint8)
-_LITTLE = 1 << 17  # pairs of codes that are compared before another thread is awake
+LITTLE = 1 << 17  # pairs of codes that are compared before another thread is awake
 _TORCH_BLOCK = 1 << 22  # distances held at once by the torch path
 
 
@@ -169,18 +169,19 @@ def hamming_topk(
     InputError
         On codes, k or bits of another kind, and a backend that cannot run.
     """
-    if _plain(q, db) and _dispatch.choose_backend("hamming_topk", "cpu", _dispatch.how(backend, threads)[0]) == "cpp":
-        return _topk_of_arrays(q, db, as_integer(k, "k", 1, MAX_K), _check_bits(bits, db.shape[1]), threads)
+    backend, threads = _dispatch.how(backend, threads)
+    if plain(q, db) and (isa := _dispatch.isa_of_arrays("hamming_topk", backend)):
+        return topk_of_arrays(isa, q, db, as_integer(k, "k", 1, MAX_K), _check_bits(bits, db.shape[1]), threads)
     queries, database, was_numpy = as_codes(q, db)
     k = as_integer(k, "k", 1, MAX_K)
     bits = _check_bits(bits, database.shape[1])
     # numpy arrays are part of no graph: they spare themselves torch's dispatcher
     search = _TOPK if was_numpy else torch.ops.cmr_fast.hamming_topk
-    distances, indices = search(queries, database, k, bits, *_dispatch.how(backend, threads))
+    distances, indices = search(queries, database, k, bits, backend, threads)
     return like_input(distances, was_numpy), like_input(indices, was_numpy)
 
 
-def _plain(q: object, db: object) -> bool:
+def plain(q: object, db: object) -> bool:
     """Whether both are packed codes of one width, in numpy arrays that are used as they are."""
     if type(q) is not np.ndarray or type(db) is not np.ndarray or q.ndim != 2 or db.ndim != 2:
         return False
@@ -195,14 +196,14 @@ def _plain(q: object, db: object) -> bool:
     )
 
 
-def _topk_of_arrays(q: Any, db: Any, k: int, bits: int, threads: int | None) -> tuple[Any, Any]:
-    """`_topk` on the native kernels without torch, whose calls cost more than a small scan."""
+def topk_of_arrays(isa: str, q: Any, db: Any, k: int, bits: int, threads: int | None) -> tuple[Any, Any]:
+    """`_topk` of `plain` arrays on the native kernels without torch, whose calls cost more than a small scan."""
     count, size = len(q), len(db)
     distances, indices = neighbour_arrays(count, k, bits, k > size)
-    if threads is None and count * size <= _LITTLE and not _dispatch.setting("CMR_FAST_THREADS"):
-        threads = 1
-    isa, threads = _dispatch.choose_isa(), _dispatch.choose_threads(threads)
-    _dispatch.native().hamming_topk_of_arrays(isa, q, db, k, threads, distances, indices)
+    native = _dispatch.native()
+    if threads is None and (count * size > LITTLE or native.forced()):
+        threads = _dispatch.choose_threads()
+    native.hamming_topk_of_arrays(isa, q, db, k, threads or 1, distances, indices)
     return distances, indices
 
 

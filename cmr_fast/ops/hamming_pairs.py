@@ -78,12 +78,9 @@ def hamming_pairs(
     most = as_integer(max_pairs, "max_pairs", 0)
     _, was_numpy = as_tensor(codes, "codes")
     queries, database, radius = _checked(codes, radius, other, threads)
-    tables = bucket_tables(database, radius, threads) if other is None else None
-    hits = (
-        _in_rows(queries, database, radius, other is None, most, threads)
-        if tables is None
-        else _in_buckets(tables, len(database), radius, most, threads)
-    )
+    hits = _in_buckets(database, radius, most, threads) if other is None else None
+    if hits is None:
+        hits = _in_rows(queries, database, radius, other is None, most, threads)
     lims, distances, indices = (like_input(x, was_numpy) for x in hits)
     return lims, distances, indices
 
@@ -149,16 +146,22 @@ def _in_rows(q: Tensor, db: Tensor, radius: int, itself: bool, most: int, thread
     return joined(blocks)
 
 
-def _in_buckets(tables: RangeTables, n: int, radius: int, most: int, threads: int | None) -> Hits:
+def _in_buckets(db: Tensor, radius: int, most: int, threads: int | None) -> Hits | None:
+    """Pairs by tables that read each bucket once; None: another way is cheaper."""
+    tables, n = bucket_tables(db, radius, threads), len(db)
+    if tables is None:
+        return None
     found, near, total = [], [], 0
     for at, keys, distances in tables.pairs(radius, threads):
         total += len(keys)
         _refuse_more(total, most, f"in the first {at / (n * (radius + 1)):.0%} of the search")
         found.append(keys)
         near.append(distances)
+    del tables  # which take more memory than what is made of the pairs
     keys, order = torch.cat(found).sort()  # a pair is there once
-    counts = torch.bincount(keys >> 32, minlength=n)
-    lims = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
+    lims = torch.zeros(n + 1, dtype=torch.int64, device="cpu")
+    lims.index_add_(0, (keys >> 32) + 1, torch.ones_like(keys))
+    torch.cumsum(lims, 0, out=lims)
     return lims, torch.cat(near)[order], keys & 0xFFFFFFFF
 
 

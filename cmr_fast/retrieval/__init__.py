@@ -1,5 +1,6 @@
 """Search and evaluation: HammingIndex, and retrieval metrics by named convention and tie rule."""
 
+from cmr_fast.retrieval._codefiles import read_codes
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval.captions import CaptionRetrieval, evaluate_captions
 from cmr_fast.retrieval.conventions import CONVENTIONS, TIES, convention_table, tie_table
@@ -21,5 +22,6 @@ __all__ = [
     "evaluate_embeddings",
     "index_kind",
     "near_duplicates",
+    "read_codes",
     "tie_table",
 ]

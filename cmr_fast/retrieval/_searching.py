@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from cmr_fast.ops import hamming_topk
-from cmr_fast.ops._tensors import neighbour_arrays
+from cmr_fast.ops import _dispatch, hamming_topk, multi_index
+from cmr_fast.ops._tensors import MAX_K, neighbour_arrays
+from cmr_fast.ops.hamming import LITTLE, plain, topk_of_arrays
 from cmr_fast.retrieval._plan import Hits, SearchPlan, nearest_of, scan_hits
 from cmr_fast.retrieval._segments import Part
 from cmr_fast.retrieval._where import Rows, as_mask, chosen, count_of
@@ -66,6 +68,29 @@ class Searched:
             allowed = as_mask(self.rows, len(part))
         hits = self.plan.range(q, part.codes, radius, threads, allowed)
         return None if hits is None else (hits[0], hits[1], part.ids_of(hits[2]))
+
+
+def nearest_at_once(
+    parts: Sequence[Part], q: Any, k: object, bits: int, threads: object
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What a small search finds where one call of the native scan is all there is to do.
+
+    None: it is a larger one, or something about it has to be looked at, be it to say what is wrong.
+    """
+    if len(parts) != 1 or bits % 8 or threads is not None or type(k) is not int or not 1 <= k <= MAX_K:
+        return None
+    part = parts[0].sound()
+    codes = part.codes
+    size = len(codes)
+    if not plain(q, codes) or size >= multi_index.MIN_CODES or len(q) * size > LITTLE:
+        return None
+    if not (isa := _dispatch.isa_of_arrays("hamming_topk", None)):
+        return None
+    distances, places = topk_of_arrays(isa, q, codes, k, bits, None)
+    if k <= size:
+        return distances, part.ids_of(places)
+    places[:, :size] = part.ids_of(places[:, :size])
+    return distances, places
 
 
 def nearest_of_all(

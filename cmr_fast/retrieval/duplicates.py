@@ -24,6 +24,7 @@ Keep = Literal["first", "last"]
 _EDGES = 1 << 22  # that are put together at once
 _SAVED = 30.0  # seconds between two notes of how far it has come
 _ROWS = 1 << 20
+_TOGETHER = 1 << 21  # codes that are sorted together; of more, about an eighth at a time
 _KEY_BITS = 20
 
 
@@ -98,23 +99,41 @@ def near_duplicates(
     labels = leader if radius == 0 else _joined(database, leader, radius, threads, done, state)
     if radius == 0:
         done(len(leader))
-    rows = np.arange(len(labels))
-    first = labels == rows
-    groups = (np.cumsum(first) - 1)[labels]
+    del leader
+    first = labels == np.arange(len(labels), dtype=np.int32)
+    numbers = np.cumsum(first, dtype=np.int32)
+    numbers -= 1
     kept = np.flatnonzero(first)
+    groups = np.take(numbers, labels).astype(np.int64)
     if keep == "last":
         kept = np.empty_like(kept)
-        kept[groups] = rows  # the last to be written stays
+        kept[groups] = np.arange(len(labels))  # the last to be written stays
         kept.sort()
     return Duplicates(*(like_input(torch.from_numpy(x).to(device), was_numpy) for x in (groups, kept)))
 
 
 def _leaders(codes: torch.Tensor, threads: int) -> np.ndarray:
     """int32 (N,): the lowest row that holds an equal code."""
-    n, nbytes = codes.shape
+    n = len(codes)
     if _dispatch.choose_backend("hamming_topk", "cpu") != "cpp":
         _, first, of = np.unique(codes.numpy(), axis=0, return_index=True, return_inverse=True)
         return first[of.reshape(-1)].astype(np.int32)
+    if n <= _TOGETHER:
+        return _leaders_of_few(codes, threads)
+    heap, out = np.empty(n, np.uint8), np.empty(n, np.int32)
+    for start in range(0, n, _ROWS):
+        sums = codes[start : start + _ROWS].numpy().sum(axis=1, dtype=np.uint8)
+        heap[start : start + _ROWS] = sums * np.uint8(157) >> 5
+    for number in range(8):  # equal codes are in one heap
+        rows = np.flatnonzero(heap == number).astype(np.int32)
+        if len(rows):
+            out[rows] = rows[_leaders_of_few(codes[torch.from_numpy(rows)], threads)]
+    return out
+
+
+def _leaders_of_few(codes: torch.Tensor, threads: int) -> np.ndarray:
+    """`_leaders` by sorting, in 24 bytes a code."""
+    n, nbytes = codes.shape
     native, bits, out = native_kernels(), 8 * nbytes, np.empty(n, np.int32)
     order, entries = empty(n, torch.int32), empty(n * native.multi_index_entry_bytes, torch.uint8)
     key_bits = min(bits, _KEY_BITS)
@@ -148,13 +167,13 @@ def _joined(
     state: Path | None,
 ) -> np.ndarray:
     """int32 (N,): the lowest row of each code's component."""
-    components, start = _Components(len(leader)), 0
     tables = bucket_tables(codes, radius, threads)
+    components, start = _Components(len(leader)), 0
     stamp = None if state is None else _stamp(codes, radius, tables is not None)
     if state is not None and stamp is not None and state.exists():
         components.parents, start = _read_state(state, stamp)
         done(start if tables is None else start // (radius + 1))
-    among = torch.from_numpy(leader == np.arange(len(leader)))
+    among = torch.from_numpy(leader == np.arange(len(leader), dtype=np.int32))
     noted = time.monotonic()
     for at, rows, a, b in _edges(codes, radius, tables, threads, among, start):
         components.add(a, b)
@@ -163,6 +182,7 @@ def _joined(
             components.merge()
             _write_state(state, stamp, components.parents, at)
             noted = time.monotonic()
+    del tables, among
     components.merge()
     return components.lowest(leader)
 

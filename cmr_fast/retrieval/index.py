@@ -1,6 +1,5 @@
 """HammingIndex: exact search over packed codes, with ids, in memory or in a file."""
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,23 +11,23 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
 from cmr_fast.ops.hamming import closed_radius
-from cmr_fast.retrieval import _faiss, _indexfile, _usearch
+from cmr_fast.retrieval import _codefiles, _faiss, _indexfile, _usearch
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
+from cmr_fast.retrieval._collection import Collection, Ids
 from cmr_fast.retrieval._formats import index_kind
-from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
-from cmr_fast.retrieval._pieces import check_progress, distinct, planned, verify, width_of
+from cmr_fast.retrieval._ids import next_after
+from cmr_fast.retrieval._pieces import check_progress, planned, verify, width_of
 from cmr_fast.retrieval._plan import SearchPlan
-from cmr_fast.retrieval._searching import Searched, hits_of_all, nearest_of_all
-from cmr_fast.retrieval._segments import Part, Tail, is_mapped
+from cmr_fast.retrieval._searching import Searched, hits_of_all, nearest_at_once, nearest_of_all
+from cmr_fast.retrieval._segments import Part, is_mapped
 from cmr_fast.retrieval._where import selected_rows
 from cmr_fast.retrieval.searcher import Searcher
 
-Ids = Array | Sequence[int]
 Where = Array | Sequence[int] | Sequence[bool] | range
 _SMALL_BYTES = 1 << 20  # parts of a file that are read into memory: a search has a cost per part
 
 
-class HammingIndex:
+class HammingIndex(Collection):
     """Exact Hamming search over packed codes of 1 to 4096 bits.
 
     Codes are numpy arrays or torch tensors, uint8 (N, ceil(bits / 8)) as `pack_codes` makes them; results are of the
@@ -57,58 +56,17 @@ class HammingIndex:
     """
 
     def __init__(self, bits: int) -> None:
-        self.bits = code_length(bits)
         self.tables = True
-        self._parts: tuple[Part, ...] = ()  # replaced as a whole, never changed: what a search sees
-        self._next_id = 0
-        self._begin()
+        super().__init__(bits)
 
     def _begin(self) -> None:
-        self._tail: Tail | None = None  # of the last part, if that can grow
-        self._known: IdSet | None = None  # made when an id is first given that does not count on
+        super()._begin()
         self._plans: WeakKeyDictionary[Part, SearchPlan] = WeakKeyDictionary()
-        self._writing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._writing:
-            state = self.__dict__.copy()
-        for name in ("_tail", "_known", "_plans", "_writing"):
-            del state[name]
+        state = super().__getstate__()
+        del state["_plans"]
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    def __repr__(self) -> str:
-        return f"HammingIndex(bits={self.bits}, ntotal={self.ntotal})"
-
-    @property
-    def ntotal(self) -> int:
-        """How many codes there are."""
-        return len(self)
-
-    @property
-    def codes(self) -> np.ndarray:
-        """uint8 (ntotal, nbytes), read-only, in the order in which they were added."""
-        parts = [part.sound().codes for part in self._parts]
-        out = parts[0].view() if len(parts) == 1 else np.concatenate([np.empty((0, self._nbytes), np.uint8), *parts])
-        out.flags.writeable = False
-        return out
-
-    @property
-    def ids(self) -> np.ndarray:
-        """int64 (ntotal,), in the order in which they were added."""
-        parts = [np.asarray(part.sound().ids, dtype=np.int64) for part in self._parts]
-        return np.concatenate([np.empty(0, np.int64), *parts])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes and ids, in memory or mapped."""
-        return sum(part.nbytes for part in self._parts)
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes by where they are.
@@ -125,76 +83,6 @@ class HammingIndex:
         for part in parts if tail is None else parts[:-1]:
             usage["mapped" if is_mapped(part.codes) else "memory"] += part.nbytes
         return usage
-
-    def add(self, codes: Array, ids: Ids | None = None) -> None:
-        """Add codes; nothing is added where anything is refused.
-
-        Adding many small pieces is cheap, whatever the order of their ids.
-
-        Parameters
-        ----------
-        codes : ndarray or Tensor
-            uint8 (N, nbytes).
-        ids : array of int, optional
-            int64 (N,), 0 to 2^63 - 2, new ones, each once. None: counted on from the highest yet.
-
-        Raises
-        ------
-        InputError
-            For codes of another length or kind, and ids that repeat or are out of range.
-        """
-        rows = packed_codes(codes, "codes", self.bits)
-        given = None if ids is None else check_ids(ids, len(rows))
-        with self._writing:
-            if given is None:
-                given = counted_on(self._next_id, len(rows))
-            elif len(given) and lowest(given) < self._next_id:
-                refuse_known(given, self._known_ids())
-            if len(rows) == 0:
-                return
-            self._extend(rows, given)
-            if self._known is not None:
-                self._known.add(given)
-            self._next_id = next_after(self._next_id, given)
-
-    def remove_ids(self, ids: Ids) -> int:
-        """Remove the codes of these ids; the others keep their ids and their order.
-
-        Parts that lose codes are copied, into memory where they were mapped: remove many ids in one call.
-
-        Parameters
-        ----------
-        ids : array of int
-            int64 (M,), each once. All codes under an id go.
-
-        Returns
-        -------
-        int
-            How many codes were removed.
-
-        Raises
-        ------
-        InputError
-            Where an id is not in the index; nothing is removed.
-        """
-        gone = np.sort(np.asarray(check_ids(ids, None, any_sign=True), dtype=np.int64))
-        with self._writing:
-            rows = [part.sound().rows_of(gone) for part in self._parts]
-            if sum(map(len, rows)) < len(gone) or len(distinct(self._parts, rows)) < len(gone):
-                unknown = np.setdiff1d(gone, distinct(self._parts, rows))
-                raise InputError(f"ids must be in the index: {len(unknown)} are not, the first is {unknown[0]}")
-            parts, tail = [], self._tail
-            for part, cut in zip(self._parts, rows, strict=True):
-                rest = part.without(cut) if len(cut) else part
-                if part is self._parts[-1] and tail is not None and len(cut):
-                    tail = Tail(self._nbytes)
-                    rest = tail.extended(rest.codes, rest.ids)
-                parts.append(rest)
-            if self._known is not None:
-                self._known.discard(gone)
-            self._tail = tail if parts and len(parts[-1]) else None
-            self._parts = tuple(part for part in parts if len(part))
-        return sum(map(len, rows))
 
     def search(
         self,
@@ -235,6 +123,10 @@ class HammingIndex:
             another length, ids that are not in the index, and a k that takes more memory than there is (12 bytes for
             each result).
         """
+        if radius is None and where is None:
+            at_once = nearest_at_once(self._parts, q, k, self.bits, threads)
+            if at_once is not None:
+                return at_once
         rows = packed_codes(q, "q", self.bits)
         k, (_, threads) = as_integer(k, "k", 1, MAX_K), how(None, threads)
         most = None if radius is None else as_integer(radius, "radius", 0)
@@ -371,14 +263,16 @@ class HammingIndex:
 
     @classmethod
     def open(cls, path: StrPath, mmap: bool = True, bits: int | None = None) -> "HammingIndex":
-        """Open an index file, of this package, of faiss or of usearch.
+        """Open an index file, of this package, of faiss or of usearch, or a file of codes that others wrote.
 
         Parameters
         ----------
         path : path
-            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote.
+            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote; .u8bin and
+            .bvecs, whose rows are taken as packed codes; .hdf5 or .h5 of ann-benchmarks by Hamming distance ("train",
+            packed). Their ids are 0, 1, 2 and so on.
         mmap : bool
-            As in `load`: False reads everything into memory. usearch's is always read.
+            As in `load`: False reads everything into memory. usearch's and files of codes are always read.
         bits : int, optional
             Code length; only that of a file of others may be shorter than its bytes.
 
@@ -391,6 +285,11 @@ class HammingIndex:
         InputError
             For a file that is none of these, saying what it is, or of another code length.
         """
+        if _codefiles.has_codes(path):
+            held, codes = _codefiles.read_codes(path, bits=bits)
+            index = cls(held)
+            index.add(codes)
+            return index
         if (kind := index_kind(path)) == "faiss":
             return cls.from_faiss(path, bits, mmap)
         if kind == "usearch":
@@ -544,26 +443,6 @@ class HammingIndex:
         verify(parts)
         _faiss.write(path, self._nbytes, parts)
 
-    @property
-    def _nbytes(self) -> int:
-        return -(-self.bits // 8)
-
-    def _extend(self, codes: np.ndarray, ids: np.ndarray | range) -> None:
-        parts, tail = self._parts[:-1], self._tail
-        if tail is None:
-            tail, parts = Tail(self._nbytes), self._parts
-            small = len(parts)  # parts in memory that a copy was left with: grown together, there are O(log N)
-            rows = len(codes)
-            while small and not is_mapped(parts[small - 1].codes) and len(parts[small - 1]) <= rows:
-                small -= 1
-                rows += len(parts[small])
-            for part in parts[small:]:
-                tail.extended(part.codes, part.ids)
-            parts = parts[:small]
-        part = tail.extended(codes, ids)
-        self._tail = tail
-        self._parts = (*parts, part)
-
     def _searched(self, where: Where | None) -> list[Searched]:
         """Each part, its rows that count, and its plan: the one place that chooses how a part is searched."""
         parts = self._parts
@@ -575,11 +454,6 @@ class HammingIndex:
             return None
         plan = self._plans.get(part)
         return self._plans.setdefault(part, SearchPlan()) if plan is None else plan
-
-    def _known_ids(self) -> IdSet:
-        if self._known is None:
-            self._known = IdSet(part.sound().ids for part in self._parts)
-        return self._known
 
 
 def _pieces(codes: "Array | HammingIndex | Sequence[Array | HammingIndex]") -> "list[Array | HammingIndex]":

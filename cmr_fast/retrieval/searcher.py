@@ -38,8 +38,7 @@ class Searcher:
         self._stray = 0xFF << index.bits % 8 & 0xFF if index.bits % 8 else 0  # bits of the last byte that must be 0
         self._distances, self._ids = neighbour_arrays(1, k, index.bits, padded=True)
         self._row = (self._distances[0], self._ids[0])
-        backend = _dispatch.choose_backend("hamming_topk", "cpu")
-        self._isa = _dispatch.choose_isa() if backend == "cpp" else None
+        self._isa = _dispatch.isa_of_arrays("hamming_topk", None)
         self._parts: tuple[Part, ...] = ()
         self._part: Part | None = None  # the only one, where a call of the native scan is all there is to do
         self._counted = True  # its ids are its rows

@@ -123,7 +123,7 @@ void write_sorted(int64_t num_parts, const PartOf& part, int64_t k, int64_t bits
 
 // Large k: every distance of a query is written down and counted, then those up to the k-th go to their places. Two
 // passes without a branch that depends on the codes cost less than keeping so many survivors.
-constexpr int64_t kDenseShare = 32;       // from k = n / kDenseShare on
+constexpr int64_t kDenseShare = 4;        // from k = n / kDenseShare on
 constexpr int64_t kDenseBlock = 4096;     // codes whose distances are made together
 constexpr int64_t kDenseCodes = 1 << 26;  // of a query, at most: they take 2 bytes each
 constexpr int kCounters = 4;              // histograms of a range, so that equal neighbours do not wait for each other

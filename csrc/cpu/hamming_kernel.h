@@ -36,6 +36,8 @@ inline unsigned in_register(unsigned x) {
     return x;
 }
 
+constexpr int64_t kOften = 200;  // k of more than n / kOften: hits come too often for a branch to be guessed right
+
 template <class V, int W>
 struct Scan {
     using reg = typename V::reg;
@@ -114,17 +116,29 @@ struct Scan {
         return W == 0 ? V::add(done, V::finish(total)) : V::finish(total);
     }
 
-    // Calls sink.emit for every code nearer than its query's limit; sink.limit(i) may tighten on the way.
+    // Calls sink.emit for every code nearer than its query's limit; sink.limit(i) may tighten on the way. Where hits
+    // are frequent (`often`), some codes may be emitted that lie beyond a limit that has just been tightened.
     template <class Sink>
-    void run(Sink& sink) const {
-        for (int64_t first = 0; first < job.n; first += tile_codes)
-            run_tile(sink, first, std::min(tile_codes, job.n - first));
+    void run(Sink& sink, bool often = false) const {
+        for (int64_t first = 0, count; first < job.n; first += count)
+            run_tile(sink, first, count = tile_from(first), often);
+    }
+
+    // Codes of the tile from `first` on: whole steps, which are read in place where a code is one word; then the rest.
+    int64_t tile_from(int64_t first) const {
+        const int64_t count = std::min(tile_codes, job.n - first);
+        return count > kStep ? count / kStep * kStep : count;
     }
 
     template <class Sink>
-    void run_tile(Sink& sink, int64_t first, int64_t count) const {
+    void run_tile(Sink& sink, int64_t first, int64_t count, bool often = false) const {
         const word* codes = tile(first, count);
         int64_t i = 0;
+        if (often && W) {
+            for (; i + kQueries <= job.num_queries; i += kQueries) run_often<kQueries>(sink, codes, first, count, i);
+            for (; i < job.num_queries; ++i) run_often<1>(sink, codes, first, count, i);
+            return;
+        }
         for (; i + kQueries <= job.num_queries; i += kQueries) run_queries<kQueries>(sink, codes, first, count, i);
         for (; i < job.num_queries; ++i) run_queries<1>(sink, codes, first, count, i);
     }
@@ -172,6 +186,57 @@ struct Scan {
                 }
             }
         }
+    }
+
+    // Which codes of the tile are near, as bits and without a branch; then the hits of one query after the other.
+    template <int Q, class Sink>
+    void run_often(Sink& sink, const word* codes, int64_t first, int64_t count, int64_t i) const {
+        constexpr int kWords = W ? W : 1;
+        constexpr int64_t kMasks = std::max<int64_t>(kTileBytes / (kWords * int64_t{sizeof(word)}), kStep) / 64 + 1;
+        uint64_t masks[Q][kMasks] = {};
+        reg q[Q][kWords], limit[Q];
+        for (int j = 0; j < Q; ++j)
+            for (int w = 0; w < kWords; ++w) q[j][w] = V::splat(query_words[(i + j) * words + w]);
+        load_limits<Q>(sink, i, limit);
+        for (int64_t at = 0; at < count; at += kStep) {
+            const word* block = codes + at * kWords;
+            uint64_t near[Q] = {};
+#pragma GCC unroll 8
+            for (int u = 0; u < kBlocks; ++u) {
+                reg x[kWords];
+#pragma GCC unroll 8
+                for (int w = 0; w < kWords; ++w) x[w] = V::load(block + (u * kWords + w) * V::lanes);
+#pragma GCC unroll 8
+                for (int j = 0; j < Q; ++j) {
+                    typename V::sum total = V::zero();
+#pragma GCC unroll 8
+                    for (int w = 0; w < kWords; ++w) total = V::add_popcount(total, V::bit_xor(q[j][w], x[w]));
+                    near[j] |= static_cast<uint64_t>(V::bits(V::less(V::finish(total), limit[j]))) << u * V::lanes;
+                }
+            }
+            for (int j = 0; j < Q; ++j) masks[j][at / 64] |= near[j] << at % 64;
+        }
+        if (count % 64) {
+            for (int j = 0; j < Q; ++j) masks[j][count / 64] &= (uint64_t{1} << count % 64) - 1;
+        }
+        for (int j = 0; j < Q; ++j)
+            for (int64_t at = 0; at < count; at += 64)
+                if (masks[j][at / 64]) emit_near(sink, codes + at * kWords, masks[j][at / 64], first + at, i + j);
+    }
+
+    template <class Sink>
+    void emit_near(Sink& sink, const word* block, uint64_t near, int64_t index, int64_t i) const {
+        const word* q = query_words + i * words;
+        sink.emit(i, near, static_cast<uint32_t>(index), [&](int code) {
+            const word* x = block + code / V::lanes * V::lanes * words + code % V::lanes;
+            int bits = 0;
+            for (int64_t w = 0; w < (W ? W : words); ++w) {
+                word code_word;  // codes read in place may lie at any address
+                std::memcpy(&code_word, x + w * V::lanes, sizeof code_word);
+                bits += __builtin_popcountll(q[w] ^ code_word);
+            }
+            return static_cast<uint32_t>(bits);
+        });
     }
 
     template <int Q, class Sink>
@@ -222,7 +287,7 @@ struct Scan {
     template <class Sink>
     __attribute__((noinline)) void collect(Sink& sink, const word* block, int64_t index, int64_t valid,
                                            int64_t i) const {
-        const word* q = query_words + i * words;
+        const word* const q = query_words + i * words;
         const reg limit = V::splat(static_cast<word>(sink.limit(i)));
         uint64_t near = 0;
 #pragma GCC unroll 8
@@ -230,16 +295,7 @@ struct Scan {
             near |= static_cast<uint64_t>(V::bits(V::less(distance(q, block + u * words * V::lanes), limit)))
                     << u * V::lanes;
         if (valid < kStep) near &= (uint64_t{1} << valid) - 1;
-        sink.emit(i, near, static_cast<uint32_t>(index), [&](int code) {
-            const word* x = block + code / V::lanes * V::lanes * words + code % V::lanes;
-            int bits = 0;
-            for (int64_t w = 0; w < (W ? W : words); ++w) {
-                word code_word;  // codes read in place may lie at any address
-                std::memcpy(&code_word, x + w * V::lanes, sizeof code_word);
-                bits += __builtin_popcountll(q[w] ^ code_word);
-            }
-            return static_cast<uint32_t>(bits);
-        });
+        emit_near(sink, block, near, index, i);
     }
 
     // The bound: xor, popcount and add alone, over one tile in the first-level cache. Returns a checksum.
@@ -284,8 +340,8 @@ struct Scan {
 
     void table(int32_t* out, int64_t row_stride) const {
         alignas(64) int32_t row[V::lanes];
-        for (int64_t first = 0; first < job.n; first += tile_codes) {
-            const int64_t count = std::min(tile_codes, job.n - first);
+        for (int64_t first = 0, count; first < job.n; first += count) {
+            count = tile_from(first);
             const word* codes = tile(first, count);
             for (int64_t i = 0; i < job.num_queries; ++i) {
                 int32_t* to = out + i * row_stride + first;
@@ -376,7 +432,7 @@ void seed_limits(const S& scan, int64_t k, int64_t capacity, TopK* states) {
     constexpr int64_t kPeriod = 32;
     const HammingScan& job = scan.job;
     const int64_t chunk = std::min(4 * S::kStep, scan.tile_codes), stride = kPeriod * chunk;
-    if (k < 24 || job.n < 16 * stride || job.n < kPeriod * k) return;
+    if (k < 24 || job.n < 16 * stride || job.n < 2 * k) return;
     const double expected = static_cast<double>(k) / kPeriod;
     const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected) + 4);
     const int64_t few = std::min(capacity, 3 * rank + kScanSlack);
@@ -401,7 +457,8 @@ void search(const S& scan, int64_t k, int64_t capacity, TopK* states) {
     const HammingScan& job = scan.job;
     seed_limits(scan, k, capacity, states);
     TopKSink sink{states, k, capacity};
-    scan.run(sink);
+    const bool often = kOften * k > job.n;
+    scan.run(sink, often);
     bool again = false;
     for (int64_t i = 0; i < job.num_queries; ++i) {
         const bool short_of = states[i].count < std::min(k, job.n);
@@ -409,7 +466,7 @@ void search(const S& scan, int64_t k, int64_t capacity, TopK* states) {
         if (short_of) states[i].count = 0;
         again |= short_of;
     }
-    if (again) scan.run(sink);
+    if (again) scan.run(sink, often);
     for (int64_t i = 0; i < job.num_queries; ++i) topk_compact(states[i], k);
 }
 

@@ -50,6 +50,16 @@ PYBIND11_MODULE(_cpu, m) {
             return value ? py::cast(std::string(value)) : py::none();
         },
         "os.environ.get(name), which takes longer than a small search where the name is not set.");
+    m.def(
+        "forced",
+        [] {
+            for (const char* name : {"CMR_FAST_BACKEND", "CMR_FAST_ISA", "CMR_FAST_THREADS"}) {
+                const char* value = std::getenv(name);
+                if (value && *value) return true;
+            }
+            return false;
+        },
+        "Whether the environment chooses a backend, instruction set or number of threads.");
     m.def("reset_last_isa", [] { cmr::set_last_isa("none"); }, "Forget it, so that a test sees what runs next.");
 
     m.def("hamming_topk_workspace",

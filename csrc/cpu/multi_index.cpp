@@ -17,8 +17,9 @@
 namespace cmr {
 namespace {
 
-constexpr int64_t kQueryGroup = 64;  // queries that share an account, at most
-constexpr int kPartitionBits = 8;    // ranges of keys that a table is built by
+constexpr int64_t kQueryGroup = 64;                  // queries that share an account, at most
+constexpr int kPartitionBits = 8;                    // ranges of keys that a table is built by
+constexpr int64_t kTogether = 1 << 20, kPasses = 4;  // of more codes, tables for a radius are built in so many passes
 
 // The scan's cost in the nanoseconds of multi_index_kernel.h: per code and query, per 64-bit word of it, and per byte
 // of the database once for all queries of a batch, from cache or from memory. On the low side: what is given up early
@@ -237,6 +238,7 @@ void multi_index_table(const uint8_t* sorted, int64_t num_groups, int64_t nbytes
 }
 
 // First into ranges of buckets, a chunk of the codes for each thread, then inside each range: all writes stay in cache.
+// Of many codes some ranges at a time, so that no more than their part of slots_by_bucket is ever touched.
 void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t* mask, int bucket_bits, int index_bits,
                  int threads, uint32_t* offsets, uint8_t* slots_by_bucket, uint32_t* slots) {
     Slot* const found = reinterpret_cast<Slot*>(slots_by_bucket);
@@ -262,22 +264,30 @@ void range_table(const uint8_t* codes, int64_t n, int64_t nbytes, const uint64_t
         }
     }
     begin[partitions] = total;
-    parallel_for(chunks, threads, [&](int64_t c, int) {
-        each(c, [&](int64_t i, const Place& place) {
-            found[cursors[c * partitions + (place.bucket >> shift)]++] = {place.tag | static_cast<uint32_t>(i),
-                                                                          place.bucket};
+    const uint32_t most = static_cast<uint32_t>(n > kTogether ? n / kPasses : n);
+    for (int64_t from = 0, to; from < partitions; from = to) {
+        const uint32_t base = begin[from];
+        for (to = from + 1; to < partitions && begin[to + 1] - base <= most;) ++to;
+        parallel_for(chunks, threads, [&](int64_t c, int) {
+            each(c, [&](int64_t i, const Place& place) {
+                const int64_t p = place.bucket >> shift;
+                if (p < from || p >= to) return;
+                found[cursors[c * partitions + p]++ - base] = {place.tag | static_cast<uint32_t>(i), place.bucket};
+            });
         });
-    });
-    parallel_for(partitions, threads, [&](int64_t p, int) {
-        uint32_t* const first = offsets + p * buckets;
-        std::fill(first, first + buckets, 0u);
-        for (uint32_t i = begin[p]; i < begin[p + 1]; ++i) ++offsets[found[i].key];
-        uint32_t at = begin[p];
-        for (int64_t b = 0; b < buckets; ++b) at += std::exchange(first[b], at);
-        for (uint32_t i = begin[p]; i < begin[p + 1]; ++i) slots[offsets[found[i].key]++] = found[i].value;
-        std::memmove(first + 1, first, (buckets - 1) * sizeof(uint32_t));  // ends to begins
-        *first = begin[p];
-    });
+        parallel_for(to - from, threads, [&](int64_t range, int) {
+            const int64_t p = from + range;
+            const Slot *const here = found + (begin[p] - base), *const end = found + (begin[p + 1] - base);
+            uint32_t* const first = offsets + p * buckets;
+            std::fill(first, first + buckets, 0u);
+            for (const Slot* slot = here; slot < end; ++slot) ++offsets[slot->key];
+            uint32_t at = begin[p];
+            for (int64_t b = 0; b < buckets; ++b) at += std::exchange(first[b], at);
+            for (const Slot* slot = here; slot < end; ++slot) slots[offsets[slot->key]++] = slot->value;
+            std::memmove(first + 1, first, (buckets - 1) * sizeof(uint32_t));  // ends to begins
+            *first = begin[p];
+        });
+    }
     offsets[partitions * buckets] = total;
 }
 

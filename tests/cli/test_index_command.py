@@ -45,6 +45,25 @@ def test_an_index_grows_by_files(folder, capsys):
     assert (folder / "y.cmrx").read_bytes() == before
 
 
+def test_files_of_codes_of_others_are_indexed_and_searched(folder, capsys):
+    h5py = pytest.importorskip("h5py")
+    (folder / "a.u8bin").write_bytes(np.array([200, 4], "<u4").tobytes() + CODES[:200].tobytes())
+    (folder / "b.bvecs").write_bytes(b"".join(np.array([4], "<i4").tobytes() + code.tobytes() for code in CODES[200:]))
+    assert "300 codes of 32 bits" in ran(capsys, "index", "a.u8bin", "b.bvecs", "--out", "x.cmrx")
+    np.testing.assert_array_equal(HammingIndex.load("x.cmrx").codes, CODES)
+    bits = np.unpackbits(CODES, axis=1, bitorder="little").astype(bool)
+    with h5py.File("c.hdf5", "w") as file:
+        file.attrs["distance"] = "hamming"
+        file["train"], file["test"] = bits[:, :30], bits[7:12, :30]
+    assert "300 codes of 30 bits" in ran(capsys, "index", "c.hdf5", "--out", "y.cmrx")
+    ran(capsys, "search", "y.cmrx", "c.hdf5", "--k", 1, "--out", "hits.npz")
+    with np.load("hits.npz") as hits:
+        assert hits["ids"][:, 0].tolist() == list(range(7, 12)) and not hits["distances"].any()
+    assert "30 bits, expected 32" in refused(capsys, "index", "c.hdf5", "--out", "x.cmrx", "--append")
+    (folder / "a.u8bin").write_bytes((folder / "a.u8bin").read_bytes()[:-1])
+    assert "a.u8bin is truncated" in refused(capsys, "index", "a.u8bin", "--out", "z.cmrx")
+
+
 def test_index_and_faiss_files_bring_their_ids(folder, capsys):
     index = HammingIndex(32)
     index.add(CODES[:50], np.arange(50)[::-1] * 2)

@@ -88,6 +88,18 @@ def test_equals_the_scan_however_codes_are_cut_and_whatever_is_given_up(
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tables_of_many_codes_are_built_in_passes(few, threads):
+    rng = np.random.default_rng(0)
+    db = rng.integers(0, 256, ((1 << 20) + 77, 4), dtype=np.uint8)
+    if few:  # one range holds more than a pass does
+        db[: 3 << 18] = db[0]
+    q = torch.from_numpy(np.concatenate([db[::150_000][few:], db[-1:]]))
+    got = tables_of(db, 1, 0, threads).range_search(q, 0, threads, effort=math.inf)
+    assert_same(got, scan_range(q, torch.from_numpy(db), 0, 1))
+
+
 @given(
     nbytes=st.sampled_from([8, 16, 32]),
     radius=st.integers(0, 4),

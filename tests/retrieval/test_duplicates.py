@@ -53,6 +53,7 @@ def test_equals_a_naive_walk(n, nbytes, radius, flips, threads, seed):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(duplicates, "_EDGES", edges)
             patch.setattr(duplicates, "_ROWS", rows)
+            patch.setattr(duplicates, "_TOGETHER", rows)
             first = cf.near_duplicates(x, radius, threads=threads)
             last = cf.near_duplicates(x, radius, "last", threads=threads)
         np.testing.assert_array_equal(first.groups, groups)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _reference, pack_codes
-from cmr_fast.retrieval import _indexfile
+from cmr_fast.retrieval import _collection, _indexfile
 from cmr_fast.retrieval import index as module
 from cmr_fast.retrieval._ids import IdSet
 from cmr_fast.retrieval.index import HammingIndex
@@ -274,7 +274,7 @@ def test_ids_in_any_order_cost_little_each():
 def test_adding_out_of_order_looks_at_the_index_once(monkeypatch):
     index = filled(10, np.arange(10) * 10 + 1000)
     looks = []
-    monkeypatch.setattr(module, "IdSet", lambda ids: looks.append(1) or IdSet(ids))
+    monkeypatch.setattr(_collection, "IdSet", lambda ids: looks.append(1) or IdSet(ids))
     for i in range(20):
         index.add(codes(1, seed=i), [500 - i])
     with pytest.raises(InputError, match="first is 490"):

@@ -48,6 +48,42 @@ def test_finds_what_a_search_finds(bits, n, k, ids, threads, seed):
     assert_same(searcher, index, queries, k)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([8, 16, 20, 32, 64, 72, 256, 328]),
+    st.integers(0, 150),
+    st.integers(0, 4),
+    st.integers(1, 170),
+    st.sampled_from(["counted", "later", "own"]),
+    st.integers(0, 2**32),
+)
+def test_a_small_search_at_once_finds_what_threads_and_filters_find(bits, n, queries, k, ids, seed):
+    rng = np.random.default_rng(seed)
+    index = HammingIndex(bits)
+    index.add(codes(rng, n, bits), {"counted": None, "later": np.arange(n) + 7, "own": rng.permutation(1000)[:n]}[ids])
+    q = codes(rng, queries, bits)
+    at_once = index.search(q, k)
+    for other in (index.search(q, k, threads=2), index.search(q, k, where=np.ones(n, bool))):
+        for a, b in zip(at_once, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("CMR_FAST_BACKEND", "gpu"), ("CMR_FAST_ISA", "mmx"), ("CMR_FAST_THREADS", "0")]
+)
+def test_a_small_search_obeys_settings(monkeypatch, name, value):
+    index = HammingIndex(64)
+    index.add(np.zeros((4, 8), np.uint8))
+    q = np.zeros((1, 8), np.uint8)
+    index.search(q, 2)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name}"):
+        index.search(q, 2)
+    monkeypatch.setenv(name, "")
+    assert index.search(q, 2)[1].tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_mapped_parts_and_other_backends(tmp_path, monkeypatch, backend):
     monkeypatch.setenv("CMR_FAST_BACKEND", backend)
