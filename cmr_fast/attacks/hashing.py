@@ -1,7 +1,7 @@
 """Attacks on cross-modal hashing: CMLA (Li et al.; NeurIPS 2019), and on one modality by given codes (DHTA, CgAT).
 
 CMLA perturbs images v and texts t so that their codes leave the items of the other modality that share a label, while
-within their modality they stay where they were. For images, over perturbed items i and clean items j of the batch,
+within their modality they stay where they were. For images, over perturbed items i and clean items j of a call,
 
     J = sum_ij [log(1 + e^-inter_ij) + S_ij inter_ij] + sum_ij [log(1 + e^intra_ij) - S_ij intra_ij] + sum_i |delta_i|_p
 
@@ -10,7 +10,8 @@ within their modality they stay where they were. For images, over perturbed item
 h~ the relaxed code of the perturbed item, h the binary code of a clean one; of texts with v and t exchanged. The first
 sum is the likelihood of 1 - S: it also pulls together what shares no label (flip="all", as the authors' poster and code
 have it). Their author response says that only S = 1 is pushed: flip="positives", the sum over S_ij = 1 of
-log(1 + e^inter). With clean codes on the right, every item is attacked by itself, whatever its batch.
+log(1 + e^inter). With clean codes on the right, perturbed items do not see one another, whatever the batch; which clean
+items j are there matters.
 """
 
 from collections.abc import Callable, Sequence
@@ -143,10 +144,11 @@ class CMLA:
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        if compat and (alternate or single_modal or flip != "all" or not keep_intra or norm != "linf"):
+        fixed = flip == "all" and keep_intra and norm == "linf" and optimizer == "adam" and intra == 1
+        if compat and (alternate or single_modal or not fixed):
             raise InputError(
-                "compat='cmla' is the authors' code: expected flip='all', keep_intra=True, norm='linf' and neither "
-                "alternate nor single_modal"
+                "compat='cmla' is the authors' code: expected flip='all', keep_intra=True, intra=1, norm='linf', "
+                "optimizer='adam' and neither alternate nor single_modal"
             )
         steps, batch = whole("steps", steps, 1), whole("batch", batch, 1)
         intra, distortion = real("intra", intra, 0, _MOST), real("distortion", distortion, 0, _MOST)
@@ -195,7 +197,7 @@ class CMLA:
         dtypes = {m: _dtype(value) for m, value in given.items()}
         with frozen(self.model.modules):
             result = {m: x.clone() for m, x in inputs.items()}
-            losses = {m: torch.zeros(self.steps, dtype=torch.float64) for m in inputs}
+            losses = {m: torch.zeros(self.steps, dtype=torch.float64, device=classes.device) for m in inputs}
             for m, x in inputs.items() if self.check else ():
                 self.model.probe(m, x, self.budgets[m].bounds)
             clean = self.model.codes(inputs, self.batch)
@@ -204,7 +206,7 @@ class CMLA:
         moved: dict[str, float] = {m: _distortion(result[m], x, self.budgets[m].bounds) for m, x in inputs.items()}
         weight = max(1, sum(len(rows) for rows in self._batches(len(classes))))
         out = {m: like_input(result[m].to(dtypes[m]), as_tensor(value, m)[1]) for m, value in given.items()}
-        return Perturbed(out["image"], out["text"], moved, {m: (x / weight).float() for m, x in losses.items()})
+        return Perturbed(out["image"], out["text"], moved, {m: (x / weight).float().cpu() for m, x in losses.items()})
 
     def _batches(self, count: int) -> list[Tensor]:
         rows = list(torch.arange(count).split(self.batch))
@@ -234,7 +236,7 @@ class CMLA:
             loss = self._objective(values, right[_OTHER[modality]], known[modality], mine, theirs)
             loss = loss + self._penalty(x, run.clean)
             run.step(loss)
-            losses[modality][number] += float(loss.detach()) * (len(rows) if within else 1)
+            losses[modality][number] += loss.detach() * (len(rows) if within else 1)
             if self.alternate:
                 right[modality][rows] = signs(values.detach()).to(right[modality].dtype)
 
