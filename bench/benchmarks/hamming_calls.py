@@ -1,9 +1,14 @@
-"""What a call costs beside its scan: one query over few codes, against faiss-cpu; one query on two threads."""
+"""What a call costs beside its scan: one query over few codes, against faiss-cpu; one query on two threads.
 
+The limit of the last is the memory's: one query reads every code once.
+"""
+
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 import cmr_fast as cf
 
@@ -43,6 +48,20 @@ def few_codes(codes: int, way: str, bits: int = 64, k: int = 10, calls: int = 20
     )
 
 
+def reading(db: np.ndarray) -> float:
+    """G codes a second of a sum over their words, on one thread or two: what memory gives."""
+    words, seconds = torch.from_numpy(db.reshape(-1).view(np.int64)), []
+    before = torch.get_num_threads()
+    with on_all_processors():
+        for threads in (1, 2) * 3:
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            words.sum()
+            seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return len(db) / 1e9 / min(seconds)
+
+
 def on_two_threads(bits: int = 64, k: int = 10, codes: int = 10_000_000) -> Comparison:
     """One query whose codes are split over threads."""
     q, db = hamming.random_codes(bits, 1, codes)
@@ -63,6 +82,7 @@ def on_two_threads(bits: int = 64, k: int = 10, codes: int = 10_000_000) -> Comp
         check=check,
         work=codes / 1e9,
         unit="G comparisons",
+        limit=lambda: reading(db),
     )
 
 
