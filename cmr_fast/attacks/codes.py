@@ -70,9 +70,10 @@ class Encoders:
         """Binary codes as +-1, of one dtype for both modalities: the wider one, float32 at least."""
         out = {m: [signs(self.relaxed(m, part)) for part in x.split(batch)] for m, x in inputs.items()}
         codes = {m: torch.cat(parts) for m, parts in out.items()}
-        for other in tuple(codes.values()):
-            wide = torch.promote_types(other.dtype, torch.float32)
-            codes = {m: c.to(torch.promote_types(c.dtype, wide)) for m, c in codes.items()}
+        wide = torch.float32
+        for values in codes.values():
+            wide = torch.promote_types(wide, values.dtype)
+        codes = {m: values.to(wide) for m, values in codes.items()}
         widths = [c.shape[1] for c in codes.values()]
         if widths[0] != widths[1]:
             raise InputError(f"both encoders must make codes of one length, got {widths[0]} bits and {widths[1]} bits")
@@ -149,11 +150,10 @@ class Perturbation:
         """Where the gradient is wanted."""
         self.noise.requires_grad_()
         x = self.clean + self.noise
-        # the code clips inside the graph; else the noise stays where the sum is in the box
-        if not self.one_sided:
+        if not self.one_sided:  # the noise stays where the sum is in the box
             return x
         low, high = self.budget.bounds
-        # slope 1 at both ends, as TensorFlow's clip; of torch's clamp words that are 0 and black pixels have slope 0
+        # the code clips in the graph, with slope 1 at both ends as TensorFlow's clip; of torch's clamp it is 0 there
         return torch.where(x < low, low, torch.where(x > high, high, x))
 
     def scatter(self) -> None:
