@@ -77,7 +77,9 @@ def nearest_at_once(
 
     None: it is a larger one, or something about it has to be looked at, be it to say what is wrong.
     """
-    if len(parts) != 1 or bits % 8 or threads is not None or type(k) is not int or not 1 <= k <= MAX_K:
+    if len(parts) != 1 or bits % 8 or type(k) is not int or not 1 <= k <= MAX_K:
+        return None
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= _dispatch.MAX_THREADS):
         return None
     part = parts[0].sound()
     codes = part.codes
@@ -86,7 +88,7 @@ def nearest_at_once(
         return None
     if not (isa := _dispatch.isa_of_arrays("hamming_topk", None)):
         return None
-    distances, places = topk_of_arrays(isa, q, codes, k, bits, None)
+    distances, places = topk_of_arrays(isa, q, codes, k, bits, threads)
     if k <= size:
         return distances, part.ids_of(places)
     places[:, :size] = part.ids_of(places[:, :size])

@@ -45,6 +45,7 @@ struct Scan {
     static constexpr int kBlocks = V::blocks(W);
     static constexpr int kQueries = V::queries(W);
     static constexpr int64_t kStep = kBlocks * V::lanes;
+    static constexpr int64_t kFirst = std::max<int64_t>(kStep, 128);
 
     const HammingScan& job;
     const int64_t words;  // per code
@@ -120,13 +121,15 @@ struct Scan {
     // are frequent (`often`), some codes may be emitted that lie beyond a limit that has just been tightened.
     template <class Sink>
     void run(Sink& sink, bool often = false) const {
+        // limits tighten between tiles where hits are frequent, so the first ones grow from little
         for (int64_t first = 0, count; first < job.n; first += count)
-            run_tile(sink, first, count = tile_from(first), often);
+            run_tile(sink, first, count = tile_from(first, often ? std::max(kFirst, first) : tile_codes), often);
     }
 
-    // Codes of the tile from `first` on: whole steps, which are read in place where a code is one word; then the rest.
-    int64_t tile_from(int64_t first) const {
-        const int64_t count = std::min(tile_codes, job.n - first);
+    // Codes of the tile from `first` on, at most so many steps: whole ones, which are read in place where a code is one
+    // word; then the rest.
+    int64_t tile_from(int64_t first, int64_t most) const {
+        const int64_t count = std::min({tile_codes, most, job.n - first});
         return count > kStep ? count / kStep * kStep : count;
     }
 
@@ -341,7 +344,7 @@ struct Scan {
     void table(int32_t* out, int64_t row_stride) const {
         alignas(64) int32_t row[V::lanes];
         for (int64_t first = 0, count; first < job.n; first += count) {
-            count = tile_from(first);
+            count = tile_from(first, tile_codes);
             const word* codes = tile(first, count);
             for (int64_t i = 0; i < job.num_queries; ++i) {
                 int32_t* to = out + i * row_stride + first;
