@@ -6,6 +6,7 @@ rows are left out where there is none.
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,12 @@ import cmr_fast as cf
 from cmr_fast.ops.multi_index_range import MEMORY, RangeTables, Sample
 
 from . import hamming
-from .common import Comparison, compare, one_thread
+from .common import Comparison, compare, on_all_processors, one_thread
 from .multi_index import learned_like_codes
 
 CODES, QUERIES = 1_000_000, 10_000
 K = 10
-_PEER = Path(__file__).with_name("pynear_peer.py")
+_PEER, _JOIN = (Path(__file__).with_name(name) for name in ("pynear_peer.py", "join_peer.py"))
 
 
 def planted_codes(bits: int, queries: int, codes: int, flips: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -187,6 +188,36 @@ def join(bits: int, codes: int, radius: int, sample: int = 200) -> Comparison:
     )
 
 
+def join_of_a_process(codes: int, bits: int = 64, radius: int = 2, most_mb: float = 1000) -> Iterator[Comparison]:
+    """All pairs of many codes on two threads, start and reading included; red where it holds more memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, copies = Path(folder) / "codes.npy", codes // 100
+        np.save(path, near_copies(bits, codes, copies))
+
+        def run(threads: int) -> tuple[int, float]:
+            with on_all_processors():
+                done = subprocess.run(
+                    [sys.executable, _JOIN, path, str(radius), str(threads)], check=True, capture_output=True, text=True
+                )
+            pairs, megabytes = done.stdout.split()
+            return int(pairs), float(megabytes)
+
+        def check() -> None:
+            (pairs, megabytes), (others, _) = run(2), run(1)
+            assert pairs == others >= copies, (pairs, others, copies)
+            assert megabytes < most_mb, f"{megabytes:.0f} MB"
+
+        yield Comparison(
+            name=f"all pairs within {radius}, {codes:,} x {bits} bits, process below {most_mb:,.0f} MB, two threads",
+            alternative="the same, one thread",
+            ours=lambda: run(2),
+            theirs=lambda: run(1),
+            check=check,
+            work=codes / 1e6,
+            unit="million codes",
+        )
+
+
 def filtered(index: cf.HammingIndex, flat: object, q: np.ndarray, kept: float, kind: str) -> Comparison:
     """The k nearest among a share of the codes, of random ids."""
     import faiss
@@ -231,6 +262,7 @@ def comparisons(quick: bool = False) -> Iterator[Comparison]:
         q, db = learned_like_codes(64, 2000, 200_000, centres=2000)
         yield beside_scan("learned-like", q, db, 2, few=20)
         yield join(64, 50_000, 2, sample=20)
+        yield from join_of_a_process(200_000)
         return
     makers: tuple[tuple[str, Callable[..., tuple[np.ndarray, np.ndarray]]], ...] = (
         ("random", hamming.random_codes),
@@ -247,6 +279,7 @@ def comparisons(quick: bool = False) -> Iterator[Comparison]:
         if "CMR_FAST_PYNEAR" in os.environ:
             yield from beside_pynear(bits)
     yield join(256, 2_000_000, 2)
+    yield from join_of_a_process(20_000_000)
     yield from filters()
 
 

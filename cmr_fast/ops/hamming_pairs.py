@@ -13,6 +13,7 @@ from cmr_fast.ops._tensors import Array, as_codes, as_integer, as_tensor, check_
 from cmr_fast.ops.hamming import hamming_range
 from cmr_fast.ops.multi_index_range import (
     JOIN_MEMORY,
+    BucketJoin,
     Hits,
     RangeTables,
     Sample,
@@ -148,16 +149,15 @@ def _in_rows(q: Tensor, db: Tensor, radius: int, itself: bool, most: int, thread
 
 def _in_buckets(db: Tensor, radius: int, most: int, threads: int | None) -> Hits | None:
     """Pairs by tables that read each bucket once; None: another way is cheaper."""
-    tables, n = bucket_tables(db, radius, threads), len(db)
-    if tables is None:
+    buckets, n = bucket_join(db, radius), len(db)
+    if buckets is None:
         return None
     found, near, total = [], [], 0
-    for at, keys, distances in tables.pairs(radius, threads):
+    for at, keys, distances in buckets.pairs(radius, threads):
         total += len(keys)
         _refuse_more(total, most, f"in the first {at / (n * (radius + 1)):.0%} of the search")
         found.append(keys)
         near.append(distances)
-    del tables  # which take more memory than what is made of the pairs
     keys, order = torch.cat(found).sort()  # a pair is there once
     lims = torch.zeros(n + 1, dtype=torch.int64, device="cpu")
     lims.index_add_(0, (keys >> 32) + 1, torch.ones_like(keys))
@@ -173,8 +173,8 @@ def _refuse_more(total: int, most: int, where: str) -> None:
         )
 
 
-def bucket_tables(db: Tensor, radius: int, threads: int | None) -> RangeTables | None:
-    """Tables for a join of codes with themselves that reads each bucket once; None: another way is cheaper.
+def bucket_join(db: Tensor, radius: int) -> BucketJoin | None:
+    """A join of codes with themselves that reads each bucket once; None: another way is cheaper.
 
     Parameters
     ----------
@@ -182,12 +182,10 @@ def bucket_tables(db: Tensor, radius: int, threads: int | None) -> RangeTables |
         uint8 (N, nbytes).
     radius : int
         Of the pairs.
-    threads : int, optional
-        Default all processors of this process.
 
     Returns
     -------
-    RangeTables or None
+    BucketJoin or None
         Whose `pairs` are to be read.
     """
     if not available(db):
@@ -203,7 +201,7 @@ def bucket_tables(db: Tensor, radius: int, threads: int | None) -> RangeTables |
         other.share * scan + len(db) * other.build_cost
     ):
         return None
-    return RangeTables(db.contiguous(), split, threads)
+    return BucketJoin(db.contiguous(), split)
 
 
 def join(

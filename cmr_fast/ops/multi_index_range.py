@@ -18,6 +18,8 @@ from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, address, empty, native_kernels, scan_cost_of_one, spread
 
 Hits = tuple[Tensor, Tensor, Tensor]  # lims, distances, indices
+Table = tuple[Tensor, Tensor, Tensor, Tensor]  # mask, places of its bits, offsets of the buckets, codes in their order
+Addresses = tuple[int, int, int, int, int]
 
 EFFORT = 0.05  # what queries may spend on the tables in vain, as a share of what scanning them costs
 WORTH = 0.5  # share of the cost of scanning that tables must be expected to stay below
@@ -97,9 +99,9 @@ class Sample:
         return float(np.minimum((cost + per_code * found) / self.scan, 1 + EFFORT).mean()) if len(found) else 1.0
 
     def for_pairs(self, radius: int, memory: float) -> Split | None:
-        """The split for a join of the codes with themselves bucket by bucket; None: it takes more than `memory`."""
-        count, room = radius + 1, self._room(memory)
-        if count > min(room, 8 * self.nbytes, _MAX_TABLES):
+        """The split for a BucketJoin; None: one of its tables takes more than `memory`."""
+        count = radius + 1
+        if count > min(8 * self.nbytes, _MAX_TABLES) or self._room(memory) < 1:
             return None
         masks = self.masks(count)
         met = self._met(masks, [0] * count)
@@ -149,24 +151,10 @@ class RangeTables:
     """
 
     def __init__(self, codes: Tensor, split: Split, threads: int | None = None) -> None:
-        native, threads = native_kernels(), _dispatch.choose_threads(threads)
-        n, nbytes = codes.shape
         self.split = split
         self._codes = codes
-        self._bucket_bits, self._index_bits = _bucket_bits(n), max(1, (n - 1).bit_length())
-        words = np.zeros((len(split.masks), -(-nbytes // 8) * 8), np.uint8)
-        words[:, :nbytes] = split.masks
-        spare = empty(n * native.range_slot_bytes, torch.uint8)
-        self._tables: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for row in words:
-            mask = torch.from_numpy(row.view(np.int64))
-            places = torch.from_numpy(np.flatnonzero(np.unpackbits(row, bitorder="little")).astype(np.int16))
-            offsets, slots = empty((1 << self._bucket_bits) + 1, torch.int32), empty(n, torch.int32)
-            native.range_table(
-                codes.data_ptr(), n, nbytes, mask.data_ptr(), self._bucket_bits, self._index_bits, threads,
-                offsets.data_ptr(), spare.data_ptr(), slots.data_ptr(),
-            )  # fmt: skip
-            self._tables.append((mask, places, offsets, slots))
+        spare = _spare(codes)
+        self._tables = [_table(codes, part, spare, _dispatch.choose_threads(threads)) for part in _substrings(split)]
 
     @property
     def nbytes(self) -> int:
@@ -221,59 +209,6 @@ class RangeTables:
             blocks.append(self._block(q[block], radius, threads, allowed, bitmap, first, wanted, effort))
         return blocks[0] if len(blocks) == 1 else joined(blocks)
 
-    def pairs(
-        self, radius: int, threads: int | None = None, *, allowed: Tensor | None = None, start: int = 0
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Every pair of codes at distance <= radius, once, bucket by bucket.
-
-        Parameters
-        ----------
-        radius : int
-            Below the number of substrings, so that a pair agrees in one of them.
-        threads : int, optional
-            Default all processors of this process.
-        allowed : Tensor, optional
-            bool (N,): the codes that count.
-        start : int, optional
-            Where to go on: what an earlier call gave last.
-
-        Yields
-        ------
-        at : int
-            How far it has come, of N for each of radius + 1 tables.
-        keys : Tensor
-            int64 (T,), lower index << 32 | higher index, in no order that matters.
-        distances : Tensor
-            int32 (T,).
-        """
-        native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
-        n, bitmap = len(self._codes), None if allowed is None else _bitmap(allowed)
-        index, tables = self._native()
-        at, step, tasks, room = start, _FIRST_SLOTS, 4 * threads if threads > 1 else 1, _FIRST_SLOTS
-        counts = torch.zeros(tasks, dtype=torch.int64, device="cpu")
-        while at < n * (radius + 1):
-            table, first = divmod(at, n)
-            last = min(n, first + step)
-            job = (table, first, last, radius, address(bitmap), tasks, threads)
-            while True:
-                keys = torch.empty(tasks * room, dtype=torch.int64, device="cpu")
-                near = torch.empty(tasks * room, dtype=torch.int32, device="cpu")
-                native.range_pairs(isa, index, tables, job, keys.data_ptr(), near.data_ptr(), room, counts.data_ptr())
-                most, total = int(counts.max()), int(counts.sum())
-                if most <= room:
-                    break
-                room = most
-            parts = [slice(t * room, t * room + int(count)) for t, count in enumerate(counts)]
-            at += last - first
-            yield at, torch.cat([keys[part] for part in parts]), torch.cat([near[part] for part in parts])
-            step = max(1, min(4 * step, _PAIRS * (last - first) // max(1, total)))
-            room = max(_FIRST_SLOTS, min(room, _PAIRS))
-
-    def _native(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-        """What native kernels take as index and tables."""
-        index = (self._codes.data_ptr(), *self._codes.shape, self._bucket_bits, self._index_bits)
-        return index, [(m.data_ptr(), p.data_ptr(), len(p), o.data_ptr(), s.data_ptr()) for m, p, o, s in self._tables]
-
     def _block(
         self,
         q: Tensor,
@@ -288,7 +223,7 @@ class RangeTables:
         native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
         n, nbytes = self._codes.shape
         reach = torch.tensor(reaches(radius, len(self._tables)), dtype=torch.int8, device="cpu")
-        index, tables = self._native()
+        index, tables = _index(self._codes), [_addresses(*table) for table in self._tables]
         search = (q.data_ptr(), len(q), radius, reach.data_ptr(), address(bitmap), after, threads)
         counts = torch.zeros(len(q), dtype=torch.int64, device="cpu")
         wanted = torch.ones(len(q), dtype=torch.bool, device="cpu") if asked is None else asked
@@ -319,6 +254,75 @@ class RangeTables:
             )
             distances[to], indices[to] = apart, places
         return lims, distances, indices
+
+
+class BucketJoin:
+    """A join of packed codes with themselves that reads each bucket of each table once, a table after the other.
+
+    Parameters
+    ----------
+    codes : Tensor
+        uint8 (N, nbytes), contiguous, on the CPU.
+    split : Split
+        How they are cut.
+    """
+
+    def __init__(self, codes: Tensor, split: Split) -> None:
+        self.split = split
+        self._codes = codes
+
+    def pairs(
+        self, radius: int, threads: int | None = None, *, allowed: Tensor | None = None, start: int = 0
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every pair of codes at distance <= radius, once, bucket by bucket.
+
+        Parameters
+        ----------
+        radius : int
+            Below the number of substrings, so that a pair agrees in one of them.
+        threads : int, optional
+            Default all processors of this process.
+        allowed : Tensor, optional
+            bool (N,): the codes that count.
+        start : int, optional
+            Where to go on: what an earlier call gave last.
+
+        Yields
+        ------
+        at : int
+            How far it has come, of N for each of radius + 1 tables.
+        keys : Tensor
+            int64 (T,), lower index << 32 | higher index, in no order that matters.
+        distances : Tensor
+            int32 (T,).
+        """
+        native, isa, threads = native_kernels(), _dispatch.choose_isa(), _dispatch.choose_threads(threads)
+        n, bitmap = len(self._codes), None if allowed is None else _bitmap(allowed)
+        index, substrings = _index(self._codes), _substrings(self.split)
+        at, step, tasks, room = start, _FIRST_SLOTS, 4 * threads if threads > 1 else 1, _FIRST_SLOTS
+        counts = torch.zeros(tasks, dtype=torch.int64, device="cpu")
+        built = None
+        while at < n * (radius + 1):
+            table, first = divmod(at, n)
+            if built != table:
+                held = None  # one table at a time; of the others, only the masks are read
+                held, built = _table(self._codes, substrings[table], _spare(self._codes), threads), table
+                tables = [_addresses(*(held if i == table else part)) for i, part in enumerate(substrings)]
+            last = min(n, first + step)
+            job = (table, first, last, radius, address(bitmap), tasks, threads)
+            while True:
+                keys = torch.empty(tasks * room, dtype=torch.int64, device="cpu")
+                near = torch.empty(tasks * room, dtype=torch.int32, device="cpu")
+                native.range_pairs(isa, index, tables, job, keys.data_ptr(), near.data_ptr(), room, counts.data_ptr())
+                most, total = int(counts.max()), int(counts.sum())
+                if most <= room:
+                    break
+                room = most
+            parts = [slice(t * room, t * room + int(count)) for t, count in enumerate(counts)]
+            at += last - first
+            yield at, torch.cat([keys[part] for part in parts]), torch.cat([near[part] for part in parts])
+            step = max(1, min(4 * step, _PAIRS * (last - first) // max(1, total)))
+            room = max(_FIRST_SLOTS, min(room, _PAIRS))
 
 
 def reaches(radius: int, count: int) -> list[int]:
@@ -461,6 +465,48 @@ def kept(hits: Hits, allowed: Tensor | None, after: Tensor | None) -> Hits:
 def _bitmap(allowed: Tensor) -> Tensor:
     packed = np.packbits(allowed.numpy(), bitorder="little")
     return torch.from_numpy(np.concatenate([packed, np.zeros(-len(packed) % 4, np.uint8)]))
+
+
+def _substrings(split: Split) -> list[tuple[Tensor, Tensor]]:
+    """The mask of each substring in 64-bit words, and the places of its bits."""
+    count, nbytes = split.masks.shape
+    words = np.zeros((count, -(-nbytes // 8) * 8), np.uint8)
+    words[:, :nbytes] = split.masks
+    bits = (np.flatnonzero(np.unpackbits(row, bitorder="little")).astype(np.int16) for row in words)
+    return [
+        (torch.from_numpy(row.view(np.int64)), torch.from_numpy(places))
+        for row, places in zip(words, bits, strict=True)
+    ]
+
+
+def _spare(codes: Tensor) -> Tensor:
+    """Room for building a table."""
+    return empty(len(codes) * native_kernels().range_slot_bytes, torch.uint8)
+
+
+def _table(codes: Tensor, part: tuple[Tensor, Tensor], spare: Tensor, threads: int) -> Table:
+    """The table of one substring: where its buckets begin, and the codes in their order."""
+    (mask, places), (n, nbytes) = part, codes.shape
+    offsets, slots = empty((1 << _bucket_bits(n)) + 1, torch.int32), empty(n, torch.int32)
+    native_kernels().range_table(
+        codes.data_ptr(), n, nbytes, mask.data_ptr(), _bucket_bits(n), _index_bits(n), threads,
+        offsets.data_ptr(), spare.data_ptr(), slots.data_ptr(),
+    )  # fmt: skip
+    return mask, places, offsets, slots
+
+
+def _index(codes: Tensor) -> tuple[int, ...]:
+    """What native kernels take as an index."""
+    return (codes.data_ptr(), *codes.shape, _bucket_bits(len(codes)), _index_bits(len(codes)))
+
+
+def _addresses(mask: Tensor, places: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None) -> Addresses:
+    """What they take as a table."""
+    return mask.data_ptr(), places.data_ptr(), len(places), address(offsets), address(slots)
+
+
+def _index_bits(n: int) -> int:
+    return max(1, (n - 1).bit_length())
 
 
 def _bucket_bits(n: int) -> int:

@@ -15,8 +15,8 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, empty, native_kernels
 from cmr_fast.ops._tensors import as_integer, as_tensor, check_codes, check_values, like_input
-from cmr_fast.ops.hamming_pairs import bucket_tables, join
-from cmr_fast.ops.multi_index_range import RangeTables
+from cmr_fast.ops.hamming_pairs import bucket_join, join
+from cmr_fast.ops.multi_index_range import BucketJoin
 from cmr_fast.retrieval._checks import Array
 
 Keep = Literal["first", "last"]
@@ -167,22 +167,22 @@ def _joined(
     state: Path | None,
 ) -> np.ndarray:
     """int32 (N,): the lowest row of each code's component."""
-    tables = bucket_tables(codes, radius, threads)
+    buckets = bucket_join(codes, radius)
     components, start = _Components(len(leader)), 0
-    stamp = None if state is None else _stamp(codes, radius, tables is not None)
+    stamp = None if state is None else _stamp(codes, radius, buckets is not None)
     if state is not None and stamp is not None and state.exists():
         components.parents, start = _read_state(state, stamp)
-        done(start if tables is None else start // (radius + 1))
+        done(start if buckets is None else start // (radius + 1))
     among = torch.from_numpy(leader == np.arange(len(leader), dtype=np.int32))
     noted = time.monotonic()
-    for at, rows, a, b in _edges(codes, radius, tables, threads, among, start):
+    for at, rows, a, b in _edges(codes, radius, buckets, threads, among, start):
         components.add(a, b)
         done(rows)
         if state is not None and stamp is not None and time.monotonic() - noted >= _SAVED:
             components.merge()
             _write_state(state, stamp, components.parents, at)
             noted = time.monotonic()
-    del tables, among
+    del buckets, among
     components.merge()
     return components.lowest(leader)
 
@@ -190,20 +190,20 @@ def _joined(
 def _edges(
     codes: torch.Tensor,
     radius: int,
-    tables: RangeTables | None,
+    buckets: BucketJoin | None,
     threads: int | None,
     among: torch.Tensor,
     start: int,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """How far it has come and by how many rows, and the pairs found on the way: bucket by bucket, or row by row."""
-    if tables is None:
+    if buckets is None:
         for first, lims, _, indices in join(codes, codes, radius, True, start=start, threads=threads, among=among):
             counts = lims.diff().numpy()
             rows = np.repeat(first + np.arange(len(counts)), counts)
             yield first + len(counts), len(counts), rows, indices.numpy()
         return
     before = start // (radius + 1)
-    for at, keys, _ in tables.pairs(radius, threads, allowed=among, start=start):
+    for at, keys, _ in buckets.pairs(radius, threads, allowed=among, start=start):
         yield at, at // (radius + 1) - before, (keys >> 32).numpy(), (keys & 0xFFFFFFFF).numpy()
         before = at // (radius + 1)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import cmr_fast as cf
 from cmr_fast.errors import InputError
 from cmr_fast.ops import multi_index_range
-from cmr_fast.ops.multi_index_range import RangeTables, Sample, Split
+from cmr_fast.ops.multi_index_range import BucketJoin, Sample, Split
 
 JOINS = sys.modules["cmr_fast.ops.hamming_pairs"]  # the function of this name hides it
 
@@ -56,12 +56,12 @@ def test_equals_the_table_of_distances(n, others, nbytes, radius, way, threads, 
         way = "rows"
 
     def buckets(db, radius):
-        return RangeTables(db, Split(Sample(db).masks(radius + 1), radius, 0.0), threads)
+        return BucketJoin(db, Split(Sample(db).masks(radius + 1), radius, 0.0))
 
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        made = lambda db, r, t: asked.append(r) or buckets(db, r) if way == "buckets" else None  # noqa: E731
-        patch.setattr(JOINS, "bucket_tables", made)
+        made = lambda db, r: asked.append(r) or buckets(db, r) if way == "buckets" else None  # noqa: E731
+        patch.setattr(JOINS, "bucket_join", made)
         if way != "scan":  # tables whatever they cost
             count = min(max(1, radius), 8 * nbytes)
             patch.setattr(JOINS, "available", lambda db: True)
@@ -84,7 +84,7 @@ def test_equals_the_table_of_distances(n, others, nbytes, radius, way, threads, 
 def test_large_joins_look_up_and_equal_the_scan():
     x = codes(np.random.default_rng(0), 6000, 32, flips=0.01)
     assert_same(cf.hamming_pairs(x, 4, threads=1), naive(x, 4))
-    assert JOINS.bucket_tables(torch.from_numpy(x).repeat(4, 1), 4, 1) is not None
+    assert JOINS.bucket_join(torch.from_numpy(x).repeat(4, 1), 4) is not None
 
 
 def test_a_bucket_join_goes_on_from_anywhere_and_finds_all_of_a_heavy_bucket(monkeypatch):
@@ -93,8 +93,8 @@ def test_a_bucket_join_goes_on_from_anywhere_and_finds_all_of_a_heavy_bucket(mon
     rng = np.random.default_rng(0)
     x = torch.from_numpy(np.concatenate([np.zeros((90, 8), np.uint8), codes(rng, 200, 8)])[rng.permutation(290)])
     allowed = torch.from_numpy(rng.random(290) < 0.8)
-    tables = RangeTables(x, Split(Sample(x).masks(4), 3, 0.0), 1)
-    steps = list(tables.pairs(3, 2, allowed=allowed))
+    buckets = BucketJoin(x, Split(Sample(x).masks(4), 3, 0.0))
+    steps = list(buckets.pairs(3, 2, allowed=allowed))
     keys = torch.cat([keys for _, keys, _ in steps])
     lims, distances, indices = naive(x.numpy(), 3)
     rows = np.repeat(np.arange(290), np.diff(lims))
@@ -104,7 +104,7 @@ def test_a_bucket_join_goes_on_from_anywhere_and_finds_all_of_a_heavy_bucket(mon
     np.testing.assert_array_equal(keys.numpy()[order], wanted)
     np.testing.assert_array_equal(torch.cat([near for _, _, near in steps]).numpy()[order], distances[both])
     for stop in (0, 5, len(steps) - 1):
-        rest = sum(len(k) for _, k, _ in tables.pairs(3, 1, allowed=allowed, start=steps[stop][0]))
+        rest = sum(len(k) for _, k, _ in buckets.pairs(3, 1, allowed=allowed, start=steps[stop][0]))
         assert rest == len(keys) - sum(len(k) for _, k, _ in steps[: stop + 1])
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import cmr_fast as cf
 from cmr_fast.errors import InputError
 from cmr_fast.ops import multi_index_range
-from cmr_fast.ops.multi_index_range import RangeTables, Sample, Split
+from cmr_fast.ops.multi_index_range import BucketJoin, Sample, Split
 from cmr_fast.retrieval import duplicates
 
 pytest.importorskip("scipy")
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
     if by_bucket:
         monkeypatch.setattr(multi_index_range, "_FIRST_SLOTS", 8)
         monkeypatch.setattr(
-            duplicates, "bucket_tables", lambda x, r, t: RangeTables(x, Split(Sample(x).masks(r + 1), r, 0.0), t)
+            duplicates, "bucket_join", lambda x, r: BucketJoin(x, Split(Sample(x).masks(r + 1), r, 0.0))
         )
     x = codes(np.random.default_rng(0), 300)
     expected, state = cf.near_duplicates(x, 3), tmp_path / "state"
