@@ -271,9 +271,13 @@ void topk_compact(TopK& state, int64_t k) {
     while (below + histogram[cut] < k) below += histogram[cut++];
     int64_t at_cut = k - below;
     uint32_t kept = 0;
-    for (uint32_t i = 0; i < state.count; ++i) {
-        const uint32_t d = static_cast<uint32_t>(state.keys[i] >> 32);
-        if (d < cut || (d == cut && at_cut-- > 0)) state.keys[kept++] = state.keys[i];
+    for (uint32_t i = 0; i < state.count; ++i) {  // a branch would be guessed wrong for every other key
+        const uint64_t key = state.keys[i];
+        const uint32_t d = static_cast<uint32_t>(key >> 32);
+        const bool tied = d == cut;
+        state.keys[kept] = key;
+        kept += (d < cut) | (tied & (at_cut > 0));
+        at_cut -= tied;
     }
     state.count = kept;
     state.limit = cut;

@@ -36,7 +36,7 @@ inline unsigned in_register(unsigned x) {
     return x;
 }
 
-constexpr int64_t kOften = 200;  // k of more than n / kOften: hits come too often for a branch to be guessed right
+constexpr int64_t kOften = 1024;  // k of more than n / kOften: hits come too often for a branch to be guessed right
 
 template <class V, int W>
 struct Scan {
@@ -222,9 +222,18 @@ struct Scan {
         if (count % 64) {
             for (int j = 0; j < Q; ++j) masks[j][count / 64] &= (uint64_t{1} << count % 64) - 1;
         }
-        for (int j = 0; j < Q; ++j)
-            for (int64_t at = 0; at < count; at += 64)
-                if (masks[j][at / 64]) emit_near(sink, codes + at * kWords, masks[j][at / 64], first + at, i + j);
+        for (int j = 0; j < Q; ++j) {
+            uint16_t some[kMasks];
+            int found = 0;
+            for (int64_t m = 0; m * 64 < count; ++m) {
+                some[found] = static_cast<uint16_t>(m);
+                found += masks[j][m] != 0;
+            }
+            for (int f = 0; f < found; ++f) {
+                const int64_t at = some[f] * int64_t{64};
+                emit_near(sink, codes + at * kWords, masks[j][some[f]], first + at, i + j);
+            }
+        }
     }
 
     template <class Sink>
