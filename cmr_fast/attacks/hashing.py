@@ -1,6 +1,6 @@
-"""Attacks on cross-modal hashing: CMLA (Li et al.; NeurIPS 2019), and on one modality by given codes (DHTA, CgAT).
+"""CMLA, the attack on cross-modal hashing (Li et al.; NeurIPS 2019).
 
-CMLA perturbs images v and texts t so that their codes leave the items of the other modality that share a label, while
+It perturbs images v and texts t so that their codes leave the items of the other modality that share a label, while
 within their modality they stay where they were. For images, over perturbed items i and clean items j of a call,
 
     J = sum_ij [log(1 + e^-inter_ij) + S_ij inter_ij] + sum_ij [log(1 + e^intra_ij) - S_ij intra_ij] + sum_i |delta_i|_p
@@ -33,12 +33,12 @@ from cmr_fast.ops.labels import label_array, share_label
 
 Array = Any  # numpy array or torch tensor
 _MOST = 1e30  # of a weight
-_OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
+OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
 
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What CMLA returns.
+    """What CMLA returns, and QueryAttack.
 
     Attributes
     ----------
@@ -48,13 +48,16 @@ class Perturbed:
         D by modality: the mean over items of the root mean square of their perturbation, in units of the bounds'
         width. What the authors print beside every mAP.
     losses : dict
-        J by modality before each step, (steps,), the mean over the items.
+        J by modality before each step, (steps,), the mean over the items; empty of QueryAttack.
+    targets : Tensor, optional
+        Of a targeted attack, the label that each item was led to, as its labels are: int (N,), or uint8 (N, C).
     """
 
     image: Array
     text: Array
     distortion: dict[str, float]
     losses: dict[str, Tensor]
+    targets: Tensor | None = None
 
 
 class CMLA:
@@ -194,7 +197,7 @@ class CMLA:
         classes = _labels(labels, len(inputs["image"])).to(inputs["image"].device)
         if len(inputs["text"]) != len(classes):
             raise InputError(f"image, text and labels must be of one length, got {len(inputs['text'])} texts")
-        dtypes = {m: _dtype(value) for m, value in given.items()}
+        dtypes = {m: dtype_of(value) for m, value in given.items()}
         with frozen(self.model.modules):
             result = {m: x.clone() for m, x in inputs.items()}
             losses = {m: torch.zeros(self.steps, dtype=torch.float64, device=classes.device) for m in inputs}
@@ -203,7 +206,7 @@ class CMLA:
             clean = self.model.codes(inputs, self.batch)
             for rows in self._batches(len(classes)):
                 self._attack(rows, inputs, clean, classes, result, losses, dtypes)
-        moved: dict[str, float] = {m: _distortion(result[m], x, self.budgets[m].bounds) for m, x in inputs.items()}
+        moved: dict[str, float] = {m: distortion_of(result[m], x, self.budgets[m].bounds) for m, x in inputs.items()}
         weight = max(1, sum(len(rows) for rows in self._batches(len(classes))))
         out = {m: like_input(result[m].to(dtypes[m]), as_tensor(value, m)[1]) for m, value in given.items()}
         return Perturbed(out["image"], out["text"], moved, {m: (x / weight).float().cpu() for m, x in losses.items()})
@@ -233,7 +236,7 @@ class CMLA:
             x = run.point()
             values = self.model.relaxed(modality, x)
             check_differentiable(values, modality)
-            loss = self._objective(values, right[_OTHER[modality]], known[modality], mine, theirs)
+            loss = self._objective(values, right[OTHER[modality]], known[modality], mine, theirs)
             loss = loss + self._penalty(x, run.clean)
             run.step(loss)
             losses[modality][number] += loss.detach() * (len(rows) if within else 1)
@@ -281,147 +284,6 @@ class CMLA:
         return self.distortion * lengths.sum()
 
 
-class CodeAttack:
-    """Moves one modality's inputs towards or away from given codes, by signed steps: DHTA's and CgAT's attacks.
-
-    Minimises - (1 / bits) t . h~ for a target t (Bai et al. 2020, Eq. 8, with its alpha = 1), or + for away=True (Wang
-    et al. 2023, CgAT's attack). Codes to aim at: `anchor_code`, `centre_codes`.
-
-    Parameters
-    ----------
-    model : Hashing
-        As in CMLA.
-    modality : {"image", "text"}
-        What is perturbed.
-    eps, bounds, norm : float, (float, float), str
-        Budget of an item and range of the inputs.
-    steps : int
-        Signed steps (DHTA: 2000; CgAT: 100 of 1/255).
-    lr : float, optional
-        Their size; None: a tenth of eps.
-    away : bool
-        Move away from the codes instead.
-    random_start : bool
-        Begin at a point of the ball drawn by torch's generator (of linf uniformly, as CgAT), not at the item.
-    relax : {"tanh", "none"}
-        As in CMLA.
-    batch : int
-        Items at a time.
-    check : bool
-        As in CMLA.
-    """
-
-    def __init__(
-        self,
-        model: Hashing | Sequence[Callable[[Tensor], Tensor]],
-        modality: Modality = "image",
-        *,
-        eps: float = 8 / 255,
-        bounds: tuple[float, float] = (0.0, 1.0),
-        norm: Norm = "linf",
-        steps: int = 100,
-        lr: float | None = None,
-        away: bool = False,
-        random_start: bool = False,
-        relax: Literal["tanh", "none"] = "tanh",
-        batch: int = 128,
-        check: bool = True,
-    ) -> None:
-        if modality not in tuple(_OTHER) or norm not in tuple(ORDER) or relax not in ("tanh", "none"):
-            raise InputError(
-                f"modality must be image or text, norm one of {', '.join(ORDER)}, relax tanh or none, got "
-                f"{modality!r}, {norm!r} and {relax!r}"
-            )
-        self.model, self.modality, self.away = Encoders.of(model, relax), modality, flag("away", away)
-        self.random_start, self.check = flag("random_start", random_start), flag("check", check)
-        self.budget = Budget.checked(modality, eps, norm, bounds, lr, 0.1)
-        self.steps, self.batch = whole("steps", steps, 1), whole("batch", batch, 1)
-
-    def __call__(self, x: Array, codes: Array) -> Array:
-        """Perturb x (N, ...) with regard to codes of +-1, (N, bits) or one for all (bits,); of x's kind."""
-        values, was_numpy = as_tensor(x, "x")
-        inputs = self.budget.inputs(values, self.modality)
-        aims = _check_codes(as_tensor(codes, "codes")[0]).to(inputs.device, inputs.dtype)
-        aims = aims.expand(len(inputs), -1) if aims.ndim == 1 else aims
-        if aims.ndim != 2 or len(aims) != len(inputs):
-            raise InputError(f"codes must be ({len(inputs)}, bits) or (bits,), got {tuple(aims.shape)}")
-        with frozen(self.model.modules):
-            out = inputs.clone()
-            if self.check:
-                self.model.probe(self.modality, inputs, self.budget.bounds)
-            for rows in torch.arange(len(inputs)).split(self.batch):
-                run = Perturbation(inputs[rows], self.budget, self.steps, "sign", one_sided=False)
-                if self.random_start:
-                    run.scatter()
-                for _ in range(self.steps):
-                    relaxed = self.model.relaxed(self.modality, run.point())
-                    if relaxed.shape != aims[rows].shape:
-                        raise InputError(f"codes must be of the model's {relaxed.shape[1]} bits, got {aims.shape[1]}")
-                    check_differentiable(relaxed, self.modality)
-                    agreement = (relaxed * aims[rows]).sum() / aims.shape[1]
-                    run.step(agreement if self.away else -agreement)
-                out[rows] = run.result(_dtype(x))
-        return like_input(out.to(_dtype(x)), was_numpy)
-
-
-def anchor_code(codes: Array) -> Array:
-    """DHTA's anchor of a set of codes (n, bits) of +-1: each bit as most of them have it (component voting, Alg. 1).
-
-    It has the least summed Hamming distance to the set; a bit that is even becomes 1. InputError for other codes.
-    """
-    values, was_numpy = as_tensor(codes, "codes")
-    if values.ndim != 2 or not len(values):
-        raise InputError(f"codes must be (n, bits) of at least one, got {tuple(values.shape)}")
-    return like_input(signs(_check_codes(values).sum(dim=0)).to(values.dtype), was_numpy)
-
-
-def centre_codes(codes: Array, labels: Array, query_labels: Array) -> Array:
-    """CgAT's centre code of each query, (Q, bits) of +-1: near the codes that share a label, far from the others.
-
-    b = sign(1/Np sum_positives b_j - 1/Nn sum_negatives b_j), the optimum of its Eq. 5 with equal weights; a query
-    without positives (or negatives) has only the other sum.
-
-    Parameters
-    ----------
-    codes : Tensor or numpy.ndarray
-        (N, bits) of +-1, with `labels` (N,) or (N, C).
-    query_labels : Tensor or numpy.ndarray
-        (Q,) or (Q, C), of the same kind.
-
-    Raises
-    ------
-    InputError
-        For other codes, and labels of two kinds, another count or values that are no labels.
-    """
-    values, was_numpy = as_tensor(codes, "codes")
-    if values.ndim != 2:
-        raise InputError(f"codes must be (N, bits), got {tuple(values.shape)}")
-    given = {"labels": labels, "query_labels": query_labels}
-    base, asked = (torch.from_numpy(label_array(x, name)).to(values.device) for name, x in given.items())
-    if len(base) != len(values) or base.shape[1:] != asked.shape[1:]:
-        raise InputError(
-            f"labels and query_labels must be ({len(values)},) and (Q,) class ids, or ({len(values)}, C) and (Q, C) "
-            f"multi-hot, got {tuple(base.shape)} and {tuple(asked.shape)}"
-        )
-    floats = _check_codes(values).to(torch.promote_types(values.dtype, torch.float32))
-    return like_input(centres(floats, base, asked), was_numpy)
-
-
-def centres(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
-    """`centre_codes` of what is known to fit: floats, and labels of one kind."""
-    alike = share_label(query_labels, labels).to(codes.dtype)
-    apart = 1 - alike
-    near = alike @ codes / alike.sum(dim=1, keepdim=True).clamp(min=1)
-    far = apart @ codes / apart.sum(dim=1, keepdim=True).clamp(min=1)
-    return signs(near - far)
-
-
-def _check_codes(codes: Tensor) -> Tensor:
-    if codes.dtype == torch.bool or not bool((codes.abs() == 1).all()):
-        raise InputError(f"codes must be -1 and 1, got {codes.dtype} with other values; bits b are codes 2 b - 1")
-    return codes
-
-
 def _labels(labels: Array, count: int) -> Tensor:
     values = as_tensor(labels, "labels")[0]
     if values.ndim not in (1, 2) or len(values) != count or values.is_floating_point() or values.is_complex():
@@ -433,12 +295,13 @@ def _labels(labels: Array, count: int) -> Tensor:
     return known if known.ndim == 2 else known.unique(return_inverse=True)[1]  # kernels take ids of 32 bits
 
 
-def _distortion(x: Tensor, clean: Tensor, bounds: tuple[float, float]) -> float:
+def distortion_of(x: Tensor, clean: Tensor, bounds: tuple[float, float]) -> float:
+    """The mean over items of the root mean square of x - clean, in units of the bounds' width."""
     moved = (x.double() - clean.double()).flatten(1) / (bounds[1] - bounds[0])
     return float(moved.square().mean(dim=1).sqrt().mean()) if len(moved) else 0.0
 
 
-def _dtype(value: Any) -> torch.dtype:
+def dtype_of(value: Any) -> torch.dtype:
     """The dtype to give back: the input's own, float32 for pixels."""
     dtype = as_tensor(value, "x")[0].dtype
     return dtype if dtype.is_floating_point else torch.float32

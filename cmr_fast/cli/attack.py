@@ -57,7 +57,8 @@ class Attack(DataFlags):
     """Names as above. None: clean, pgd20 and apgd-dlr; of a run on captions pgd20, and character or, with --mlm,
     bert-attack, co-attack and sga. A retriever is attacked by PGD and APGD on the ranking; one that
     makes codes also by CMLA: cmla, cmla-positives, cmla-both, cmla-nointra, cmla-single, cmla-turns, cmla-sign,
-    cmla-compat, with the steps after the name or none (500)."""
+    cmla-compat, with the steps after the name or none (500); and by the database's codes: cgat (100 steps), and dhta
+    (2000), which leads each query to another label."""
     eps: float | None = None
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
     8/255; of CMLA 10/255 for images, and 0.01 for texts, which stay in that proportion; of images with captions
@@ -105,12 +106,7 @@ class Attack(DataFlags):
             self._classifier(model)
         elif reads_captions(model):
             self._captions(model)
-        elif any(name.startswith("cmla") for name in self.attacks):
-            if not makes_codes(model):
-                raise InputError(
-                    f"{self.trained}: CMLA attacks codes, but {model.name} makes embeddings; without --attacks it is "
-                    "attacked by PGD and APGD on the ranking"
-                )
+        elif self.attacks and makes_codes(model):
             self._codes(model)
         else:
             self._retriever(model)
@@ -138,7 +134,7 @@ class Attack(DataFlags):
             _save(self.save, attacks[-1], model, x, y, settings, surrogate)
 
     def _codes(self, model: "Method") -> None:
-        """CMLA: perturbed images and texts as queries, all four tasks."""
+        """CMLA, CgAT and DHTA: perturbed images and texts as queries, all four tasks."""
         from cmr_fast.methods.method import Retriever
         from cmr_fast.reports import hashing
 
@@ -151,7 +147,7 @@ class Attack(DataFlags):
                 "batch": None if self.batch == BATCH else self.batch,
                 "seed": self.seed or None,
             },
-            "is for other attacks than CMLA",
+            "is for other attacks than those on codes",
         )
         if self.out is not None:
             check_report_folder(self.out, self.force)
@@ -215,7 +211,7 @@ class Attack(DataFlags):
 
         refuse_flags(
             {"save": self.save, "attacks": self.attacks, "fast": self.fast},
-            "is for classifiers; a retriever is attacked by PGD and APGD on the ranking",
+            f"is for classifiers; {model.name} makes embeddings, which are attacked by PGD and APGD on the ranking",
         )
         share = EPS if self.eps is None else self.eps
         if not 0 < share <= 1:

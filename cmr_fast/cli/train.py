@@ -42,7 +42,8 @@ class TrainingData(DataFlags):
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
     its own for each number and one on none for comparison, and attack every one anew. None: no such training."""
     adversarial_attack: str = "cmla"
-    """The variant of CMLA, for the samples and for the attacks, its steps after it where not 500: cmla-nointra100."""
+    """The attack on codes, for the samples and for what is left: a variant of CMLA, cgat or dhta, its steps after it
+    where not its own: cmla-nointra100."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cmr_fast.attacks.hashing import CodeAttack, centres
+from cmr_fast.attacks.by_codes import CodeAttack, centres
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.modalities import Modality

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmr_fast.attacks.by_codes import QueryAttack
 from cmr_fast.attacks.hashing import CMLA, Perturbed
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
@@ -30,7 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cmla-sign": {"optimizer": "sign"},
     "cmla-compat": {"compat": "cmla"},
 }
-"""Attacks by name; a number after the name is the steps, 500 where there is none."""
+"""CMLA by name; a number after the name is the steps, 500 where there is none."""
+BY_CODES = {"cgat": 100, "dhta": 2000}
+"""Attacks by the database's codes, and their steps where the name has no number: those of their authors."""
 
 
 def bounds_of(dataset: PairedDataset, modality: Modality) -> tuple[float, float]:
@@ -45,18 +48,19 @@ def named_attack(
     *,
     share: float | None = None,
     options: Mapping[str, Any] | None = None,
-) -> CMLA:
-    """The CMLA variant of a name, such as cmla, cmla100 or cmla-single, for a model on a data set.
+) -> CMLA | QueryAttack:
+    """The attack of a name, such as cmla, cmla100, cmla-single or cgat, for a model on a data set.
 
     Parameters
     ----------
     name : str
-        One of VARIANTS, with the number of steps after it or none (500).
+        One of VARIANTS or BY_CODES, with the number of steps after it or none. The latter move queries by the codes of
+        the data set's database.
     share : float, optional
         The image budget as a share of the inputs' range; the text's stays in the authors' proportion, 0.01 to 10/255.
         None: the authors' own.
     options : mapping, optional
-        Of CMLA, beside those of the variant.
+        Of CMLA, or of QueryAttack, beside those that the name says.
 
     Raises
     ------
@@ -73,18 +77,23 @@ def named_attack(
     for modality, part in zip(MODALITIES, (share, share * TEXT_SHARE / IMAGE_SHARE), strict=True):
         low, high = bounds_of(dataset, modality)
         settings |= {f"{modality}_eps": part * (high - low), f"{modality}_bounds": (low, high)}
+    if variant in BY_CODES:
+        settings |= {"targeted": variant == "dhta"} | dict(options or {})
+        image, text = (getattr(dataset.database, m).to(_device(model)) for m in MODALITIES)
+        return QueryAttack(model, image, text, dataset.database.labels, **settings)
     return CMLA(model, **(settings | VARIANTS[variant] | dict(options or {})))
 
 
 def check_name(name: str) -> tuple[str, int]:
     """The variant and the steps of an attack's name. InputError for others."""
     match = re.fullmatch(r"([a-z-]+?)(\d*)", name)
-    if match is None or match[1] not in VARIANTS or match[2] == "0":
-        raise InputError(f"unknown attack {name!r} on hash codes, expected one of {', '.join(VARIANTS)}, as in cmla100")
-    return match[1], int(match[2] or 500)
+    if match is None or match[1] not in VARIANTS | BY_CODES or match[2] == "0":
+        known = ", ".join([*VARIANTS, *BY_CODES])
+        raise InputError(f"unknown attack {name!r} on hash codes, expected one of {known}, as in cmla100")
+    return match[1], int(match[2] or BY_CODES.get(match[1], 500))
 
 
-def perturb(attack: CMLA, pairs: Pairs) -> tuple[Pairs, Perturbed]:
+def perturb(attack: CMLA | QueryAttack, pairs: Pairs) -> tuple[Pairs, Perturbed]:
     """Attack pairs.
 
     Parameters
@@ -105,9 +114,9 @@ def perturb(attack: CMLA, pairs: Pairs) -> tuple[Pairs, Perturbed]:
         For texts that are captions or token ids, and as of CMLA.
     """
     if not isinstance(pairs.text, Tensor) or not pairs.text.is_floating_point():
-        raise InputError("CMLA perturbs text features; the texts of this data set are captions or token ids")
-    weight = _device(attack)
-    result = attack(pairs.image.to(weight), pairs.text.to(weight), pairs.labels.to(weight))
+        raise InputError("attacks on codes perturb text features; the texts of this data set are captions or token ids")
+    device = _device(*attack.model.modules)
+    result = attack(pairs.image.to(device), pairs.text.to(device), pairs.labels.to(device))
     return pairs._unchecked({"image": result.image.cpu(), "text": result.text.cpu(), "labels": pairs.labels}), result
 
 
@@ -204,6 +213,6 @@ def harden_on_the_fly(model: Retriever, dataset: PairedDataset, run: RunConfig, 
     return train(type(model), config, replace(dataset, valid=None), settings, start=model)
 
 
-def _device(attack: CMLA) -> torch.device:
-    parameter = next((p for module in attack.model.modules for p in module.parameters()), None)
+def _device(*modules: torch.nn.Module) -> torch.device:
+    parameter = next((p for module in modules for p in module.parameters()), None)
     return torch.device("cpu") if parameter is None else parameter.device

@@ -40,12 +40,18 @@ WEAK = 0.25
 
 @dataclass(frozen=True)
 class Row:
-    """Queries of one kind: mAP(all) by task, ties by index and tie-aware, and their distortion by modality."""
+    """Queries of one kind: mAP(all) by task, ties by index and tie-aware, and their distortion by modality.
+
+    Of a targeted attack also t-mAP by task, the mAP of the labels that queries were led to, and that of the same
+    labels before.
+    """
 
     name: str
     map: dict[str, float]
     tie_aware: dict[str, float]
     distortion: dict[str, float] = field(default_factory=lambda: {"image": 0.0, "text": 0.0})
+    targeted: dict[str, float] = field(default_factory=dict)
+    targeted_before: dict[str, float] = field(default_factory=dict)
 
     @property
     def cross(self) -> float:
@@ -143,9 +149,19 @@ def examine(
         with busy(f"{name}, {attack.steps} steps"):
             moved, result = perturb(attack, query)
         row, ranked = score(model, moved, dataset.database, name, base)
-        out.rows.append(replace(row, distortion=result.distortion))
+        row = replace(row, distortion=result.distortion)
+        if result.targets is not None:
+            after, before = (
+                score(model, q._unchecked({**q._parts(), "labels": result.targets}), dataset.database, name, base)[
+                    0
+                ].map
+                for q in (moved, query)
+            )
+            row = replace(row, targeted=after, targeted_before=before)
+        out.rows.append(row)
         out.ranked[name] = ranked
-        out.losses[name] = {m: loss.numpy() for m, loss in result.losses.items()}
+        if result.losses:
+            out.losses[name] = {m: loss.numpy() for m, loss in result.losses.items()}
         out.queries[name] = moved
     return out
 
@@ -160,7 +176,10 @@ def verdict(attacked: Attacked) -> list[str]:
         lost = {task: 1 - row.map[task] / max(clean.map[task], 1e-12) for task in CROSS}
         i2t, t2i = (f"({clean.map[task]:.3f} to {row.map[task]:.3f})" for task in CROSS)
         line = f"{row.name} takes {lost['i2t']:.0%} of I2T's mAP {i2t} and {lost['t2i']:.0%} of T2I's {t2i}"
-        if weak := [task.upper() for task in CROSS if lost[task] < WEAK]:
+        if row.targeted:
+            led = (f"{t.upper()} {row.targeted_before[t]:.3f} to {row.targeted[t]:.3f}" for t in CROSS)
+            line += f"; t-mAP, of the labels that queries were led to: {', '.join(led)}"
+        elif weak := [task.upper() for task in CROSS if lost[task] < WEAK]:
             line += (
                 f": little of {' and '.join(weak)}. A model trained against it may hold; an undefended one should "
                 "fall: look at eps, steps, and whether the codes have a gradient"

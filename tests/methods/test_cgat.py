@@ -6,7 +6,7 @@ from small import small_dataset
 from test_dcmh import SMALL, pixel_dataset
 from torch.testing import assert_close
 
-from cmr_fast.attacks.hashing import CodeAttack, centre_codes
+from cmr_fast.attacks.by_codes import CodeAttack, centre_codes
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
 from cmr_fast.methods.cgat import IMAGE_SHARE, TEXT_SHARE, CenterGuided

@@ -132,7 +132,9 @@ def test_names_say_what_runs(model, data):
     )
     for name in VARIANTS:
         assert isinstance(named_attack(f"{name}3", model, data), CMLA)
-    for wrong in ("pgd20", "cmla-", "cmla0", "cmla-other"):
+    assert named_attack("cgat", model, data).steps == 100 and not named_attack("cgat3", model, data).targeted
+    assert named_attack("dhta", model, data).steps == 2000 and named_attack("dhta", model, data).targeted
+    for wrong in ("pgd20", "cmla-", "cmla0", "cmla-other", "dhta0"):
         with pytest.raises(InputError, match="unknown attack"):
             named_attack(wrong, model, data)
     with pytest.raises(InputError, match="eps must be from 0 to 1"):
@@ -146,6 +148,25 @@ def test_other_hashing_methods_are_attacked_too(data):
     cmimh.fit_inputs(data.train)
     result = hashing.examine(cmimh, data, ["cmla5"], count=10, share=SHARE)
     assert len(result.queries["cmla5"]) == 10 and result.rows[1].distortion["text"] > 0
+
+
+def test_attacks_by_codes_of_the_database(model, data, tmp_path):
+    result = hashing.examine(model, data, ["cgat20", "dhta60", "cmla5"], share=0.5)
+    clean, cgat, dhta, cmla = result.rows
+    assert cgat.cross < clean.cross and not cgat.targeted and not cmla.targeted
+    assert all(dhta.targeted[task] > dhta.targeted_before[task] for task in hashing.CROSS)
+    targets = named_attack("dhta60", model, data, share=0.5)(
+        data.query.image, data.query.text, data.query.labels
+    ).targets
+    led = replace(result.queries["dhta60"], labels=targets)
+    assert hashing.score(model, led, data.database, "x")[0].map == dhta.targeted
+    words = hashing.verdict(result)
+    assert (
+        f"I2T {dhta.targeted_before['i2t']:.3f} to {dhta.targeted['i2t']:.3f}" in words[1] and "t-mAP" not in words[0]
+    )
+    hashing.write_report(result, tmp_path / "report", "small")
+    saved = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert saved[2]["targeted"] == dhta.targeted and (tmp_path / "report" / "loss.png").exists()
 
 
 def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, tmp_path):
