@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, pi
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,8 @@ class FinetuneConfig(AugmentConfig):
 
 
 @dataclass(frozen=True)
-class TecoaConfig(FinetuneConfig):
-    """TeCoA on captions (Eq. 3)."""
+class PgdConfig(FinetuneConfig):
+    """Of those that attack images."""
 
     eps: float = 2 / 255
     """Radius of the L-inf ball, of pixels from 0 to 1."""
@@ -95,17 +95,26 @@ class TecoaConfig(FinetuneConfig):
     """Step of PGD (ours)."""
     steps: int = 10
     """Steps of PGD, from a random start (ours)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, steps=1)
+        if not 0 < self.eps <= 1 or not 0 < self.alpha <= 1:
+            raise InputError(
+                f"eps and alpha are of pixels from 0 to 1 (2/255 is 0.00784), got {self.eps} and {self.alpha}"
+            )
+
+
+@dataclass(frozen=True)
+class TecoaConfig(PgdConfig):
+    """TeCoA on captions (Eq. 3)."""
+
     away: Literal["infonce", "cosine"] = "infonce"
     """What PGD raises: InfoNCE among the texts of the batch (Eq. 3), or minus the cosine with its own (Eq. 5)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, steps=1)
         check_choices(self, away=("infonce", "cosine"))
-        if not 0 < self.eps <= 1 or not 0 < self.alpha <= 1:
-            raise InputError(
-                f"eps and alpha are of pixels from 0 to 1 (2/255 is 0.00784), got {self.eps} and {self.alpha}"
-            )
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,10 @@ class MatConfig(MatImgConfig):
         check_least(self, words=1, k=1)
 
 
-def _presets(kind: type[FinetuneConfig]) -> dict[str, Any]:
-    small = kind(max_steps=300, batch_size=64, lr=1e-3)  # 1e-2 lets attacked embeddings fall together
-    if not issubclass(kind, TecoaConfig):
+def presets_of(kind: type[FinetuneConfig], lr: float = 1e-3) -> dict[str, Any]:
+    """`small` with its rate, and `steps2` and `steps10` of those that attack images."""
+    small = kind(max_steps=300, batch_size=64, lr=lr)  # SGD at 1e-2 lets attacked embeddings fall together
+    if not issubclass(kind, PgdConfig):
         return {"small": small}
     two: dict[str, Any] = {"steps": 2, "alpha": 1 / 255}
     return {"small": replace(small, **two), "steps2": kind(**two), "steps10": kind()}
@@ -155,7 +165,8 @@ class PairBatch:
     ids
         int64 (B,), which image each row is of; rows of one image have its texts in common as positives.
     seen
-        Embeddings of the texts in evaluation mode, float (M, d), where they are known.
+        Embeddings of the texts in evaluation mode, float (M, d), where they are known; in FARE and LEAF what the towers
+        said of the clean side before.
     """
 
     pixels: Tensor
@@ -181,7 +192,7 @@ class Finetune(CaptionRetriever):
 
     name: ClassVar[str] = "finetune"
     Config: ClassVar[type] = FinetuneConfig
-    presets: ClassVar[dict[str, Any]] = _presets(FinetuneConfig)
+    presets: ClassVar[dict[str, Any]] = presets_of(FinetuneConfig)
     keeps_last: ClassVar[bool] = True  # clean validation would take the weights that learned least of the attacks
     image_alone: ClassVar[bool] = False
     """Whether the image tower alone learns, and of the images' side of the loss."""
@@ -278,7 +289,7 @@ class Finetune(CaptionRetriever):
         passes: list[Callable[[], Tensor]] = [partial(self.dual.encode_image, part) for part in parts]
         back: Tensor | None = None
         if not self.image_alone:
-            texts, back = self._text_passes(pairs.texts)
+            texts, back = self.text_passes(pairs.texts, self.dual.encode_text)
             passes += texts
         state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         with torch.set_grad_enabled(not c.chunk):
@@ -290,7 +301,7 @@ class Finetune(CaptionRetriever):
         text = self.targets(pairs).to(image) if back is None else torch.cat(seen[len(parts) :])[back]
         scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
         ids = pairs.ids, pairs.ids[pairs.owner]
-        loss: Any = info_nce(image, text, scale, positives=ids, direction="image" if self.image_alone else "both")
+        loss = self.contrast(image, text, scale, *ids)
         _refuse_broken(loss, image, text, pairs)
         backward(loss)
         if c.chunk:
@@ -302,19 +313,26 @@ class Finetune(CaptionRetriever):
                 backward((widened(encode()) * vectors.grad).sum())
         return loss.detach()
 
-    def _text_passes(self, texts: Sequence[str]) -> tuple[list[Callable[[], Tensor]], Tensor]:
+    def contrast(self, image: Tensor, text: Tensor, scale: Tensor, of_image: Tensor, of_text: Tensor) -> Tensor:
+        """The loss of embeddings (B, d) and (M, d), by the image numbers (B,) and (M,) that they belong to."""
+        direction: Any = "image" if self.image_alone else "both"
+        return cast(Tensor, info_nce(image, text, scale, positives=(of_image, of_text), direction=direction))
+
+    def text_passes(
+        self, texts: Sequence[str], encode: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[list[Callable[[], Tensor]], Tensor]:
         """Passes over texts of like length, and the rows of their results that restore the order."""
         device = self.dual.log_scale.device
         ids, mask = self.dual.tokenize(texts)
         order = torch.argsort(mask.sum(dim=1), stable=True)
         parts = [[x.to(device) for x in trimmed(ids[r], mask[r])] for r in order.split(self.config.chunk or _TEXTS)]
-        return [partial(self.dual.encode_text, *part) for part in parts], torch.argsort(order).to(device)
+        return [partial(encode, *part) for part in parts], torch.argsort(order).to(device)
 
     def targets(self, pairs: PairBatch) -> Tensor:
         """Embeddings of a batch's texts in evaluation mode, without a graph, float32 or wider (M, d)."""
         if pairs.seen is not None:
             return pairs.seen
-        encode = FlatTexts(self.dual, _mixed(pairs.pixels.device))
+        encode = FlatTexts(self.dual, mixed_dtype(pairs.pixels.device))
         with encode.prepare():
             return encode(pairs.texts)
 
@@ -341,12 +359,12 @@ class MatImg(Finetune):
 
     name: ClassVar[str] = "mat-img"
     Config: ClassVar[type] = MatImgConfig
-    presets: ClassVar[dict[str, Any]] = _presets(MatImgConfig)
+    presets: ClassVar[dict[str, Any]] = presets_of(MatImgConfig)
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Images away from their texts (Eq. 5, or the maximum of Eq. 3)."""
         c, device = self.config, pairs.pixels.device
-        dtype, numbers = _mixed(device), torch.arange(len(pairs.pixels)) if rows is None else rows
+        dtype, numbers = mixed_dtype(device), torch.arange(len(pairs.pixels)) if rows is None else rows
         with torch.autocast(device.type, enabled=False):  # towers run in 16 bits all the same, objectives do not
             targets = self.targets(pairs)
             infonce = partial(_infonce, targets, self.dual.scale.detach())
@@ -371,7 +389,7 @@ class Tecoa(MatImg):
 
     name: ClassVar[str] = "tecoa"
     Config: ClassVar[type] = TecoaConfig
-    presets: ClassVar[dict[str, Any]] = _presets(TecoaConfig)
+    presets: ClassVar[dict[str, Any]] = presets_of(TecoaConfig)
     image_alone: ClassVar[bool] = True
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
@@ -387,7 +405,9 @@ class Mat(MatImg):
 
     name: ClassVar[str] = "mat"
     Config: ClassVar[type] = MatConfig
-    presets: ClassVar[dict[str, Any]] = _presets(MatConfig)
+    presets: ClassVar[dict[str, Any]] = presets_of(MatConfig)
+    raised: ClassVar[str] = "l2"
+    """What the attack on texts raises."""
 
     def __init__(self, config: MatConfig) -> None:
         super().__init__(config)
@@ -398,8 +418,8 @@ class Mat(MatImg):
         """As of the others; InputError without a masked language model."""
         if not config.mlm:
             raise InputError(
-                "mat attacks captions with words of a masked language model: expected mlm, the folder of one that "
-                "`cmr-fast train mlm` made; mat-img attacks images alone"
+                f"{cls.name} attacks captions with words of a masked language model: expected mlm, the folder of one "
+                "that `cmr-fast train mlm` made; mat-img attacks images alone"
             )
         return super().completed(config)
 
@@ -410,26 +430,32 @@ class Mat(MatImg):
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Texts away from themselves (Eq. 4), then images away from these."""
+        pairs, changed = self.attacked_texts(pairs)
+        pairs, logged = super().attacked(pairs, rows)
+        return pairs, {"changed": changed} | logged
+
+    def attacked_texts(self, pairs: PairBatch) -> tuple[PairBatch, Tensor]:
+        """The batch with its texts attacked, and the share of them that has changed."""
         c, device = self.config, pairs.pixels.device
         (mlm,) = self._words
         with torch.autocast(device.type, enabled=False):
             atk = BertAttack(
-                self.dual, mlm.to(device), words=c.words, k=c.k, objective="l2", dtype=_mixed(device), check=False
-            )
+                self.dual, mlm.to(device), words=c.words, k=c.k, objective=self.raised, dtype=mixed_dtype(device),
+                check=False,
+            )  # fmt: skip
             with atk.holding():
                 prepared = atk.prepare(pairs.texts)
                 found = atk.finish(prepared)
                 texts = [result.text for result in found]
                 seen = atk.embedded(prepared, texts)
         changed = torch.tensor(sum(bool(result.changes) for result in found) / len(found))
-        pairs, logged = super().attacked(replace(pairs, texts=texts, seen=seen), rows)
-        return pairs, {"changed": changed} | logged
+        return replace(pairs, texts=texts, seen=seen), changed
 
     @property
     def perturbation(self) -> str:
         """Both attacks."""
         words = "1 word" if self.config.words == 1 else f"{self.config.words} words"
-        return f"texts by BERT-Attack, {words} (l2), {super().perturbation}"
+        return f"texts by BERT-Attack, {words} ({self.raised}), {super().perturbation}"
 
 
 def _infonce(targets: Tensor, scale: Tensor, outputs: Tensor, positive: Tensor) -> Tensor:
@@ -443,7 +469,7 @@ def _cosine(outputs: Tensor, own: Tensor) -> Tensor:
     return -(outputs * own.to(outputs)).sum(dim=1)
 
 
-def _mixed(device: torch.device) -> torch.dtype | None:
+def mixed_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast around the step computes in; None where there is none."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 

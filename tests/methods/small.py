@@ -24,6 +24,8 @@ ACMR_SMALL = ACMRConfig(
     label_head="shared",
 )
 
+EPS, ALPHA, STEPS = 8 / 255, 4 / 255, 3  # of attacks on images with captions
+
 
 def small_dataset(count: int = 90, seed: int = 0, multi: bool = False) -> PairedDataset:
     """Three classes, whose means differ, with a little noise; half for training."""

@@ -6,17 +6,15 @@ import math
 from dataclasses import replace
 
 import pytest
-import tiny_towers
 import torch
-from small import ACMR_SMALL, small_dataset
+from small import ACMR_SMALL, ALPHA, EPS, STEPS, small_dataset
 from torch.testing import assert_close
 
 from cmr_fast.attacks import BertAttack
 from cmr_fast.cli import main
-from cmr_fast.data import EDA, RandAugment, load_captions
+from cmr_fast.data import EDA, RandAugment
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, ma2t, mat
-from cmr_fast.methods.clip import ClipConfig
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.methods.mat import Finetune, Mat, MatImg, Tecoa
 from cmr_fast.models.mlm import MaskedLM
@@ -24,7 +22,6 @@ from cmr_fast.ops.pgd import pgd_noise
 
 pytest.importorskip("transformers")
 NAMES = ("finetune", "tecoa", "mat-img", "mat")
-EPS, ALPHA, STEPS = 8 / 255, 4 / 255, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,42 +29,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def data():
-    return load_captions("shapes", count=60)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, data):
-    """A run of clip on two small towers, heads trained."""
-    words = sorted({w for row in data.train.text for caption in row for w in caption.lower().split()})
-    towers = tiny_towers.towers(tmp_path_factory.mktemp("towers"), words, data.train.pixels())
-    config = ClipConfig(
-        towers=towers, dim=8, hidden=8, dropout=0.0, epochs=5, head_epochs=5, batch_size=16, head_lr=1e-2, captions=0
-    )
-    return train("clip", config, data, RunConfig(out=tmp_path_factory.mktemp("runs") / "clip", quiet=True)).path
-
-
-@pytest.fixture(scope="module")
-def mlm(tmp_path_factory, data):
-    """A masked language model with random weights."""
-    folder = tmp_path_factory.mktemp("mlm")
-    MaskedLM.scratch(data.train.captions()[0], vocabulary=200, width=32, layers=1).save(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def config_of(start, mlm):
-    def make(name, **changes):
-        kind = METHODS[name]
-        settings = {"start": str(start), "max_steps": 8, "batch_size": 12, "lr": 1e-2}
-        if issubclass(kind, MatImg):
-            settings |= {"eps": EPS, "alpha": ALPHA, "steps": STEPS}
-        return kind.completed(kind.Config(**settings | ({"mlm": mlm} if name == "mat" else {}) | changes))
-
-    return make
 
 
 def quiet(out, **settings):
@@ -265,7 +226,7 @@ def test_parts_keep_their_gradient_under_autocast_and_their_dropout(config_of, d
     model.zero_grad()
     torch.manual_seed(2)
     image = torch.cat([model.dual.encode_image(part) for part in pairs.pixels.split(3)])
-    passes, back = model._text_passes(pairs.texts)
+    passes, back = model.text_passes(pairs.texts, model.dual.encode_text)
     text = torch.cat([encode() for encode in passes])[back]
     expected = mat.info_nce(image, text, model.dual.scale, positives=(pairs.ids, pairs.ids[pairs.owner]))
     expected.backward()
@@ -349,10 +310,16 @@ def weights(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("tecoa", {"augment_image": "randaug"}), ("mat", {"augment_text": "human"})]
+    ("name", "more"),
+    [
+        ("tecoa", {"augment_image": "randaug", "steps": 1}),
+        ("mat", {"augment_text": "human", "steps": 1}),
+        ("fare", {"steps": 1}),
+        ("leaf", {"tries": 5}),
+    ],
 )
 def test_a_run_that_is_killed_within_a_pass_ends_with_the_same_weights(name, more, config_of, data, tmp_path):
-    config, run = config_of(name, max_steps=4, steps=1, **more), {"round_steps": 2, "valid_fraction": 0.0}
+    config, run = config_of(name, max_steps=4, **more), {"round_steps": 2, "valid_fraction": 0.0}
     whole = train(name, config, data, quiet(tmp_path / "whole", **run))
     kind = METHODS[name]
     step, calls = kind.step, []
@@ -421,7 +388,7 @@ def test_a_loss_that_breaks_names_its_step_and_the_checkpoint_before_it_is_kept(
         train("mat-img", replace(config, lr=1e30), data, quiet(tmp_path / "wild", **run))
 
 
-@pytest.mark.parametrize("name", ["tecoa", "mat"])
+@pytest.mark.parametrize("name", ["tecoa", "mat", "mmcoa", "fare", "leaf"])
 def test_mixed_precision(name, config_of, data, tmp_path):
     run = train(name, config_of(name, max_steps=1), data, quiet(tmp_path / "run", precision="bf16-mixed"))
     assert math.isfinite(run.history[0]["loss"]) and all(p.dtype == torch.float32 for p in run.model.parameters())
