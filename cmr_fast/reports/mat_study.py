@@ -19,6 +19,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
 from cmr_fast.methods._runfolder import RESULTS, write_json
 from cmr_fast.methods.loop import load_model, train
+from cmr_fast.methods.mat import MatConfig, PgdConfig
 from cmr_fast.methods.method import CaptionRetriever, RunConfig
 from cmr_fast.models.mlm import MaskedLM
 from cmr_fast.reports import figures
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
 START, FINETUNE, TECOA, MAT_IMG, MAT = "start", "finetune", "TeCoA", "MAT_Img", "MAT"
 EDA, HUMAN, RANDAUG = "MA2T EDA", "MA2T Human", "MA2T RandAug"
+LATER: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "MMCoA": ("mmcoa", {}),
+    "FARE": ("fare", {"lr": 1e-5}),  # by AdamW
+    "LEAF": ("leaf", {"lr": 1e-5}),
+}
+"""Later work, in a study where it is asked for."""
 ROWS: Mapping[str, tuple[str, dict[str, Any]]] = {
     FINETUNE: ("finetune", {}),
     TECOA: ("tecoa", {}),
@@ -137,7 +144,7 @@ def study(
     seeds
         Of the trainings: each row is trained once a seed.
     rows
-        Of ROWS.
+        Of ROWS and LATER.
     quiet
         Print nothing.
 
@@ -153,8 +160,8 @@ def study(
     """
     if scale not in SCALES:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if unknown := [name for name in rows if name not in ROWS]:
-        raise InputError(f"rows must be of {', '.join(ROWS)}, got {unknown[0]!r}")
+    if unknown := [name for name in rows if name not in {**ROWS, **LATER}]:
+        raise InputError(f"rows must be of {', '.join([*ROWS, *LATER])}, got {unknown[0]!r}")
     if not seeds:
         raise InputError("seeds must be one number or more, got none")
     size, words = SCALES[scale], MaskedLM.load(mlm)
@@ -202,12 +209,12 @@ def _trained(
     name: str, data: "CaptionedDataset", folder: Path, start: Path, mlm: Path, size: Scale, seed: int, quiet: bool
 ) -> Any:
     """The model of a row, trained where it is not there yet."""
-    method, changes = ROWS[name]
+    method, changes = {**ROWS, **LATER}[name]
     kind = METHODS[method]
     settings = {"start": str(start), "max_steps": size.steps, "batch_size": size.batch, "lr": size.lr} | changes
-    if method != "finetune":
+    if issubclass(kind.Config, PgdConfig):
         settings |= {"steps": size.image_steps, "alpha": size.alpha}
-    if method == "mat":
+    if issubclass(kind.Config, MatConfig):
         settings["mlm"] = str(mlm)
     config = kind.completed(kind.Config(**settings))
     if (folder / RESULTS).exists():

@@ -77,9 +77,20 @@ def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path
     assert "a run of other settings" in capsys.readouterr().err
 
 
+def test_later_work_joins_where_it_is_asked_for(begun, tmp_path, capsys):
+    out = tmp_path / "study"
+    assert main(["study", "mat", *DATA, *begun, "--out", str(out), "--rows", "MAT", *mat_study.LATER]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["recalls"]) == ["start", "MAT", "MMCoA", "FARE", "LEAF"]
+    configs = [
+        json.loads((out / "runs" / f"{n}-seed0" / "config.json").read_text())["config"] for n in ("fare", "leaf")
+    ]
+    assert [c["lr"] for c in configs] == [1e-5, 1e-5] and configs[0]["steps"] == 1 and "mlm" not in configs[1]
+
+
 def test_what_is_not_there_is_refused(begun, tmp_path, capsys):
     command = ["study", "mat", *DATA, *begun, "--out", str(tmp_path / "study")]
-    assert main([*command, "--rows", "FARE"]) == 2
+    assert main([*command, "--rows", "PMG"]) == 2
     assert "rows must be of finetune, TeCoA" in capsys.readouterr().err
     assert main(["study", "mat", *DATA, "--start", str(tmp_path / "no"), "--mlm", str(tmp_path)]) == 2
     assert "no: no such file or folder" in capsys.readouterr().err
