@@ -67,6 +67,6 @@ class Dedup:
                 np.save(file, rows)
         state.unlink(missing_ok=True)
         print(
-            f"{self.out}: {len(found.kept)} of {len(codes)} rows stay, {len(codes) - len(found.kept)} are within "
-            f"{self.radius} bits of another"
+            f"{self.out}: {len(found.kept)} of {len(codes)} rows stay, {len(codes) - len(found.kept)} go: pairs within "
+            f"{self.radius} bits join each to one that stays"
         )
