@@ -1,5 +1,7 @@
 """Near-duplicates against a naive walk: groups, what is kept, states of runs that were stopped."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,13 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
     state.write_bytes(b"PK" + bytes(100))
     with pytest.raises(InputError, match="not the state of an earlier run, or damaged"):
         cf.near_duplicates(x, 3, state=state)
+
+
+def test_scipy_is_asked_for_before_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse.csgraph", None)
+    with pytest.raises(InputError, match=r"needs scipy: pip install \"cmr-fast\[train\]\""):
+        cf.near_duplicates(np.arange(16, dtype=np.uint8).reshape(2, 8), 1)  # no pair to join
+    assert len(cf.near_duplicates(np.zeros((5, 8), np.uint8), 0).kept) == 1
 
 
 @pytest.mark.parametrize(
