@@ -86,7 +86,7 @@ def what_it_is(head: bytes, path: Path | None = None) -> str:
     if head[:4] in (FAISS_FLAT, *FAISS_MAPS, *FAISS_OTHERS):
         return "is an index of faiss, which HammingIndex.from_faiss and HammingIndex.open read"
     if head.startswith(b"\x93NUMPY"):
-        return "is a .npy array; `cmr-fast index` or HammingIndex.build makes an index of one that holds packed codes"
+        return "is a .npy array; HammingIndex.build or `cmr-fast index` makes an index of one that holds packed codes"
     seen = f"begins with {head[:4] if head[:1] == b'I' else head[:8]!r}"
     if head[:2] in (b"Ix", b"Iw", b"IH") and head[:4].isalnum():
         return f"{seen}, a faiss index of floats; packed codes are in its binary indexes"
