@@ -67,22 +67,32 @@ def busy(what: str) -> Iterator[None]:
 FIRST, EVERY = 2.0, 30.0  # seconds until a line where there is no bar, and between lines
 
 
-def _lines(items: Sequence[T], what: str) -> Iterator[T]:
+def _lines(total: int, what: str) -> Callable[[int], None]:
     """What a log shows of something that takes long: a line after FIRST seconds, and one every EVERY seconds."""
     started = time.monotonic()
-    due = started + FIRST
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now >= due:
-            print(f"{what}: {done} of {len(items)}, {now - started:.0f} s", file=sys.stderr, flush=True)
+    done, due = 0, started + FIRST
+
+    def more(count: int) -> None:
+        nonlocal done, due
+        done, now = done + count, time.monotonic()
+        if now >= due and done < total:
+            print(f"{what}: {done} of {total}, {now - started:.0f} s", file=sys.stderr, flush=True)
             due = now + EVERY
+
+    return more
+
+
+def _told(items: Sequence[T], what: str) -> Iterator[T]:
+    more = _lines(len(items), what)
+    for done, item in enumerate(items):
+        more(min(done, 1))
         yield item
 
 
 def track(items: Sequence[T], what: str) -> Iterable[T]:
     """A progress bar on stderr, or a line now and then where stderr is not a terminal."""
     if not sys.stderr.isatty():
-        return _lines(items, what)
+        return _told(items, what)
     from rich.console import Console
     from rich.progress import track as rich_track
 
@@ -91,13 +101,14 @@ def track(items: Sequence[T], what: str) -> Iterable[T]:
 
 @contextmanager
 def counting(total: int, what: str) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr, told how much more is done; nothing where stderr is not a terminal."""
+    """A progress bar on stderr, told how much more is done, or a line now and then where stderr is not a terminal."""
     if not sys.stderr.isatty():
-        yield lambda more: None
+        yield _lines(total, what)
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TimeElapsedColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())  # goes on while nothing is counted yet
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda more: bar.advance(task, more)

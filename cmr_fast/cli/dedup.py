@@ -24,11 +24,12 @@ class Dedup:
     """
 
     codes: Positional[Path]
-    """.npy file, uint8 (N, bytes), mapped into memory and not read as a whole, or an index file."""
+    """.npy file, uint8 (N, bytes), mapped into memory and not read as a whole, or another that `index` takes."""
     radius: int
     """Hamming distance up to which two codes are near-duplicates; 0: equal codes only."""
     out: Path
-    """.npy file to write: int64, the rows to keep, rising."""
+    """.npy file to write: int64, the rows to keep, rising; rows and not ids, where the codes have ids. PATH.state
+    beside it says until the end how far a run has come."""
     groups: Path | None = None
     """Another .npy file to write: int64 (N,), the group of each row, numbered in the order of their first rows."""
     keep: Literal["first", "last"] = "first"
@@ -67,6 +68,6 @@ class Dedup:
                 np.save(file, rows)
         state.unlink(missing_ok=True)
         print(
-            f"{self.out}: {len(found.kept)} of {len(codes)} rows stay, {len(codes) - len(found.kept)} are within "
-            f"{self.radius} bits of another"
+            f"{self.out}: {len(found.kept)} of {len(codes)} rows stay, {len(codes) - len(found.kept)} go: pairs within "
+            f"{self.radius} bits join each to one that stays"
         )

@@ -47,6 +47,8 @@ class Index:
         from cmr_fast.ops._tensors import MAX_BITS
         from cmr_fast.retrieval.index import HammingIndex
 
+        if not self.codes:
+            raise InputError("expected the files of the codes before --out, got none")
         if self.bits is not None and not 1 <= self.bits <= MAX_BITS:
             raise InputError(f"--bits must be from 1 to {MAX_BITS}, got {self.bits}")
         check_output(self.out, self.force or self.append, *self.codes, self.ids)

@@ -4,7 +4,9 @@ import codecs
 import inspect
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _print_anything()
     try:
-        _parse(arguments)()
+        with _warnings_of_one_line():
+            _parse(arguments)()
     except InputError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -70,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{error}; an earlier checkpoint, if there is one, is whole")
     return 0
+
+
+@contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Warnings are printed without the line of Python that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _print_anything() -> None:

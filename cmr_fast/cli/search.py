@@ -14,11 +14,13 @@ from tyro.conf import Positional
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy, counting, new_table, show
 from cmr_fast.cli.codes import nbytes_of, open_codes, open_index
-from cmr_fast.cli.common import check_output, naming
+from cmr_fast.cli.common import check_least, check_output, naming
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from cmr_fast.retrieval.index import HammingIndex
 
     Block = tuple[np.ndarray, np.ndarray]  # distances and ids (B, k)
 
@@ -40,6 +42,8 @@ class Search:
     """Packed query codes: uint8 (Q, bytes) .npy, .u8bin or .bvecs, an index file, or ann-benchmarks .hdf5 ("test")."""
     k: int = 10
     """Hits per query; the codes that the index holds where these are fewer."""
+    radius: int | None = None
+    """Only hits at this Hamming distance or below, 0 or more; in .npz id -1 and distance bits + 1 pad."""
     out: Path | None = None
     """results.npz (distances and ids, (Q, hits)) or results.csv (query, rank, id, distance). None: only print."""
     threads: int | None = None
@@ -57,9 +61,7 @@ class Search:
             if self.out.suffix not in (".npz", ".csv"):
                 raise InputError(f"{self.out}: expected a name in .npz or .csv, got {self.out.suffix!r}")
             check_output(self.out, self.force, self.index, self.queries)
-        for name, least in (("k", 1), ("show", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        check_least(k=(self.k, 1), radius=(self.radius, 0), show=(self.show, 0), threads=(self.threads, 1))
         index = open_index(self.index)
         source = open_codes(self.queries, index.bits, "test")
         queries = source if isinstance(source, np.ndarray) else source.codes
@@ -81,7 +83,9 @@ class Search:
                 for start in range(0, count, step):
                     block = np.asarray(queries[start : min(start + step, count)])
                     with naming(q=self.queries):
-                        distances, ids = (np.asarray(x) for x in index.search(block, k, self.threads))
+                        distances, ids = (
+                            np.asarray(x) for x in index.search(block, k, self.threads, radius=self.radius)
+                        )
                     if start < shown:
                         rows = slice(0, shown - start)
                         head.append((distances[rows, :_PRINTED].copy(), ids[rows, :_PRINTED].copy()))
@@ -89,7 +93,7 @@ class Search:
                     yield distances, ids
 
         if self.out is not None:
-            write_hits(self.out, blocks(len(queries)), (len(queries), k))
+            write_hits(self.out, blocks(len(queries)), (len(queries), k), index.bits)
         else:
             with busy("searching"):
                 for _ in blocks(shown):
@@ -98,25 +102,29 @@ class Search:
             print(f"The first {_PRINTED} of {k} hits a query; all are in {self.out}")
         elif k > _PRINTED and shown:
             print(f"The first {_PRINTED} of {k} hits a query; --out FILE writes all")
-        _print_hits(head, k, f"The nearest of {index.ntotal} codes of {index.bits} bits: id (distance)")
+        _print_hits(head, k, index)
         if len(queries) > shown:
             print(f"… and {len(queries) - shown} more queries{'' if self.out else '; --out FILE searches all'}")
         if self.out is not None:
-            print(f"{self.out}: {len(queries)} queries, {k} hits each")
+            most = "each" if self.radius is None else f"at most, within {self.radius} bits"
+            print(f"{self.out}: {len(queries)} queries, {k} hits {most}")
 
 
-def _print_hits(head: "list[Block]", k: int, title: str) -> None:
+def _print_hits(head: "list[Block]", k: int, index: "HammingIndex") -> None:
     table = new_table("query")
     for rank in range(min(_PRINTED, k)):
         table.add_column(str(rank + 1), justify="right")
     rows = (row for distances, ids in head for row in zip(ids.tolist(), distances.tolist(), strict=True))
     for query, row in enumerate(rows):
-        table.add_row(str(query), *(f"{i} ({d})" if i >= 0 else "-" for i, d in zip(*row, strict=True)))
-    show(title, table)
+        table.add_row(str(query), *(f"{i} ({d})" if d <= index.bits else "-" for i, d in zip(*row, strict=True)))
+    show(f"The nearest of {index.ntotal} codes of {index.bits} bits: id (distance)", table)
 
 
-def write_hits(path: Path, blocks: Iterable["Block"], shape: tuple[int, int]) -> None:
-    """Blocks of distances int32 and ids int64, of `shape` in all, to .npz, or to .csv without the padding."""
+def write_hits(path: Path, blocks: Iterable["Block"], shape: tuple[int, int], bits: int) -> None:
+    """Blocks of distances int32 and ids int64, of `shape` in all, to .npz, or to .csv without the padding.
+
+    Padding has a distance above `bits`; ids of faiss may be negative.
+    """
     with write_aside(path) as aside:
         if path.suffix == ".npz":
             _write_npz(aside, blocks, shape)
@@ -128,7 +136,7 @@ def write_hits(path: Path, blocks: Iterable["Block"], shape: tuple[int, int]) ->
             for distances, ids in blocks:
                 for row_ids, row_distances in zip(ids.tolist(), distances.tolist(), strict=True):
                     hits = zip(row_ids, row_distances, strict=True)
-                    writer.writerows([query, rank, i, d] for rank, (i, d) in enumerate(hits, start=1) if i >= 0)
+                    writer.writerows([query, rank, i, d] for rank, (i, d) in enumerate(hits, start=1) if d <= bits)
                     query += 1
 
 

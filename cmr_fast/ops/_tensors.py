@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 from typing import Any, SupportsInt, TypeGuard, TypeVar
 
 import numpy as np
@@ -26,7 +27,8 @@ def as_tensor(x: object, name: str) -> tuple[Tensor, bool]:
         check_float(x, name)
         return x, False
     if not isinstance(x, np.ndarray):
-        raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}")
+        hint = ': expected numpy.load(path, mmap_mode="r")' if isinstance(x, str | os.PathLike) else ""
+        raise InputError(f"{name} must be a numpy array or a torch tensor, got {type(x).__name__}{hint}")
     if isinstance(x, np.ma.MaskedArray):
         raise InputError(f"{name} must not be masked: expected .filled(...) or the rows that are there, got a mask")
     x = np.ascontiguousarray(x)
@@ -167,6 +169,8 @@ def check_codes(codes: Tensor, name: str) -> None:
         hint = ": are these bits, not packed yet? See pack_codes"
     elif codes.dtype == torch.uint8 and codes.ndim == 1:
         hint = ": expected one row for each code, x[None] for one code"
+    elif codes.ndim <= 2 and codes.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        hint = ": words of packed bits are meant as x.view(uint8).reshape(len(x), -1)"
     else:
         hint = ": see pack_codes"
     raise InputError(
@@ -175,18 +179,20 @@ def check_codes(codes: Tensor, name: str) -> None:
     )
 
 
-def as_codes(q: object, db: object) -> tuple[Tensor, Tensor, bool]:
+def as_codes(q: object, db: object, names: tuple[str, str] = ("q", "db")) -> tuple[Tensor, Tensor, bool]:
     """Queries and database as tensors, checked to be packed codes of one width on one device; whether from numpy."""
-    queries, was_numpy = as_tensor(q, "q")
-    database, db_was_numpy = as_tensor(db, "db")
+    first, second = names
+    queries, was_numpy = as_tensor(q, first)
+    database, db_was_numpy = as_tensor(db, second)
     if was_numpy != db_was_numpy:
-        raise InputError("q and db must both be numpy arrays or both torch tensors")
-    check_codes(queries, "q")
-    check_codes(database, "db")
+        raise InputError(f"{first} and {second} must both be numpy arrays or both torch tensors")
+    check_codes(queries, first)
+    check_codes(database, second)
     if queries.shape[1] != database.shape[1]:
         raise InputError(
-            f"q and db must have the same bits: q has {queries.shape[1]} bytes a code, db has {database.shape[1]}"
+            f"{first} and {second} must have the same bits: {first} has {queries.shape[1]} bytes a code, {second} has "
+            f"{database.shape[1]}"
         )
     if queries.device != database.device:
-        raise InputError(f"q and db must be on one device, got {queries.device} and {database.device}")
+        raise InputError(f"{first} and {second} must be on one device, got {queries.device} and {database.device}")
     return queries, database, was_numpy

@@ -132,7 +132,7 @@ def _checked(codes: Array, radius: int, other: Array | None, threads: int | None
         check_codes(database, "codes")
         queries = database
     else:
-        queries, database, _ = as_codes(codes, other)
+        queries, database, _ = as_codes(codes, other, ("codes", "other"))
     check_values(queries, "codes")
     _dispatch.how(None, threads)
     return queries, database, min(as_integer(radius, "radius", 0), 8 * database.shape[1])

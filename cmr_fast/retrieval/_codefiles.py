@@ -18,17 +18,16 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops._tensors import MAX_BITS
 from cmr_fast.ops.hamming import pack_codes
 from cmr_fast.retrieval._checks import code_length, packed_codes
-from cmr_fast.retrieval._formats import HEAD, what_it_is
+from cmr_fast.retrieval._formats import CODE_SUFFIXES, HEAD, what_it_is
 
 Dataset = Literal["train", "test"]
-SUFFIXES = (".u8bin", ".bvecs", ".hdf5", ".h5")
 _ROWS = 1 << 16
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 def has_codes(path: StrPath) -> bool:
     """Whether a file is, by its name, one of those that `read_codes` reads."""
-    return as_path(path).suffix in SUFFIXES
+    return as_path(path).suffix in CODE_SUFFIXES
 
 
 def read_codes(path: StrPath, dataset: Dataset = "train", bits: int | None = None) -> tuple[int, np.ndarray]:
@@ -56,6 +55,10 @@ def read_codes(path: StrPath, dataset: Dataset = "train", bits: int | None = Non
         For a file that is missing, cut off, too wide or something else, saying what it is, and another code length.
     """
     path = as_path(path)
+    if not has_codes(path):
+        raise InputError(
+            f"{path}: expected a name in {', '.join(CODE_SUFFIXES)}; numpy.load and HammingIndex.open read others"
+        )
     check_regular(path, "file of codes")
     with named(path):
         size = path.stat().st_size

@@ -66,7 +66,7 @@ def read(path: StrPath) -> tuple[int, Part]:
         bits, codes, own = _faiss_kinds.read(path, data)
         return bits, Part(codes, _counted(own))
     if kind not in (FAISS_FLAT, *FAISS_MAPS):
-        what = what_it_is(data[:HEAD].tobytes())
+        what = what_it_is(data[:HEAD].tobytes(), path)
         raise InputError(f"{path}: expected a faiss file of a binary index, it {what}")
     at = 0
     headers = []

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from pathlib import Path
 from typing import Literal
 
 from cmr_fast._files import StrPath, as_path, check_regular, named, pointer
@@ -18,6 +19,7 @@ FAISS_OTHERS = {
     b"IBHm": "IndexBinaryMultiHash",
 }
 USEARCH = b"usearch"
+CODE_SUFFIXES = (".u8bin", ".bvecs", ".hdf5", ".h5")
 
 
 def index_kind(path: StrPath) -> Literal["cmr_fast", "faiss", "usearch"] | None:
@@ -69,8 +71,12 @@ def first_bytes(path: StrPath) -> bytes:
         return file.read(HEAD)
 
 
-def what_it_is(head: bytes) -> str:
+def what_it_is(head: bytes, path: Path | None = None) -> str:
     """What a file of these first bytes is, in place of the index that was expected: a verb and what to do."""
+    if path is not None and _has_usearch_head(path, head):
+        return "is an index of usearch, which HammingIndex.open reads"
+    if path is not None and path.suffix in CODE_SUFFIXES:
+        return f"is named as a file of codes in {path.suffix}, which HammingIndex.open reads"
     if refused := pointer(head):
         return refused
     if not head:
@@ -80,7 +86,7 @@ def what_it_is(head: bytes) -> str:
     if head[:4] in (FAISS_FLAT, *FAISS_MAPS, *FAISS_OTHERS):
         return "is an index of faiss, which HammingIndex.from_faiss and HammingIndex.open read"
     if head.startswith(b"\x93NUMPY"):
-        return "is a .npy array; HammingIndex.build makes an index of one that holds packed codes"
+        return "is a .npy array; HammingIndex.build or `cmr-fast index` makes an index of one that holds packed codes"
     seen = f"begins with {head[:4] if head[:1] == b'I' else head[:8]!r}"
     if head[:2] in (b"Ix", b"Iw", b"IH") and head[:4].isalnum():
         return f"{seen}, a faiss index of floats; packed codes are in its binary indexes"

@@ -217,7 +217,7 @@ def _read(file: BinaryIO, path: Path) -> Stored:
     head = os.pread(file.fileno(), _DATA_AT, 0)
     size = os.fstat(file.fileno()).st_size  # after the head: an append may be going on
     if head[: len(MAGIC)] != MAGIC and head[_ROOT_PLACES[1] :][: len(MAGIC)] != MAGIC:
-        raise InputError(f"{path} is not a HammingIndex file: it {what_it_is(head)}")
+        raise InputError(f"{path} is not a HammingIndex file: it {what_it_is(head, path)}")
     roots = [_whole_root(head[place : place + _ROOT_BYTES]) for place in _ROOT_PLACES]
     if not any(roots):
         if size >= 12 and head.startswith(MAGIC) and (version := int.from_bytes(head[8:12], "little")) != VERSION:

@@ -21,11 +21,16 @@ _HEAD = struct.Struct("<7s3H4B3Q?")
 _HEAD_BYTES = 64
 _GRAPH = struct.Struct("<5Q")
 _KINDS = (ord("b"), 1, 14, 15)  # Hamming, bits, keys of 64 bits, slots of 32
+_METRICS = {
+    98: "hamming", 99: "cos", 100: "divergence", 101: "l2sq", 104: "haversine", 105: "ip", 106: "jaccard",
+    112: "pearson", 115: "sorensen", 116: "tanimoto",
+}  # fmt: skip
+_SCALARS = {1: "b1", 4: "bf16", 10: "f64", 11: "f32", 12: "f16", 14: "u64", 15: "u32", 17: "u8", 23: "i8"}
 _FREE = 2**64 - 1  # the key of a code that was removed
 
 
 def read(path: StrPath) -> tuple[int, Part]:
-    """A file -> bits, and a part in memory: codes in the order of the file without what was removed, keys as ids."""
+    """A file -> bits, and a part in memory: codes by rising key, without what was removed, and keys as ids."""
     path = as_path(path)
     check_regular(path, "usearch file")
     with named(path):
@@ -34,9 +39,11 @@ def read(path: StrPath) -> tuple[int, Part]:
     _, *rest = _HEAD.unpack(_bytes(path, data, at, _HEAD.size))
     major, kinds, present, dimensions = rest[0], tuple(rest[3:7]), rest[7], rest[9]
     if kinds != _KINDS or major != 2:
+        metric, *scalars = kinds
+        dtype, key, slot = (_SCALARS.get(kind, str(kind)) for kind in scalars)
         raise InputError(
-            f"{path}: expected a usearch 2 index of bits by Hamming distance, with keys of 64 bits "
-            f"(metric, scalar, key and slot {_KINDS}), got version {major} and {kinds}"
+            f"{path}: expected a usearch 2 index of bits (dtype b1), metric hamming, keys u64 and slots u32, "
+            f"got usearch {major}, dtype {dtype}, metric {_METRICS.get(metric, metric)}, keys {key}, slots {slot}"
         )
     if columns != -(-dimensions // 8) or not 1 <= dimensions <= MAX_BITS:
         raise InputError(f"{path} is damaged or too wide: {dimensions} bits in {columns} bytes")
@@ -60,7 +67,9 @@ def read(path: StrPath) -> tuple[int, Part]:
         raise InputError(f"{path} is damaged: {int(kept.sum())} keys where its head says {present}")
     if (keys[kept] >= 2**63).any():
         raise InputError(f"{path}: keys must be below 2^63 to be ids here, got {int(keys[kept].max())}")
-    return 8 * columns, Part(codes[kept], keys[kept].astype(np.int64))
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(keys[kept], kind="stable")]  # threads that add leave the rows in any order
+    return 8 * columns, Part(codes[order], keys[order].astype(np.int64))
 
 
 def _matrix(path: Path, data: bytes) -> tuple[int, int, int]:

@@ -35,7 +35,8 @@ def selected_rows(where: Any, parts: Sequence[Part]) -> list[Rows]:
         ends = np.cumsum([len(part) for part in parts])
         return [_compact(np.flatnonzero(given[end - len(part) : end])) for end, part in zip(ends, parts, strict=True)]
     if given.dtype.kind not in "iu" and given.size:
-        raise InputError(f"where must be a bool mask or integer ids, got {given.dtype} {given.shape}")
+        seen = f"{given.dtype} {given.shape}" if given.dtype != object else type(where).__name__
+        raise InputError(f"where must be a bool mask, integer ids or a range of them, got {seen}")
     if not isinstance(where, range):
         try:
             given = np.sort(np.asarray(check_ids(given, None, any_sign=True), dtype=np.int64))

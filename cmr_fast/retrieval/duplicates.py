@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from cmr_fast._files import write_aside
+from cmr_fast._files import StrPath, as_path, write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, empty, native_kernels
@@ -18,6 +18,7 @@ from cmr_fast.ops._tensors import as_integer, as_tensor, check_codes, check_valu
 from cmr_fast.ops.hamming_pairs import bucket_join, join
 from cmr_fast.ops.multi_index_range import BucketJoin
 from cmr_fast.retrieval._checks import Array
+from cmr_fast.retrieval._pieces import check_progress
 
 Keep = Literal["first", "last"]
 
@@ -50,7 +51,7 @@ def near_duplicates(
     *,
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
-    state: Path | None = None,
+    state: StrPath | None = None,
 ) -> Duplicates:
     """Group codes that are near-duplicates of each other, and say which to keep.
 
@@ -69,7 +70,7 @@ def near_duplicates(
     threads : int, optional
         Default all processors of this process. Results do not depend on it.
     progress : callable, optional
-        Called with the number of rows done since the last call.
+        Called with the number of rows done since the last call, 0 while equal codes are still put together.
     state : path, optional
         A file to note every half minute how far it has come, from which a later call of the same arguments goes on; it
         is left behind.
@@ -82,8 +83,10 @@ def near_duplicates(
     Raises
     ------
     InputError
-        On codes, a radius or `keep` of another kind, and a state of other codes or another radius.
+        On codes, a radius or `keep` of another kind, a state of other codes or another radius, and without scipy.
     """
+    check_progress(progress)
+    noted = None if state is None else as_path(state, "state")
     tensor, was_numpy = as_tensor(codes, "codes")
     check_codes(tensor, "codes")
     check_values(tensor, "codes")
@@ -93,10 +96,12 @@ def near_duplicates(
     if len(tensor) > MAX_CODES:
         raise InputError(f"codes must be fewer than 2^31, got {len(tensor)}")
     _dispatch.how(None, threads)
+    if radius:
+        _check_scipy()
     done = progress or (lambda more: None)
     device, database = tensor.device, tensor.cpu().contiguous()
-    leader = _leaders(database, _dispatch.choose_threads(threads))
-    labels = leader if radius == 0 else _joined(database, leader, radius, threads, done, state)
+    leader = _leaders(database, _dispatch.choose_threads(threads), done)
+    labels = leader if radius == 0 else _joined(database, leader, radius, threads, done, noted)
     if radius == 0:
         done(len(leader))
     del leader
@@ -112,8 +117,16 @@ def near_duplicates(
     return Duplicates(*(like_input(torch.from_numpy(x).to(device), was_numpy) for x in (groups, kept)))
 
 
-def _leaders(codes: torch.Tensor, threads: int) -> np.ndarray:
-    """int32 (N,): the lowest row that holds an equal code."""
+def _check_scipy() -> None:
+    """InputError where scipy is missing: now, and not after the first pairs."""
+    try:
+        import scipy.sparse.csgraph  # noqa: F401
+    except ImportError as error:
+        raise InputError('near_duplicates needs scipy: pip install "cmr-fast[train]"') from error
+
+
+def _leaders(codes: torch.Tensor, threads: int, done: Callable[[int], object]) -> np.ndarray:
+    """int32 (N,): the lowest row that holds an equal code; `done` is told 0 rows now and then, so that it can speak."""
     n = len(codes)
     if _dispatch.choose_backend("hamming_topk", "cpu") != "cpp":
         _, first, of = np.unique(codes.numpy(), axis=0, return_index=True, return_inverse=True)
@@ -125,6 +138,7 @@ def _leaders(codes: torch.Tensor, threads: int) -> np.ndarray:
         sums = codes[start : start + _ROWS].numpy().sum(axis=1, dtype=np.uint8)
         heap[start : start + _ROWS] = sums * np.uint8(157) >> 5
     for number in range(8):  # equal codes are in one heap
+        done(0)
         rows = np.flatnonzero(heap == number).astype(np.int32)
         if len(rows):
             out[rows] = rows[_leaders_of_few(codes[torch.from_numpy(rows)], threads)]

@@ -1,5 +1,6 @@
 """What someone new gets wrong first, and what they are told."""
 
+import importlib
 import warnings
 
 import numpy as np
@@ -14,6 +15,8 @@ from cmr_fast.methods.acmr import ACMRConfig
 from cmr_fast.methods.loop import RunConfig, train
 from cmr_fast.ops import _dispatch
 from cmr_fast.reports import hashing
+
+program = importlib.import_module("cmr_fast.cli.main")  # `cmr_fast.cli.main` is the function
 
 
 def test_bits_that_are_not_packed_are_no_codes(tmp_path, capsys):
@@ -49,6 +52,30 @@ def test_work_that_takes_long_is_told_to_a_log(monkeypatch, capsys):
     assert list(_terminal.track([1, 2, 3, 4], "reading")) == [1, 2, 3, 4]
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["reading: 1 of 4, 3 s", "reading: 3 of 4, 40 s"]
+
+
+def test_counts_are_told_to_a_log(monkeypatch, capsys):
+    clock = iter([100.0, 101.0, 103.0, 104.0, 140.0, 180.0])  # at the start, and at each count
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: next(clock))
+    with _terminal.counting(100, "comparing") as more:
+        for count in (10, 20, 30, 20, 20):
+            more(count)
+    assert capsys.readouterr().err.splitlines() == ["comparing: 30 of 100, 3 s", "comparing: 80 of 100, 40 s"]
+
+
+def test_no_files_of_codes(tmp_path, capsys):
+    assert "files of the codes" in refused(capsys, "index", "--out", tmp_path / "db.cmrx")
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    def command():
+        print(warnings.formatwarning("graphs are left aside", UserWarning, "codes.py", 50), end="")
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(program, "_parse", lambda arguments: command)
+    assert main([]) == 0
+    assert capsys.readouterr().out == "warning: graphs are left aside\n"
+    assert warnings.formatwarning is before
 
 
 def test_a_copy_without_kernels_warns_once(monkeypatch):

@@ -110,6 +110,30 @@ def test_searched_in_blocks_as_at_once(folder, capsys, monkeypatch, k):
     assert "--out FILE searches all" in ran(capsys, "search", "x.cmrx", "q.npy", "--show", 2)
 
 
+def test_hits_within_a_radius(folder, capsys):
+    index = HammingIndex(32)
+    index.add(CODES)
+    index.to_faiss("x.faiss")
+    distances, ids = index.search(QUERIES, 5, radius=8)
+    assert 0 < (ids < 0).sum() < ids.size
+    out = ran(capsys, "search", "x.faiss", "q.npy", "--k", 5, "--radius", 8, "--show", 23, "--out", "hits.npz")
+    assert "23 queries, 5 hits at most, within 8 bits" in out
+    assert [line.split().count("-") for line in out.splitlines()[2:25]] == (ids < 0).sum(axis=1).tolist()
+    with np.load("hits.npz") as hits:
+        np.testing.assert_array_equal(hits["distances"], distances)
+        np.testing.assert_array_equal(hits["ids"], ids)
+    ran(capsys, "search", "x.faiss", "q.npy", "--k", 5, "--radius", 8, "--out", "hits.csv")
+    table = np.loadtxt("hits.csv", delimiter=",", skiprows=1, dtype=np.int64)
+    np.testing.assert_array_equal(table[:, 2], ids[ids >= 0])
+    assert "--radius must be 0 or more, got -1" in refused(capsys, "search", "x.faiss", "q.npy", "--radius", -1)
+
+
+def test_negative_ids_of_faiss_are_hits(folder):
+    ids, distances = np.array([[-7, -1]]), np.array([[0, 33]], np.int32)
+    search.write_hits(folder / "hits.csv", [(distances, ids)], (1, 2), 32)
+    assert (folder / "hits.csv").read_text().split() == ["query,rank,id,distance", "0,1,-7,0"]
+
+
 def test_a_damaged_index_is_one_line(folder, capsys):
     ran(capsys, "index", "a.npy", "--out", "x.cmrx")
     data = bytearray((folder / "x.cmrx").read_bytes())

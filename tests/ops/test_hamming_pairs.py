@@ -147,7 +147,9 @@ def test_results_that_do_not_fit_are_refused_with_the_count_and_the_way_out():
     [
         (lambda x: cf.hamming_pairs(x, -1), "radius .* got -1"),
         (lambda x: cf.hamming_pairs(x, 1.5), "radius .* got 1.5"),
-        (lambda x: cf.hamming_pairs(x, 1, x[:, :4]), "same bits"),
+        (lambda x: cf.hamming_pairs(x, 1, x[:, :4]), "codes and other must have the same bits"),
+        (lambda x: cf.hamming_pairs(x, x, 1), "other must be a numpy array or a torch tensor, got int"),
+        (lambda x: cf.hamming_pairs(x.view(np.uint64), 1), r"uint64 \(5, 1\): words of packed bits .*view\(uint8\)"),
         (lambda x: cf.hamming_pairs(x.astype(np.int8), 1), "int8"),
         (lambda x: cf.hamming_pairs(x, 1, max_pairs=-1), "max_pairs .* got -1"),
         (lambda x: cf.hamming_pair_blocks(x, 1, rows=0), "rows .* got 0"),

@@ -1,5 +1,7 @@
 """Near-duplicates against a naive walk: groups, what is kept, states of runs that were stopped."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cf.near_duplicates(x, 3, progress=stop, state=state)
     rows = []
-    again = cf.near_duplicates(x, 3, progress=rows.append, state=state)
+    again = cf.near_duplicates(x, 3, progress=rows.append, state=str(state))
     assert rows[0] >= (4 if by_bucket else 16) and sum(rows) == 300
     np.testing.assert_array_equal(again.groups, expected.groups)
     for other, radius in ((x, 2), (x[::-1], 3)):
@@ -111,6 +113,13 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
         cf.near_duplicates(x, 3, state=state)
 
 
+def test_scipy_is_asked_for_before_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse.csgraph", None)
+    with pytest.raises(InputError, match=r"needs scipy: pip install \"cmr-fast\[train\]\""):
+        cf.near_duplicates(np.arange(16, dtype=np.uint8).reshape(2, 8), 1)  # no pair to join
+    assert len(cf.near_duplicates(np.zeros((5, 8), np.uint8), 0).kept) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -118,6 +127,9 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
         (lambda x: cf.near_duplicates(x, 1, "middle"), "keep must be one of first, last, got 'middle'"),
         (lambda x: cf.near_duplicates(x[0], 1), "codes must be packed codes"),
         (lambda x: cf.near_duplicates(x, 1, threads=0), "threads .* got 0"),
+        (lambda x: cf.near_duplicates(x, 1, progress=True), "progress must be called .* got True"),
+        (lambda x: cf.near_duplicates(x, 1, state=3), "state must be the path of a file.* got int"),
+        (lambda x: cf.near_duplicates("x.npy", 1), r"got str: expected numpy\.load"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_seen(call, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cmr_fast.errors import InputError
-from cmr_fast.retrieval import index_kind
+from cmr_fast.retrieval import index_kind, read_codes
 from cmr_fast.retrieval.index import HammingIndex
 
 RNG = np.random.default_rng(0)
@@ -112,8 +112,8 @@ def test_codes_and_keys_of_usearch_are_read(tmp_path, bits, n, wide):
     assert index_kind(path) == "usearch"
     index = HammingIndex.open(path)
     assert index.bits == 32
-    np.testing.assert_array_equal(index.codes, CODES[:n])
-    np.testing.assert_array_equal(index.ids, keys)
+    np.testing.assert_array_equal(index.codes, CODES[:n][np.argsort(keys)])
+    np.testing.assert_array_equal(index.ids, np.sort(keys))
     index.add(CODES[:1])
     whole = path.read_bytes()
     for size in range(0, len(whole), 1 if len(whole) < 1000 else 13):
@@ -129,8 +129,8 @@ def test_removed_codes_of_usearch_are_left_out(tmp_path):
     path = tmp_path / "index"
     path.write_bytes(usearch_file(32, CODES[:4], [3, 2**64 - 1, 1, 8], removed=1))
     index = HammingIndex.open(path)
-    np.testing.assert_array_equal(index.codes, CODES[[0, 2, 3]])
-    assert index.ids.tolist() == [3, 1, 8]
+    np.testing.assert_array_equal(index.codes, CODES[[2, 0, 3]])
+    assert index.ids.tolist() == [1, 3, 8]
     path.write_bytes(usearch_file(32, CODES[:4], [3, 4, 1, 8], removed=1))
     with pytest.raises(InputError, match="4 keys where its head says 3"):
         HammingIndex.open(path)
@@ -139,7 +139,7 @@ def test_removed_codes_of_usearch_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": (99, 11, 14, 15)}, "index of bits"),
+        ({"kinds": (99, 11, 14, 15)}, "index of bits.*got usearch 2, dtype f32, metric cos, keys u64, slots u32"),
         ({"kinds": (98, 1, 14, 16)}, "index of bits"),
         ({"bits": 33}, "33 bits in 4 bytes"),
         ({"keys": [1, 2, 2**63]}, "below 2\\^63"),
@@ -151,6 +151,19 @@ def test_other_files_of_usearch_are_refused(tmp_path, changes, message):
     path.write_bytes(usearch_file(**{"bits": 32, "codes": CODES[:3], "keys": [1, 2, 3], **changes}))
     with pytest.raises(InputError, match=message):
         HammingIndex.open(path)
+
+
+def test_other_readers_name_the_one_that_reads_it(tmp_path):
+    path = tmp_path / "index"
+    path.write_bytes(usearch_file(32, CODES[:3], [1, 2, 3]))
+    (tmp_path / "x.u8bin").write_bytes(np.array([3, 4], "<u4").tobytes() + CODES[:3].tobytes())
+    for read in (HammingIndex.load, HammingIndex.from_faiss):
+        with pytest.raises(InputError, match=r"an index of usearch, which HammingIndex.open reads"):
+            read(path)
+        with pytest.raises(InputError, match=r"codes in \.u8bin, which HammingIndex.open reads"):
+            read(tmp_path / "x.u8bin")
+    with pytest.raises(InputError, match=r"expected a name in \.u8bin, .*numpy.load"):
+        read_codes(tmp_path / "index.npy")
 
 
 def test_usearch_itself(tmp_path):

@@ -166,7 +166,9 @@ def test_what_is_mapped_from_a_file_is_filtered_too(tmp_path):
         ([3, 12, 11], "where must name ids of the index: 2 are not, the first is 11"),
         (range(5, 11), "1 are not, the first is 10"),
         ([3, 3], "where: ids must not repeat"),
-        ([1.5], "bool mask or integer ids, got float64"),
+        ([1.5], "bool mask, integer ids or a range of them, got float64"),
+        ({3}, "got set"),
+        (slice(3), "got slice"),
         ("ab", "where must"),
     ],
 )
