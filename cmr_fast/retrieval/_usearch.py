@@ -21,6 +21,7 @@ _HEAD = struct.Struct("<7s3H4B3Q?")
 _HEAD_BYTES = 64
 _GRAPH = struct.Struct("<5Q")
 _KINDS = (ord("b"), 1, 14, 15)  # Hamming, bits, keys of 64 bits, slots of 32
+_MOST_LINKS = 2**31
 _FREE = 2**64 - 1  # the key of a code that was removed
 
 
@@ -44,8 +45,8 @@ def read(path: StrPath) -> tuple[int, Part]:
     at += _HEAD_BYTES
     size, upper, base, _, _ = _GRAPH.unpack(_bytes(path, data, at, _GRAPH.size))
     at += _GRAPH.size
-    if size != rows:
-        raise InputError(f"{path} is damaged: {rows} codes and a graph of {size}")
+    if size != rows or max(upper, base) > _MOST_LINKS:
+        raise InputError(f"{path} is damaged: {rows} codes and a graph of {size}, of {base} and {upper} links a node")
     levels = np.frombuffer(_bytes(path, data, at, 2 * size), "<i2").astype(np.int64)
     at += 2 * size
     lengths = 10 + 4 + 4 * base + levels * (4 + 4 * upper)
