@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from cmr_fast._files import write_aside
+from cmr_fast._files import StrPath, as_path, write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, empty, native_kernels
@@ -18,6 +18,7 @@ from cmr_fast.ops._tensors import as_integer, as_tensor, check_codes, check_valu
 from cmr_fast.ops.hamming_pairs import bucket_join, join
 from cmr_fast.ops.multi_index_range import BucketJoin
 from cmr_fast.retrieval._checks import Array
+from cmr_fast.retrieval._pieces import check_progress
 
 Keep = Literal["first", "last"]
 
@@ -50,7 +51,7 @@ def near_duplicates(
     *,
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
-    state: Path | None = None,
+    state: StrPath | None = None,
 ) -> Duplicates:
     """Group codes that are near-duplicates of each other, and say which to keep.
 
@@ -93,6 +94,8 @@ def near_duplicates(
     if len(tensor) > MAX_CODES:
         raise InputError(f"codes must be fewer than 2^31, got {len(tensor)}")
     _dispatch.how(None, threads)
+    check_progress(progress)
+    state = None if state is None else as_path(state, "state")
     done = progress or (lambda more: None)
     device, database = tensor.device, tensor.cpu().contiguous()
     leader = _leaders(database, _dispatch.choose_threads(threads))

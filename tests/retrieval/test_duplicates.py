@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cf.near_duplicates(x, 3, progress=stop, state=state)
+        cf.near_duplicates(x, 3, progress=stop, state=str(state))
     rows = []
     again = cf.near_duplicates(x, 3, progress=rows.append, state=state)
     assert rows[0] >= (4 if by_bucket else 16) and sum(rows) == 300
@@ -118,6 +118,8 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
         (lambda x: cf.near_duplicates(x, 1, "middle"), "keep must be one of first, last, got 'middle'"),
         (lambda x: cf.near_duplicates(x[0], 1), "codes must be packed codes"),
         (lambda x: cf.near_duplicates(x, 1, threads=0), "threads .* got 0"),
+        (lambda x: cf.near_duplicates(x, 1, progress=3), "progress must be called .* got 3"),
+        (lambda x: cf.near_duplicates(x, 1, state=3), "state must be the path of a file.* got int"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_seen(call, message):
