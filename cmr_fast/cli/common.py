@@ -328,6 +328,16 @@ def read_array(path: Path) -> "np.ndarray":
 _SAVE = "numpy.save its array"
 
 
+def write_array(path: Path, array: "np.ndarray") -> None:
+    """What numpy.save writes; its own error of a full disk says neither that nor which file."""
+    from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
+
+    rows = array if array.flags.c_contiguous else array.copy()
+    with write_aside(path) as aside, open(aside, "wb") as file:
+        write_array_header_1_0(file, header_data_from_array_1_0(rows))
+        file.write(rows.data)
+
+
 @contextmanager
 def naming(**files: Path | None) -> Iterator[None]:
     """An InputError from inside that begins with the name of an argument, or of two, names their files first."""

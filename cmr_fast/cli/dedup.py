@@ -6,10 +6,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting
 from cmr_fast.cli.codes import open_codes
-from cmr_fast.cli.common import check_least, check_output, naming
+from cmr_fast.cli.common import check_least, check_output, naming, write_array
 from cmr_fast.errors import InputError
 
 
@@ -64,8 +63,7 @@ class Dedup:
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("the same command goes on where this one was, to half a minute") from error
         for path, rows in zip(outputs, (found.kept, found.groups), strict=False):
-            with write_aside(path) as aside, open(aside, "wb") as file:
-                np.save(file, rows)
+            write_array(path, rows)
         state.unlink(missing_ok=True)
         print(
             f"{self.out}: {len(found.kept)} of {len(codes)} rows stay, {len(codes) - len(found.kept)} go: pairs within "

@@ -6,9 +6,17 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from cmr_fast._files import write_aside
 from cmr_fast._terminal import busy
-from cmr_fast.cli.common import DataFlags, check_exists, check_output, load_run, makes_codes, reads_captions, split_of
+from cmr_fast.cli.common import (
+    DataFlags,
+    check_exists,
+    check_output,
+    load_run,
+    makes_codes,
+    reads_captions,
+    split_of,
+    write_array,
+)
 from cmr_fast.errors import InputError
 
 
@@ -36,7 +44,6 @@ class Encode(DataFlags):
 
     def __call__(self) -> None:
         """Run the command."""
-        import numpy as np
         import torch
 
         from cmr_fast.methods.evaluation import encode_all
@@ -59,7 +66,6 @@ class Encode(DataFlags):
                 values = encode_all(model, self.modality, getattr(pairs, self.modality))
         packed = self.bits or (makes_codes(model) and not self.real)
         array = (pack_codes(values, threshold=0.0) if packed else values.float()).numpy()
-        with write_aside(self.out) as aside, open(aside, "wb") as file:
-            np.save(file, array)
+        write_array(self.out, array)
         what = f"packed codes of {values.shape[1]} bits" if packed else f"values of {values.shape[1]} dimensions"
         print(f"{self.out}: {len(array)} {what}, {array.dtype} {array.shape}")

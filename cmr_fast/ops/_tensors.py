@@ -147,6 +147,20 @@ def neighbour_arrays(count: int, k: int, bits: int, padded: bool) -> tuple[np.nd
     return distances, indices
 
 
+def hits_room(total: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Room for distances and indices of a search within a radius, int32 and int64 (total,)."""
+    try:
+        return (
+            torch.empty(total, dtype=torch.int32, device=device),
+            torch.empty(total, dtype=torch.int64, device=device),
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(
+            f"radius must be small enough for the results to be held: {total} codes within it take {12 * total} bytes, "
+            f"more than there are on {device}; expected a smaller one, or fewer queries at a time"
+        ) from error
+
+
 def _too_large(count: int, k: int, device: torch.device | str) -> InputError:
     return InputError(
         f"k must be small enough for the results to be held: k={k} for {count} queries takes {12 * count * k} "

@@ -370,7 +370,13 @@ def _range(
 
 
 def _distances(q: Tensor, db: Tensor, backend: str | None, threads: int | None) -> Tensor:
-    out = torch.empty((len(q), len(db)), dtype=torch.int32, device=q.device)
+    try:
+        out = torch.empty((len(q), len(db)), dtype=torch.int32, device=q.device)
+    except RuntimeError as error:
+        raise InputError(
+            f"q and db must be few enough for the table to be held: {len(q)} by {len(db)} distances take "
+            f"{4 * len(q) * len(db)} bytes, more than there are on {q.device}; expected fewer rows of q at a time"
+        ) from error
     chosen = _dispatch.choose_backend("hamming_distances", q.device.type, backend)
     if chosen == "cuda":
         hamming_cuda.table(q, db, out)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, address, empty, native_kernels, scan_cost_of_one, spread
+from cmr_fast.ops._tensors import hits_room
 
 Hits = tuple[Tensor, Tensor, Tensor]  # lims, distances, indices
 Table = tuple[Tensor, Tensor, Tensor, Tensor]  # mask, places of its bits, offsets of the buckets, codes in their order
@@ -242,8 +243,7 @@ class RangeTables:
         lims = torch.zeros(len(q) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=lims[1:])
         total = int(lims[-1])
-        distances = torch.empty(total, dtype=torch.int32, device="cpu")
-        indices = torch.empty(total, dtype=torch.int64, device="cpu")
+        distances, indices = hits_room(total, "cpu")
         native.range_fill(
             isa, index, tables, search, lims.data_ptr(), done.data_ptr(), distances.data_ptr(), indices.data_ptr(),
             workspace.data_ptr(),
@@ -343,10 +343,7 @@ def scan_range(q: Tensor, db: Tensor, radius: int, threads: int | None) -> Hits:
     native.hamming_range_count(isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), workspace.data_ptr())
     torch.cumsum(offsets, 0, out=offsets)
     total = int(offsets[-1])
-    distances, indices = (
-        torch.empty(total, dtype=torch.int32, device="cpu"),
-        torch.empty(total, dtype=torch.int64, device="cpu"),
-    )
+    distances, indices = hits_room(total, "cpu")
     native.hamming_range_fill(
         isa, q.data_ptr(), db.data_ptr(), *shape, offsets.data_ptr(), distances.data_ptr(), indices.data_ptr(),
         workspace.data_ptr(),

@@ -1,5 +1,6 @@
 """Checks of what indexes and evaluations are given."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes, check_values, from_table
+from cmr_fast.ops._tensors import MAX_BITS, as_tensor, check_codes, check_values, described, from_table
 from cmr_fast.ops.multi_index import check_stray
 
 Array = np.ndarray | Tensor
@@ -15,10 +16,14 @@ Array = np.ndarray | Tensor
 _ROWS = 1 << 20  # looked at together
 
 
-def to_numpy(x: object) -> np.ndarray:
-    """Numbers, whatever holds them, as an array on the CPU."""
+def to_numpy(x: object, name: str = "x") -> np.ndarray:
+    """Numbers, whatever holds them, as an array on the CPU; InputError for a tensor that numpy has no form of."""
     if isinstance(x, Tensor):
-        return np.asarray(x.detach().cpu().numpy())
+        if not (x.is_meta or x.layout != torch.strided or x.is_conj()):
+            host = x.detach().cpu()
+            with contextlib.suppress(TypeError):  # of bfloat16 and floats of 8 bits
+                return np.asarray(host.numpy())
+        raise InputError(f"{name} must be a dense tensor of values that numpy holds too, got {described(x)}")
     try:
         return from_table(x)
     except (TypeError, ValueError):  # rows of several lengths; tensors of another kind inside
@@ -128,7 +133,7 @@ def check_pairs(pairs: object, num_queries: int, size: int, exclude: np.ndarray 
     """The database row of each query's partner, int64 (Q,); where none are given and sizes agree, row by row."""
     if pairs is None:
         return np.arange(size) if num_queries == size and exclude is None else None
-    x = to_numpy(pairs)
+    x = to_numpy(pairs, "pairs")
     if x.shape != (num_queries,) or x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= size:
         raise InputError(f"pairs must be ({num_queries},) database rows from 0 to {size - 1}, got {x.dtype} {x.shape}")
     rows = x.astype(np.int64)
@@ -148,7 +153,7 @@ def check_exclude(exclude_self: object, num_queries: int, size: int) -> np.ndarr
             raise InputError(f"{expected}; True takes query i for database row i, got {num_queries} and {size} rows")
         rows = np.arange(size)
     else:
-        x = to_numpy(exclude_self)
+        x = to_numpy(exclude_self, "exclude_self")
         if x.shape != (num_queries,) or x.dtype.kind not in "iu" or x.min() < -1 or x.max() >= size:
             raise InputError(f"{expected}, got {x.dtype} {x.shape}")
         rows = x.astype(np.int64)

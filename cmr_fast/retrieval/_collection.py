@@ -8,7 +8,7 @@ import numpy as np
 
 from cmr_fast.errors import InputError
 from cmr_fast.retrieval._checks import Array, code_length, packed_codes
-from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
+from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known, refuse_longer
 from cmr_fast.retrieval._pieces import distinct
 from cmr_fast.retrieval._segments import Part, Tail, is_mapped
 
@@ -121,6 +121,7 @@ class Collection:
         InputError
             Where an id is not in the index; nothing is removed.
         """
+        refuse_longer(ids, len(self), f"ids must be in the index, which holds {len(self)} codes")
         gone = np.sort(np.asarray(check_ids(ids, None, any_sign=True), dtype=np.int64))
         with self._writing:
             rows = [part.sound().rows_of(gone) for part in self._parts]

@@ -71,6 +71,11 @@ def _index(reader: _Reader) -> tuple[int, np.ndarray, np.ndarray]:
     kind, bits, nbytes, ntotal, _, _ = _HEADER.unpack(reader.take(_HEADER.size).tobytes())
     if bits < 8 or bits != 8 * nbytes or ntotal < 0 or bits > MAX_BITS:
         raise InputError(f"{reader.path} is damaged or too wide: its header says {bits} bits, {nbytes} bytes, {ntotal}")
+    if ntotal * nbytes > len(reader.data):
+        raise InputError(
+            f"{reader.path} is truncated or damaged: its header says {ntotal} codes of {nbytes} bytes, it has "
+            f"{len(reader.data)} bytes"
+        )
     ids = np.arange(ntotal if kind in (FAISS_FLAT, b"IBHf", b"IBHm") else 0)
     if kind == FAISS_FLAT:
         codes = reader.vector("u1")

@@ -9,7 +9,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.retrieval._checks import to_numpy
 
 _BLOCK = 1 << 20
-_FIRST, LAST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+FIRST, LAST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 _Intervals = tuple[np.ndarray, np.ndarray]  # first and last ids, both rising
 
 
@@ -43,7 +43,7 @@ class IdSet:
         for i, run in enumerate(self._runs):
             cut = np.unique(ids[_inside(run, ids)])
             # both sides of every cut, sorted: still one first per last, some empty; the ends of int64 have one side
-            below, above = cut[cut > _FIRST], cut[cut < LAST]
+            below, above = cut[cut > FIRST], cut[cut < LAST]
             firsts = np.sort(np.concatenate([run[0][len(cut) - len(below) :], above + 1]))
             lasts = np.sort(np.concatenate([run[1][: len(run[1]) - len(cut) + len(above)], below - 1]))
             self._runs[i] = (firsts[firsts <= lasts], lasts[firsts <= lasts])
@@ -80,7 +80,9 @@ def check_ids(ids: Any, count: int | None, any_sign: bool = False) -> np.ndarray
 
     any_sign    take the whole of int64, for ids that an index from elsewhere may hold
     """
-    x = to_numpy(ids)
+    if count is not None:
+        refuse_longer(ids, count, f"ids must be integers ({count},)")
+    x = to_numpy(ids, "ids")
     if np.ma.is_masked(ids):
         raise InputError("ids must not be masked, got a masked array")
     if x.size == 0:
@@ -102,6 +104,12 @@ def check_ids(ids: Any, count: int | None, any_sign: bool = False) -> np.ndarray
     elif first >= 0 and last < LAST and last - first == len(x) - 1:
         return range(first, last + 1)
     return x.astype(np.int64, copy=False)
+
+
+def refuse_longer(ids: object, count: int, expected: str) -> None:
+    """InputError for a range of more ids than there can be, which need not fit memory."""
+    if isinstance(ids, range) and ids[count:]:
+        raise InputError(f"{expected}, got {ids}")
 
 
 def counted_on(next_id: int, count: int) -> range:

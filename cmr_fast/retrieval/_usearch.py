@@ -26,6 +26,7 @@ _METRICS = {
     112: "pearson", 115: "sorensen", 116: "tanimoto",
 }  # fmt: skip
 _SCALARS = {1: "b1", 4: "bf16", 10: "f64", 11: "f32", 12: "f16", 14: "u64", 15: "u32", 17: "u8", 23: "i8"}
+_MOST_LINKS = 2**31
 _FREE = 2**64 - 1  # the key of a code that was removed
 
 
@@ -51,8 +52,8 @@ def read(path: StrPath) -> tuple[int, Part]:
     at += _HEAD_BYTES
     size, upper, base, _, _ = _GRAPH.unpack(_bytes(path, data, at, _GRAPH.size))
     at += _GRAPH.size
-    if size != rows:
-        raise InputError(f"{path} is damaged: {rows} codes and a graph of {size}")
+    if size != rows or max(upper, base) > _MOST_LINKS:
+        raise InputError(f"{path} is damaged: {rows} codes and a graph of {size}, of {base} and {upper} links a node")
     levels = np.frombuffer(_bytes(path, data, at, 2 * size), "<i2").astype(np.int64)
     at += 2 * size
     lengths = 10 + 4 + 4 * base + levels * (4 + 4 * upper)

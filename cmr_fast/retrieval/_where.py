@@ -7,7 +7,7 @@ import numpy as np
 
 from cmr_fast.errors import InputError
 from cmr_fast.retrieval._checks import to_numpy
-from cmr_fast.retrieval._ids import check_ids
+from cmr_fast.retrieval._ids import FIRST, LAST, check_ids, refuse_longer
 from cmr_fast.retrieval._segments import Part
 
 Rows = slice | np.ndarray  # rising rows of a part
@@ -26,7 +26,11 @@ def selected_rows(where: Any, parts: Sequence[Part]) -> list[Rows]:
         For a mask of another length, and ids that are not in the index.
     """
     total = sum(map(len, parts))
-    given = np.arange(where.start, where.stop, where.step) if isinstance(where, range) else to_numpy(where)
+    if isinstance(where, range):
+        refuse_longer(where, total, f"where must name ids of the index, which are {total} at most")
+        if not all(FIRST <= x <= LAST for x in (where.start, where.stop, where.step)):
+            where = list(where)
+    given = np.arange(where.start, where.stop, where.step) if isinstance(where, range) else to_numpy(where, "where")
     if given.dtype == bool:
         if given.shape != (total,) or np.ma.is_masked(where):
             raise InputError(

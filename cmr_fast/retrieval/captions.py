@@ -113,7 +113,7 @@ def evaluate_captions(image: Array, text: Array, owner: Array, *, folds: int = 1
     (array([2, 1]), array([1, 1, 2]))
     """
     x, y = check_embeddings(image, text)
-    rows = to_numpy(owner)
+    rows = to_numpy(owner, "owner")
     if rows.dtype.kind not in "iu" or rows.shape != (len(y),):
         raise InputError(f"owner must be integers ({len(y)},), the image of each text, got {rows.dtype} {rows.shape}")
     rows = rows.astype(np.int64)

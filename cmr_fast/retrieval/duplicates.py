@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from cmr_fast._files import StrPath, as_path, write_aside
+from cmr_fast._files import StrPath, as_path, check_regular, named, write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
 from cmr_fast.ops._tables import MAX_CODES, empty, native_kernels
@@ -278,11 +278,16 @@ def _write_state(path: Path, stamp: np.ndarray, parents: np.ndarray, at: int) ->
 
 
 def _read_state(path: Path, stamp: np.ndarray) -> tuple[np.ndarray, int]:
-    try:
-        with np.load(path, allow_pickle=False) as state:
-            seen, parents, at = state["stamp"], state["parents"], int(state["at"])
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not the state of an earlier run, or damaged: remove it to begin again") from error
+    check_regular(path, "state")
+    with named(path), open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as state:
+                seen, parents, at = state["stamp"], state["parents"], int(state["at"])
+        # what numpy and zipfile make of a damaged one, which is also taken for encrypted, or for an array
+        except (ValueError, KeyError, EOFError, TypeError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path}: not the state of an earlier run, or damaged: remove it to begin again"
+            ) from error
     if not np.array_equal(seen, stamp) or parents.shape != (stamp[0],):
         raise InputError(f"{path}: the state of a run over other codes or another radius: remove it to begin again")
     return parents, at

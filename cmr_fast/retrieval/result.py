@@ -245,7 +245,7 @@ class RetrievalResult:
 
 
 def _check_ks(ks: object) -> np.ndarray:
-    k = to_numpy(ks)
+    k = to_numpy(ks, "ks")
     if k.dtype.kind not in "iu" or k.size == 0 or k.min() < 1:
         raise InputError(f"ks must be integers of 1 or more, got {ks!r}")
     return k.astype(np.int64)

@@ -153,3 +153,16 @@ def test_a_full_disk_ends_training_in_one_line_and_it_goes_on(capsys, monkeypatc
 
 def full(*_: object) -> None:
     raise OSError(28, "No space left on device", "run/checkpoint")
+
+
+def test_a_disk_without_room_for_an_array_is_named(here):
+    rows = np.arange(20_000, dtype=np.uint32)
+    np.save("many.npy", rows.view(np.uint8).reshape(-1, 4))
+    limited = (
+        "import resource, sys; from cmr_fast.cli.main import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", limited, "dedup", "many.npy", "--radius", "0", "--out", "keep.npy"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: keep.npy: File too large"
+    assert sorted(p.name for p in here.iterdir()) == ["codes.npy", "many.npy"]

@@ -15,6 +15,7 @@ from ways import ISAS, NATIVE
 import cmr_fast as cf
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _reference
+from cmr_fast.ops._tensors import hits_room
 
 
 def codes(rng, n, nbytes, kind="random"):
@@ -507,3 +508,11 @@ def test_bits_and_threads_are_integers(tmp_path):
         with pytest.raises(InputError, match=r"bits must be an integer from 1 to 4096, got '24'"):
             cf.HammingIndex.open(tmp_path / name, bits="24")
         assert cf.HammingIndex.open(tmp_path / name, bits=np.int64(24)).bits == 24
+
+
+def test_what_does_not_fit_memory_says_what_is_too_large():
+    with pytest.raises(InputError, match=r"radius must be small enough .* within it take 864691128455135232 bytes"):
+        hits_room(2**56, "cpu")
+    many = torch.zeros(1, 1, dtype=torch.uint8).expand(2**24, 1)
+    with pytest.raises(InputError, match="16777216 by 16777216 distances take 1125899906842624 bytes"):
+        cf.hamming_distances(many, many)

@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cf.near_duplicates(x, 3, progress=stop, state=state)
+        cf.near_duplicates(x, 3, progress=stop, state=str(state))
     rows = []
     again = cf.near_duplicates(x, 3, progress=rows.append, state=str(state))
     assert rows[0] >= (4 if by_bucket else 16) and sum(rows) == 300
@@ -108,9 +108,18 @@ def test_a_stopped_run_goes_on_where_it_was(by_bucket, tmp_path, monkeypatch):
     for other, radius in ((x, 2), (x[::-1], 3)):
         with pytest.raises(InputError, match="other codes or another radius"):
             cf.near_duplicates(np.ascontiguousarray(other), radius, state=state)
-    state.write_bytes(b"PK" + bytes(100))
-    with pytest.raises(InputError, match="not the state of an earlier run, or damaged"):
-        cf.near_duplicates(x, 3, state=state)
+    whole, place = state.read_bytes(), state.read_bytes().rfind(b"PK\x01\x02")  # of the last array in the directory
+    encrypted, packed = bytearray(whole), bytearray(whole)
+    encrypted[place + 8] ^= 1
+    packed[place + 10] ^= 64  # the way it is compressed
+    np.save(tmp_path / "array.npy", np.arange(3))
+    array = (tmp_path / "array.npy").read_bytes()
+    for damaged in (b"PK" + bytes(100), bytes(encrypted), bytes(packed), array, whole[:-30], b""):
+        state.write_bytes(damaged)
+        with pytest.raises(InputError, match="not the state of an earlier run, or damaged"):
+            cf.near_duplicates(x, 3, state=state)
+    with pytest.raises(InputError, match="is a folder"):
+        cf.near_duplicates(x, 3, state=tmp_path)
 
 
 def test_scipy_is_asked_for_before_the_work(monkeypatch):

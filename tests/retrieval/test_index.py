@@ -199,6 +199,13 @@ BAD_CALLS = {
     "2 are in the index already, the first is 49": lambda index: index.add(codes(3), [49, 50, 2]),
     "must not repeat: 1 do, the first is 70": lambda index: index.add(codes(3), [70, 71, 70]),
     r"got -1 to -1 \(-1 is what searches pad with\)": lambda index: index.add(codes(1), [-1]),
+    r"ids must be in the index, which holds 50 codes, got range\(0, 1099511627776\)": (
+        lambda index: index.remove_ids(range(2**40))
+    ),
+    r"ids must be integers \(3,\), got range\(0, 1099511627776\)": lambda index: index.add(codes(3), range(2**40)),
+    "ids must be a dense tensor of values .*on meta": (
+        lambda index: index.add(codes(3), torch.ones(3, dtype=torch.int64, device="meta"))
+    ),
     "2 are not, the first is 50": lambda index: index.remove_ids([4, 50, 60]),
     "the first is 4": lambda index: index.remove_ids([4, 4]),
 }

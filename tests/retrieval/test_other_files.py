@@ -164,6 +164,21 @@ def test_other_readers_name_the_one_that_reads_it(tmp_path):
             read(tmp_path / "x.u8bin")
     with pytest.raises(InputError, match=r"expected a name in \.u8bin, .*numpy.load"):
         read_codes(tmp_path / "index.npy")
+def test_a_graph_of_more_links_than_a_file_holds_is_damaged(tmp_path):
+    path, whole = tmp_path / "index", usearch_file(32, CODES[:3], [1, 2, 3])
+    at = whole.find(b"usearch") + 64
+    for place in (at + 8, at + 16):  # connectivity of the upper levels, and of the base
+        path.write_bytes(whole[:place] + struct.pack("<Q", 2**61) + whole[place + 8 :])
+        with pytest.raises(InputError, match=r"damaged.* 2305843009213693952 "):
+            HammingIndex.open(path)
+
+
+@pytest.mark.parametrize("fourcc", [b"IBHf", b"IBHm"])
+def test_a_header_of_more_codes_than_the_file_holds_is_refused_before_they_are_counted(tmp_path, fourcc):
+    path = tmp_path / "index"
+    path.write_bytes(struct.pack("<4siiq?i", fourcc, 32, 4, 2**45, True, 1) + bytes(100))
+    with pytest.raises(InputError, match="truncated or damaged: its header says 35184372088832 codes of 4 bytes"):
+        HammingIndex.open(path)
 
 
 def test_usearch_itself(tmp_path):

@@ -170,6 +170,12 @@ def test_what_is_mapped_from_a_file_is_filtered_too(tmp_path):
         ({3}, "got set"),
         (slice(3), "got slice"),
         ("ab", "where must"),
+        (range(2**40), r"ids of the index, which are 10 at most, got range\(0, 1099511627776\)"),
+        (range(10**30), "which are 10 at most, got range"),
+        (range(2**63, 2**63 + 2), "where: ids must be int64, got 9223372036854775809"),
+        (torch.ones(10, dtype=torch.bool, device="meta"), r"where must be a dense tensor .*torch.bool \(10,\) on meta"),
+        (torch.ones(10, dtype=torch.int64).to_sparse(), "where must be a dense tensor .*sparse_coo"),
+        (torch.ones(10, dtype=torch.bfloat16), "where must be a dense tensor .*bfloat16"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_seen(where, message):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.ops import _dispatch
+from cmr_fast.ops._tensors import hits_room
 
 FORMS = ("popc", "b1", "int8")  # xor and popcount; tensor cores on bits; tensor cores on bytes
 MOST_LISTED = 2048  # a larger k is found by counting all distances first, then placing
@@ -159,7 +160,7 @@ def range_search(q: Tensor, db: Tensor, radius: int) -> tuple[Tensor, Tensor, Te
     search.native.hamming_range_count(search.queue, scan, radius, counts.data_ptr())
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     total = int(offsets[-1])
-    distances, indices = search.empty(total, dtype=torch.int32), search.empty(total, dtype=torch.int64)
+    distances, indices = hits_room(total, q.device)
     search.native.hamming_range_fill(
         search.queue, scan, radius, offsets.data_ptr(), distances.data_ptr(), indices.data_ptr()
     )
