@@ -164,6 +164,8 @@ def test_other_readers_name_the_one_that_reads_it(tmp_path):
             read(tmp_path / "x.u8bin")
     with pytest.raises(InputError, match=r"expected a name in \.u8bin, .*numpy.load"):
         read_codes(tmp_path / "index.npy")
+
+
 def test_a_graph_of_more_links_than_a_file_holds_is_damaged(tmp_path):
     path, whole = tmp_path / "index", usearch_file(32, CODES[:3], [1, 2, 3])
     at = whole.find(b"usearch") + 64
