@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -328,14 +328,16 @@ def read_array(path: Path) -> "np.ndarray":
 _SAVE = "numpy.save its array"
 
 
-def write_array(path: Path, array: "np.ndarray") -> None:
-    """What numpy.save writes; its own error of a full disk says neither that nor which file."""
+def write_arrays(arrays: "Mapping[Path, np.ndarray]") -> None:
+    """What numpy.save writes, all files or none; its own error of a full disk says neither that nor which file."""
     from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
-    rows = array if array.flags.c_contiguous else array.copy()
-    with write_aside(path) as aside, open(aside, "wb") as file:
-        write_array_header_1_0(file, header_data_from_array_1_0(rows))
-        file.write(rows.data)
+    with ExitStack() as stack:
+        for path, array in arrays.items():
+            rows = array if array.flags.c_contiguous else array.copy()
+            with open(stack.enter_context(write_aside(path)), "wb") as file:
+                write_array_header_1_0(file, header_data_from_array_1_0(rows))
+                file.write(rows.data)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from cmr_fast._terminal import counting
 from cmr_fast.cli.codes import open_codes
-from cmr_fast.cli.common import check_least, check_output, naming, write_array
+from cmr_fast.cli.common import check_least, check_output, naming, write_arrays
 from cmr_fast.errors import InputError
 
 
@@ -62,8 +62,7 @@ class Dedup:
                 )
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("the same command goes on where this one was, to half a minute") from error
-        for path, rows in zip(outputs, (found.kept, found.groups), strict=False):
-            write_array(path, rows)
+        write_arrays(dict(zip(outputs, (found.kept, found.groups), strict=False)))
         state.unlink(missing_ok=True)
         print(
             f"{self.out}: {len(found.kept)} of {len(codes)} rows stay, {len(codes) - len(found.kept)} go: pairs within "

@@ -15,7 +15,7 @@ from cmr_fast.cli.common import (
     makes_codes,
     reads_captions,
     split_of,
-    write_array,
+    write_arrays,
 )
 from cmr_fast.errors import InputError
 
@@ -66,6 +66,6 @@ class Encode(DataFlags):
                 values = encode_all(model, self.modality, getattr(pairs, self.modality))
         packed = self.bits or (makes_codes(model) and not self.real)
         array = (pack_codes(values, threshold=0.0) if packed else values.float()).numpy()
-        write_array(self.out, array)
+        write_arrays({self.out: array})
         what = f"packed codes of {values.shape[1]} bits" if packed else f"values of {values.shape[1]} dimensions"
         print(f"{self.out}: {len(array)} {what}, {array.dtype} {array.shape}")

@@ -75,3 +75,23 @@ def test_bad_input_is_one_line(codes, capsys):
         assert message in refused(capsys, "dedup", *argv)
     np.save("floats.npy", np.zeros((3, 4)))
     assert "expected packed codes" in refused(capsys, "dedup", "floats.npy", "--radius", "1", "--out", "k.npy")
+
+
+def test_both_files_are_written_or_none(codes, tmp_path, monkeypatch):
+    from cmr_fast.cli import common
+
+    aside, seen = common.write_aside, []
+
+    def full(path):
+        seen.append(path)
+        if len(seen) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        return aside(path)
+
+    monkeypatch.setattr(common, "write_aside", full)
+    keep, groups = tmp_path / "keep.npy", tmp_path / "groups.npy"
+    command = ["dedup", "codes.npy", "--radius", "2", "--out", str(keep), "--groups", str(groups)]
+    assert main(command) != 0
+    assert not keep.exists() and not groups.exists()
+    monkeypatch.setattr(common, "write_aside", aside)
+    assert main(command) == 0 and keep.exists() and groups.exists()
