@@ -593,6 +593,26 @@ def test_queries_are_led_to_the_anchor_of_another_label(multi):
     assert (agreement[1] > agreement[0]).all()
 
 
+@pytest.mark.parametrize("multi", [False, True])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_query_attacks_of_few_and_of_uneven_pairs(targeted, multi):
+    model, (image, text, labels) = Linear(), items()
+    labels = torch.nn.functional.one_hot(labels) if multi else labels
+    atk = QueryAttack(model, image, text, labels, targeted=targeted, steps=1)
+    state = torch.get_rng_state()
+    for count in (0, 1):
+        got = atk(image[:count], text[:count], labels[:count])
+        assert got.image.shape == (count, 6) and got.text.shape == (count, 5)
+        assert (got.targets is not None) == targeted and (not targeted or got.targets.shape == labels[:count].shape)
+    assert torch.equal(torch.get_rng_state(), state)
+    for counts in ((7, 7, 5), (7, 7, 9), (7, 5, 7), (5, 7, 7)):
+        given = [x[:count] for x, count in zip((image, text, labels), counts, strict=True)]
+        with pytest.raises(InputError, match="of one length, got {}, {} and {}".format(*counts)):
+            atk(*given)
+        with pytest.raises(InputError, match="of one length, got {}, {} and {}".format(*counts)):
+            QueryAttack(model, *given, targeted=targeted, steps=1)
+
+
 def test_query_attacks_refuse_what_they_cannot_aim_at():
     model, (image, text, labels) = Linear(), items()
     atk = QueryAttack(model, image, text, labels, targeted=True, steps=1)
