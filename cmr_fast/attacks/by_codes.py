@@ -17,6 +17,7 @@ from cmr_fast.ops._tensors import as_tensor, like_input
 from cmr_fast.ops.labels import label_array, share_label
 
 Array = Any  # numpy array or torch tensor
+_TOGETHER = 2**24  # pairs of a query and an item of the database
 
 
 class CodeAttack:
@@ -269,7 +270,8 @@ def centre_codes(codes: Array, labels: Array, query_labels: Array) -> Array:
             f"multi-hot, got {tuple(base.shape)} and {tuple(asked.shape)}"
         )
     floats = _check_codes(values).to(torch.promote_types(values.dtype, torch.float32))
-    return like_input(centres(floats, base, asked), was_numpy)
+    rows = max(1, _TOGETHER // max(1, len(base)))
+    return like_input(torch.cat([centres(floats, base, part) for part in asked.split(rows)]), was_numpy)
 
 
 def centres(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from cmr_fast.attacks import CMLA, CodeAttack, QueryAttack, anchor_code, centre_codes
+from cmr_fast.attacks import CMLA, CodeAttack, QueryAttack, anchor_code, by_codes, centre_codes
 from cmr_fast.attacks.codes import within
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
@@ -591,6 +591,16 @@ def test_queries_are_led_to_the_anchor_of_another_label(multi):
     anchors = torch.stack([anchor_code(codes[ids == t]) for t in targets])  # all that bear it vote
     agreement = [(model.encode("image", x).tanh() * anchors).sum(dim=1) for x in (image[:9], got.image)]
     assert (agreement[1] > agreement[0]).all()
+
+
+def test_centre_codes_of_many_queries_are_made_some_at_a_time(monkeypatch):
+    codes = signs(torch.randn(30, BITS, generator=torch.Generator().manual_seed(0)))
+    labels, asked = torch.arange(30) % 4, torch.arange(11) % 5
+    whole = centre_codes(codes, labels, asked)
+    sizes, centres = [], by_codes.centres
+    monkeypatch.setattr(by_codes, "centres", lambda c, b, q: sizes.append(len(q)) or centres(c, b, q))
+    monkeypatch.setattr(by_codes, "_TOGETHER", 100)
+    assert torch.equal(centre_codes(codes, labels, asked), whole) and sizes == [3, 3, 3, 2]
 
 
 @pytest.mark.parametrize("multi", [False, True])
