@@ -17,6 +17,7 @@ from cmr_fast.ops._tensors import as_tensor, like_input
 from cmr_fast.ops.labels import label_array, share_label
 
 Array = Any  # numpy array or torch tensor
+_TOGETHER = 2**24  # pairs of a query and an item of the database
 
 
 class CodeAttack:
@@ -133,7 +134,7 @@ class QueryAttack:
     Raises
     ------
     InputError
-        As of CMLA.
+        As of CMLA, and for image, text and labels of several lengths.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class QueryAttack:
         with frozen(self.model.modules):
             self._codes = self.model.codes(database, batch)
         self._labels = torch.from_numpy(label_array(as_tensor(labels, "labels")[0], "labels"))
+        _check_one_length(image, text, self._labels)
 
     def __call__(self, image: Array, text: Array, labels: Array) -> Perturbed:
         """Perturb pairs (N, ...) with `labels` of the database's kind. InputError as of CMLA, and of other labels."""
@@ -175,12 +177,14 @@ class QueryAttack:
             raise InputError(
                 f"labels must be of the database's kind, {tuple(self._labels.shape)}, got {tuple(asked.shape)}"
             )
+        _check_one_length(image, text, asked)
         generator = torch.Generator().manual_seed(self.seed)
         targets = self._targets(asked, generator) if self.targeted else None
         given: dict[Modality, Array] = {"image": image, "text": text}
         moved: dict[Modality, Array] = {}
         distortion: dict[str, float] = {}
-        with torch.random.fork_rng(devices=[]):
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0  # manual_seed seeds them too
+        with torch.random.fork_rng(devices=range(devices)):
             torch.manual_seed(self.seed)
             for m, attack in self._attacks.items():
                 codes = self._codes[OTHER[m]].float()
@@ -205,7 +209,7 @@ class QueryAttack:
             classes = torch.arange(labels.shape[1])
             free = (labels == 0) & (self._labels != 0).any(dim=0)
         led = free.any(dim=1)
-        if not bool(led.any() if labels.ndim == 2 else led.all()):
+        if len(labels) and not bool(led.any() if labels.ndim == 2 else led.all()):
             raise InputError("a targeted attack needs a label that a query does not bear; these bear all there are")
         drawn = torch.multinomial(torch.where(led[:, None], free, True).double(), 1, generator=generator)[:, 0]
         if labels.ndim == 1:
@@ -223,7 +227,7 @@ class QueryAttack:
             rows = bears.nonzero()[:, 0]
             voters = rows[torch.randperm(len(rows), generator=generator)[: self.voters]]
             anchors.append(anchor_code(codes[voters]))
-        return torch.stack(anchors)[of], led
+        return (torch.stack(anchors)[of] if anchors else codes[:0]), led
 
 
 def anchor_code(codes: Array) -> Array:
@@ -266,7 +270,8 @@ def centre_codes(codes: Array, labels: Array, query_labels: Array) -> Array:
             f"multi-hot, got {tuple(base.shape)} and {tuple(asked.shape)}"
         )
     floats = _check_codes(values).to(torch.promote_types(values.dtype, torch.float32))
-    return like_input(centres(floats, base, asked), was_numpy)
+    rows = max(1, _TOGETHER // max(1, len(base)))
+    return like_input(torch.cat([centres(floats, base, part) for part in asked.split(rows)]), was_numpy)
 
 
 def centres(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
@@ -276,6 +281,13 @@ def centres(codes: Tensor, labels: Tensor, query_labels: Tensor) -> Tensor:
     near = alike @ codes / alike.sum(dim=1, keepdim=True).clamp(min=1)
     far = apart @ codes / apart.sum(dim=1, keepdim=True).clamp(min=1)
     return signs(near - far)
+
+
+def _check_one_length(image: Array, text: Array, labels: Tensor) -> None:
+    if not len(image) == len(text) == len(labels):
+        raise InputError(
+            f"image, text and labels must be of one length, got {len(image)}, {len(text)} and {len(labels)}"
+        )
 
 
 def _check_codes(codes: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ class Attack(DataFlags):
 
         refuse_flags(
             {"save": self.save, "attacks": self.attacks, "fast": self.fast},
-            f"is for classifiers; {model.name} makes embeddings, which are attacked by PGD and APGD on the ranking",
+            f"is for classifiers; {model.name} is attacked by PGD and APGD on the ranking",
         )
         share = EPS if self.eps is None else self.eps
         if not 0 < share <= 1:

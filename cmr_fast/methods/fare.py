@@ -64,7 +64,7 @@ class LeafConfig(_Held, FinetuneConfig):
     tries: int = 50
     """Places, and then characters, that are tried (rho)."""
     dictionary: str = ""
-    """A file of words, one a line: an edit must break one and make none. None: any edit."""
+    """A file of words in UTF-8, one a line: an edit must break one and make none. None: any edit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,6 +175,12 @@ class Leaf(_Drawn):
     Config: ClassVar[type] = LeafConfig
     presets: ClassVar[dict[str, Any]] = presets_of(LeafConfig, 1e-5)
     side: ClassVar[Literal["image", "text"]] = "text"
+    _dictionary: frozenset[str] | None = None
+
+    def fit_inputs(self, train: CaptionedImages) -> None:
+        """As of both; InputError for a dictionary that is no text file."""
+        super().fit_inputs(train)
+        self._dictionary = _words(self.config.dictionary) if self.config.dictionary else None
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Captions away from what the towers said of them before."""
@@ -184,7 +190,7 @@ class Leaf(_Drawn):
             wanted = widened(by_length(before, pairs.texts, before.text_embedding))
         with torch.autocast(device.type, enabled=False):
             atk = CharacterAttack(
-                _RawTexts(self.dual), edits=c.edits, tries=c.tries, objective=_apart, dictionary=self._words(),
+                _RawTexts(self.dual), edits=c.edits, tries=c.tries, objective=_apart, dictionary=self._dictionary,
                 seed=int(torch.randint(2**62, ())), dtype=mixed_dtype(device), check=False,
             )  # fmt: skip
             texts, info = atk(pairs.texts, wanted, return_info=True)
@@ -202,15 +208,13 @@ class Leaf(_Drawn):
         edits = "1 character" if c.edits == 1 else f"{c.edits} characters"
         return f"texts by characters, {edits} of {c.tries} tried (distance from the clean embedding)"
 
-    def _words(self) -> list[str] | None:
-        if not self.config.dictionary:
-            return None
-        path = Path(self.config.dictionary)
-        try:
-            words = path.read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: expected a text file of words, one a line ({error})") from error
-        return [word.lower() for word in words]
+
+def _words(path: str) -> frozenset[str]:
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a text file of words, one a line ({error})") from error
+    return frozenset(text.lower().split())
 
 
 class _RawImages(nn.Module):

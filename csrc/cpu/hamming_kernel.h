@@ -126,8 +126,8 @@ struct Scan {
             run_tile(sink, first, count = tile_from(first, often ? std::max(kFirst, first) : tile_codes), often);
     }
 
-    // Codes of the tile from `first` on, at most so many steps: whole ones, which are read in place where a code is one
-    // word; then the rest.
+    // Codes of the tile from `first` on, `most` at most: whole steps, which are read in place where a code is one word;
+    // then the rest. `most` is a step or more.
     int64_t tile_from(int64_t first, int64_t most) const {
         const int64_t count = std::min({tile_codes, most, job.n - first});
         return count > kStep ? count / kStep * kStep : count;

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from cmr_fast.attacks import CMLA, CodeAttack, QueryAttack, anchor_code, centre_codes
+from cmr_fast.attacks import CMLA, CodeAttack, QueryAttack, anchor_code, by_codes, centre_codes
 from cmr_fast.attacks.codes import within
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
@@ -591,6 +591,36 @@ def test_queries_are_led_to_the_anchor_of_another_label(multi):
     anchors = torch.stack([anchor_code(codes[ids == t]) for t in targets])  # all that bear it vote
     agreement = [(model.encode("image", x).tanh() * anchors).sum(dim=1) for x in (image[:9], got.image)]
     assert (agreement[1] > agreement[0]).all()
+
+
+def test_centre_codes_of_many_queries_are_made_some_at_a_time(monkeypatch):
+    codes = signs(torch.randn(30, BITS, generator=torch.Generator().manual_seed(0)))
+    labels, asked = torch.arange(30) % 4, torch.arange(11) % 5
+    whole = centre_codes(codes, labels, asked)
+    sizes, centres = [], by_codes.centres
+    monkeypatch.setattr(by_codes, "centres", lambda c, b, q: sizes.append(len(q)) or centres(c, b, q))
+    monkeypatch.setattr(by_codes, "_TOGETHER", 100)
+    assert torch.equal(centre_codes(codes, labels, asked), whole) and sizes == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("multi", [False, True])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_query_attacks_of_few_and_of_uneven_pairs(targeted, multi):
+    model, (image, text, labels) = Linear(), items()
+    labels = torch.nn.functional.one_hot(labels) if multi else labels
+    atk = QueryAttack(model, image, text, labels, targeted=targeted, steps=1)
+    state = torch.get_rng_state()
+    for count in (0, 1):
+        got = atk(image[:count], text[:count], labels[:count])
+        assert got.image.shape == (count, 6) and got.text.shape == (count, 5)
+        assert (got.targets is not None) == targeted and (not targeted or got.targets.shape == labels[:count].shape)
+    assert torch.equal(torch.get_rng_state(), state)
+    for counts in ((7, 7, 5), (7, 7, 9), (7, 5, 7), (5, 7, 7)):
+        given = [x[:count] for x, count in zip((image, text, labels), counts, strict=True)]
+        with pytest.raises(InputError, match="of one length, got {}, {} and {}".format(*counts)):
+            atk(*given)
+        with pytest.raises(InputError, match="of one length, got {}, {} and {}".format(*counts)):
+            QueryAttack(model, *given, targeted=targeted, steps=1)
 
 
 def test_query_attacks_refuse_what_they_cannot_aim_at():

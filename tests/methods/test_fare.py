@@ -168,15 +168,16 @@ def test_one_tower_learns_and_is_held_to_what_it_said(name, config_of, data, sta
 
 def test_leaf_reads_its_dictionary(config_of, data, tmp_path):
     words = tmp_path / "words.txt"
-    words.write_text("\n".join(sorted({w for row in data.train.text for t in row for w in t.split()})))
+    words.write_text(
+        "\n".join(sorted({w for row in data.train.text for t in row for w in t.split()})) + "\ncafé", "utf-8"
+    )
     model, split = prepared(config_of("leaf", dictionary=str(words), tries=20), "leaf", data.train)
     _, clean, moved = stepped(model, split.select(torch.arange(6)))
-    known = set(words.read_text().lower().split())
+    known = set(words.read_text("utf-8").lower().split())
     for before, after in zip(clean.texts, moved.texts, strict=True):
         assert before == after or len(known & set(after.lower().split())) < len(known & set(before.lower().split()))
-    model, split = prepared(config_of("leaf", dictionary=str(tmp_path / "none")), "leaf", data.train)
-    with pytest.raises(InputError, match="expected a text file of words"):
-        stepped(model, split.select(torch.arange(6)))
+    with pytest.raises(InputError, match="expected a text file of words"):  # before the first step
+        prepared(config_of("leaf", dictionary=str(tmp_path / "none")), "leaf", data.train)
 
 
 def test_what_cannot_be_is_refused(config_of):
