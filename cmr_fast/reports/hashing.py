@@ -43,7 +43,7 @@ class Row:
     """Queries of one kind: mAP(all) by task, ties by index and tie-aware, and their distortion by modality.
 
     Of a targeted attack also t-mAP by task, the mAP of the labels that queries were led to, and that of the same
-    labels before.
+    labels before; of the queries that were led at all.
     """
 
     name: str
@@ -151,12 +151,7 @@ def examine(
         row, ranked = score(model, moved, dataset.database, name, base)
         row = replace(row, distortion=result.distortion)
         if result.targets is not None:
-            after, before = (
-                score(model, q._unchecked({**q._parts(), "labels": result.targets}), dataset.database, name, base)[
-                    0
-                ].map
-                for q in (moved, query)
-            )
+            after, before = (_of_targets(model, q, result.targets, dataset.database, base) for q in (moved, query))
             row = replace(row, targeted=after, targeted_before=before)
         out.rows.append(row)
         out.ranked[name] = ranked
@@ -164,6 +159,14 @@ def examine(
             out.losses[name] = {m: loss.numpy() for m, loss in result.losses.items()}
         out.queries[name] = moved
     return out
+
+
+def _of_targets(
+    model: Retriever, query: Pairs, targets: Tensor, database: Pairs, base: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """mAP by task where targets stand for the labels, over the queries that have one."""
+    led = torch.arange(len(targets)) if targets.ndim == 1 else targets.any(dim=1).nonzero()[:, 0]
+    return score(model, query._unchecked({**query._parts(), "labels": targets}).select(led), database, "", base)[0].map
 
 
 def verdict(attacked: Attacked) -> list[str]:
