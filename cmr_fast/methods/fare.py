@@ -30,7 +30,7 @@ from cmr_fast.models.dual import DualEncoder, by_length, trimmed
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Optimizer:
     """The optimizer of both."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -38,7 +38,7 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class FareConfig(_Held, PgdConfig):
+class FareConfig(_Optimizer, PgdConfig):
     """FARE's settings; its authors take 20,000 steps on ImageNet with a warm-up."""
 
     lr: float = 1e-5
@@ -52,7 +52,7 @@ class FareConfig(_Held, PgdConfig):
 
 
 @dataclass(frozen=True)
-class LeafConfig(_Held, FinetuneConfig):
+class LeafConfig(_Optimizer, FinetuneConfig):
     """LEAF's settings; its authors take 30 epochs of 80,000 captions with a warm-up."""
 
     lr: float = 1e-5
@@ -72,7 +72,7 @@ class LeafConfig(_Held, FinetuneConfig):
         check_choices(self, optimizer=("adamw", "sgd"))
 
 
-class _Drawn(Finetune):
+class _EmbeddingDistance(Finetune):
     """What both share: a copy of the towers as they were, and a loss that is a sum over items."""
 
     def __init__(self, config: Any) -> None:
@@ -132,7 +132,7 @@ class _Drawn(Finetune):
         raise NotImplementedError
 
 
-class Fare(_Drawn):
+class Fare(_EmbeddingDistance):
     """FARE: PGD away from the clean embedding, the image tower alone learns."""
 
     name: ClassVar[str] = "fare"
@@ -168,7 +168,7 @@ class Fare(_Drawn):
         return f"images by PGD, {steps} (distance from the clean embedding)"
 
 
-class Leaf(_Drawn):
+class Leaf(_EmbeddingDistance):
     """LEAF: characters changed away from the clean embedding, the text tower alone learns."""
 
     name: ClassVar[str] = "leaf"

@@ -183,7 +183,7 @@ def _joined(
     """int32 (N,): the lowest row of each code's component."""
     buckets = bucket_join(codes, radius)
     components, start = _Components(len(leader)), 0
-    stamp = None if state is None else _stamp(codes, radius, buckets is not None)
+    stamp = None if state is None else _stamp(codes, radius, buckets)
     if state is not None and stamp is not None and state.exists():
         components.parents, start = _read_state(state, stamp)
         done(start if buckets is None else start // (radius + 1))
@@ -264,12 +264,12 @@ class _Components:
         return np.asarray(rows)
 
 
-def _stamp(codes: torch.Tensor, radius: int, by_bucket: bool) -> np.ndarray:
+def _stamp(codes: torch.Tensor, radius: int, buckets: BucketJoin | None) -> np.ndarray:
     """int64: what a state belongs to."""
-    check = 0
+    order, check = 0 if buckets is None else 1 + zlib.crc32(buckets.split.masks.data), 0  # of what is done first
     for start in range(0, len(codes), _ROWS):
         check = zlib.crc32(codes[start : start + _ROWS].numpy().data, check)
-    return np.array([*codes.shape, radius, by_bucket, check], dtype=np.int64)
+    return np.array([*codes.shape, radius, order, check], dtype=np.int64)
 
 
 def _write_state(path: Path, stamp: np.ndarray, parents: np.ndarray, at: int) -> None:

@@ -1,4 +1,4 @@
-"""FARE, LEAF and MMCoA: their steps against slow oracles, what learns, parts of a batch, resuming."""
+"""FARE, LEAF and MMCoA: their steps against slow oracles, what learns, parts of a batch."""
 
 import copy
 

@@ -158,8 +158,8 @@ def test_attacks_by_codes_of_the_database(model, data, tmp_path):
     targets = named_attack("dhta60", model, data, share=0.5)(
         data.query.image, data.query.text, data.query.labels
     ).targets
-    led = targets.any(dim=1)
-    assert 0 < (~led).sum() < 5  # they bear all labels, and count in no t-mAP
+    led = (targets != 0).any(dim=1)
+    assert 0 < (~led).sum() < len(led) / 2  # they bear all labels, and count in no t-mAP
     aimed = replace(result.queries["dhta60"], labels=targets).select(led.nonzero()[:, 0])
     assert hashing.score(model, aimed, data.database, "x")[0].map == dhta.targeted
     words = hashing.verdict(result)
