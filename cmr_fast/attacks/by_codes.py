@@ -108,7 +108,8 @@ class QueryAttack:
 
     Untargeted, away from the centre codes of what shares a label (Wang et al. 2023). Targeted, towards the anchor of
     `voters` items that bear another label (Bai et al. 2020, n_t = 9), a label that is drawn for each query from those
-    that it does not bear; queries of one label have one anchor. Retrieval of that label is what t-mAP measures. A query that bears all labels stays.
+    that it does not bear; queries of one label have one anchor. Retrieval of that label is what t-mAP measures. A query
+    that bears all labels stays.
 
     Parameters
     ----------
