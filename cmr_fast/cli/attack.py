@@ -209,9 +209,10 @@ class Attack(DataFlags):
         from cmr_fast.ops.labels import share_label
         from cmr_fast.reports import recall
 
+        kind = f"{model.name} is" if makes_codes(model) else f"{model.name} makes embeddings, which are"
         refuse_flags(
             {"save": self.save, "attacks": self.attacks, "fast": self.fast},
-            f"is for classifiers; {model.name} is attacked by PGD and APGD on the ranking",
+            f"is for classifiers; {kind} attacked by PGD and APGD on the ranking",
         )
         share = EPS if self.eps is None else self.eps
         if not 0 < share <= 1:

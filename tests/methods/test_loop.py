@@ -404,8 +404,8 @@ def test_unknown_method_and_wrong_config_are_refused(tmp_path):
     with pytest.raises(InputError, match="ACMRConfig"):
         train("acmr", {"epochs": 3}, small_dataset(), quick(tmp_path / "run"))
     assert list(METHODS) == [
-        "acmr", "cmimh", "dcmh", "ssah", "djsrh", "clip", "finetune", "tecoa", "mat-img", "mat", "scatter", "madry",
-        "plain", "random-targeted",
+        "acmr", "cmimh", "dcmh", "ssah", "djsrh", "clip", "finetune", "tecoa", "mat-img", "mat", "mmcoa", "fare",
+        "leaf", "scatter", "madry", "plain", "random-targeted",
     ]  # fmt: skip
 
 
