@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from cmr_fast.attacks import CMLA, CodeAttack, QueryAttack, anchor_code, by_codes, centre_codes
+from cmr_fast.attacks import CMLA, CodeAttack, anchor_code, centre_codes
 from cmr_fast.attacks.codes import within
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
@@ -549,91 +549,3 @@ def test_gradients_that_are_not_finite_are_named(optimizer):
         CMLA(rooted, steps=2, optimizer=optimizer)(image, text, labels)
     with pytest.raises(InputError, match="item 4 of the batch"):
         CodeAttack(rooted, steps=2)(image, torch.ones(BITS))
-
-
-@pytest.mark.parametrize("multi", [False, True])
-def test_queries_leave_the_centres_of_their_labels(multi):
-    model, (image, text, labels) = Linear(), items(30)
-    labels = torch.nn.functional.one_hot(labels, 4) if multi else labels
-    atk = QueryAttack(model, image, text, labels, image_eps=0.1, text_eps=0.2, steps=20)
-    got = atk(image[:7], text[:7], labels[:7])
-    for modality, x, eps in (("image", image, 0.1), ("text", text, 0.2)):
-        other = "text" if modality == "image" else "image"
-        codes = signs(model.encode(other, text if other == "text" else image).detach())
-        centres = centre_codes(codes, labels, labels[:7])
-        moved = getattr(got, modality)
-        before, after = (model.encode(modality, v).tanh() * centres for v in (x[:7], moved))
-        assert (after.sum(dim=1) < before.sum(dim=1)).all()
-        assert 0 < float((moved - x[:7]).abs().max()) <= eps + 1e-12 and moved.min() >= 0 and moved.max() <= 1
-        assert got.distortion[modality] == pytest.approx(float((moved - x[:7]).square().mean(dim=1).sqrt().mean()))
-    assert got.targets is None and not got.losses
-    again = atk(image[:7], text[:7], labels[:7])
-    assert torch.equal(again.image, got.image)  # by its seed
-
-
-@pytest.mark.parametrize("multi", [False, True])
-def test_queries_are_led_to_the_anchor_of_another_label(multi):
-    model, (image, text, labels) = Linear(), items(30)
-    ids = 2 * labels  # class ids need not be counted from 0
-    labels = torch.nn.functional.one_hot(labels, 4) if multi else ids  # of 4 labels nobody bears the last
-    atk = QueryAttack(model, image, text, labels, targeted=True, image_eps=0.3, text_eps=0.3, steps=30, voters=30)
-    got = atk(image[:9], text[:9], labels[:9])
-    assert got.targets.shape == labels[:9].shape
-    if multi:
-        assert (
-            (got.targets.sum(dim=1) == 1).all() and not (got.targets * labels[:9]).any() and not got.targets[:, 3].any()
-        )
-        targets = 2 * got.targets.argmax(dim=1)
-    else:
-        targets = got.targets
-    assert (targets != ids[:9]).all() and len(targets.unique()) > 1
-    codes = signs(model.encode("text", text).detach())
-    anchors = torch.stack([anchor_code(codes[ids == t]) for t in targets])  # all that bear it vote
-    agreement = [(model.encode("image", x).tanh() * anchors).sum(dim=1) for x in (image[:9], got.image)]
-    assert (agreement[1] > agreement[0]).all()
-
-
-def test_centre_codes_of_many_queries_are_made_some_at_a_time(monkeypatch):
-    codes = signs(torch.randn(30, BITS, generator=torch.Generator().manual_seed(0)))
-    labels, asked = torch.arange(30) % 4, torch.arange(11) % 5
-    whole = centre_codes(codes, labels, asked)
-    sizes, centres = [], by_codes.centres
-    monkeypatch.setattr(by_codes, "centres", lambda c, b, q: sizes.append(len(q)) or centres(c, b, q))
-    monkeypatch.setattr(by_codes, "_TOGETHER", 100)
-    assert torch.equal(centre_codes(codes, labels, asked), whole) and sizes == [3, 3, 3, 2]
-
-
-@pytest.mark.parametrize("multi", [False, True])
-@pytest.mark.parametrize("targeted", [False, True])
-def test_query_attacks_of_few_and_of_uneven_pairs(targeted, multi):
-    model, (image, text, labels) = Linear(), items()
-    labels = torch.nn.functional.one_hot(labels) if multi else labels
-    atk = QueryAttack(model, image, text, labels, targeted=targeted, steps=1)
-    state = torch.get_rng_state()
-    for count in (0, 1):
-        got = atk(image[:count], text[:count], labels[:count])
-        assert got.image.shape == (count, 6) and got.text.shape == (count, 5)
-        assert (got.targets is not None) == targeted and (not targeted or got.targets.shape == labels[:count].shape)
-    assert torch.equal(torch.get_rng_state(), state)
-    for counts in ((7, 7, 5), (7, 7, 9), (7, 5, 7), (5, 7, 7)):
-        given = [x[:count] for x, count in zip((image, text, labels), counts, strict=True)]
-        with pytest.raises(InputError, match="of one length, got {}, {} and {}".format(*counts)):
-            atk(*given)
-        with pytest.raises(InputError, match="of one length, got {}, {} and {}".format(*counts)):
-            QueryAttack(model, *given, targeted=targeted, steps=1)
-
-
-def test_query_attacks_refuse_what_they_cannot_aim_at():
-    model, (image, text, labels) = Linear(), items()
-    atk = QueryAttack(model, image, text, labels, targeted=True, steps=1)
-    with pytest.raises(InputError, match="must be of the database's kind"):
-        atk(image, text, torch.nn.functional.one_hot(labels))
-    one_hot = torch.nn.functional.one_hot(labels)
-    one_hot[0] = 1
-    got = QueryAttack(model, image, text, one_hot, targeted=True, steps=1)(image, text, one_hot)
-    assert torch.equal(got.image[0], image[0]) and not got.targets[0].any()  # it bears all labels
-    assert (got.image[1:] != image[1:]).any(dim=1).all() and got.targets[1:].any(dim=1).all()
-    with pytest.raises(InputError, match="bear all there are"):
-        QueryAttack(model, image, text, labels * 0, targeted=True, steps=1)(image, text, labels * 0)
-    with pytest.raises(InputError, match="voters"):
-        QueryAttack(model, image, text, labels, voters=0)

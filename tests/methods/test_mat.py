@@ -190,7 +190,7 @@ def gradients(model, batch, **settings):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-@pytest.mark.parametrize("name", ["tecoa", "mat"])
+@pytest.mark.parametrize("name", ["tecoa", "mat", "mmcoa", "fare", "leaf"])
 def test_parts_have_the_whole_batchs_loss_and_gradient(name, chunk, config_of, data):
     model, split = prepared(config_of(name, captions=2, lr=0.0), name, data.train)
     batch = split.select(torch.arange(11))
