@@ -75,6 +75,9 @@ class LeafConfig(_Optimizer, FinetuneConfig):
 class _EmbeddingDistance(Finetune):
     """What both share: a copy of the towers as they were, and a loss that is a sum over items."""
 
+    side: ClassVar[Literal["image", "text"]]
+    image_alone: ClassVar[bool] = True  # the temperature stays
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._before: list[DualEncoder] = []  # in a list: no part of what is trained and stored
@@ -97,9 +100,6 @@ class _EmbeddingDistance(Finetune):
             return {f"{side} tower": parts}
         head = self.dual.image_head if side == "image" else self.dual.text_head
         return {f"{side} tower": parts, f"{side} head": [*head.parameters()]}
-
-    side: ClassVar[Literal["image", "text"]]
-    image_alone: ClassVar[bool] = True  # the temperature stays
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """AdamW, or SGD. InputError where a part that must learn is frozen."""
