@@ -47,7 +47,7 @@ ROWS: Mapping[str, tuple[str, dict[str, Any]]] = {
     RANDAUG: ("mat", {"augment_image": "randaug"}),
 }
 BOTH_SIDES = ("co-attack", "sga")
-ATTACKS = ("pgd10", "bert-attack", *BOTH_SIDES)
+ATTACKS = ("pgd10", "apgd10-ce", "bert-attack", *BOTH_SIDES)
 GAP = (MAT, HUMAN)  # attacked on training images too
 DRAWS = 2000
 
