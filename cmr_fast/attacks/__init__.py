@@ -27,6 +27,7 @@ _WHERE = {
     "TextInfo": "text.base",
     "CoAttack": "multimodal.coattack",
     "SGA": "multimodal.sga",
+    "Counterattack": "multimodal.ttc",
 }
 _MODULES = ("losses", "checks")
 

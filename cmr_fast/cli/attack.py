@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -82,6 +82,11 @@ class Attack(DataFlags):
     """Seed of the random starts. CMLA has none."""
     mlm: Path | None = None
     """Of a run on captions: a masked language model's folder, which the words come from (`cmr-fast train mlm`)."""
+    defence: Literal["ttc"] | None = None
+    """Of a run on captions: attack it undefended and under a defence at test time, which the attack knows of, or does
+    not. ttc: a counterattack on each image before it is embedded."""
+    threshold: float | None = None
+    """Of ttc: images whose embedding noise moves by this share or more keep the noise alone. None: 0.2."""
     fast: bool = False
     """Of a classifier or a run on captions: the attack in bfloat16; success is decided in float32."""
     force: bool = False
@@ -99,7 +104,8 @@ class Attack(DataFlags):
             check_report_folder(self.out, force=True)
         model = load_run(self.trained)
         if not reads_captions(model):
-            refuse_flags({"mlm": self.mlm}, "is for runs on captions")
+            flags = {"mlm": self.mlm, "defence": self.defence, "threshold": self.threshold}
+            refuse_flags(flags, "is for runs on captions")
             if self.save is not None and self.save.suffix != ".npz":
                 raise InputError(f"{self.save}: expected the name of an .npz; folders are for runs on captions")
         if is_classifier(model):
@@ -166,10 +172,15 @@ class Attack(DataFlags):
         """Images and all of their captions, both as queries and as the gallery."""
         import torch
 
+        from cmr_fast.attacks.multimodal.ttc import THRESHOLD, Counterattack
         from cmr_fast.methods.method import CaptionRetriever
         from cmr_fast.models.mlm import MaskedLM
-        from cmr_fast.reports import attacked_captions
+        from cmr_fast.reports import attacked_captions, defended_captions
 
+        if self.defence is None:
+            refuse_flags({"threshold": self.threshold}, "is for --defence ttc")
+        else:
+            refuse_flags({"save": self.save}, "is for attacks without a defence")
         refuse_flags(
             {
                 "restarts": self.restarts,
@@ -192,14 +203,25 @@ class Attack(DataFlags):
         split = dataset.test.select(torch.arange(min(self.images, len(dataset.test))))
         attacks = self.attacks or (CAPTIONS_DEFAULT if mlm is None else CAPTIONS_WORDS)
         assert isinstance(model, CaptionRetriever)
-        result = attacked_captions.examine(
-            model.dual, split, attacks, mlm=mlm, eps=eps, seed=self.seed, dtype=torch.bfloat16 if self.fast else None,
-            save=self.save,
-        )  # fmt: skip
+        dtype = torch.bfloat16 if self.fast else None
         title = f"{self.trained}: {len(split)} test images of {dataset.name}, with captions, eps {eps * 255:.3g}/255"
-        attacked_captions.print_report(result, title)
+        if self.defence is not None:
+            threshold = THRESHOLD if self.threshold is None else self.threshold
+            model_defended = Counterattack(model.dual, threshold=threshold, seed=self.seed)
+            defended = defended_captions.defend(
+                model_defended, split, attacks, mlm=mlm, eps=eps, seed=self.seed, dtype=dtype
+            )
+            defended_captions.print_report(defended, title)
+            if self.out is not None:
+                defended_captions.write_report(defended, self.out, title)
+        else:
+            result = attacked_captions.examine(
+                model.dual, split, attacks, mlm=mlm, eps=eps, seed=self.seed, dtype=dtype, save=self.save
+            )
+            attacked_captions.print_report(result, title)
+            if self.out is not None:
+                attacked_captions.write_report(result, self.out, title)
         if self.out is not None:
-            attacked_captions.write_report(result, self.out, title)
             print(f"\nReport: {self.out / 'index.html'}")
 
     def _retriever(self, model: "Method") -> None:

@@ -34,7 +34,7 @@ class Study(DataFlags):
     """Of the trainings."""
     rows: tuple[str, ...] = ()
     """Some of: finetune, TeCoA, MAT_Img, MAT, "MA2T EDA", "MA2T Human", "MA2T RandAug", and later work: MMCoA, FARE,
-    LEAF. None: all but the later."""
+    LEAF, and TTC, a defence at test time that trains nothing. None: all but the later."""
     out: Path | None = None
     """The folder of runs and report. None: runs/study-mat-SCALE."""
     quiet: bool = False

@@ -124,6 +124,37 @@ def examine(
     InputError
         Without an attack, for unknown names, and where a masked language model is missing.
     """
+    return examine_read_by(
+        [victim], victim, split, attacks, mlm=mlm, eps=eps, seed=seed, dtype=dtype, batch=batch, save=save
+    )[0]
+
+
+def examine_read_by(
+    readers: Sequence[DualEncoder], victim: DualEncoder, split: "CaptionedImages", attacks: Sequence[str], *,
+    mlm: WordModel | None = None, eps: float = 2 / 255, seed: int = 0, dtype: torch.dtype | None = None,
+    batch: int = 32, save: Path | None = None,
+) -> list[AttackedCaptions]:  # fmt: skip
+    """As `examine`, for models that read the images of attacks that were made against `victim`.
+
+    Parameters
+    ----------
+    readers
+        Dual encoders with the victim's captions: what each makes of the images, clean and attacked, is measured.
+    victim, split, attacks, mlm, eps, seed, dtype, batch
+        As of `examine`.
+    save
+        As of `examine`; the files are measured by the first reader.
+
+    Returns
+    -------
+    list of AttackedCaptions
+        One a reader.
+
+    Raises
+    ------
+    InputError
+        As of `examine`.
+    """
     names = [name for name in dict.fromkeys(attacks) if name != "clean"]
     if not names:
         raise InputError(f"expected an attack at least, one of {registry.NAMES}")
@@ -134,7 +165,7 @@ def examine(
     }
     rows = torch.arange(len(split)).split(batch)
     made: dict[str, list[str]] = {"clean": texts} | {name: list(texts) for name in names}
-    seen: dict[str, list[Tensor]] = {name: [] for name in made}
+    seen: list[dict[str, list[Tensor]]] = [{name: [] for name in made} for _ in readers]
     shown: dict[str, list[Tensor]] = {name: [] for name in made}
     files: dict[tuple[str, saved.Format], list[Path]] = {}
     with counting(len(rows) * len(names), "attacking images and captions") as advance:
@@ -149,7 +180,8 @@ def examine(
                     for i, word in zip(mine.tolist(), words, strict=True):
                         made[name][i] = word
                     advance(1)
-                seen[name].append(_seen(victim, images))
+                for reader, parts in zip(readers, seen, strict=True):
+                    parts[name].append(_seen(reader, images))
                 if part[0] < SHOWN:
                     shown[name].append(images)
                 if save is not None:
@@ -158,24 +190,27 @@ def examine(
                         stems = [_stem(split, int(row)) for row in part]
                         paths = saved.write_images(save / name / kind, levels, stems, kind)
                         files.setdefault((name, kind), []).extend(paths)
-    image = {name: torch.cat(parts) for name, parts in seen.items()}
     encode = FlatTexts(victim)
     with encode.prepare():
         text = {name: encode(words).cpu() for name, words in made.items()}
-    both = {name: _ranks(image[name], text[name], image[name], text[name], owner) for name in made}
-    alone = {name: _ranks(image[name], text[name], image["clean"], text["clean"], owner) for name in made}
     changed = {name: sum(a != b for a, b in zip(made[name], texts, strict=True)) / max(1, len(texts)) for name in names}
-    read_again = []
-    if save is not None:
-        _write_captions(save / "captions.csv", split, made, owner)
-        read_again = [
-            _read_again(victim, split, name, kind, decoder, paths, text, both["clean"], owner, batch)
-            for (name, kind), paths in files.items() for decoder in saved.decoders()
-        ]  # fmt: skip
-    return AttackedCaptions(
-        pairs_under_attack(both, KS), pairs_under_attack(alone, KS),
-        {name: torch.cat(parts)[:SHOWN] for name, parts in shown.items()}, made, owner, changed, read_again,
-    )  # fmt: skip
+    first = {name: torch.cat(parts)[:SHOWN] for name, parts in shown.items()}
+    results: list[AttackedCaptions] = []
+    for parts in seen:
+        image = {name: torch.cat(each) for name, each in parts.items()}
+        both = {name: _ranks(image[name], text[name], image[name], text[name], owner) for name in made}
+        alone = {name: _ranks(image[name], text[name], image["clean"], text["clean"], owner) for name in made}
+        result = AttackedCaptions(
+            pairs_under_attack(both, KS), pairs_under_attack(alone, KS), first, made, owner, changed
+        )
+        if save is not None and not results:
+            _write_captions(save / "captions.csv", split, made, owner)
+            result.saved.extend(
+                _read_again(readers[0], split, name, kind, decoder, paths, text, both["clean"], owner, batch)
+                for (name, kind), paths in files.items() for decoder in saved.decoders()
+            )  # fmt: skip
+        results.append(result)
+    return results
 
 
 def _stem(split: "CaptionedImages", row: int) -> str:

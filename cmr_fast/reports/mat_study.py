@@ -15,6 +15,7 @@ import torch
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import show, table_of_numbers
 from cmr_fast.attacks.multimodal.recall import WAYS
+from cmr_fast.attacks.multimodal.ttc import Counterattack
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
 from cmr_fast.methods._runfolder import RESULTS, write_json
@@ -24,6 +25,7 @@ from cmr_fast.methods.method import CaptionRetriever, RunConfig
 from cmr_fast.models.mlm import MaskedLM
 from cmr_fast.reports import figures
 from cmr_fast.reports.attacked_captions import KS, examine
+from cmr_fast.reports.defended_captions import examine_adaptive
 from cmr_fast.reports.page import write_page
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ LATER: Mapping[str, tuple[str, dict[str, Any]]] = {
     "LEAF": ("leaf", {"lr": 1e-5}),
 }
 """Later work, in a study where it is asked for."""
+TTC = "TTC"
+"""The start model under a counterattack at test time, attacked through it; nothing is trained."""
 ROWS: Mapping[str, tuple[str, dict[str, Any]]] = {
     FINETUNE: ("finetune", {}),
     TECOA: ("tecoa", {}),
@@ -144,7 +148,7 @@ def study(
     seeds
         Of the trainings: each row is trained once a seed.
     rows
-        Of ROWS and LATER.
+        Of ROWS and LATER, or TTC.
     quiet
         Print nothing.
 
@@ -160,8 +164,8 @@ def study(
     """
     if scale not in SCALES:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if unknown := [name for name in rows if name not in {**ROWS, **LATER}]:
-        raise InputError(f"rows must be of {', '.join([*ROWS, *LATER])}, got {unknown[0]!r}")
+    if unknown := [name for name in rows if name not in {**ROWS, **LATER} and name != TTC]:
+        raise InputError(f"rows must be of {', '.join([*ROWS, *LATER, TTC])}, got {unknown[0]!r}")
     if not seeds:
         raise InputError("seeds must be one number or more, got none")
     size, words = SCALES[scale], MaskedLM.load(mlm)
@@ -170,13 +174,15 @@ def study(
     hits: dict[str, list[dict[str, Hits]]] = {}
     for seed in seeds:
         for name in (START, *rows) if seed == seeds[0] else rows:
-            folder = start if name == START else out / "runs" / f"{_slug(name)}-seed{seed}"
-            model = load_model(start) if name == START else _trained(name, data, folder, start, mlm, size, seed, quiet)
+            folder = out / "runs" / f"{_slug(name)}-seed{seed}"
+            trains = name not in (START, TTC)
+            model = _trained(name, data, folder, start, mlm, size, seed, quiet) if trains else load_model(start)
             assert isinstance(model, CaptionRetriever)
-            found = {"test": _hits(out, f"{_slug(name)}-seed{seed}", model, parts["test"], words, ATTACKS)}
+            file = f"{_slug(name)}-seed{seed}"
+            defence = Counterattack(model.dual, seed=seed) if name == TTC else None
+            found = {"test": _hits(out, file, model, parts["test"], words, ATTACKS, defence)}
             if name in GAP:
-                file = f"{_slug(name)}-seed{seed}-train"
-                found["train"] = _hits(out, file, model, parts["train"], words, ("co-attack",))
+                found["train"] = _hits(out, f"{file}-train", model, parts["train"], words, ("co-attack",))
             hits.setdefault(name, []).append(found)
     title = f"MAT's study on {dataset.name}, scale {scale}"
     results = {
@@ -229,12 +235,16 @@ def _trained(
 
 
 def _hits(
-    out: Path, run: str, model: CaptionRetriever, split: "CaptionedImages", mlm: MaskedLM, attacks: Sequence[str]
-) -> Hits:
-    """What attacks leave of a run; from the file where it is there."""
+    out: Path, run: str, model: CaptionRetriever, split: "CaptionedImages", mlm: MaskedLM, attacks: Sequence[str],
+    defence: Counterattack | None = None,
+) -> Hits:  # fmt: skip
+    """What attacks leave of a run, through its defence if any; from the file where it is there."""
     file = out / "hits" / f"{run}.npz"
     if not file.exists():
-        found = examine(model.dual, split, attacks, mlm=mlm).adversarial.hits
+        if defence is None:
+            found = examine(model.dual, split, attacks, mlm=mlm).adversarial.hits
+        else:
+            found = examine_adaptive(defence, split, attacks, mlm=mlm).adversarial.hits
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"{name}/{way}": found[name][way] for name in ("clean", *attacks) for way in WAYS}
         with write_aside(file) as aside, open(aside, "wb") as opened:

@@ -100,6 +100,44 @@ def test_png_files_keep_what_the_attack_made(run, split, tmp_path):
     assert all(row.recall == result.adversarial.by_attack["pgd5"] for row in png)
 
 
+def test_a_defence_is_attacked_through_and_around(run, tmp_path, capsys):
+    command = [
+        "attack",
+        str(run.path),
+        "--data",
+        "shapes",
+        "--options",
+        "count=60",
+        "--images",
+        "8",
+        "--defence",
+        "ttc",
+    ]
+    out = tmp_path / "report"
+    assert main([*command, "--attacks", "pgd3", "character", "--eps", "0.03", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "the defence moves clean R@1 from" in said and "pgd3 leaves" in said
+    rows = list(csv.reader((out / "results.csv").open()))
+    assert rows[0] == [
+        "attack",
+        *(f"{who} {way} R@1" for who in ("TTC adaptive", "TTC not adaptive", "undefended") for way in ("TR", "IR")),
+    ]
+    assert [row[0] for row in rows[1:]] == ["clean", "pgd3", "character", "worst case of a query"]
+    clean = rows[1]
+    assert clean[1:3] == clean[3:5]  # the same images, read with the same noise
+    every = list(csv.reader((out / "recalls.csv").open()))
+    bare = attacked_captions.examine(
+        run.model.dual, load_captions("shapes", count=60).test.select(torch.arange(8)), ["pgd3", "character"], eps=0.03
+    )
+    wanted = [["undefended", *row] for row in attacked_captions.table_of(bare)]
+    assert [row for row in every if row[0] == "undefended"] == wanted and len(every) == 1 + 3 * len(wanted)
+    for file in ("README.md", "index.html", "recall.png"):
+        assert (out / file).stat().st_size > 0
+    assert "attacks without a defence" in refused(capsys, *command, "--save", str(tmp_path / "images"))
+    assert "threshold must be a number" in refused(capsys, *command, "--threshold", "-1", "--attacks", "pgd3")
+    assert "is for --defence ttc" in refused(capsys, *command[:-2], "--threshold", "1")
+
+
 def test_what_does_not_go_together_is_refused(run, capsys, split):
     command = ["attack", str(run.path), "--data", "shapes", "--options", "count=60"]
     assert "takes words from a masked language model" in refused(capsys, *command, "--attacks", "sga")

@@ -88,6 +88,23 @@ def test_later_work_joins_where_it_is_asked_for(begun, tmp_path, capsys):
     assert [c["lr"] for c in configs] == [1e-5, 1e-5] and configs[0]["steps"] == 1 and "mlm" not in configs[1]
 
 
+def test_a_defence_at_test_time_is_attacked_through_and_trains_nothing(begun, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+    through = []
+    original = mat_study.examine_adaptive
+
+    def watched(defended, *arguments, **options):
+        through.append((defended.seed, arguments[1]))
+        return original(defended, *arguments, **options)
+
+    monkeypatch.setattr(mat_study, "examine_adaptive", watched)
+    command = ["study", "mat", *DATA, *begun, "--out", str(out), "--rows", "TTC", "--seeds", "0", "3", "--quiet"]
+    assert main(command) == 0 and main(command) == 0
+    assert through == [(0, mat_study.ATTACKS), (3, mat_study.ATTACKS)]
+    assert list(json.loads((out / "results.json").read_text())["recalls"]) == ["start", "TTC"]
+    assert not (out / "runs").exists()
+
+
 def test_what_is_not_there_is_refused(begun, tmp_path, capsys):
     command = ["study", "mat", *DATA, *begun, "--out", str(tmp_path / "study")]
     assert main([*command, "--rows", "PMG"]) == 2
