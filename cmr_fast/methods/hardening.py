@@ -72,11 +72,13 @@ def named_attack(
     Raises
     ------
     InputError
-        For other names, a share outside 0 to 1, and a model that makes no codes.
+        For other names, a share outside 0 to 1, and a model that makes no codes or is a baseline.
     """
     variant, steps = check_name(name)
     if not model.binary:
         raise InputError(f"{name} attacks codes, but {model.name} makes embeddings; expected a hashing method")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{name} needs gradients, {type(model).__name__} has none; expected a trained method")
     share = IMAGE_SHARE if share is None else share
     if not 0 <= share <= 1:
         raise InputError(f"eps must be from 0 to 1, a share of the inputs' range, got {share}")
@@ -177,7 +179,7 @@ def harden(
     InputError
         Where `count` is not from 0 to the training pairs, or `rounds` does not divide `epochs`.
     """
-    if not 0 <= count <= len(dataset.train):
+    if not isinstance(count, int) or not 0 <= count <= len(dataset.train):
         raise InputError(f"expected 0 to {len(dataset.train)} adversarial samples, the training pairs; got {count}")
     if rounds < 1 or epochs % rounds:
         raise InputError(f"rounds must divide the epochs, {epochs}, got {rounds}")

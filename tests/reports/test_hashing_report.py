@@ -8,6 +8,7 @@ from small import small_dataset
 from cmr_fast.attacks import CMLA
 from cmr_fast.data import save_pairs
 from cmr_fast.errors import InputError
+from cmr_fast.methods.baselines import CVH
 from cmr_fast.methods.cmimh import CMIMH, CMIMHConfig
 from cmr_fast.methods.dcmh import DCMHConfig
 from cmr_fast.methods.evaluation import averaged, evaluate_model
@@ -137,6 +138,8 @@ def test_names_say_what_runs(model, data):
     for wrong in ("pgd20", "cmla-", "cmla0", "cmla-other", "dhta0"):
         with pytest.raises(InputError, match="unknown attack"):
             named_attack(wrong, model, data)
+    with pytest.raises(InputError, match="CVH has none; expected a trained method"):
+        named_attack("cmla", CVH(8), data)
     with pytest.raises(InputError, match="eps must be from 0 to 1"):
         named_attack("cmla", model, data, share=2.0)
 
@@ -193,6 +196,8 @@ def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, t
     assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
     with pytest.raises(InputError, match="expected 0 to 45 adversarial samples"):
         harden(model, data, RUN, 46)
+    with pytest.raises(InputError, match=r"got 5\.0"):
+        harden(model, data, RUN, 5.0)
     with pytest.raises(InputError, match="rounds must divide"):
         harden(model, data, RUN, 5, epochs=5, rounds=2)
 
