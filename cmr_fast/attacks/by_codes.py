@@ -1,6 +1,7 @@
 """Attacks by given codes: DHTA (Bai et al.; ECCV 2020) moves towards them, CgAT (Wang et al.; WWW 2023) away."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmr_fast.attacks.codes import ORDER, Budget, Encoders, Hashing, Norm, Perturbation, check_differentiable, frozen
-from cmr_fast.attacks.hashing import OTHER, Perturbed, distortion_of, dtype_of
+from cmr_fast.attacks.hashing import OTHER, Perturbed, Progress, distortion_of, dtype_of
 from cmr_fast.attacks.settings import flag, whole
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
 from cmr_fast.modalities import MODALITIES, Modality
-from cmr_fast.ops._tensors import as_tensor, like_input
+from cmr_fast.ops._tensors import as_seed, as_tensor, like_input
 from cmr_fast.ops.labels import label_array, share_label
 
 Array = Any  # numpy array or torch tensor
@@ -76,8 +77,11 @@ class CodeAttack:
         self.budget = Budget.checked(modality, eps, norm, bounds, lr, 0.1)
         self.steps, self.batch = whole("steps", steps, 1), whole("batch", batch, 1)
 
-    def __call__(self, x: Array, codes: Array) -> Array:
-        """Perturb x (N, ...) with regard to codes of +-1, (N, bits) or one for all (bits,); of x's kind."""
+    def __call__(self, x: Array, codes: Array, *, progress: Progress = None) -> Array:
+        """Perturb x (N, ...) with regard to codes of +-1, (N, bits) or one for all (bits,); of x's kind.
+
+        progress: as in CMLA.
+        """
         values, was_numpy = as_tensor(x, "x")
         inputs = self.budget.inputs(values, self.modality)
         aims = _check_codes(as_tensor(codes, "codes")[0]).to(inputs.device, inputs.dtype)
@@ -99,6 +103,8 @@ class CodeAttack:
                     check_differentiable(relaxed, self.modality)
                     agreement = (relaxed * aims[rows]).sum() / aims.shape[1]
                     run.step(agreement if self.away else -agreement)
+                    if progress is not None:
+                        progress(len(rows))
                 out[rows] = run.result(dtype_of(x))
         return like_input(out.to(dtype_of(x)), was_numpy)
 
@@ -109,7 +115,7 @@ class QueryAttack:
     Untargeted, away from the centre codes of what shares a label (Wang et al. 2023). Targeted, towards the anchor of
     `voters` items that bear another label (Bai et al. 2020, n_t = 9), a label that is drawn for each query from those
     that it does not bear; queries of one label have one anchor. Retrieval of that label is what t-mAP measures. A query
-    that bears all labels stays.
+    that bears all labels of the database stays.
 
     Parameters
     ----------
@@ -156,7 +162,7 @@ class QueryAttack:
         batch: int = 128,
     ) -> None:
         self.targeted, self.steps, self.voters = flag("targeted", targeted), steps, whole("voters", voters, 1)
-        self.seed, self.batch = whole("seed", seed, 0), batch
+        self.seed, self.batch = as_seed(seed), batch
         self._attacks: dict[Modality, CodeAttack] = {
             m: CodeAttack(
                 model, m, eps=eps, bounds=bounds, steps=steps, away=not targeted, random_start=not targeted, batch=batch
@@ -164,15 +170,21 @@ class QueryAttack:
             for m, eps, bounds in zip(MODALITIES, (image_eps, text_eps), (image_bounds, text_bounds), strict=True)
         }
         self.model = self._attacks["image"].model
-        given: dict[Modality, Array] = {"image": image, "text": text}
-        database = {m: a.budget.inputs(as_tensor(given[m], m)[0], m) for m, a in self._attacks.items()}
-        with frozen(self.model.modules):
-            self._codes = self.model.codes(database, batch)
         self._labels = torch.from_numpy(label_array(as_tensor(labels, "labels")[0], "labels"))
         _check_one_length(image, text, self._labels)
+        given: dict[Modality, Array] = {"image": image, "text": text}
+        batches = {  # pixels become floats a batch at a time
+            m: map(partial(attack.budget.inputs, name=m), as_tensor(given[m], m)[0].split(batch))
+            for m, attack in self._attacks.items()
+        }
+        with frozen(self.model.modules):
+            self._codes = self.model.codes(batches)
 
-    def __call__(self, image: Array, text: Array, labels: Array) -> Perturbed:
-        """Perturb pairs (N, ...) with `labels` of the database's kind. InputError as of CMLA, and of other labels."""
+    def __call__(self, image: Array, text: Array, labels: Array, *, progress: Progress = None) -> Perturbed:
+        """Perturb pairs (N, ...) with `labels` of the database's kind. InputError as of CMLA, and of other labels.
+
+        progress: as in CMLA.
+        """
         asked = torch.from_numpy(label_array(as_tensor(labels, "labels")[0], "labels"))
         if asked.shape[1:] != self._labels.shape[1:]:
             raise InputError(
@@ -180,7 +192,7 @@ class QueryAttack:
             )
         _check_one_length(image, text, asked)
         generator = torch.Generator().manual_seed(self.seed)
-        targets = self._targets(asked, generator) if self.targeted else None
+        targets, led = self._targets(asked, generator) if self.targeted else (None, torch.arange(len(asked)))
         given: dict[Modality, Array] = {"image": image, "text": text}
         moved: dict[Modality, Array] = {}
         distortion: dict[str, float] = {}
@@ -190,19 +202,18 @@ class QueryAttack:
             for m, attack in self._attacks.items():
                 codes = self._codes[OTHER[m]].float()
                 if targets is None:
-                    aims, led = centre_codes(codes, self._labels, asked), None
+                    aims = centre_codes(codes, self._labels, asked)
                 else:
-                    aims, led = self._anchors(codes, targets, generator)
+                    aims = self._anchors(codes, targets[led], generator)
                 clean = attack.budget.inputs(as_tensor(given[m], m)[0], m)
                 result = clean.clone()
-                rows = slice(None) if led is None else led
-                result[rows] = attack(clean[rows], aims)
+                result[led] = attack(clean[led], aims, progress=progress)
                 distortion[m] = distortion_of(result, clean, attack.budget.bounds)
                 moved[m] = like_input(result.to(dtype_of(given[m])), as_tensor(given[m], m)[1])
         return Perturbed(moved["image"], moved["text"], distortion, {}, targets)
 
-    def _targets(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """A label of each that the database has and the item does not."""
+    def _targets(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A label of each that the database has and the item does not, its own where there is none; who has one."""
         if labels.ndim == 1:
             classes = self._labels.unique()
             free = classes != labels[:, None]
@@ -210,25 +221,28 @@ class QueryAttack:
             classes = torch.arange(labels.shape[1])
             free = (labels == 0) & (self._labels != 0).any(dim=0)
         led = free.any(dim=1)
-        if len(labels) and not bool(led.any() if labels.ndim == 2 else led.all()):
-            raise InputError("a targeted attack needs a label that a query does not bear; these bear all there are")
+        if len(labels) and not bool(led.any()):
+            raise InputError(
+                "a targeted attack needs items in the database of a label that a query does not bear; got none for "
+                f"any of {len(labels)} queries"
+            )
         drawn = torch.multinomial(torch.where(led[:, None], free, True).double(), 1, generator=generator)[:, 0]
+        rows = led.nonzero()[:, 0]
         if labels.ndim == 1:
-            return torch.take(classes, drawn)
+            return torch.where(led, torch.take(classes, drawn), labels), rows
         one_hot: Tensor = F.one_hot(drawn, labels.shape[1]) * led[:, None]
-        return one_hot.to(torch.uint8)
+        return one_hot.to(torch.uint8), rows
 
-    def _anchors(self, codes: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The anchor code of each target, of `voters` items drawn for it; the rows that have a target."""
-        led = torch.arange(len(targets)) if targets.ndim == 1 else targets.any(dim=1).nonzero()[:, 0]
-        kinds, of = targets[led].unique(dim=0, return_inverse=True)
+    def _anchors(self, codes: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """The anchor code of each target, of `voters` items drawn for it."""
+        kinds, of = targets.unique(dim=0, return_inverse=True)
         anchors = []
         for target in kinds:
             bears = self._labels == target if target.ndim == 0 else ((self._labels != 0) & (target != 0)).any(dim=1)
             rows = bears.nonzero()[:, 0]
             voters = rows[torch.randperm(len(rows), generator=generator)[: self.voters]]
             anchors.append(anchor_code(codes[voters]))
-        return (torch.stack(anchors)[of] if anchors else codes[:0]), led
+        return torch.stack(anchors)[of] if anchors else codes[:0]
 
 
 def anchor_code(codes: Array) -> Array:

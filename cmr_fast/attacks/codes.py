@@ -1,6 +1,6 @@
 """What attacks on hash codes share: the victim's encoders, an item's budget, the perturbation under an optimizer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -66,10 +66,9 @@ class Encoders:
         return values.tanh() if self.relax == "tanh" else values
 
     @torch.no_grad()
-    def codes(self, inputs: dict[Modality, Tensor], batch: int) -> dict[Modality, Tensor]:
+    def codes(self, batches: Mapping[Modality, Iterable[Tensor]]) -> dict[Modality, Tensor]:
         """Binary codes as +-1, of one dtype for both modalities: the wider one, float32 at least."""
-        out = {m: [signs(self.relaxed(m, part)) for part in x.split(batch)] for m, x in inputs.items()}
-        codes = {m: torch.cat(parts) for m, parts in out.items()}
+        codes = {m: torch.cat([self._signs(m, part) for part in parts]) for m, parts in batches.items()}
         wide = torch.float32
         for values in codes.values():
             wide = torch.promote_types(wide, values.dtype)
@@ -78,6 +77,12 @@ class Encoders:
         if widths[0] != widths[1]:
             raise InputError(f"both encoders must make codes of one length, got {widths[0]} bits and {widths[1]} bits")
         return codes
+
+    def _signs(self, modality: Modality, x: Tensor) -> Tensor:
+        values = self.relaxed(modality, x)
+        if bad := int(values.isnan().any(dim=1).count_nonzero()):  # NaN is no bit: not 1, not 0
+            raise InputError(f"the {modality} encoder returns NaN for {bad} of {len(x)} items; expected numbers")
+        return signs(values)
 
     @torch.no_grad()
     def probe(self, modality: Modality, x: Tensor, bounds: tuple[float, float]) -> None:

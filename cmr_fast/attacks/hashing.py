@@ -32,6 +32,7 @@ from cmr_fast.ops._tensors import as_tensor, like_input
 from cmr_fast.ops.labels import label_array, share_label
 
 Array = Any  # numpy array or torch tensor
+Progress = Callable[[int], object] | None  # told after a step how many items took it
 _MOST = 1e30  # of a weight
 OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
 
@@ -50,7 +51,8 @@ class Perturbed:
     losses : dict
         J by modality before each step, (steps,), the mean over the items; empty of QueryAttack.
     targets : Tensor, optional
-        Of a targeted attack, the label that each item was led to, as its labels are: int (N,), or uint8 (N, C).
+        Of a targeted attack, the label that each item was led to, as its labels are: int (N,), or uint8 (N, C). Of an
+        item that bears all labels of the database, and stays, no label, or its own id.
     """
 
     image: Array
@@ -103,7 +105,7 @@ class CMLA:
         for sums, mean |x~ - x|, perturbations of one sign in [0, eps], TensorFlow's Adam. It sets flip="all" and
         keeps intra-modal similarities.
     batch : int
-        Items at a time; the result does not depend on it unless `alternate` or `compat` say so.
+        Items at a time; but for rounding the result does not depend on it, unless `alternate` or `compat` say so.
     check : bool
         Refuse a model whose code of an item depends on the rest of its batch.
 
@@ -168,7 +170,7 @@ class CMLA:
         self.single_modal, self.alternate, self.compat = single_modal, alternate, compat
         self.batch, self.check = batch, check
 
-    def __call__(self, image: Array, text: Array, labels: Array) -> Perturbed:
+    def __call__(self, image: Array, text: Array, labels: Array, *, progress: Progress = None) -> Perturbed:
         """Perturb pairs.
 
         Parameters
@@ -179,6 +181,8 @@ class CMLA:
             Float (N, d) in text_bounds.
         labels : Tensor or numpy.ndarray
             Class ids, integers (N,), or multi-hot rows (N, C) of 0 and 1; rows without a label share none.
+        progress : callable, optional
+            Called after each step with the number of items that took it, of one modality: 2 N `steps` in all.
 
         Returns
         -------
@@ -203,9 +207,9 @@ class CMLA:
             losses = {m: torch.zeros(self.steps, dtype=torch.float64, device=classes.device) for m in inputs}
             for m, x in inputs.items() if self.check else ():
                 self.model.probe(m, x, self.budgets[m].bounds)
-            clean = self.model.codes(inputs, self.batch)
+            clean = self.model.codes({m: x.split(self.batch) for m, x in inputs.items()})
             for rows in self._batches(len(classes)):
-                self._attack(rows, inputs, clean, classes, result, losses, dtypes)
+                self._attack(rows, inputs, clean, classes, result, losses, dtypes, progress)
         moved: dict[str, float] = {m: distortion_of(result[m], x, self.budgets[m].bounds) for m, x in inputs.items()}
         weight = max(1, sum(len(rows) for rows in self._batches(len(classes))))
         out = {m: like_input(result[m].to(dtypes[m]), as_tensor(value, m)[1]) for m, value in given.items()}
@@ -220,6 +224,7 @@ class CMLA:
     def _attack(
         self, rows: Tensor, inputs: dict[Modality, Tensor], clean: dict[Modality, Tensor], labels: Tensor,
         result: dict[Modality, Tensor], losses: dict[Modality, Tensor], dtypes: dict[Modality, torch.dtype],
+        progress: Progress,
     ) -> None:  # fmt: skip
         within = self.compat is not None
         right: dict[Modality, Tensor] = {m: codes[rows] if within else codes.clone() for m, codes in clean.items()}
@@ -240,6 +245,8 @@ class CMLA:
             loss = loss + self._penalty(x, run.clean)
             run.step(loss)
             losses[modality][number] += loss.detach() * (len(rows) if within else 1)
+            if progress is not None:
+                progress(len(rows))
             if self.alternate:
                 right[modality][rows] = signs(values.detach()).to(right[modality].dtype)
 

@@ -44,6 +44,11 @@ class Attack(DataFlags):
     apgdN-dlr, apgdN-t), local-search, square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps (of
     noise, points); xR after a name makes R restarts.
 
+    Example:  cmr-fast attack runs/dcmh-flickr8k-24-seed0 --attacks cmla100 cgat --images 100 --out attacked
+
+    Attacks on hash codes (train dcmh, ssah, cmimh, djsrh):  cmla, cmla-positives, cmla-both, cmla-nointra, cmla-single,
+    cmla-turns, cmla-sign, cmla-compat, cgat, dhta.
+
     Example:  cmr-fast attack runs/clip-flickr8k-seed0 --attacks bert-attack sga pgd20 --mlm runs/mlm --images 100
 
     Attacks on images and captions (train clip):  bert-attack, bert-attack-l2, bert-attack-similarity, character,
@@ -56,9 +61,8 @@ class Attack(DataFlags):
     attacks: tuple[str, ...] = ()
     """Names as above. None: clean, pgd20 and apgd-dlr; of a run on captions pgd20, and character or, with --mlm,
     bert-attack, co-attack and sga. A retriever is attacked by PGD and APGD on the ranking; one that
-    makes codes also by CMLA: cmla, cmla-positives, cmla-both, cmla-nointra, cmla-single, cmla-turns, cmla-sign,
-    cmla-compat, with the steps after the name or none (500); and by the database's codes: cgat (100 steps), and dhta
-    (2000), which leads each query to another label."""
+    makes codes by those on hash codes where they are named, CMLA with the steps after the name or none (500), and by
+    the database's codes cgat (100 steps), and dhta (2000), which leads each query to another label."""
     eps: float | None = None
     """Radius of the L-inf ball: of pixels from 0 to 1, or a share of the features' range. None: the run's own, else
     8/255; of CMLA 10/255 for images, and 0.01 for texts, which stay in that proportion; of images with captions
@@ -77,9 +81,9 @@ class Attack(DataFlags):
     """Of a classifier: a folder that keeps finished attacks, so that the command goes on where it was stopped. Of a
     retriever: a folder for the report, with plots and a verdict."""
     batch: int = BATCH
-    """Images a batch. CMLA's result does not depend on it, and it takes its own."""
+    """Images a batch. Attacks on codes take their own."""
     seed: int = 0
-    """Seed of the random starts. CMLA has none."""
+    """Seed of the random starts, and of the labels that dhta leads to. CMLA has none."""
     mlm: Path | None = None
     """Of a run on captions: a masked language model's folder, which the words come from (`cmr-fast train mlm`)."""
     defence: Literal["ttc"] | None = None
@@ -141,6 +145,7 @@ class Attack(DataFlags):
 
     def _codes(self, model: "Method") -> None:
         """CMLA, CgAT and DHTA: perturbed images and texts as queries, all four tasks."""
+        from cmr_fast.methods.hardening import BY_CODES
         from cmr_fast.methods.method import Retriever
         from cmr_fast.reports import hashing
 
@@ -151,16 +156,17 @@ class Attack(DataFlags):
                 "surrogate": self.surrogate,
                 "fast": self.fast,
                 "batch": None if self.batch == BATCH else self.batch,
-                "seed": self.seed or None,
             },
             "is for other attacks than those on codes",
         )
+        if not any(name.startswith(tuple(BY_CODES)) for name in self.attacks):
+            refuse_flags({"seed": self.seed or None}, f"is for attacks that draw: {' and '.join(BY_CODES)}")
         if self.out is not None:
             check_report_folder(self.out, self.force)
         dataset = self.pairs_of(model, self.trained)
         assert isinstance(model, Retriever)
         names = [name for name in self.attacks if name != "clean"]
-        result = hashing.examine(model, dataset, names, count=self.images, share=self.eps)
+        result = hashing.examine(model, dataset, names, count=self.images, share=self.eps, seed=self.seed)
         queries = len(result.queries["clean"])
         title = f"{model.name} on {dataset.name}, {queries} queries, {len(dataset.database)} in the database"
         hashing.print_report(result, title)

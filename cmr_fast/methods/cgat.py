@@ -65,7 +65,7 @@ class CenterGuided:
     """
 
     def __init__(self, model: Any, split: Pairs) -> None:
-        self._victim, self._labels, config = _Victim(model), split.labels, model.config
+        self._victim, self._labels, config = Victim(model), split.labels, model.config
         self._attacks: dict[Modality, CodeAttack] = {}
         shares: dict[Modality, float] = {"image": 1.0, "text": TEXT_SHARE / IMAGE_SHARE}
         for modality, share in shares.items():
@@ -88,14 +88,15 @@ class CenterGuided:
         return -(aims * outputs.to(aims.dtype).tanh()).mean()
 
 
-class _Victim(nn.Module):
-    """A model whose weights may be narrower than the attack's floats."""
+class Victim(nn.Module):
+    """A model whose weights may be of another dtype than the attack's floats."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def encode(self, modality: Modality, x: Tensor) -> Tensor:
+        """The model's outputs of x in the dtype of its weights."""
         values: Tensor = self.model.encode(modality, x.to(next(self.model.parameters()).dtype))
         return values
 

@@ -6,17 +6,19 @@ training split with the labels of the originals, and training goes on from the t
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmr_fast._terminal import counting
 from cmr_fast.attacks.by_codes import QueryAttack
 from cmr_fast.attacks.hashing import CMLA, Perturbed
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.cgat import IMAGE_SHARE, TEXT_SHARE, CgATConfig, bounds_in
+from cmr_fast.methods.cgat import IMAGE_SHARE, TEXT_SHARE, CgATConfig, Victim, bounds_in
 from cmr_fast.methods.loop import train
 from cmr_fast.methods.method import Retriever, Run, RunConfig
 from cmr_fast.modalities import MODALITIES, Modality
@@ -48,28 +50,35 @@ def named_attack(
     *,
     share: float | None = None,
     options: Mapping[str, Any] | None = None,
+    database: Pairs | None = None,
+    seed: int = 0,
 ) -> CMLA | QueryAttack:
     """The attack of a name, such as cmla, cmla100, cmla-single or cgat, for a model on a data set.
 
     Parameters
     ----------
     name : str
-        One of VARIANTS or BY_CODES, with the number of steps after it or none. The latter move queries by the codes of
-        the data set's database.
+        One of VARIANTS or BY_CODES, with the number of steps after it or none.
     share : float, optional
         The image budget as a share of the inputs' range; the text's stays in the authors' proportion, 0.01 to 10/255.
         None: the authors' own.
     options : mapping, optional
         Of CMLA, or of QueryAttack, beside those that the name says.
+    database : Pairs, optional
+        Whose codes and labels those of BY_CODES go by. None: the data set's database.
+    seed : int
+        Of what those of BY_CODES draw.
 
     Raises
     ------
     InputError
-        For other names, a share outside 0 to 1, and a model that makes no codes.
+        For other names, a share outside 0 to 1, and a model that makes no codes or is a baseline.
     """
     variant, steps = check_name(name)
     if not model.binary:
         raise InputError(f"{name} attacks codes, but {model.name} makes embeddings; expected a hashing method")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{name} needs gradients, {type(model).__name__} has none; expected a trained method")
     share = IMAGE_SHARE if share is None else share
     if not 0 <= share <= 1:
         raise InputError(f"eps must be from 0 to 1, a share of the inputs' range, got {share}")
@@ -78,10 +87,11 @@ def named_attack(
         low, high = bounds_of(dataset, modality)
         settings |= {f"{modality}_eps": part * (high - low), f"{modality}_bounds": (low, high)}
     if variant in BY_CODES:
-        settings |= {"targeted": variant == "dhta"} | dict(options or {})
-        image, text = (getattr(dataset.database, m).to(_device(model)) for m in MODALITIES)
-        return QueryAttack(model, image, text, dataset.database.labels, **settings)
-    return CMLA(model, **(settings | VARIANTS[variant] | dict(options or {})))
+        settings |= {"targeted": variant == "dhta", "seed": seed} | dict(options or {})
+        database = dataset.database if database is None else database
+        image, text = (getattr(database, m).to(_device(model)) for m in MODALITIES)
+        return QueryAttack(Victim(model), image, text, database.labels, **settings)
+    return CMLA(Victim(model), **(settings | VARIANTS[variant] | dict(options or {})))
 
 
 def check_name(name: str) -> tuple[str, int]:
@@ -93,7 +103,7 @@ def check_name(name: str) -> tuple[str, int]:
     return match[1], int(match[2] or BY_CODES.get(match[1], 500))
 
 
-def perturb(attack: CMLA | QueryAttack, pairs: Pairs) -> tuple[Pairs, Perturbed]:
+def perturb(attack: CMLA | QueryAttack, pairs: Pairs, what: str = "") -> tuple[Pairs, Perturbed]:
     """Attack pairs.
 
     Parameters
@@ -102,6 +112,8 @@ def perturb(attack: CMLA | QueryAttack, pairs: Pairs) -> tuple[Pairs, Perturbed]
         Whose model's device is used.
     pairs
         N pairs of images and text features.
+    what : str
+        A name for the progress that is shown on standard error; "" shows none.
 
     Returns
     -------
@@ -116,7 +128,10 @@ def perturb(attack: CMLA | QueryAttack, pairs: Pairs) -> tuple[Pairs, Perturbed]
     if not isinstance(pairs.text, Tensor) or not pairs.text.is_floating_point():
         raise InputError("attacks on codes perturb text features; the texts of this data set are captions or token ids")
     device = _device(*attack.model.modules)
-    result = attack(pairs.image.to(device), pairs.text.to(device), pairs.labels.to(device))
+    given = pairs.image.to(device), pairs.text.to(device), pairs.labels.to(device)
+    total = 2 * attack.steps * len(pairs)
+    with counting(total, f"{what}, steps of all items") if what else nullcontext() as progress:
+        result = attack(*given, progress=progress)
     return pairs._unchecked({"image": result.image.cpu(), "text": result.text.cpu(), "labels": pairs.labels}), result
 
 
@@ -139,7 +154,8 @@ def harden(
     model : Retriever
         The trained model to go on from; it is not changed.
     dataset : PairedDataset
-        Its validation split, if any, stays out: weights are those of the last epoch.
+        Its validation split, if any, stays out: weights are those of the last epoch. Of queries and database nothing
+        is trained on; of their features the range counts, which the budget is a share of.
     run : RunConfig
         Folder, seed and device of the fine-tuning.
     count : int
@@ -163,7 +179,7 @@ def harden(
     InputError
         Where `count` is not from 0 to the training pairs, or `rounds` does not divide `epochs`.
     """
-    if not 0 <= count <= len(dataset.train):
+    if not isinstance(count, int) or not 0 <= count <= len(dataset.train):
         raise InputError(f"expected 0 to {len(dataset.train)} adversarial samples, the training pairs; got {count}")
     if rounds < 1 or epochs % rounds:
         raise InputError(f"rounds must divide the epochs, {epochs}, got {rounds}")
@@ -175,8 +191,12 @@ def harden(
     for number in range(1, rounds + 1):
         more = replace(dataset, valid=None)
         if count:
-            attacker = named_attack(attack, start, dataset, share=share, options=options)
-            samples, _ = perturb(attacker, dataset.train.select(drawn))
+            train_split = dataset.train
+            attacker = named_attack(
+                attack, start, dataset, share=share, options=options, database=train_split, seed=run.seed
+            )
+            what = "" if run.quiet else f"{attack} on {count} training pairs"
+            samples, _ = perturb(attacker, train_split.select(drawn), what)
             if dataset.train.image.dtype == torch.uint8:
                 samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})
             more = replace(more, train=dataset.train.joined(samples))

@@ -81,9 +81,9 @@ def plot_directions(
 
 
 def plot_losses(
-    path: Path, title: str, epochs: Sequence[float], panels: Mapping[str, Mapping[str, np.ndarray]]
+    path: Path, title: str, epochs: Sequence[float], panels: Mapping[str, Mapping[str, np.ndarray]], unit: str = "epoch"
 ) -> None:
-    """One panel per entry: panels[panel title][line name] = one value per epoch, NaN where there is none."""
+    """One panel per entry: panels[panel title][line name] = one value per epoch, or `unit`; NaN where there is none."""
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     with _panels(path, title, rows, columns, (3.9 * columns, 3.1 * rows)) as (_, axes):
@@ -95,7 +95,7 @@ def plot_losses(
                 look = _look(number) | {"marker": "o" if known.sum() <= 12 else ""}
                 axis.plot(np.asarray(epochs)[known], values[known], label=name, **look)
             axis.set_title(panel)
-            axis.set_xlabel("epoch")
+            axis.set_xlabel(unit)
             axis.set_xlim(min(epochs) - 0.02 * len(epochs), max(epochs) + 0.02 * len(epochs))
             axis.xaxis.get_major_locator().set_params(integer=True)
             if len(lines) > 1:

@@ -5,6 +5,7 @@ are what the attack is after; I2I and T2T tell what its intra-modal term keeps.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast._files import write_aside
-from cmr_fast._terminal import busy, show, table_of_numbers
+from cmr_fast._terminal import show, table_of_numbers
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import refuse_used
@@ -117,6 +118,8 @@ def examine(
     count: int | None = None,
     share: float | None = None,
     options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    quiet: bool = False,
 ) -> Attacked:
     """Attack queries by each named attack, and score them beside the clean ones.
 
@@ -130,8 +133,10 @@ def examine(
         Names, as of `named_attack`.
     count
         The first so many queries, which are attacked against one another's clean codes. None: all.
-    share, options
+    share, options, seed
         As of `named_attack`.
+    quiet
+        Show no progress.
 
     Raises
     ------
@@ -140,14 +145,13 @@ def examine(
     """
     if count is not None and count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    named = {name: named_attack(name, model, dataset, share=share, options=options) for name in attacks}
+    named = {name: named_attack(name, model, dataset, share=share, options=options, seed=seed) for name in attacks}
     query = dataset.query if count is None else dataset.query.select(torch.arange(min(count, len(dataset.query))))
     base = _codes(model, dataset.database)
     row, ranked = score(model, query, dataset.database, "clean", base)
     out = Attacked([row], {"clean": ranked}, {}, {"clean": query})
     for name, attack in named.items():
-        with busy(f"{name}, {attack.steps} steps"):
-            moved, result = perturb(attack, query)
+        moved, result = perturb(attack, query, "" if quiet else f"{name} on {len(query)} queries")
         row, ranked = score(model, moved, dataset.database, name, base)
         row = replace(row, distortion=result.distortion)
         if result.targets is not None:
@@ -165,8 +169,9 @@ def _of_targets(
     model: Retriever, query: Pairs, targets: Tensor, database: Pairs, base: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """mAP by task where targets stand for the labels, over the queries that have one."""
-    led = torch.arange(len(targets)) if targets.ndim == 1 else targets.any(dim=1).nonzero()[:, 0]
-    return score(model, query._unchecked({**query._parts(), "labels": targets}).select(led), database, "", base)[0].map
+    led = targets != query.labels if targets.ndim == 1 else targets.any(dim=1)
+    aimed = query._unchecked({**query._parts(), "labels": targets}).select(led.nonzero()[:, 0])
+    return score(model, aimed, database, "", base)[0].map
 
 
 def verdict(attacked: Attacked) -> list[str]:
@@ -178,7 +183,8 @@ def verdict(attacked: Attacked) -> list[str]:
     for row in attacked.rows[1:]:
         lost = {task: 1 - row.map[task] / max(clean.map[task], 1e-12) for task in CROSS}
         i2t, t2i = (f"({clean.map[task]:.3f} to {row.map[task]:.3f})" for task in CROSS)
-        line = f"{row.name} takes {lost['i2t']:.0%} of I2T's mAP {i2t} and {lost['t2i']:.0%} of T2I's {t2i}"
+        shares = {task: f"{round(lost[task], 2) + 0.0:.0%}" for task in CROSS}  # -0.0 + 0.0 is 0.0
+        line = f"{row.name} takes {shares['i2t']} of I2T's mAP {i2t} and {shares['t2i']} of T2I's {t2i}"
         if row.targeted:
             led = (f"{t.upper()} {row.targeted_before[t]:.3f} to {row.targeted[t]:.3f}" for t in CROSS)
             line += f"; t-mAP, of the labels that queries were led to: {', '.join(led)}"
@@ -230,9 +236,9 @@ def write_report(attacked: Attacked, out: Path, title: str) -> None:
         panels: dict[str, Any] = {
             m: {n: _padded(losses[m], steps) for n, losses in attacked.losses.items()} for m in MODALITIES
         }
-        figures.plot_losses(out / "loss.png", f"{title}: J against the step", list(range(1, steps + 1)), panels)
+        figures.plot_losses(out / "loss.png", f"{title}: J against the step", list(range(1, steps + 1)), panels, "step")
         pages.append(("loss.png", "J of each modality against the step, mean over the queries"))
-        last = names[-1]
+    if (last := names[-1]) != "clean":
         clean, moved = attacked.queries["clean"], attacked.queries[last]
         if clean.image.ndim == 4:
             figures.plot_photos(out / "photos.png", title, clean.image / 255, moved.image / 255)
@@ -308,27 +314,36 @@ def defend(
         As of `harden`.
     """
     check_defences(dataset, run, counts, control=control, cgat=cgat)
-    base = examine(model, dataset, [attack], share=share)
+
+    def attacked(victim: Retriever) -> Attacked:
+        return examine(victim, dataset, [attack], share=share, seed=run.seed, quiet=run.quiet)
+
+    base = attacked(model)
     out = [Defence(BASE, None, base.rows[0], base.rows[1], base.rows[1])]
 
     def measure(name: str, done: Run) -> None:
         hardened = done.model
         assert isinstance(hardened, Retriever)
-        again = examine(hardened, dataset, [attack], share=share)
+        again = attacked(hardened)
         stored, _ = score(hardened, base.queries[attack], dataset.database, attack)
         out.append(Defence(name, done.path, again.rows[0], again.rows[1], stored))
 
     for count in [0, *counts] if control else counts:
         settings = replace(run, out=run.out.with_name(f"{run.out.name}-adversarial{count}"))
-        with busy(f"training with {count} adversarial samples"):
-            done = harden(model, dataset, settings, count, epochs=epochs, rounds=rounds, attack=attack, share=share)
+        _say(settings, f"fine-tuning with {count} adversarial samples")
+        done = harden(model, dataset, settings, count, epochs=epochs, rounds=rounds, attack=attack, share=share)
         measure(f"{count} samples" if count else CONTROL, done)
     if cgat:
         settings = replace(run, out=run.out.with_name(f"{run.out.name}-cgat"))
-        with busy("training by CgAT"):
-            done = harden_on_the_fly(model, dataset, settings, epochs=epochs)
+        _say(settings, "fine-tuning by CgAT")
+        done = harden_on_the_fly(model, dataset, settings, epochs=epochs)
         measure(CGAT, done)
     return out
+
+
+def _say(run: RunConfig, what: str) -> None:
+    if not run.quiet:
+        print(f"{run.out}: {what}", file=sys.stderr, flush=True)
 
 
 def check_defences(
@@ -350,9 +365,34 @@ def check_defences(
 def print_defences(rows: Sequence[Defence], title: str) -> None:
     """The table of defences: natural, attacked anew, and by the stored queries."""
     show(title, table_of_numbers(DEFENCE_HEAD, map(defence_cells, rows)))
-    print("attacked anew: each model's own attack; stored queries: made against the model that is not fine-tuned")
+    for line in _defence_words(rows):
+        print(line)
+
+
+def write_defences(rows: Sequence[Defence], out: Path, title: str) -> None:
+    """README.md, index.html, results.csv, results.json and the figure of that table, into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    bars = {
+        row.name: {
+            f"{task.upper()} {side}": row_of.map[task]
+            for task in CROSS
+            for side, row_of in (("natural", row.natural), ("attacked anew", row.adaptive), ("stored", row.stored))
+        }
+        for row in rows
+    }
+    figures.plot_bars(out / "map.png", title, bars, "mAP")
+    note = "mAP over the whole ranking (convention `all`, ties by index; tie-aware values are in results.json)."
+    pages = [("map.png", "mAP of clean queries, of those made for each model, and of those made for the base model")]
+    write_page(out, title, DEFENCE_HEAD, list(map(defence_cells, rows)), note, pages, words=_defence_words(rows))
+    with write_aside(out / "results.json") as aside:
+        aside.write_text(json.dumps([asdict(row) for row in rows], indent=2, default=str) + "\n")
+
+
+def _defence_words(rows: Sequence[Defence]) -> list[str]:
+    lines = ["attacked anew: each model's own attack; stored queries: made against the model that is not fine-tuned"]
     if any(row.name == CONTROL for row in rows):
-        print(f"{CONTROL}: as many epochs on clean pairs alone; what it wins is no defence")
+        lines.append(f"{CONTROL}: as many epochs on clean pairs alone; what it wins is no defence")
+    return lines
 
 
 def defence_cells(row: Defence) -> list[str]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_hashing import BITS, Linear, items
 
-from cmr_fast.attacks import QueryAttack, anchor_code, by_codes, centre_codes
+from cmr_fast.attacks import CMLA, QueryAttack, anchor_code, by_codes, centre_codes
+from cmr_fast.attacks.codes import Budget
 from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
 
@@ -91,7 +92,48 @@ def test_query_attacks_refuse_what_they_cannot_aim_at():
     got = QueryAttack(model, image, text, one_hot, targeted=True, steps=1)(image, text, one_hot)
     assert torch.equal(got.image[0], image[0]) and not got.targets[0].any()  # it bears all labels
     assert (got.image[1:] != image[1:]).any(dim=1).all() and got.targets[1:].any(dim=1).all()
-    with pytest.raises(InputError, match="bear all there are"):
+    with pytest.raises(InputError, match="got none for any of 12 queries"):
         QueryAttack(model, image, text, labels * 0, targeted=True, steps=1)(image, text, labels * 0)
+    one_class = QueryAttack(model, image, text, labels * 0, targeted=True, steps=1)(image, text, labels)
+    assert (one_class.targets == 0).all()  # items of class 0 can be led nowhere, the others to it
+    stays = labels == 0
+    assert stays.any() and torch.equal(one_class.image[stays], image[stays])
+    assert (one_class.image[~stays] != image[~stays]).any(dim=1).all()
     with pytest.raises(InputError, match="voters"):
         QueryAttack(model, image, text, labels, voters=0)
+
+
+def test_pixels_of_a_database_become_floats_a_batch_at_a_time(monkeypatch):
+    model, (image, text, labels) = Linear().float(), items(11)
+    pixels, text = (image * 255).to(torch.uint8), text.float()
+    sizes, inputs = [], Budget.inputs
+    monkeypatch.setattr(Budget, "inputs", lambda self, x, name: sizes.append(len(x)) or inputs(self, x, name))
+    atk = QueryAttack(model, pixels, text, labels, image_bounds=(0, 255), batch=4, steps=1)
+    assert sizes == [4, 4, 3, 4, 4, 3]
+    assert torch.equal(atk._codes["image"], signs(model.encode("image", pixels.float())))
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_codes_that_are_no_numbers_are_refused(modality):
+    """NaN would be taken for the bit 0, in a database without a word."""
+    model, (image, text, labels) = Linear(), items()
+    encoders = [lambda x: model.encode("image", x), lambda x: model.encode("text", x)]
+    right = encoders[modality]
+    encoders[modality] = lambda x: torch.where(torch.arange(len(x))[:, None] == 2, torch.nan, right(x))
+    name = ("image", "text")[modality]
+    with pytest.raises(InputError, match=f"the {name} encoder returns NaN for 1 of 12 items"):
+        QueryAttack(encoders, image, text, labels)
+    with pytest.raises(InputError, match=f"the {name} encoder returns NaN for 1 of 12 items"):
+        CMLA(encoders, steps=1, check=False)(image, text, labels)
+
+
+def test_progress_is_told_of_every_step_of_every_item():
+    model, (image, text, labels) = Linear(), items(11)
+    for make in (
+        lambda: CMLA(model, steps=3, batch=4),
+        lambda: CMLA(model, steps=3, batch=4, alternate=True),
+        lambda: QueryAttack(model, image, text, labels, steps=3, batch=4),
+    ):
+        told = []
+        make()(image, text, labels, progress=told.append)
+        assert sum(told) == 2 * 3 * 11 and max(told) == 4

@@ -8,6 +8,7 @@ from small import small_dataset
 from cmr_fast.attacks import CMLA
 from cmr_fast.data import save_pairs
 from cmr_fast.errors import InputError
+from cmr_fast.methods.baselines import CVH
 from cmr_fast.methods.cmimh import CMIMH, CMIMHConfig
 from cmr_fast.methods.dcmh import DCMHConfig
 from cmr_fast.methods.evaluation import averaged, evaluate_model
@@ -137,6 +138,8 @@ def test_names_say_what_runs(model, data):
     for wrong in ("pgd20", "cmla-", "cmla0", "cmla-other", "dhta0"):
         with pytest.raises(InputError, match="unknown attack"):
             named_attack(wrong, model, data)
+    with pytest.raises(InputError, match="CVH has none; expected a trained method"):
+        named_attack("cmla", CVH(8), data)
     with pytest.raises(InputError, match="eps must be from 0 to 1"):
         named_attack("cmla", model, data, share=2.0)
 
@@ -193,6 +196,8 @@ def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, t
     assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
     with pytest.raises(InputError, match="expected 0 to 45 adversarial samples"):
         harden(model, data, RUN, 46)
+    with pytest.raises(InputError, match=r"got 5\.0"):
+        harden(model, data, RUN, 5.0)
     with pytest.raises(InputError, match="rounds must divide"):
         harden(model, data, RUN, 5, epochs=5, rounds=2)
 
@@ -240,6 +245,75 @@ def test_from_the_command_line(data, tmp_path, capsys):
     ) in (0, None)  # fmt: skip
     out = capsys.readouterr().out
     assert "cmla-nointra20" in out and "D image" in out and (tmp_path / "report" / "index.html").exists()
+
+
+@pytest.mark.parametrize("attack", ["cgat3", "dhta3"])
+def test_adversarial_samples_are_made_without_the_databases_codes_and_labels(model, data, tmp_path, attack):
+    """On Wikipedia the database is the test split."""
+    other = replace(data, database=replace(data.database, labels=data.database.labels.flip(0)))
+    weights = [
+        harden(model, d, replace(RUN, out=tmp_path / str(i)), 20, epochs=1, attack=attack, share=SHARE).model
+        for i, d in enumerate((data, other))
+    ]
+    for a, b in zip(*(w.parameters() for w in weights), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_models_of_another_dtype_are_hardened(data, tmp_path, precision):
+    run = train("dcmh", replace(CONFIG, epochs=2), data, replace(RUN, out=tmp_path / "run", precision=precision))
+    settings = replace(RUN, out=run.path, precision=precision)
+    for attack in ("cmla2", "cgat2"):
+        rows = hashing.defend(
+            run.model, data, replace(settings, out=tmp_path / attack), [5], attack=attack, epochs=1, cgat=True
+        )
+        assert len(rows) == 4 and all(row.adaptive.distortion["image"] > 0 for row in rows)
+
+
+def test_a_seed_is_what_attacks_draw_by(model, data):
+    one, other, again = (
+        hashing.examine(model, data, ["dhta2"], share=SHARE, seed=seed).queries["dhta2"].image for seed in (0, 1, 0)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_what_gains_a_little_takes_nothing():
+    rows = [
+        hashing.Row("clean", dict.fromkeys(hashing.TASKS, 0.5), {}),
+        hashing.Row("cmla", {"i2t": 0.501, "t2i": 0.53, "i2i": 0.3, "t2t": 0.5}, {}, {"image": 0.1, "text": 0.1}),
+    ]
+    (line,) = hashing.verdict(hashing.Attacked(rows, {}, {}, {}))
+    assert line.startswith("cmla takes 0% of I2T's mAP (0.500 to 0.501) and -6% of T2I's (0.500 to 0.530)")
+
+
+def test_a_report_without_losses_has_the_texts_too(model, data, tmp_path):
+    hashing.write_report(hashing.examine(model, data, ["cgat2"], share=SHARE), tmp_path / "cgat", "small")
+    assert (tmp_path / "cgat" / "texts.png").exists() and not (tmp_path / "cgat" / "loss.png").exists()
+    hashing.write_report(hashing.examine(model, data, []), tmp_path / "clean", "small")
+    assert not (tmp_path / "clean" / "texts.png").exists()
+
+
+def test_a_quiet_training_keeps_its_table_and_says_nothing(data, tmp_path, capfd):
+    from cmr_fast.cli import main
+
+    save_pairs(tmp_path / "small.npz", data)
+    flags = "--epochs 1 --bits 8 --batch-size 16 --text-hidden 8 --image-hidden 8 --optimizer adam --lr 5e-3"
+    assert main(
+        f"train dcmh --data {tmp_path}/small.npz {flags} --adversarial 5 --adversarial-attack cgat2 --quiet "
+        f"--out {tmp_path}/run --device cpu".split()
+    ) in (0, None)  # fmt: skip
+    assert capfd.readouterr() == ("", "")
+    folder = tmp_path / "run" / "defences"
+    stored = json.loads((folder / "results.json").read_text())
+    assert [row["name"] for row in stored] == ["no", "0 samples, as long", "5 samples"]
+    assert stored[2]["run"] == f"{tmp_path}/run-adversarial5"
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert lines[0].startswith("fine-tuned,natural I2T") and len(lines) == 4
+    assert lines[3].split(",")[1] == f"{stored[2]['natural']['map']['i2t']:.3f}"
+    assert (folder / "map.png").exists() and "cgat2" in (folder / "README.md").read_text()
+    assert main(f"attack {tmp_path}/run --attacks cmla2 --seed 1".split()) == 2
+    assert "--seed is for attacks that draw" in capfd.readouterr().err
+    assert main(f"attack {tmp_path}/run --attacks cmla2 dhta2 --seed 1".split()) in (0, None)
 
 
 def test_raw_pixels_from_the_command_line(tmp_path, capsys):
