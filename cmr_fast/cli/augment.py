@@ -10,7 +10,9 @@ from cmr_fast.cli.common import (
     check_folder,
     check_least,
     check_output,
+    check_report_folder,
     load_captioned_images,
+    named_files,
     refuse_flags,
 )
 from cmr_fast.errors import InputError
@@ -276,4 +278,67 @@ class Images(Making):
         print(f"{self.out}: {self.count} images for each of {len(stored)}; train with --augment-image {self.out}")
 
 
-KINDS: dict[str, Any] = {"captions": Captions, "images": Images}
+@dataclass(frozen=True, kw_only=True)
+class Measure(DataFlags):
+    """Measure alignment and diversity of augmentations in a reference model: MAT's Figures 1 and 2, without training.
+
+    EDA, Human, RandAug, and what files hold. The figures, their numbers and what they say are written.
+
+    Example:  cmr-fast augment measure --data flickr8k --reference runs/clip --out augmentations
+    """
+
+    data: str | None = None
+    """Images with captions: `shapes`, a folder or file, or a name under $CMR_FAST_DATA. None: those of the
+    reference."""
+    split: Literal["train", "test"] = "train"
+    """Of which split: files have the training images, those of the test split are new to the reference."""
+    reference: str
+    """A run on captions (`cmr-fast train clip`), or a pretrained model such as open_clip/ViT-B-16-quickgelu@openai."""
+    images: int = 200
+    """The first so many images."""
+    augment_text: tuple[str, ...] = ()
+    """NAME=FILE of captions that `cmr-fast augment captions` made, such as LangRW=langrw.json."""
+    augment_image: tuple[str, ...] = ()
+    """NAME=FOLDER (or images.json) of what `cmr-fast augment images` made, such as SD=images."""
+    wordnet: str = ""
+    """WordNet's dict folder, for EDA. None: it swaps and deletes words alone."""
+    out: Path
+    """The folder that is written."""
+    force: bool = False
+    """Write over a report that is there."""
+
+    def __call__(self) -> None:
+        """Run the command."""
+        import torch
+
+        from cmr_fast._terminal import show, table_of_numbers
+        from cmr_fast.methods._runfolder import write_json
+        from cmr_fast.methods.candidates import reference_model
+        from cmr_fast.reports import mat_figures
+        from cmr_fast.reports.page import write_page
+
+        check_report_folder(self.out, self.force)
+        check_least(images=(self.images, 2))
+        refuse_flags({"features": self.features}, "is for pairs; these are images with captions")
+        files = (named_files(f"augment-{s}", getattr(self, f"augment_{s}")) for s in ("text", "image"))
+        texts, images = mat_figures.check_names(*files)
+        reference = reference_model(self.reference)
+        dataset = load_captioned_images(*self.source(Path(self.reference)))
+        split = getattr(dataset, self.split)
+        split = split.select(torch.arange(min(self.images, len(split))))
+        found = mat_figures.measure(reference, split, texts=texts, images=images, wordnet=self.wordnet)
+        self.out.mkdir(parents=True, exist_ok=True)
+        told, pages = mat_figures.write_densities(found, self.out)
+        words, table = mat_figures.words_of(found), mat_figures.table_of(found)
+        title = f"Augmentations of {len(split)} images of {dataset.name}, {self.split} split"
+        about = {"data": dataset.name, "split": self.split, "images": len(split), "reference": self.reference}
+        write_json(self.out / "figures.json", {**about, "densities": told, "words": words})
+        note = "Alignment: the cosine of image and text; diversity: the distance from the original's embedding, L2."
+        write_page(self.out, title, mat_figures.HEAD, table, note, pages, words=words, table="densities.csv")
+        show(title, table_of_numbers(mat_figures.HEAD, table))
+        for line in words:
+            print(line)
+        print(f"\nReport: {self.out / 'index.html'}")
+
+
+KINDS: dict[str, Any] = {"captions": Captions, "images": Images, "measure": Measure}

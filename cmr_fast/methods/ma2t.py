@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmr_fast.data.augment import EDA, RandAugment, WordNet
+from cmr_fast.data.augment import EDA, RandAugment, WordNet, random_crops
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.photos import Photos
 from cmr_fast.errors import InputError
@@ -32,6 +32,8 @@ from cmr_fast.methods.candidates import (
 from cmr_fast.models.dual import DualEncoder
 
 ALPHA, OPERATIONS, LEVEL = 0.3, 2, 5  # appendix A.1
+LEVELS = ((0.8, 0, 0), (0.8, 2, 3), (0.7, 2, 5), (0.6, 2, 7), (0.5, 2, 9))
+"""Figure 7's strengths (appendix A.3): the least share of an image that a crop keeps, operations, their level."""
 BOTH = (
     "pairs with both sides augmented are trained on (augment_both): image and text need not be aligned, and the paper "
     "found that it degrades the model"
@@ -57,6 +59,8 @@ class AugmentConfig:
     augment_reference: str = ""
     """The reference model of `top`: a run on captions, or a pretrained model such as
     open_clip/ViT-B-16-quickgelu@openai."""
+    augment_level: int = 0
+    """Of `randaug`, 1 to 5: crops and operations as strong as in the paper's Figure 7. 0: 2 operations of level 5."""
     augment_both: bool = False
     """Pair augmented texts with augmented images instead. The paper warns that this degrades the model."""
     wordnet: str = ""
@@ -64,11 +68,16 @@ class AugmentConfig:
 
     def check_augment(self) -> None:
         """InputError for values out of range, and for settings that do not go together."""
-        check_least(self, augment_count=1)
+        check_least(self, augment_count=1, augment_level=0)
         check_choices(self, augment_select=SELECTIONS)
         texts, images = self.augment_text != "none", self.augment_image != "none"
         if self.augment_text not in ("none", "eda", "human") and not self.augment_text.endswith(".json"):
             raise InputError(f"augment_text must be none, eda, human or a .json file, got {self.augment_text!r}")
+        if self.augment_level > len(LEVELS) or (self.augment_level and self.augment_image != "randaug"):
+            raise InputError(
+                f"augment_level must be 0 to {len(LEVELS)}, and is for augment_image randaug; got {self.augment_level} "
+                f"and {self.augment_image}"
+            )
         if self.augment_both and not (texts and images):
             raise InputError(
                 "augment_both pairs augmented texts with augmented images: expected both augment_text and augment_image"
@@ -111,12 +120,15 @@ class MorePairs:
         The first row whose image is augmented; as many as there are rows where none is.
     files
         The augmented images, one for each row from there on; None: RandAugment makes them.
+    level
+        Of RandAugment, see AugmentConfig.
     """
 
     split: CaptionedImages
     originals: int
     images_from: int
     files: Photos | None = None
+    level: int = 0
 
     @property
     def blocks(self) -> int:
@@ -139,7 +151,7 @@ class MorePairs:
         raw = (batch.image.pixels() if isinstance(batch.image, Photos) else batch.image).clone()
         if self.files is None:
             numbers = batch.labels.cpu()[moved] * self.blocks + rows[moved] // self.originals
-            more = RandAugment(OPERATIONS, LEVEL)(raw[moved.to(raw.device)].cpu(), index=numbers.tolist())
+            more = _randaug(raw[moved.to(raw.device)].cpu(), numbers.tolist(), self.level)
         else:
             more = self.files[rows[moved] - self.images_from].pixels()
         raw[moved.to(raw.device)] = more.to(raw.device)
@@ -182,7 +194,15 @@ def more_pairs(train: CaptionedImages, config: AugmentConfig, captions: int) -> 
         texts += own * count
     rows = torch.arange(originals).repeat(len(texts) // originals)
     split = CaptionedImages(train.image[rows], tuple(texts), train.labels.cpu()[rows])
-    return MorePairs(split, originals, images_from if config.augment_image != "none" else len(texts), files)
+    images_from = images_from if config.augment_image != "none" else len(texts)
+    return MorePairs(split, originals, images_from, files, config.augment_level)
+
+
+def _randaug(images: Tensor, numbers: list[int], level: int) -> Tensor:
+    if not level:
+        return RandAugment(OPERATIONS, LEVEL)(images, index=numbers)
+    least, operations, strength = LEVELS[level - 1]
+    return RandAugment(operations, strength)(random_crops(images, least, index=numbers), index=numbers)
 
 
 def _texts(

@@ -10,6 +10,8 @@ from small import ACMR_SMALL, small_dataset
 from torch.testing import assert_close
 
 from cmr_fast.cli import main
+from cmr_fast.data import RandAugment
+from cmr_fast.data.augment import random_crops
 from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
 from cmr_fast.data.photos import Photo, Photos
 from cmr_fast.errors import InputError
@@ -118,6 +120,16 @@ def test_a_run_on_images_of_files(config_of, data, made, start, tmp_path):
     settings |= {"augment_select": "top", "augment_reference": str(start)}
     run = train("mat-img", config_of("mat-img", **settings), data, RunConfig(out=tmp_path / "run", quiet=True))
     assert load_model(run.path).config.augment_image == str(made)
+
+
+def test_strengths_crop_and_then_augment(data):
+    train, count = data.train, len(data.train)
+    for level, (least, operations, strength) in enumerate(ma2t.LEVELS, 1):
+        more = pairs(data, augment_image="randaug", augment_level=level)
+        seen = (more.pixels(more.split.select(torch.tensor([2 * count + 3]))) * 255).round().byte()
+        number = [int(train.labels[3]) * 3 + 2]
+        cropped = random_crops(train.image[3][None], least, index=number)
+        assert torch.equal(seen, RandAugment(operations, strength)(cropped, index=number))
 
 
 # ---- what is refused

@@ -408,6 +408,8 @@ def test_mixed_precision(name, config_of, data, tmp_path):
         ("finetune", {"chunk": -1}, "chunk must be at least 0"),
         ("finetune", {"dim": 9}, "dim is 8 in .*, which this begins with; got 9"),
         ("finetune", {"augment_text": "rewrite"}, "augment_text must be none, eda, human or a .json file"),
+        ("finetune", {"augment_image": "randaug", "augment_level": 6}, "augment_level must be 0 to 5"),
+        ("finetune", {"augment_level": 1}, "is for augment_image randaug; got 1 and none"),
         ("finetune", {"augment_select": "best"}, "augment_select must be one of first, top, random"),
         ("finetune", {"augment_text": "human", "augment_select": "top"}, "expected augment_reference RUN with it"),
         ("finetune", {"augment_text": "human", "augment_reference": "/run"}, "and with it alone; got first"),
