@@ -9,6 +9,7 @@ also orders them; random: drawn by the image's id; first: as they stand.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,9 +63,8 @@ def texts_in(file: Path, split: CaptionedImages, least: int) -> list[list[str]]:
     InputError
         For a file of another form, with names of images that the data set does not have, or with too few texts.
     """
-    stored = _lists(file, "texts that have words")
+    stored = _named(file, _lists(file, "texts that have words"), split)
     names = names_of(split)
-    _refuse_unknown(file, list(stored), split)
     _refuse_few(file, "texts", {name: len(stored.get(name, ())) for name in names}, least)
     return [stored[name] for name in names]
 
@@ -89,12 +89,10 @@ def images_in(place: Path, split: CaptionedImages, least: int) -> list[list[Phot
     """
     names = names_of(split)
     if place.is_dir():
-        found = _numbered(place)
-        _refuse_unknown(place, list(found), split, suffixes=False)
+        found = _named(place, _numbered(place), split, suffixes=False)
         by_name = {name: found.get(_stem(name), []) for name in names}
     elif place.suffix == ".json":
-        stored = _lists(place, "paths of images")
-        _refuse_unknown(place, list(stored), split)
+        stored = _named(place, _lists(place, "paths of images"), split)
         by_name = {name: [place.parent / path for path in stored.get(name, ())] for name in names}
     else:
         raise InputError(
@@ -155,20 +153,28 @@ def _stem(name: str) -> str:
     return Path(name).with_suffix("").as_posix()
 
 
-def _refuse_unknown(place: Path, given: Sequence[str], split: CaptionedImages, suffixes: bool = True) -> None:
-    """InputError for names that no image of the data set has; those of the other splits are known too."""
-    if isinstance(split.image, Photos):
-        known = {str(photo.name) for photo in split.image.files}
-        known = known if suffixes else {_stem(name) for name in known}
-        unknown = [name for name in given if name not in known]
+def _named(place: Path, given: dict[str, T], split: CaptionedImages, suffixes: bool = True) -> dict[str, T]:
+    """What is given by image, under the images' whole names; a name may lack the folder where no other has it.
+
+    InputError for names that no image of the data set has; those of the other splits are known too.
+    """
+    if not isinstance(split.image, Photos):
+        unknown, found = [name for name in given if not name.isdecimal()], given
     else:
-        unknown = [name for name in given if not name.isdecimal()]
+        known = {str(photo.name) if suffixes else _stem(str(photo.name)) for photo in split.image.files}
+        count = Counter(Path(name).name for name in known)
+        whole = {Path(name).name: name for name in known if count[Path(name).name] == 1} | {
+            name: name for name in known
+        }
+        unknown = [name for name in given if name not in whole]
+        found = {whole[name]: values for name, values in given.items() if name in whole}
     if unknown:
         expected = names_of(split)[0] if suffixes else f"{_stem(names_of(split)[0])}_0.png"
         raise InputError(
             f"{place}: names {len(unknown)} of {len(given)} images that are not in the data set, {unknown[0]!r} first; "
             f"expected names like {expected!r}"
         )
+    return found
 
 
 def _refuse_few(place: Path, what: str, counts: dict[str, int], least: int) -> None:

@@ -58,6 +58,25 @@ def pairs(data, **settings):
     return ma2t.more_pairs(data.train, ma2t.AugmentConfig(augment_count=2, **settings), 1)
 
 
+def test_a_name_may_lack_its_folder_where_no_other_has_it(tmp_path):
+    names = ["a/one.jpg", "a/two.jpg", "b/two.jpg"]
+    for name in names:
+        write(tmp_path / name, picture(1, 1, 16))
+    split = CaptionedImages(Photos([Photo(n, tmp_path / n) for n in names], 16), (("x",),) * 3, torch.arange(3))
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps({"one.jpg": ["1"], "a/two.jpg": ["2"], "b/two.jpg": ["3"]}))
+    assert candidates.texts_in(file, split, 1) == [["1"], ["2"], ["3"]]
+    for name in ("made/one_0.png", "made/a/two_0.png", "made/b/two_0.png"):
+        write(tmp_path / name, picture(1, 1, 16))
+    found = candidates.images_in(tmp_path / "made", split, 1)
+    assert [row[0].path.relative_to(tmp_path / "made").as_posix() for row in found] == [
+        "one_0.png", "a/two_0.png", "b/two_0.png",
+    ]  # fmt: skip
+    file.write_text(json.dumps({"one.jpg": ["1"], "two.jpg": ["2"]}))
+    with pytest.raises(InputError, match=r"names 1 of 2 images that are not in the data set, 'two\.jpg' first"):
+        candidates.texts_in(file, split, 1)
+
+
 @pytest.mark.parametrize("name", ["", "images.json"])
 @pytest.mark.parametrize("text", ["none", "human"])
 def test_images_of_files_stand_beside_their_captions(name, text, data, made):
