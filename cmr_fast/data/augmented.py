@@ -6,6 +6,7 @@
 A batch is made of its own seed, so it does not matter which were made before.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -46,27 +47,42 @@ def make_texts(
     Raises
     ------
     InputError
-        Where OUT.partial was begun with other settings.
+        Where OUT.partial was begun with other settings, or another process writes it.
     """
     partial = partial_of(out)
     described = {**settings, "batch": batch, "count of images": len(names)}
     partial.parent.mkdir(parents=True, exist_ok=True)
-    made = _begun(partial, described)
     with open(partial, "a", encoding="utf-8") as file, counting(len(names), "texts of images") as advance:
-        if not made and file.tell() == 0:
-            _line(file, described)
-        advance(len(made))
-        for start in range(len(made), len(names), batch):
-            rows = range(start, min(start + batch, len(names)))
-            texts = [list(row) for row in make(rows)]
-            _line(file, texts)
-            made += texts
-            advance(len(rows))
+        _hold(file, partial)
+        try:
+            made = _begun(partial, described)
+            advance(len(made))
+            for start in range(len(made), len(names), batch):
+                rows = range(start, min(start + batch, len(names)))
+                texts = [list(row) for row in make(rows)]
+                if not partial.stat().st_size:
+                    _line(file, described)
+                _line(file, texts)
+                made += texts
+                advance(len(rows))
+        finally:
+            if not partial.stat().st_size:  # nothing came of it
+                partial.unlink()
     stored = dict(zip(names, made, strict=True))
     with write_aside(out) as aside:
         aside.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.unlink()
     return stored
+
+
+def _hold(file: Any, partial: Path) -> None:
+    """Keep other processes from writing until the file is closed. InputError where one does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{partial}: in use, another process writes it; wait for its end, or stop it first") from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def partial_of(out: Path) -> Path:

@@ -264,6 +264,7 @@ class Painter:
             raise InputError(f"images are made by diffusers, which is not installed: {DIFFUSERS}")
         import diffusers
 
+        transformers_library()  # without its bars: it loads the pipeline's text encoder
         diffusers.utils.logging.disable_progress_bar()
         half = {"torch_dtype": torch.float16} if torch.cuda.is_available() else {}
         try:

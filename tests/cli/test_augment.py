@@ -161,8 +161,26 @@ def test_mistakes(flags, message, tmp_path, capsys):
     assert message in refused(capsys, "augment", "captions", *DATA, *flags, "--out", out) and not out.exists()
 
 
+def test_two_processes_do_not_write_one_file(tmp_path, capsys):
+    import fcntl
+
+    out = tmp_path / "texts.json"
+    command = ["augment", "captions", *DATA, "--kind", "eda", "--out", out]
+    with open(tmp_path / "texts.json.partial", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "texts.json.partial: in use, another process" in refused(capsys, *command)
+        assert (tmp_path / "texts.json.partial").exists()
+    ran(capsys, *command)
+
+
 def test_data_are_asked_for(tmp_path, capsys):
     assert "expected --data" in refused(capsys, "augment", "captions", "--kind", "eda", "--out", tmp_path / "x.json")
+
+
+def test_a_prompt_that_is_too_long_leaves_nothing(tmp_path, capsys, words):
+    model = tiny_generators.causal(tmp_path / "model", words, context=40)
+    said = refused(capsys, *captions("--model", model, "--out", tmp_path / "x.json"))
+    assert "a context of 40" in said and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_model_that_is_not_there_leaves_nothing(tmp_path, capsys):
