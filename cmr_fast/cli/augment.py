@@ -73,8 +73,9 @@ class Captions(Making):
     out: Path
     """The JSON file that is written."""
     examples: str | None = None
-    """Of `rewrite`: the data whose captions the prompt shows (the paper: COCO's), three images with one more than COUNT
-    each. None: other images of the training split."""
+    """Of `rewrite`: a file of images with captions, a folder with one or a name, whose captions the prompt shows (the
+    paper: COCO's), three images with five each; photos need not be there. None: other images of the
+    training split."""
     prompt: str | None = None
     """Of `caption`: what the model is asked; "" for captioners that are asked nothing. None: the paper's, "what does
     the image describe?"."""
@@ -154,13 +155,15 @@ class Captions(Making):
     def _rewrite(self, split: "CaptionedImages") -> Callable[[range], Sequence[Sequence[str]]]:
         import numpy as np
 
-        from cmr_fast.models.generate import EXAMPLES, Rewriter, rewrite_prompt
+        from cmr_fast.data.texts import load_caption_groups
+        from cmr_fast.models.generate import EXAMPLES, WAYS, Rewriter, rewrite_prompt
 
-        shown = split if self.examples is None else load_captioned_images(self.examples, {}).train
-        rich = [row for row, own in enumerate(shown.text) if len(own) > self.count]
+        shown = split.text if self.examples is None else load_caption_groups(self.examples)
+        ways = min(self.count, WAYS)
+        rich = [row for row, own in enumerate(shown) if len(own) > ways]
         if len(rich) < EXAMPLES + (self.examples is None):
             raise InputError(
-                f"the prompt shows {EXAMPLES} other images with {1 + self.count} captions each, {len(rich)} have as "
+                f"the prompt shows {EXAMPLES} other images with {1 + ways} captions each, {len(rich)} have as "
                 "many; expected --examples DATA, or a smaller --count"
             )
         own = {row: place for place, row in enumerate(rich)} if self.examples is None else {}
@@ -169,10 +172,10 @@ class Captions(Making):
             """The captions of three images, none of them the row's own."""
             random = np.random.default_rng([self.seed, int(split.labels[row]), again])
             places = [i for i in random.permutation(len(rich))[: EXAMPLES + 1].tolist() if i != own.get(row)]
-            return [shown.text[rich[i]] for i in places[:EXAMPLES]]
+            return [shown[rich[i]] for i in places[:EXAMPLES]]
 
         model = Rewriter(str(self.model), self._sampling(160))
-        print(f"The prompt, of the first image:\n\n{rewrite_prompt(split.text[0][0], examples(0, 0), self.count)}\n")
+        print(f"The prompt, of the first image:\n\n{rewrite_prompt(split.text[0][0], examples(0, 0), ways)}\n")
 
         def make(rows: range) -> list[list[str]]:
             captions = [split.text[row][0] for row in rows]

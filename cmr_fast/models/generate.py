@@ -8,6 +8,7 @@ All draw from torch's global generator, or from one a picture; what they draw de
 """
 
 import importlib.util
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ CAPTION_PROMPT = "what does the image describe?"
 DIFFUSERS = 'pip install "cmr-fast[diffusion]"'
 TRIES = 5
 """How often a model is asked again that has given too few texts."""
-EXAMPLES = 3  # images in the prompt
+EXAMPLES, WAYS = 3, 4
+"""Images in the prompt, and rewritings that one prompt asks for at most."""
 _BETWEEN = re.compile(r"\n|=>")
 
 
@@ -130,14 +132,16 @@ class Rewriter:
         examples
             (row, try) -> captions of some images for the prompt.
         count
-            Texts for each caption. One that has fewer after TRIES prompts keeps what it has.
+            Texts for each caption, WAYS a prompt. One that has fewer after TRIES times as many prompts as that takes
+            keeps what it has.
         """
+        ways = min(count, WAYS)
 
         def ask(rows: Sequence[int], again: int) -> list[list[str]]:
-            prompts = [rewrite_prompt(captions[row], examples(row, again), count) for row in rows]
+            prompts = [rewrite_prompt(captions[row], examples(row, again), ways) for row in rows]
             return [rewritings(text) for text in self._continued(prompts)]
 
-        return _enough(captions, ask, count)
+        return _enough(captions, ask, count, TRIES * math.ceil(count / ways))
 
     @torch.no_grad()
     def _continued(self, prompts: Sequence[str]) -> list[str]:
@@ -224,11 +228,14 @@ class Captioner:
 
 
 def _enough(
-    originals: Sequence[str], ask: Callable[[Sequence[int], int], Sequence[Sequence[str]]], count: int
+    originals: Sequence[str],
+    ask: Callable[[Sequence[int], int], Sequence[Sequence[str]]],
+    count: int,
+    tries: int = TRIES,
 ) -> list[list[str]]:
-    """Ask (rows, try) until each row has `count` different texts, TRIES times at most."""
+    """Ask (rows, try) until each row has `count` different texts, `tries` times at most."""
     found: list[list[str]] = [[] for _ in originals]
-    for again in range(TRIES):
+    for again in range(tries):
         rows = [row for row, texts in enumerate(found) if len(texts) < count]
         if not rows:
             break

@@ -89,6 +89,13 @@ def test_the_prompt_shows_other_images(tmp_path, words, shapes, capsys, monkeypa
     assert len(seen) == len(own)
     assert all(len(set(shown)) == 3 and own[caption] not in shown for caption, all_ in seen.items() for shown in all_)
     assert len({tuple(all_[0]) for all_ in seen.values()}) > len(seen) // 2
+    table = tmp_path / "captions.csv"
+    rows = [f"{n}.jpg,{n} says {k}" for n in range(5) for k in range(3)]
+    table.write_text("\n".join(["image,caption", *rows, "5.jpg,alone"]) + "\n")
+    seen.clear()
+    ran(capsys, *command, "--force", "--images", "6", "--examples", table)
+    groups = {tuple(f"{n} says {k}" for k in range(3)) for n in range(5)}
+    assert {shown for all_ in seen.values() for three in all_ for shown in three} == groups
     said = refused(capsys, *command, "--force", "--images", "3")
     assert "the prompt shows 3 other images with 3 captions each, 3 have as many" in said
 

@@ -67,6 +67,20 @@ def test_rewritings_of_a_small_model(kind, tmp_path):
         assert not any("[" in text or "\n" in text or "=>" in text for text in texts)
 
 
+def test_more_than_four_rewritings_take_more_prompts(tmp_path, monkeypatch):
+    model = Rewriter(str(tiny_generators.causal(tmp_path, WORDS)), SHORT)
+    asked = []
+
+    def answered(self, prompts):
+        asked.append(prompts)
+        return [f"{len(asked)} a => {len(asked)} b"] * len(prompts)
+
+    monkeypatch.setattr(Rewriter, "_continued", answered)
+    (made,) = model(["a dog"], lambda row, again: OTHERS, 9)
+    assert made == [f"{n} {x}" for n in range(1, 6) for x in "ab"][:9]
+    assert all(prompt.startswith("Rewrite image captions in 4 different ways.") for (prompt,) in asked)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
     model = Rewriter(str(tiny_generators.causal(tmp_path, WORDS, context=40)), SHORT)
     with pytest.raises(InputError, match=r"the prompt takes \d+ tokens and 30 are to follow .*a context of 40"):
