@@ -328,8 +328,11 @@ def slug_of(settings: Mapping[str, Any]) -> str:
     """
     if not settings:
         return "mat-img"
-    what = settings.get("augment_text", settings.get("augment_image", ""))
-    parts = ["figure", Path(what).stem, settings.get("augment_select", "")]
+    side = "text" if "augment_text" in settings else "image"
+    what = settings[f"augment_{side}"]
+    if what not in ("eda", "human", "randaug"):
+        what = f"{side}s-{Path(what).stem}"
+    parts = ["figure", what, settings.get("augment_select", "")]
     parts += [f"{name[8:]}{settings[name]}" for name in ("augment_count", "augment_level") if name in settings]
     return "-".join(part for part in parts if part).lower()
 

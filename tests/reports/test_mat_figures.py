@@ -148,7 +148,8 @@ def test_points_of_the_figures_share_their_runs():
     assert all(points[0] == "mat-img" for lines in slugs.values() for points in lines.values())
     assert slugs["8"]["Top"] == slugs["3a"]["Top"] and slugs["3b"]["random"] == slugs["6"]["random"]
     assert slugs["7"]["RandAug"][1:] == [f"figure-randaug-level{n}" for n in range(1, 6)]
-    assert slugs["5"]["Top"][2] == "figure-rw-top-count2"
+    assert slugs["5"]["Top"][2] == "figure-texts-rw-top-count2"
+    assert slugs["3a"]["random"][4] == "figure-images-sd-random-count4"
     assert dict(made["5"].lines["Top"])[2] == {
         "augment_text": "here/rw.json", "augment_select": "top", "augment_reference": "ref", "augment_count": 2,
     }  # fmt: skip

@@ -109,14 +109,14 @@ def test_figures_of_number_and_strength_are_trainings_that_go_on(begun, tmp_path
     assert main(command) == 130
     assert main(command) == 0
     names = [f"figure-human-random-count{n}-seed0" for n in range(1, 5)]
-    names += [f"figure-rw-{select}-count{n}-seed0" for select in ("top", "random") for n in range(1, 5)]
+    names += [f"figure-texts-rw-{select}-count{n}-seed0" for select in ("top", "random") for n in range(1, 5)]
     names = ["ma2t-langrw-seed0", "mat-img-seed0", *names]
     assert trained == [*names[:4], *names[3:]]
     results = json.loads((out / "results.json").read_text())
     assert list(results["recalls"]) == ["start", "MA2T LangRW"]
     swept = results["figures"]["sweeps"]
     assert [point["x"] for point in swept["5"]["Top"]] == [0, 1, 2, 3, 4]
-    with np.load(out / "hits" / "figure-rw-top-count2-seed0.npz") as stored:
+    with np.load(out / "hits" / "figure-texts-rw-top-count2-seed0.npz") as stored:
         assert swept["5"]["Top"][2]["sga"] == {way: float(stored[f"sga/{way}"][:, 0].mean()) for way in ("tr", "ir")}
         assert "pgd2/tr" not in stored
     with np.load(out / "hits" / "mat-img-seed0.npz") as stored:
