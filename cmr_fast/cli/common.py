@@ -296,6 +296,18 @@ def check_least(**flags: tuple[int | None, int]) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
 
 
+def named_files(flag: str, given: tuple[str, ...]) -> dict[str, str]:
+    """{NAME: FILE} of a flag's NAME=FILE values, each of which must be there."""
+    files: dict[str, str] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file) or name in files:
+            raise InputError(f"--{flag} expects NAME=FILE, each name once, got {text!r}")
+        check_exists(Path(file))
+        files[name] = file
+    return files
+
+
 def refuse_flags(given: Mapping[str, Any], why: str) -> None:
     """InputError for the first flag of `given` with a value, which the command would not use."""
     for name, value in given.items():

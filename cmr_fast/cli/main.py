@@ -21,7 +21,10 @@ Your own data:  cmr-fast train acmr --data PATH
 
 Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
-COMMANDS = ("demo", "train", "encode", "index", "search", "dedup", "evaluate", "attack", "report", "study", "doctor")
+COMMANDS = (
+    *("demo", "augment", "train", "encode", "index", "search"),
+    *("dedup", "evaluate", "attack", "report", "study", "doctor"),
+)
 EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"} | dict.fromkeys(
     ("faiss", "asv", "torchmetrics"), "bench"
 )
@@ -123,6 +126,9 @@ def _parse(arguments: list[str]) -> Any:
         if rest and rest[0] == "mlm":
             return _cli(choices["mlm"], f"{PROGRAM} train mlm", rest[1:])
         return _choose(choices, f"{PROGRAM} train", inspect.getdoc(train.Train) or "", rest or ["--help"])
+    if name == "augment":
+        augment = import_module("cmr_fast.cli.augment")
+        return _choose(augment.KINDS, f"{PROGRAM} augment", inspect.getdoc(_augment_help) or "", rest or ["--help"])
     if name in COMMANDS:
         return _cli(_command(name), f"{PROGRAM} {name}", rest)
     # help, or a command that there is not: the parser of everything says so
@@ -130,14 +136,21 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _command(name: str) -> Any:
-    """The dataclass of a command's flags, whose `__call__` runs it; of `train` what its help says."""
-    if name == "train":
-        return _train_help
+    """The dataclass of a command's flags, whose `__call__` runs it; of `train` and `augment` what their help says."""
+    if name in ("train", "augment"):
+        return _train_help if name == "train" else _augment_help
     return getattr(import_module(f"cmr_fast.cli.{name}"), name.capitalize())
 
 
 def _train_help() -> None:
     """Train a method of the papers, then measure it beside the baselines."""
+
+
+def _augment_help() -> None:
+    """Make the captions and images that MA2T trains on beside the originals, and measure them.
+
+    Example:  cmr-fast augment captions --data flickr8k --kind eda --out eda.json
+    """
 
 
 def _cli(what: Any, program: str, arguments: list[str]) -> Any:

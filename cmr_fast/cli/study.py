@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from cmr_fast.cli.common import DataFlags, check_exists, check_folder, load_captioned_images, refuse_flags
+from cmr_fast.cli.common import DataFlags, check_exists, check_folder, load_captioned_images, named_files, refuse_flags
 from cmr_fast.errors import InputError
 
 
@@ -33,8 +33,16 @@ class Study(DataFlags):
     seeds: tuple[int, ...] = (0,)
     """Of the trainings."""
     rows: tuple[str, ...] = ()
-    """Some of: finetune, TeCoA, MAT_Img, MAT, "MA2T EDA", "MA2T Human", "MA2T RandAug", and later work: MMCoA, FARE,
-    LEAF, and TTC, a defence at test time that trains nothing. None: all but the later."""
+    """Some of: finetune, TeCoA, MAT_Img, MAT, "MA2T EDA", "MA2T Human", "MA2T RandAug", "MA2T NAME" of files, and later
+    work: MMCoA, FARE, LEAF, and TTC, a defence at test time that trains nothing. None: all but the later."""
+    figures: tuple[str, ...] = ()
+    """Trainings for figures, a run a point: 3a 8 (number of SD images), 3b 6 (of captions by people), 4 (EDA), 5
+    (LangRW), 7 (strength of RandAugment). Figures 1 and 2 are in every report."""
+    augment_text: tuple[str, ...] = ()
+    """NAME=FILE of captions that `cmr-fast augment captions` made, such as LangRW=langrw.json: a row, and in the
+    figures."""
+    augment_image: tuple[str, ...] = ()
+    """NAME=FOLDER (or images.json) of what `cmr-fast augment images` made, such as SD=images."""
     out: Path | None = None
     """The folder of runs and report. None: runs/study-mat-SCALE."""
     quiet: bool = False
@@ -53,10 +61,10 @@ class Study(DataFlags):
         check_folder(out)
         assert self.data is not None
         dataset = load_captioned_images(self.data, self.loader_options())
-        rows = self.rows or tuple(mat_study.ROWS)
         mat_study.study(
-            dataset, out, start=self.start, mlm=self.mlm, scale=self.scale, seeds=self.seeds, rows=rows,
-            quiet=self.quiet,
+            dataset, out, start=self.start, mlm=self.mlm, scale=self.scale, seeds=self.seeds, rows=self.rows,
+            quiet=self.quiet, wanted=self.figures, texts=named_files("augment-text", self.augment_text),
+            images=named_files("augment-image", self.augment_image),
         )  # fmt: skip
         if not self.quiet:
             print(f"\nReport: {out / 'index.html'}")

@@ -464,3 +464,53 @@ class RandAugment:
             "translate y": (1, 0, 0, 0, 1, move),
         }[operation]
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey)
+
+
+def random_crops(images: Tensor, least: float, *, seed: int = 0, index: Sequence[int] | None = None) -> Tensor:
+    """A part of each image scaled to the size of the whole: of `least` to all of its area, sides from 3:4 to 4:3.
+
+    Parameters
+    ----------
+    images
+        uint8 (N, 3, H, W).
+    least
+        Above 0, at most 1.
+    seed
+        Of the draws, which depend on it and on an image's `index`, and on nothing else.
+    index
+        Numbers that an image's draws depend on. None: their places.
+
+    Returns
+    -------
+    Tensor
+        uint8 (N, 3, H, W).
+
+    Raises
+    ------
+    InputError
+        For a share out of its range.
+
+    Notes
+    -----
+    torchvision's RandomResizedCrop, bicubic as ALBEF has it: area and logarithm of the sides' ratio are uniform; where
+    ten draws do not fit into the image, it stays whole.
+    """
+    from PIL import Image
+
+    if not 0 < least <= 1:
+        raise InputError(f"least must be a share of the area above 0 and at most 1, got {least!r}")
+    out = images.clone()
+    height, width = images.shape[2:]
+    for row, number in enumerate(range(len(images)) if index is None else index):
+        random = np.random.default_rng([seed, int(number), 1])
+        for _ in range(10):
+            area = height * width * random.uniform(least, 1)
+            ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+            if 0 < w <= width and 0 < h <= height:
+                x, y = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+                image = Image.fromarray(images[row].permute(1, 2, 0).contiguous().cpu().numpy())
+                part = image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+                out[row] = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+                break
+    return out

@@ -32,21 +32,56 @@ def load_texts(path_or_name: str | os.PathLike[str], split: str = "train") -> li
     """
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    path = _file(path_or_name)
+    if path.suffix == ".txt" and not is_table(path):
+        texts = _lines(path) if split == "train" else []
+    else:
+        texts = [caption for captions in _of_images(path, split) for caption in captions]
+    texts = [stripped for text in texts if (stripped := text.strip())]
+    if split == "train" and not texts:
+        raise InputError(f"{path}: has no captions of the {split} split")
+    return texts
+
+
+def load_caption_groups(path_or_name: str | os.PathLike[str]) -> list[tuple[str, ...]]:
+    """The captions of each image of the training split; no photo is looked for.
+
+    Parameters
+    ----------
+    path_or_name : str or path
+        A file of images with captions as `load_captions` reads them, or a folder with one; or a name under
+        $CMR_FAST_DATA.
+
+    Returns
+    -------
+    list of tuple of str
+        As they stand in the file, without the white space around them; empty ones are left out.
+
+    Raises
+    ------
+    InputError
+        Where there are none, and for a file of another form.
+    """
+    path = _file(path_or_name)
+    groups = [tuple(text for caption in row if (text := caption.strip())) for row in _of_images(path, "train")]
+    if not any(groups):
+        raise InputError(f"{path}: has no captions of the train split")
+    return groups
+
+
+def _file(path_or_name: str | os.PathLike[str]) -> Path:
     path = find(path_or_name)
     if path.is_dir():
         file = file_in(path)
         if file is None:
             raise InputError(f"{path}: no file of captions there, expected one such as dataset_flickr8k.json")
         path = file
-    if path.suffix == ".txt" and not is_table(path):
-        texts = _lines(path) if split == "train" else []
-    else:
-        wanted = (split, "") if split == "train" else (split,)  # files that name no splits are training data
-        texts = [caption for item in read_items(path) if item.split in wanted for caption in item.captions]
-    texts = [stripped for text in texts if (stripped := text.strip())]
-    if split == "train" and not texts:
-        raise InputError(f"{path}: has no captions of the {split} split")
-    return texts
+    return path
+
+
+def _of_images(path: Path, split: str) -> list[tuple[str, ...]]:
+    wanted = (split, "") if split == "train" else (split,)  # files that name no splits are training data
+    return [item.captions for item in read_items(path) if item.split in wanted]
 
 
 def _lines(path: Path) -> list[str]:

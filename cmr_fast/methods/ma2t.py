@@ -1,26 +1,39 @@
 """MA2T's data: pairs of which one side is augmented join those of the data set (Algorithm 1, lines 1 to 5).
 
     D <- D + {(I, T_aug)}     texts: EDA of the caption, the image's other captions, or those of a file
-    D <- D + {(I_aug, T)}     images: RandAugment in ALBEF's form, 2 operations at level 5
+    D <- D + {(I_aug, T)}     images: RandAugment in ALBEF's form, 2 operations at level 5, or those of files
 
 four for each original (section 4.2). What is augmented depends on the image's id alone: it is the same in every pass.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cmr_fast.data.augment import EDA, RandAugment, WordNet
+from cmr_fast.data.augment import EDA, RandAugment, WordNet, random_crops
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.photos import Photos
 from cmr_fast.errors import InputError
-from cmr_fast.methods._settings import check_least
+from cmr_fast.methods._settings import check_choices, check_least
+from cmr_fast.methods.candidates import (
+    SELECTIONS,
+    image_scores,
+    images_in,
+    names_of,
+    photos_like,
+    reference_model,
+    taken,
+    text_scores,
+    texts_in,
+)
+from cmr_fast.models.dual import DualEncoder
 
 ALPHA, OPERATIONS, LEVEL = 0.3, 2, 5  # appendix A.1
+LEVELS = ((0.8, 0, 0), (0.8, 2, 3), (0.7, 2, 5), (0.6, 2, 7), (0.5, 2, 9))
+"""Figure 7's strengths (appendix A.3): the least share of an image that a crop keeps, operations, their level."""
 BOTH = (
     "pairs with both sides augmented are trained on (augment_both): image and text need not be aligned, and the paper "
     "found that it degrades the model"
@@ -35,10 +48,19 @@ class AugmentConfig:
     """MA2T's texts for each image: `eda` of its first caption (alpha 0.3), `human`, its captions after the first, or a
     JSON file {image: [texts]} of what some model made of captions or images; `none` for no such pairs."""
     augment_image: str = "none"
-    """MA2T's images for each caption: `randaug` (2 operations of level 5), or `none`. Beside texts, its pairs join
+    """MA2T's images for each caption: `randaug` (2 operations of level 5), a JSON file {image: [image files]} of what
+    some model made, or a folder with 123_0.png, 123_1.png, ... of 123.jpg; or `none`. Beside texts, its pairs join
     theirs: each has one side as it was."""
     augment_count: int = 4
     """Augmented pairs for each original, of texts and of images."""
+    augment_select: Literal["first", "top", "random"] = "first"
+    """Which, where `human` or files have more: the first, those best aligned with the other side in a reference model
+    (the paper's Top), or some drawn once."""
+    augment_reference: str = ""
+    """The reference model of `top`: a run on captions, or a pretrained model such as
+    open_clip/ViT-B-16-quickgelu@openai."""
+    augment_level: int = 0
+    """Of `randaug`, 1 to 5: crops and operations as strong as in the paper's Figure 7. 0: 2 operations of level 5."""
     augment_both: bool = False
     """Pair augmented texts with augmented images instead. The paper warns that this degrades the model."""
     wordnet: str = ""
@@ -46,18 +68,37 @@ class AugmentConfig:
 
     def check_augment(self) -> None:
         """InputError for values out of range, and for settings that do not go together."""
-        check_least(self, augment_count=1)
+        check_least(self, augment_count=1, augment_level=0)
+        check_choices(self, augment_select=SELECTIONS)
         texts, images = self.augment_text != "none", self.augment_image != "none"
         if self.augment_text not in ("none", "eda", "human") and not self.augment_text.endswith(".json"):
             raise InputError(f"augment_text must be none, eda, human or a .json file, got {self.augment_text!r}")
-        if self.augment_image not in ("none", "randaug"):
-            raise InputError(f"augment_image must be none or randaug, got {self.augment_image!r}")
+        if self.augment_level > len(LEVELS) or (self.augment_level and self.augment_image != "randaug"):
+            raise InputError(
+                f"augment_level must be 0 to {len(LEVELS)}, and is for augment_image randaug; got {self.augment_level} "
+                f"and {self.augment_image}"
+            )
         if self.augment_both and not (texts and images):
             raise InputError(
                 "augment_both pairs augmented texts with augmented images: expected both augment_text and augment_image"
             )
         if self.wordnet and self.augment_text != "eda":
             raise InputError(f"wordnet is for augment_text eda, got {self.augment_text!r}")
+        if self.augment_select != "first" and self.augment_text in ("none", "eda") and not self.images_lie_there:
+            raise InputError(
+                f"augment_select {self.augment_select} is of candidates that are there: expected augment_text human or "
+                f"a file, or augment_image from files, got {self.augment_text} and {self.augment_image}"
+            )
+        if (self.augment_select == "top") != bool(self.augment_reference):
+            raise InputError(
+                "augment_select top is by a reference model: expected augment_reference RUN with it, and with it "
+                f"alone; got {self.augment_select} and {self.augment_reference!r}"
+            )
+
+    @property
+    def images_lie_there(self) -> bool:
+        """Whether augmented images come from files."""
+        return self.augment_image not in ("none", "randaug")
 
     @property
     def augments(self) -> bool:
@@ -77,11 +118,17 @@ class MorePairs:
         Rows of a block.
     images_from
         The first row whose image is augmented; as many as there are rows where none is.
+    files
+        The augmented images, one for each row from there on; None: RandAugment makes them.
+    level
+        Of RandAugment, see AugmentConfig.
     """
 
     split: CaptionedImages
     originals: int
     images_from: int
+    files: Photos | None = None
+    level: int = 0
 
     @property
     def blocks(self) -> int:
@@ -102,8 +149,11 @@ class MorePairs:
         if not len(moved):
             return batch.pixels()
         raw = (batch.image.pixels() if isinstance(batch.image, Photos) else batch.image).clone()
-        numbers = batch.labels.cpu()[moved] * self.blocks + rows[moved] // self.originals
-        more = RandAugment(OPERATIONS, LEVEL)(raw[moved.to(raw.device)].cpu(), index=numbers.tolist())
+        if self.files is None:
+            numbers = batch.labels.cpu()[moved] * self.blocks + rows[moved] // self.originals
+            more = _randaug(raw[moved.to(raw.device)].cpu(), numbers.tolist(), self.level)
+        else:
+            more = self.files[rows[moved] - self.images_from].pixels()
         raw[moved.to(raw.device)] = more.to(raw.device)
         return raw.float() / 255
 
@@ -128,28 +178,41 @@ def more_pairs(train: CaptionedImages, config: AugmentConfig, captions: int) -> 
     Raises
     ------
     InputError
-        Where a file or an image's captions do not give as many texts as are needed.
+        Where a file or an image's captions do not give as many texts or images as are needed, and where the reference
+        model is not there.
     """
+    reference = reference_model(config.augment_reference) if config.augment_select == "top" else None
     count, originals = config.augment_count, len(train)
     own = [row[: captions or None] for row in train.text]
     texts: list[tuple[str, ...]] = list(own)
     if config.augment_text != "none":
-        more = _texts(train, config, captions)
+        more = _texts(train, config, captions, reference)
         texts += [(row[variant],) for variant in range(count) for row in more]
     images_from = originals if config.augment_both else len(texts)
+    files = _images(train, config, reference) if config.images_lie_there else None
     if config.augment_image != "none" and not config.augment_both:
         texts += own * count
     rows = torch.arange(originals).repeat(len(texts) // originals)
     split = CaptionedImages(train.image[rows], tuple(texts), train.labels.cpu()[rows])
-    return MorePairs(split, originals, images_from if config.augment_image != "none" else len(texts))
+    images_from = images_from if config.augment_image != "none" else len(texts)
+    return MorePairs(split, originals, images_from, files, config.augment_level)
 
 
-def _texts(train: CaptionedImages, config: AugmentConfig, captions: int) -> list[Sequence[str]]:
+def _randaug(images: Tensor, numbers: list[int], level: int) -> Tensor:
+    if not level:
+        return RandAugment(OPERATIONS, LEVEL)(images, index=numbers)
+    least, operations, strength = LEVELS[level - 1]
+    return RandAugment(operations, strength)(random_crops(images, least, index=numbers), index=numbers)
+
+
+def _texts(
+    train: CaptionedImages, config: AugmentConfig, captions: int, reference: DualEncoder | None
+) -> list[list[str]]:
     """`augment_count` texts for each image."""
     count = config.augment_count
     if config.augment_text == "eda":
         synonyms = WordNet(config.wordnet) if config.wordnet else None
-        return list(EDA(ALPHA, count, synonyms=synonyms)([row[0] for row in train.text], index=train.labels.tolist()))
+        return EDA(ALPHA, count, synonyms=synonyms)([row[0] for row in train.text], index=train.labels.tolist())
     if config.augment_text == "human":
         if captions != 1:
             raise InputError(
@@ -159,40 +222,19 @@ def _texts(train: CaptionedImages, config: AugmentConfig, captions: int) -> list
         if few:
             raise InputError(
                 f"augment_text human needs {1 + count} captions of every image (augment_count is {count}): "
-                f"{len(few)} of {len(train)} have fewer, {_names(train)[few[0]]} has {len(train.text[few[0]])}"
+                f"{len(few)} of {len(train)} have fewer, {names_of(train)[few[0]]} has {len(train.text[few[0]])}"
             )
-        return [row[1 : 1 + count] for row in train.text]
-    return _from_file(Path(config.augment_text), train, count)
+        candidates = [list(row[1:]) for row in train.text]
+    else:
+        candidates = texts_in(Path(config.augment_text), train, count)
+    scores = None if reference is None else text_scores(reference, train, candidates)
+    return taken(candidates, count, config.augment_select, train.labels.tolist(), scores)
 
 
-def _from_file(file: Path, train: CaptionedImages, count: int) -> list[Sequence[str]]:
-    try:
-        stored = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(stored, dict) or not all(
-        isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
-        for texts in stored.values()
-    ):
-        raise InputError(f"{file}: expected an object of image names, each with a list of texts that have words")
-    names = _names(train)
-    photos = {photo.name for photo in train.image.files} if isinstance(train.image, Photos) else None
-    # those of the other splits are known too
-    if unknown := [name for name in stored if (not name.isdecimal() if photos is None else name not in photos)]:
-        raise InputError(
-            f"{file}: names {len(unknown)} of {len(stored)} images that are not in the data set, {unknown[0]!r} first; "
-            f"expected names like {names[0]!r}"
-        )
-    if few := [name for name in names if len(stored.get(name, ())) < count]:
-        raise InputError(
-            f"{file}: expected {count} texts for each training image (augment_count): {len(few)} of {len(names)} have "
-            f"fewer, {few[0]} has {len(stored.get(few[0], ()))}"
-        )
-    return [stored[name][:count] for name in names]
-
-
-def _names(train: CaptionedImages) -> list[str]:
-    """What images are called in a file: by their photo, or by their id where they have none."""
-    if isinstance(train.image, Photos):
-        return [str(train.image.name(row)) for row in range(len(train))]
-    return [str(label) for label in train.labels.tolist()]
+def _images(train: CaptionedImages, config: AugmentConfig, reference: DualEncoder | None) -> Photos:
+    """`augment_count` images for each caption, block by block."""
+    count = config.augment_count
+    candidates = images_in(Path(config.augment_image), train, count)
+    scores = None if reference is None else image_scores(reference, train, candidates)
+    chosen = taken(candidates, count, config.augment_select, train.labels.tolist(), scores)
+    return photos_like([row[variant] for variant in range(count) for row in chosen], train)

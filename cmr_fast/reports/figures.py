@@ -120,6 +120,22 @@ def plot_lines(
         axes[0].legend()
 
 
+def plot_panels(
+    path: Path, title: str, panels: Mapping[str, Mapping[str, Curve]], xlabel: str, ylabel: str, *,
+    looks: Sequence[str],
+) -> None:  # fmt: skip
+    """A panel an entry beside each other, panels[panel title][line name] = (x, y); y begins at 0, x is shared."""
+    with _panels(path, title, 1, len(panels), (4.3 * len(panels), 3.7)) as (_, axes):
+        for axis, (panel, lines) in zip(axes, panels.items(), strict=True):
+            for name, (x, y) in lines.items():
+                axis.plot(x, y, label=name, **_look(looks.index(name)) | {"marker": ""})
+            axis.set_title(panel)
+            axis.set_xlabel(xlabel)
+            axis.set_ylim(bottom=0)
+            axis.legend()
+        axes[0].set_ylabel(ylabel)
+
+
 def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], xlabel: str) -> None:
     """Horizontal bars, bars[series][row] = a share from 0 to 1, the series of a row under each other."""
     rows = list(dict.fromkeys(row for series in bars.values() for row in series))

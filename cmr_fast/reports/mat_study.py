@@ -1,4 +1,4 @@
-"""MAT's study (Tables 1 to 3, 5) at a chosen size: every defence from one model, all attacked, which findings hold.
+"""MAT's study (Tables 1 to 3, 5, figures) at a chosen size: all defences from one model, attacked, what findings hold.
 
 Runs are in OUT/runs, what attacks leave of them in OUT/hits; what is there already is not made again, so that a study
 that was stopped goes on. Intervals are 95 % of 2,000 bootstrap draws of images, each with its captions and its pairs.
@@ -17,14 +17,15 @@ from cmr_fast._terminal import show, table_of_numbers
 from cmr_fast.attacks.multimodal.recall import WAYS
 from cmr_fast.attacks.multimodal.ttc import Counterattack
 from cmr_fast.errors import InputError
-from cmr_fast.methods import METHODS
+from cmr_fast.methods import METHODS, candidates
 from cmr_fast.methods._runfolder import RESULTS, write_json
 from cmr_fast.methods.loop import load_model, train
 from cmr_fast.methods.mat import MatConfig, PgdConfig
 from cmr_fast.methods.method import CaptionRetriever, RunConfig
 from cmr_fast.models.mlm import MaskedLM
-from cmr_fast.reports import figures
+from cmr_fast.reports import figures, mat_figures
 from cmr_fast.reports.attacked_captions import KS, examine
+from cmr_fast.reports.bootstrap import interval as _interval
 from cmr_fast.reports.defended_captions import examine_adaptive
 from cmr_fast.reports.page import write_page
 
@@ -53,7 +54,6 @@ ROWS: Mapping[str, tuple[str, dict[str, Any]]] = {
 BOTH_SIDES = ("co-attack", "sga")
 ATTACKS = ("pgd10", "apgd10-ce", "bert-attack", *BOTH_SIDES)
 GAP = (MAT, HUMAN)  # attacked on training images too
-DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ OVERFIT = "More captions narrow the gap between training and test images under C
 
 def study(
     dataset: "CaptionedDataset", out: Path, *, start: Path, mlm: Path, scale: str = "tiny",
-    seeds: Sequence[int] = (0,), rows: Sequence[str] = tuple(ROWS), quiet: bool = False,
+    seeds: Sequence[int] = (0,), rows: Sequence[str] = (), quiet: bool = False, wanted: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None, images: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train every row from one model, attack it, and write the report.
 
@@ -148,9 +149,13 @@ def study(
     seeds
         Of the trainings: each row is trained once a seed.
     rows
-        Of ROWS and LATER, or TTC.
+        Of ROWS, LATER, "MA2T NAME" of files, and TTC. None: ROWS, and those of files.
     quiet
         Print nothing.
+    wanted
+        Figures that are trainings, of mat_figures.FIGURES; 1 and 2 are always there.
+    texts, images
+        Name -> a file of augmented texts or images, as `cmr-fast augment` makes it.
 
     Returns
     -------
@@ -164,8 +169,14 @@ def study(
     """
     if scale not in SCALES:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if unknown := [name for name in rows if name not in {**ROWS, **LATER} and name != TTC]:
-        raise InputError(f"rows must be of {', '.join([*ROWS, *LATER, TTC])}, got {unknown[0]!r}")
+    texts, images = mat_figures.check_names(texts or {}, images or {})
+    ours = {f"MA2T {name}": ("mat", {"augment_text": file}) for name, file in texts.items()}
+    ours |= {f"MA2T {name}": ("mat", {"augment_image": file}) for name, file in images.items()}
+    known = {**ROWS, **ours, **LATER}
+    rows = rows or (*ROWS, *ours)
+    if unknown := [name for name in rows if name not in known and name != TTC]:
+        raise InputError(f"rows must be of {', '.join([*known, TTC])}, got {unknown[0]!r}")
+    sweeps = mat_figures.sweeps(wanted, reference=str(start), texts=texts, images=images)
     if not seeds:
         raise InputError("seeds must be one number or more, got none")
     size, words = SCALES[scale], MaskedLM.load(mlm)
@@ -176,7 +187,7 @@ def study(
         for name in (START, *rows) if seed == seeds[0] else rows:
             folder = out / "runs" / f"{_slug(name)}-seed{seed}"
             trains = name not in (START, TTC)
-            model = _trained(name, data, folder, start, mlm, size, seed, quiet) if trains else load_model(start)
+            model = _trained(known[name], data, folder, start, mlm, size, seed, quiet) if trains else load_model(start)
             assert isinstance(model, CaptionRetriever)
             file = f"{_slug(name)}-seed{seed}"
             defence = Counterattack(model.dual, seed=seed) if name == TTC else None
@@ -184,6 +195,19 @@ def study(
             if name in GAP:
                 found["train"] = _hits(out, f"{file}-train", model, parts["train"], words, ("co-attack",))
             hits.setdefault(name, []).append(found)
+    points: dict[str, dict[str, dict[str, float]]] = {}
+    for settings in [s for sweep in sweeps.values() for line in sweep.lines.values() for _, s in line]:
+        run = f"{(slug := mat_figures.slug_of(settings))}-seed{seeds[0]}"
+        if slug not in points:
+            model = _trained(("mat-img", settings), data, out / "runs" / run, start, mlm, size, seeds[0], quiet)
+            left = _hits(out, run, model, parts["test"], words, ("sga",) if settings else ATTACKS).found
+            points[slug] = {a: {way: float(left[a][way][:, 0].mean()) for way in WAYS} for a in ("clean", "sga")}
+    reference = candidates.reference_model(str(start))
+    shown = dataset.train.select(torch.arange(min(size.images, len(dataset.train))))
+    measured = mat_figures.measure(reference, shown, texts=texts, images=images)
+    out.mkdir(parents=True, exist_ok=True)
+    densities, pages = mat_figures.write_densities(measured, out)
+    swept, more = mat_figures.write_sweeps(sweeps, points, out)
     title = f"MAT's study on {dataset.name}, scale {scale}"
     results = {
         "data": dataset.name,
@@ -194,9 +218,10 @@ def study(
         "seeds": list(seeds),
         "recalls": {name: _recalls([seed["test"] for seed in found]) for name, found in hits.items()},
         "findings": _findings(hits),
+        "figures": {"densities": densities, "sweeps": swept, "words": mat_figures.words_of(measured)},
     }
     write_json(out / "results.json", results)
-    _write(results, out, title, size)
+    _write(results, out, title, size, [*pages, *more])
     if not quiet:
         _print(results, title)
     return results
@@ -212,12 +237,13 @@ def _slug(name: str) -> str:
 
 
 def _trained(
-    name: str, data: "CaptionedDataset", folder: Path, start: Path, mlm: Path, size: Scale, seed: int, quiet: bool
-) -> Any:
+    row: tuple[str, Mapping[str, Any]], data: "CaptionedDataset", folder: Path, start: Path, mlm: Path, size: Scale,
+    seed: int, quiet: bool,
+) -> Any:  # fmt: skip
     """The model of a row, trained where it is not there yet."""
-    method, changes = {**ROWS, **LATER}[name]
+    method, changes = row
     kind = METHODS[method]
-    settings = {"start": str(start), "max_steps": size.steps, "batch_size": size.batch, "lr": size.lr} | changes
+    settings = {"start": str(start), "max_steps": size.steps, "batch_size": size.batch, "lr": size.lr, **changes}
     if issubclass(kind.Config, PgdConfig):
         settings |= {"steps": size.image_steps, "alpha": size.alpha}
     if issubclass(kind.Config, MatConfig):
@@ -282,14 +308,6 @@ def _scores(found: Sequence[Hits], attacks: Sequence[str]) -> np.ndarray:
     return np.asarray(np.mean(values, axis=0))
 
 
-def _interval(parts: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """The sum of the means of independent samples, and its 95 % bootstrap interval."""
-    random = np.random.default_rng(0)
-    drawn = sum(part[random.integers(len(part), size=(DRAWS, len(part)))].mean(axis=1) for part in parts)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(sum(part.mean() for part in parts)), float(low), float(high)
-
-
 def _findings(hits: Mapping[str, Sequence[Mapping[str, Hits]]]) -> list[dict[str, Any]]:
     """Each finding whose rows are there: the difference in R@1, its interval, and what that says."""
     told = []
@@ -311,7 +329,7 @@ def _findings(hits: Mapping[str, Sequence[Mapping[str, Hits]]]) -> list[dict[str
 
 def _told(words: str, parts: Sequence[np.ndarray]) -> dict[str, Any]:
     difference, low, high = _interval(parts)
-    verdict = "holds here" if low > 0 else "the reverse holds here" if high < 0 else "cannot be told here"
+    verdict = mat_figures.verdict(low, high)
     return {"finding": words, "difference": difference, "low": low, "high": high, "verdict": verdict}
 
 
@@ -330,10 +348,10 @@ def _words(results: Mapping[str, Any]) -> list[str]:
         f"{told['finding']}: {told['verdict']} ({100 * told['difference']:+.1f} points of R@1, 95 % from "
         f"{100 * told['low']:+.1f} to {100 * told['high']:+.1f})"
         for told in results["findings"]
-    ]
+    ] + results["figures"]["words"]
 
 
-def _write(results: Mapping[str, Any], out: Path, title: str, size: Scale) -> None:
+def _write(results: Mapping[str, Any], out: Path, title: str, size: Scale, pages: Sequence[tuple[str, str]]) -> None:
     shown = ("clean", *BOTH_SIDES)
     bars = {
         attack: {
@@ -350,7 +368,8 @@ def _write(results: Mapping[str, Any], out: Path, title: str, size: Scale) -> No
         f"{size.image_steps} x {size.alpha * 255:.3g}/255 for images in training; {seeds} seed(s). Worst: queries that "
         "survive every attack. Intervals are over images, not over seeds."
     )
-    write_page(out, title, HEAD, _table(results), note, [("recall.png", "R@1 by defence")], words=_words(results))
+    pages = [("recall.png", "R@1 by defence"), *pages]
+    write_page(out, title, HEAD, _table(results), note, pages, words=_words(results))
 
 
 def _print(results: Mapping[str, Any], title: str) -> None:

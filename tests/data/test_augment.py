@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmr_fast.data import EDA, MaskedSynonyms, RandAugment, WordNet
-from cmr_fast.data.augment import STOP_WORDS
+from cmr_fast.data.augment import STOP_WORDS, random_crops
 from cmr_fast.errors import InputError
 
 KNOWN = {"dog": ["hound", "domestic dog", "Dog"], "runs": ["races"], "ball": ["sphere"], "the": ["thee"]}
@@ -178,3 +178,23 @@ def test_geometry():
     pixels[:, 10] = 255
     moved = np.array(RandAugment(1, 10).apply(image_module.fromarray(pixels), "translate x"))
     assert (moved[:, 0] == 255).all() and (moved[:, 10:] == 128).all()
+
+
+@pytest.mark.parametrize("least", [0.5, 0.9])
+def test_crops_are_parts_of_the_area_that_was_asked_for(least):
+    """Of a picture whose colours are its coordinates: where the corners came from says which part it was."""
+    pytest.importorskip("PIL")
+    ramp = torch.arange(64, dtype=torch.uint8) * 4
+    image = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64, dtype=torch.uint8)])
+    made = random_crops(image.expand(200, 3, 64, 64), least, seed=1).float()
+    width = (made[:, 0, 32, 60] - made[:, 0, 32, 4]) / 4 / 56
+    height = (made[:, 1, 60, 32] - made[:, 1, 4, 32]) / 4 / 56
+    area, ratio = width * height, width / height
+    assert least - 0.05 < area.min() < least + 0.1 and 0.9 < area.max() < 1.05
+    assert 0.7 < ratio.min() < 0.9 and 1.1 < ratio.max() < 1.4
+    left, right = made[:, 0, 32, 0], made[:, 0, 32, 63]
+    assert left.min() == 0 and right.max() == 252 and left.std() > 1
+    again = random_crops(image[None], least, seed=1, index=[7])[0]
+    assert torch.equal(again, made[7].byte())
+    with pytest.raises(InputError, match="above 0 and at most 1, got 0"):
+        random_crops(image[None], 0)

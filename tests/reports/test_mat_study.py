@@ -67,7 +67,8 @@ def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path
     for told in results["findings"]:
         assert told["low"] <= told["difference"] <= told["high"]
         assert told["verdict"] in ("holds here", "the reverse holds here", "cannot be told here")
-    for file in ("index.html", "README.md", "results.csv", "recall.png"):
+    assert list(results["figures"]["densities"]["alignment"]) == ["Orig.", "EDA", "Human", "RandAug"]
+    for file in ("index.html", "README.md", "results.csv", "recall.png", "figure-1.png", "figure-2.png"):
         assert (out / file).stat().st_size > 0
     before = (out / "README.md").read_text()
     assert main(command) == 0 and trained == ["finetune", "mat", "mat", "mat"]
@@ -103,6 +104,49 @@ def test_a_defence_at_test_time_is_attacked_through_and_trains_nothing(begun, tm
     assert through == [(0, mat_study.ATTACKS), (3, mat_study.ATTACKS)]
     assert list(json.loads((out / "results.json").read_text())["recalls"]) == ["start", "TTC"]
     assert not (out / "runs").exists()
+
+
+def test_figures_of_number_and_strength_are_trainings_that_go_on(begun, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "study"
+    train_split = load_captions("shapes", count=40).train
+    made = {str(n): [f"a {n} {k}" for k in range(5)] for n in train_split.labels.tolist()}
+    (tmp_path / "rw.json").write_text(json.dumps(made))
+    command = ["study", "mat", *DATA, *begun, "--out", str(out), "--rows", "MA2T LangRW"]
+    command += ["--figures", "3b", "5", "--augment-text", f"LangRW={tmp_path / 'rw.json'}"]
+    trained = []
+    original = mat_study.train
+
+    def dying(method, *arguments):
+        trained.append(arguments[2].out.name)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return original(method, *arguments)
+
+    monkeypatch.setattr(mat_study, "train", dying)
+    assert main(command) == 130
+    assert main(command) == 0
+    names = [f"figure-human-random-count{n}-seed0" for n in range(1, 5)]
+    names += [f"figure-texts-rw-{select}-count{n}-seed0" for select in ("top", "random") for n in range(1, 5)]
+    names = ["ma2t-langrw-seed0", "mat-img-seed0", *names]
+    assert trained == [*names[:4], *names[3:]]
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["recalls"]) == ["start", "MA2T LangRW"]
+    swept = results["figures"]["sweeps"]
+    assert [point["x"] for point in swept["5"]["Top"]] == [0, 1, 2, 3, 4]
+    with np.load(out / "hits" / "figure-texts-rw-top-count2-seed0.npz") as stored:
+        assert swept["5"]["Top"][2]["sga"] == {way: float(stored[f"sga/{way}"][:, 0].mean()) for way in ("tr", "ir")}
+        assert "pgd2/tr" not in stored
+    with np.load(out / "hits" / "mat-img-seed0.npz") as stored:
+        assert "pgd2/tr" in stored
+    assert len((out / "sweeps.csv").read_text().splitlines()) == 1 + 2 * (5 + 10)
+    page = (out / "index.html").read_text()
+    for number in ("1", "2", "3b", "5"):
+        assert (out / f"figure-{number}.png").stat().st_size > 0 and f"figure-{number}.png" in page
+    before = (out / "README.md").read_text()
+    assert main(command) == 0 and len(trained) == len(names) + 1 and (out / "README.md").read_text() == before
+    capsys.readouterr()
+    assert main([*command, "--figures", "3a"]) == 2
+    assert "figure 3a is of SD: expected --augment-image SD=FILE" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_refused(begun, tmp_path, capsys):
