@@ -48,12 +48,13 @@ class ScatterConfig:
     """Which outputs are transported: the logits, or what the last layer sees."""
     ot_group: int = 0
     """Images that are transported together; 0: the batch."""
-    ot_solver: Literal["sinkhorn", "ipot"] = "sinkhorn"
-    """Of the transport problem."""
+    ot_solver: Literal["sinkhorn", "ipot", "identity"] = "sinkhorn"
+    """Of the transport problem; identity matches every image with its own clean one (section 5.2)."""
     ot_reg: float = 0.01
     """Its entropic regularisation (IPOT's beta)."""
-    ot_grad: Literal["envelope", "unrolled"] = "envelope"
-    """Gradient with the plan held fixed, or through the solver's iterations as in the authors' code."""
+    ot_grad: Literal["unrolled", "envelope"] = "unrolled"
+    """Gradient through the solver's iterations as in the authors' code, or with the plan held fixed: faster, and on
+    trained networks another step."""
     depth: int = 28
     """Layers of the wide residual network, 6 n + 4 (Zagoruyko and Komodakis 2016)."""
     width: int = 10
