@@ -197,8 +197,8 @@ class FeatureScatter(PGD):
 
     def _plan(self, cost: Tensor) -> Tensor:
         if self.solver == "identity":
-            plan = torch.eye(cost.shape[-1], dtype=cost.dtype, device=cost.device) / cost.shape[-1]
-        elif self.solver == "ipot":
+            return torch.eye(cost.shape[-1], dtype=cost.dtype, device=cost.device) / cost.shape[-1]
+        if self.solver == "ipot":
             plan = ipot(cost, self.reg, max_iter=self.max_iter, grad=self.ot_grad)
         else:
             plan = sinkhorn(cost, self.reg, max_iter=self.max_iter, tol=self.tol, stop="potentials", grad=self.ot_grad)
