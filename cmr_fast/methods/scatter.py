@@ -7,7 +7,7 @@ its perturbation, its loss.
     minimise the cross entropy of f(x') against smoothed labels: 1 - delta for the class, delta / (K - 1) for the others
 
 As the authors' code has it, all training images are trained on and the last weights are kept: nothing is held out and
-nothing stops early. `--valid-fraction 0.1 --patience 20` chooses the epoch by robust accuracy on held-out images instead.
+nothing stops early. With `--valid-fraction 0.1 --patience 20` robust accuracy on held-out images chooses the epoch.
 
 The presets that begin with "small" depart from the paper to train on a CPU, seconds to minutes an epoch: WRN-10-1, 30
 epochs and a cosine schedule. The others are for a GPU.

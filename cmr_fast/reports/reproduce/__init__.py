@@ -1,0 +1,1 @@
+"""Papers' tables and figures redone, a module a paper."""
