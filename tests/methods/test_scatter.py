@@ -83,6 +83,17 @@ def test_perturbation_sees_the_network_in_evaluation_mode_and_leaves_its_statist
     assert all(p.grad is None and p.requires_grad for p in model.parameters()) and model.training
 
 
+def test_the_presets_are_the_authors_step_and_say_where_they_depart():
+    """Gradient through the solver, batch 60, smoothing 0.5; SVHN without augmentation; identity by name."""
+    for name, config in {"paper": ScatterConfig(), **Scatter.presets}.items():
+        assert (config.ot_grad, config.batch_size) == ("unrolled", 60), name
+        assert (config.depth, config.epochs) == ((10, 30) if name.startswith("small") else (28, 200)), name
+        assert config.augment == (name != "svhn") and (config.ot_solver == "identity") == ("identity" in name), name
+    torch.manual_seed(0)
+    attack = Scatter(replace(Scatter.presets["small-identity"]), 8).perturbation()
+    assert (attack.solver, attack.ot_grad) == ("identity", "unrolled")
+
+
 def test_features_are_scattered_on_request(data):
     batch = data.train.select(torch.arange(12))
     torch.manual_seed(0)
