@@ -10,7 +10,7 @@ Runs are in OUT/runs, finished attacks in OUT/attacks; what is there already is 
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cmr_fast._files import write_aside
+from cmr_fast._terminal import counting
 from cmr_fast.data.images import ImageDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import RESULTS, read_json, write_json
@@ -183,13 +184,19 @@ class Study:
             for job in missing:
                 self._train(job)
             return
-        with ProcessPoolExecutor(min(self.jobs, len(missing)), mp_context=get_context("spawn")) as pool:
-            for done in [pool.submit(self._train, job) for job in missing]:
+        several = min(self.jobs, len(missing))
+        with (
+            counting(len(missing), f"training, {several} at a time") as advance,
+            ProcessPoolExecutor(several, mp_context=get_context("spawn")) as pool,
+        ):
+            for done in as_completed([pool.submit(self._train, job) for job in missing]):
                 done.result()
+                advance(1)
 
     def _train(self, job: Job) -> None:
         run = RunConfig(
-            out=self.out / "runs" / job.name, seed=job.seed, device=self.device, resume=True, quiet=self.quiet,
+            out=self.out / "runs" / job.name, seed=job.seed, device=self.device, resume=True,
+            quiet=self.quiet or self.jobs > 1,
             precision=self.size.precision, threads=1 if self.jobs > 1 else 0, **Scatter.protocol,
         )  # fmt: skip
         train(Scatter, job.config(self.size), self.data, run)
