@@ -16,6 +16,7 @@ h = 1[a >= 0].
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -25,14 +26,15 @@ from torch.nn import functional as F
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_choices, check_kinds, check_least
+from cmr_fast.methods.evaluation import encode_all
 from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import SCALINGS, InputScaling, Scaling
-from cmr_fast.modalities import Modality
+from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.ops.info_nce import js_critic
 
 _NOT_NEGATIVE = (
     *("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal", "reconstruction_weight"),
-    *("lr", "decoder_lr", "momentum", "weight_decay", "clip_norm", "pca_dim"),
+    *("lr", "decoder_lr", "momentum", "weight_decay", "clip_norm", "pca_dim", "text_pca_dim"),
 )
 
 
@@ -63,7 +65,9 @@ class CMIMHConfig:
     inputs: Scaling = "standard"
     """Input scaling by name, from training statistics (not given in the paper)."""
     pca_dim: int = 1024
-    """Inputs wider than this are reduced to it by PCA (IV-A: 1024 for AlexNet's fc7); 0 never reduces."""
+    """Images wider than this are reduced to it by PCA (IV-A: 1024 for AlexNet's fc7); 0 never reduces."""
+    text_pca_dim: int = 0
+    """The same of texts, which IV-A leaves as they are (0)."""
     hidden: int = 1024
     """Width of the two hidden ReLU layers of encoders and decoders (IV-A)."""
     critic_hidden: int = 512
@@ -89,6 +93,9 @@ class CMIMHConfig:
     """Initial weights: torch's own, or He's normal ones, which leave the start sooner (IV-A gives none)."""
     epochs: int = 100
     """Passes over the training split (not given in the paper)."""
+    choose_by: Literal["pairs", "labels"] = "pairs"
+    """What validation, where there is any, picks the epoch by: pairs alone (see `CMIMH.validate`), as the method sees
+    no label; or labels, by mAP."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -106,6 +113,7 @@ class CMIMHConfig:
             straight_through=("logits", "means"),
             inputs=SCALINGS,
             init=("torch", "he"),
+            choose_by=("pairs", "labels"),
         )
 
 
@@ -191,7 +199,7 @@ _WIKIPEDIA = CMIMHConfig(
     weight_decay=3e-3,
     epochs=50,
 )
-_TFIDF = replace(_WIKIPEDIA, inputs="hellinger", pca_dim=50, reconstruction_weight=40.0, epochs=40)
+_TFIDF = replace(_WIKIPEDIA, inputs="hellinger", pca_dim=50, text_pca_dim=50, reconstruction_weight=40.0, epochs=40)
 
 
 class CMIMH(Retriever):
@@ -206,13 +214,23 @@ class CMIMH(Retriever):
         # by validation at 32 bits: the preset for LDA texts stays at chance on these inputs, that for tf-idf does not
         "flickr8k": replace(_TFIDF, epochs=12),
     }
-    preset_data: ClassVar[dict[str, str]] = {name: name.removesuffix("-tfidf") for name in presets}
+    preset_data: ClassVar[dict[str, str]] = {
+        "wikipedia": "wikipedia", "wikipedia-tfidf": "wikipedia", "flickr8k": "flickr8k",
+    }  # fmt: skip
+    monitor = (*Retriever.monitor, "valid_pairs")
+    # labels choose nothing: as printed, and in the tables, all pairs are trained on for a fixed number of epochs
+    preset_protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = dict.fromkeys(
+        ("paper", *preset_data), MappingProxyType({"valid_fraction": 0.0, "patience": 0})
+    )
 
     def __init__(self, config: CMIMHConfig, image_dim: int, text_dim: int, num_classes: int = 0) -> None:
         super().__init__(config, image_dim, text_dim, num_classes)
         self.config: CMIMHConfig = config
+        if config.choose_by == "labels":
+            self.monitor = ("valid_pairs", *Retriever.monitor)
         dims = {"image": image_dim, "text": text_dim}
-        self.inputs = nn.ModuleDict({m: Inputs(config.inputs, d, config.pca_dim) for m, d in dims.items()})
+        most = {"image": config.pca_dim, "text": config.text_pca_dim}
+        self.inputs = nn.ModuleDict({m: Inputs(config.inputs, d, most[m]) for m, d in dims.items()})
         widths = {m: cast(Inputs, inputs).out_dim for m, inputs in self.inputs.items()}
         relu, leaky = nn.ReLU, lambda: nn.LeakyReLU(config.negative_slope)
         bits, hidden, narrow = config.bits, config.hidden, config.critic_hidden
@@ -225,6 +243,11 @@ class CMIMH(Retriever):
                 if isinstance(layer, nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                     nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def read_config(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """Before text_pca_dim, pca_dim held for texts too, and labels chose the epoch."""
+        return {"text_pca_dim": stored.get("pca_dim", 0), "choose_by": "labels"} | stored
 
     def fit_inputs(self, train: Pairs) -> None:
         """Fit centring, PCA and scaling on the training split; labels are not looked at."""
@@ -309,6 +332,15 @@ class CMIMH(Retriever):
             log["discriminator"] = (fooled[0] + fooled[1]).detach()
         return log
 
+    def validate(self, valid: Any) -> dict[str, float]:
+        """mAP(all) of the validation split, and `valid_pairs`, which looks at no label and chooses the epoch.
+
+        valid_pairs is the share of other items that lie farther from a query's code than its own partner does (of
+        equals half), both ways: 0.5 at chance, 1 where every partner comes first.
+        """
+        codes = [(encode_all(self, m, getattr(valid, m)) >= 0).float() * 2 - 1 for m in MODALITIES]
+        return super().validate(valid) | {"valid_pairs": partners_first(codes[0], codes[1])}
+
     def trouble(self, history: Sequence[Mapping[str, float]]) -> str | None:
         """Codes that die: bits equal for every row of a batch, or a critic at its floor for three epochs."""
         rows = [row for row in history if "constant_bits_image" in row][-3:]
@@ -318,7 +350,7 @@ class CMIMH(Retriever):
         advice = "try another preset or none, a lower lr, or init he"
         if still >= max(1.0, self.config.bits / 4):
             return f"codes are dying: {still:.0f} of {self.config.bits} bits are the same for every row; {advice}"
-        scores = [row[self.monitor[-1]] for row in history if math.isfinite(row.get(self.monitor[-1], math.nan))]
+        scores = [row["valid_map"] for row in history if math.isfinite(row.get("valid_map", math.nan))]
         learns = len(scores) > 1 and max(scores) > scores[0] + _RISE  # of the other losses: it can go well all the same
         if self.config.lambda_mi > 0 and not learns and max(row["mi"] for row in rows) < _MI_FLOOR:
             return (
@@ -338,6 +370,17 @@ class CMIMH(Retriever):
     def _squared_error(self, decoded: Tensor, target: Tensor) -> Tensor:
         error = (_full(decoded) - target).square()
         return error.sum(dim=1).mean() if self.config.reconstruction == "sum" else error.mean()
+
+
+def partners_first(image: Tensor, text: Tensor) -> float:
+    """Of codes (N, L) in -1, 1: the share of other items that are less alike than the partner, of equals half."""
+    alike = image @ text.T
+    own, others = alike.diagonal(), len(alike) - 1
+    shares = []
+    for row in (alike, alike.T):
+        less = (row < own[:, None]).sum(1) + ((row == own[:, None]).sum(1) - 1) / 2
+        shares.append(float(less.double().mean()) / max(others, 1))
+    return sum(shares) / 2
 
 
 def mlp(inputs: int, hidden: int, outputs: int, activation: Callable[[], nn.Module]) -> nn.Sequential:

@@ -259,6 +259,9 @@ def loss_panels(history: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nda
     """Fig. 5's embedding and adversarial loss (where a method has them), validation mAP, then each term."""
     first = [name for name in ("embedding_loss", "adversarial_loss", "loss") if name in history]
     panels = {name.replace("_", " "): {name: history[name]} for name in first}
+    if "adversarial_loss" in history:
+        chance = np.full(len(history["epoch"]), 2 * np.log(2))
+        panels["adversarial loss"]["2 log 2, at chance"] = chance
     valid = {"I2T": "valid_i2t", "T2I": "valid_t2i", "average": "valid_map"}
     if "valid_map" in history:
         panels["validation mAP(all)"] = {line: history[name] for line, name in valid.items() if name in history}
@@ -266,6 +269,8 @@ def loss_panels(history: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nda
         if name not in first and name not in ("epoch", "seconds") and not name.startswith("valid_"):
             stem, _, side = name.rpartition("_")
             title, line = (stem, side) if side in ("image", "text") else (name, name)
+            if side == "accuracy":  # of those that tell the modality: ACMR's classifier, a fresh probe
+                title, line = "accuracy in telling the modality", stem
             panels.setdefault(title.replace("_", " "), {})[line] = values
     return panels
 

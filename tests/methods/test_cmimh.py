@@ -14,6 +14,7 @@ from cmr_fast.methods.cmimh import (
     CMIMHConfig,
     balance,
     discriminator_loss,
+    partners_first,
     permute_columns,
     sample_bernoulli,
     symmetrised_kl,
@@ -351,6 +352,42 @@ def test_wide_inputs_are_reduced_by_pca_and_narrow_ones_are_not():
     assert_close(reduced @ reduced.T, (u[:, :4] * s[:4] ** 2) @ u[:, :4].T, atol=1e-3, rtol=1e-3)
     assert model.inputs["text"](data.text).shape == (40, 3)
     assert CMIMH(replace(SMALL, pca_dim=0), 9, 3, 2).inputs["image"].out_dim == 9
+
+
+def test_pca_is_of_images_alone_unless_texts_ask_for_it():
+    model = CMIMH(replace(SMALL, pca_dim=4), 9, 9, 2)
+    assert (model.inputs["image"].out_dim, model.inputs["text"].out_dim) == (4, 9)
+    assert CMIMH(replace(SMALL, pca_dim=0, text_pca_dim=4), 9, 9, 2).inputs["text"].out_dim == 4
+    assert CMIMH.read_config({"pca_dim": 4})["text_pca_dim"] == 4  # a run of before
+
+
+def test_the_epoch_is_chosen_without_labels(tmp_path):
+    data = small_dataset()
+    shuffled = replace(data, train=replace(data.train, labels=torch.arange(45) // 15))
+    settings = {"device": "cpu", "quiet": True, "valid_fraction": 0.3, "patience": 2}
+    runs = [
+        train("cmimh", SMALL, d, RunConfig(out=tmp_path / name, **settings))
+        for name, d in (("a", data), ("b", shuffled))
+    ]
+    assert runs[0].results["best_epoch"] == runs[1].results["best_epoch"]
+    assert [row["valid_pairs"] for row in runs[0].history] == [row["valid_pairs"] for row in runs[1].history]
+    assert runs[0].results["valid_map"] != runs[1].results["valid_map"]
+    best = max(row["valid_pairs"] for row in runs[0].history)
+    assert runs[0].results["valid_pairs"] == best
+
+
+def test_partners_first_by_loops():
+    codes = [torch.randint(0, 2, (7, 4), generator=torch.Generator().manual_seed(s)).float() * 2 - 1 for s in (0, 1)]
+    shares = []
+    for asked, answered in (codes, codes[::-1]):
+        for i in range(7):
+            own = (asked[i] != answered[i]).sum()
+            others = [(asked[i] != answered[j]).sum() for j in range(7) if j != i]
+            shares.append(sum(1.0 if d > own else 0.5 if d == own else 0.0 for d in others) / 6)
+    assert partners_first(*codes) == pytest.approx(sum(shares) / 14)
+    assert (
+        partners_first(codes[0][:3], codes[0][:3]) == 1.0 and partners_first(torch.ones(4, 2), torch.ones(4, 2)) == 0.5
+    )
 
 
 def test_trains_in_the_loop_and_its_checkpoint_encodes_raw_features(tmp_path):
