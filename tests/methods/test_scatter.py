@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cmr_fast.cli import main
 from cmr_fast.data import ImageDataset, Images, load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods import checkpoint
@@ -92,6 +93,22 @@ def test_the_presets_are_the_authors_step_and_say_where_they_depart():
     torch.manual_seed(0)
     attack = Scatter(replace(Scatter.presets["small-identity"]), 8).perturbation()
     assert (attack.solver, attack.ot_grad) == ("identity", "unrolled")
+
+
+@pytest.mark.parametrize("method", ["scatter", "madry", "plain"])
+def test_the_command_trains_as_the_authors_on_all_images_and_keeps_the_last_weights(method, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", method, "--preset", "small", "--options", "train=40", "test=16", "--epochs", "3"]
+    assert main([*command, "--threads", "1", "--quiet", "--out", str(out)]) == 0
+    settings = json.loads((out / "config.json").read_text())
+    assert (settings["run"]["valid_fraction"], settings["run"]["patience"]) == (0.0, 0)
+    results = json.loads((out / "results.json").read_text())
+    assert results["best_epoch"] == results["epochs"] == 3 and results["method"] == method
+    assert "valid_accuracy" not in (out / "metrics.csv").read_text().splitlines()[0]
+    chosen = tmp_path / "chosen"
+    more = ["--valid-fraction", "0.2", "--patience", "1", "--quiet", "--out", str(chosen)]
+    assert main([*command, *more]) == 0
+    assert "valid_accuracy" in (chosen / "metrics.csv").read_text().splitlines()[0]
 
 
 def test_features_are_scattered_on_request(data):
