@@ -1,17 +1,17 @@
 import csv
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cmr_fast.attacks import PGD
-from cmr_fast.data import load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods.loop import load_model
 from cmr_fast.methods.scatter import Scatter
 from cmr_fast.reports import robustness
 from cmr_fast.reports.reproduce import scatter
-from cmr_fast.reports.reproduce.scatter import MADRY, OURS, PARTS, PLAIN, Job, Scale, reproduce
+from cmr_fast.reports.reproduce.scatter import MADRY, OURS, PLAIN, Job, Scale
 
 SIZE = Scale(
     {"depth": 10, "width": 1, "schedule": "cosine", "epochs": 2, "batch_size": 20}, train=60, images=16, few=3,
@@ -19,15 +19,21 @@ SIZE = Scale(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data():
-    return load_images("shapes", train=80, test=24)
+def study_of(out, seeds=1):
+    return scatter.Robustness("shapes", out, seeds, True, SIZE, 1)
 
 
 @pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("reproduce")
-    return out, reproduce(data, out, scale=SIZE, quiet=True)
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    scatter.reproduce("shapes", folder, (), (), 1, True, scale=SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sections(out):
+    study = study_of(out)
+    return {item.name: item.make(study)[0] for item in scatter.ITEMS}
 
 
 def test_each_training_is_the_papers_but_for_the_scale():
@@ -43,22 +49,20 @@ def test_each_training_is_the_papers_but_for_the_scale():
     assert madry.alpha == pytest.approx(2 / 255)
 
 
-def test_every_part_is_in_one_report_with_the_papers_numbers(done):
-    out, sections = done
-    assert len(sections) == len(PARTS) == 6
+def test_every_part_is_in_one_report_with_the_papers_numbers(out, sections):
+    assert list(sections) == ["Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "Figure 1"]
     text = (out / "README.md").read_text()
     for number in ("89.0", "81.6", "49.9 / 48.5", "89.9", "58.7", "35.3", "46.1"):
         assert number in text
-    assert "nan" not in text
-    for section in sections:
-        assert f"## {section.title}" in text and section.note in text
+    assert "nan" not in text and "WRN-10-1, 2 epochs of 60 images" in text
+    for name, section in sections.items():
+        assert f"## {name}. {section.title}" in text and all(note in text for note in section.notes)
         assert all(len(row) == len(section.head) for row in section.rows)
     for name in ("loss-starts.png", "batch-size.png", "smoothing.png"):
         assert f"({name})" in text and (out / name).stat().st_size > 5000
-    with open(out / "results.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    ours = next(row for row in sections[1].rows if row[0] == OURS)
-    assert [c["value"] for c in table if c["row"] == OURS and c["table"] == sections[1].title] == ours[1:]
+    (file,) = out.glob("table-2*.csv")
+    with open(file, newline="") as opened:
+        assert list(csv.reader(opened)) == [list(sections["Table 2"].head), *map(list, sections["Table 2"].rows)]
     assert len(list((out / "runs").iterdir())) == 11, "six rows, two surrogates, a batch size, two smoothings"
 
 
@@ -66,80 +70,98 @@ def models(out, *jobs):
     return [load_model(out / "runs" / job.name) for job in jobs]
 
 
-def test_white_box_has_the_lowest_run_and_max_less_min(done, data):
-    out, sections = done
-    x, y = robustness.pixels_of(data.test.sample(16), 16)
+def test_white_box_has_the_lowest_run_and_max_less_min(out, sections):
+    study = study_of(out)
+    x, y = study.x, study.y
+    assert len(x) == 16
     for row in (PLAIN, OURS):
         (model,) = models(out, Job(row, 0))
         right = []
         for seed in (0, 1):
             adv = PGD(model, 8 / 255, None, 3, seed=seed)(x, y, index=np.arange(16))
             right.append(float(((model(x).argmax(1) == y) & (model(adv).argmax(1) == y)).float().mean()))
-        (cells,) = (r for r in sections[1].rows if r[0] == row)
+        (cells,) = (r for r in sections["Table 2"].rows if r[0] == row)
         assert cells[1] == f"{100 * float((model(x).argmax(1) == y).float().mean()):.1f}"
         assert cells[2] == f"{100 * min(right):.1f} ({100 * (max(right) - min(right)):.1f})"
 
 
-def test_black_box_is_crafted_on_networks_of_another_seed(done, data):
-    out, sections = done
-    x, y = robustness.pixels_of(data.test.sample(16), 16)
+def test_black_box_is_crafted_on_networks_of_another_seed(out, sections):
+    study = study_of(out)
+    x, y = study.x, study.y
+    assert len(x) == 16
     victim, undefended, siamese = models(out, Job(OURS, 0), Job(PLAIN, 1), Job(OURS, 1))
     assert (undefended.config.perturb, siamese.config) == ("none", victim.config)
     clean = victim(x).argmax(1) == y
-    for surrogate, cells in ((undefended, sections[0].rows[0]), (siamese, sections[0].rows[2])):
+    for surrogate, cells in ((undefended, sections["Table 1"].rows[0]), (siamese, sections["Table 1"].rows[2])):
         few = PGD(surrogate, 8 / 255, None, 20, seed=0)(x[clean], y[clean], index=clean.nonzero()[:, 0])
         left = (victim(few).argmax(1) == y[clean]).sum() / 16
         assert cells[1] == f"{100 * float(left):.1f}"
-    assert [r[0] for r in sections[0].rows] == ["undefended", "undefended, paper", "siamese", "siamese, paper"]
+    assert [r[0] for r in sections["Table 1"].rows] == ["undefended", "undefended, paper", "siamese", "siamese, paper"]
 
 
-def test_sweeps_train_what_they_change_and_share_the_rest(done):
-    out, sections = done
+def test_sweeps_train_what_they_change_and_share_the_rest(out, sections):
     (small, large) = models(out, Job(OURS, 0), Job(OURS, 0, (("batch_size", 40),)))
     assert (small.config.batch_size, large.config) == (20, replace(small.config, batch_size=40))
     (smoothed,) = models(out, Job(MADRY, 0, (("smoothing", 0.5),)))
     assert (smoothed.config.smoothing, smoothed.config.perturb) == (0.5, "madry")
-    assert sections[4].rows[1] == ["paper", "", "58.7"]
+    assert sections["Table 4"].rows[1] == ["paper", "", "58.7"]
 
 
-def test_a_study_goes_on_and_is_made_once(done, data, monkeypatch):
-    out, sections = done
+def test_the_loss_plot_is_of_all_starts(out, sections):
+    """Mean and deviation over starts of the loss before the last step."""
+    study = study_of(out)
+    for row, mean, deviation, _ in sections["Figure 1"].rows:
+        ((job,), name) = study.victims(row), "pgd5x4"
+        curves = np.array(study.attacked(job, [name])[name].curves)
+        assert curves.shape == (4, 5)
+        assert (mean, deviation) == (f"{curves[:, -1].mean():.3f}", f"{curves[:, -1].std(ddof=1):.4f}")
+    assert sections["Figure 1"].rows
+
+
+def test_the_local_search_is_the_footnotes_and_leaves_the_ball(out, sections):
+    study = study_of(out)
+    found = study.attacked(Job(PLAIN, 0), ["clean", "local-search-pixels"])
+    cells = sections["Table 3"].rows[0]
+    assert cells[:3] == [PLAIN, *(scatter.percent([float(o.right[:3].double().mean())]) for o in found.values())]
+    assert not found["local-search-pixels"].in_ball and sections["Table 3"].rows[2][-1] == "89.9"
+
+
+def test_a_study_goes_on_and_is_made_once(out, monkeypatch):
+    before = (out / "README.md").read_text()
     monkeypatch.setattr(scatter, "train", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr(robustness, "_run", lambda *a: pytest.fail("attacked again"))
-    assert reproduce(data, out, scale=SIZE, quiet=True) == sections
+    scatter.reproduce("shapes", out, (), (), 1, True, scale=SIZE)
+    assert (out / "README.md").read_text() == before
     with pytest.raises(InputError, match="study of other data or another scale"):
-        reproduce(data, out, scale=replace(SIZE, train=59), quiet=True)
+        scatter.reproduce("shapes", out, (), (), 1, True, scale=replace(SIZE, train=59))
 
 
-def test_nothing_is_held_out_and_the_last_weights_are_kept(done):
-    import json
-
-    out, _ = done
+def test_nothing_is_held_out_and_the_last_weights_are_kept(out):
     run = json.loads((out / "runs" / Job(OURS, 0).name / "config.json").read_text())["run"]
     assert (run["valid_fraction"], run["patience"]) == (0.0, 0) == tuple(Scatter.protocol.values())
     results = json.loads((out / "runs" / Job(OURS, 0).name / "results.json").read_text())
     assert results["best_epoch"] == results["epochs"] == 2
 
 
-def test_over_seeds_numbers_are_means_with_deviations(data, tmp_path):
-    (section,) = reproduce(data, tmp_path, scale=SIZE, parts=["black-box"], seeds=2, quiet=True)
+def test_over_seeds_numbers_are_means_with_deviations(tmp_path):
+    scatter.reproduce("shapes", tmp_path, (1,), (), 2, True, scale=SIZE)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "feature-scattering-seed0", "feature-scattering-seed1", "feature-scattering-seed2", "plain-seed2"
     }  # fmt: skip
+    (section,) = scatter.black_box(study_of(tmp_path, seeds=2))
     assert "±" in section.rows[0][1] and "±" not in section.rows[1][1]
     assert scatter.percent([0.2, 0.4]) == "30.0 ± 14.1" and scatter.percent([0.25]) == "25.0"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "options", "message"),
     [
-        ({"scale": "huge"}, "scale must be one of tiny, small, paper, got 'huge'"),
-        ({"parts": ["table"]}, "parts must be of black-box, white-box.*got table"),
-        ({"parts": []}, "got none"),
-        ({"seeds": 0}, "1 or more"),
+        (((), ()), {"scale": "huge"}, "scale must be one of tiny, small, paper, got 'huge'"),
+        (((6,), ()), {}, "table 6 is not made here; expected some of Table 1"),
+        (((), ()), {"jobs": 0}, "jobs must be 1 or more"),
     ],
 )
-def test_refuses(data, tmp_path, options, message):
+def test_refuses(tmp_path, arguments, options, message):
     with pytest.raises(InputError, match=message):
-        reproduce(data, tmp_path / "out", **options)
+        scatter.reproduce("shapes", tmp_path / "out", *arguments, 1, True, **options)
     assert not (tmp_path / "out").exists()

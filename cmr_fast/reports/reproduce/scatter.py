@@ -5,22 +5,21 @@ Zhang and Wang 2019, author response: §1 black box by transfer from two surroga
 size and label smoothing (reviewer 3), random targets (reviewer 2). Beside them the two other perturbations that the
 code can make: a plan held fixed (envelope), and identity matching (section 5.2 of the paper).
 
-Runs are in OUT/runs, finished attacks in OUT/attacks; what is there already is not made again.
+The response numbers neither tables nor figures; here they are counted in its order. Runs are in OUT/runs, finished
+attacks in OUT/attacks; what is there already is not made again.
 """
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting
-from cmr_fast.data.images import ImageDataset
+from cmr_fast.data import load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import RESULTS, read_json, write_json
 from cmr_fast.methods.loop import load_model, train
@@ -28,6 +27,7 @@ from cmr_fast.methods.method import Method, RunConfig
 from cmr_fast.methods.scatter import Scatter, ScatterConfig
 from cmr_fast.reports import figures
 from cmr_fast.reports.outcomes import Outcome, worst_case
+from cmr_fast.reports.reproduce.common import Item, Section, Study, chosen, make
 from cmr_fast.reports.robustness import Settings, attack_all, pixels_of
 
 PLAIN, MADRY, RANDOM, OURS = "plain", "Madry", "random targets", "Feature Scattering"
@@ -113,29 +113,6 @@ SCALES: Mapping[str, Scale] = {
 
 
 @dataclass(frozen=True)
-class Section:
-    """One table or figure of the paper, and ours.
-
-    Attributes
-    ----------
-    title
-        What it is.
-    head, rows
-        The table.
-    note
-        Protocol, what differs from the paper and why.
-    figures
-        (file, caption) each.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str
-    figures: Sequence[tuple[str, str]] = field(default=())
-
-
-@dataclass(frozen=True)
 class Job:
     """One training: a row of ROWS, what a sweep changes of it, and the seed."""
 
@@ -154,17 +131,17 @@ class Job:
         return replace(ROWS[self.row], **{**size.changes, **dict(self.changes)})
 
 
-class Study:
+class Robustness(Study):
     """The runs and attacks of one folder."""
 
-    def __init__(
-        self, dataset: ImageDataset, out: Path, size: Scale, seeds: int, jobs: int, device: str, quiet: bool
-    ) -> None:
-        self.out, self.size, self.seeds, self.jobs, self.device, self.quiet = out, size, seeds, jobs, device, quiet
-        self.data = replace(dataset, valid=None, test=dataset.test.sample(size.images))
+    def __init__(self, data: str, out: Path, seeds: int, quiet: bool, size: Scale, jobs: int) -> None:
+        super().__init__(data, out, seeds, quiet)
+        self.size, self.jobs = size, jobs
+        images = load_images(data)
+        self.images = replace(images, valid=None, test=images.test.sample(size.images))
         if size.train is not None:
-            self.data = replace(self.data, train=self.data.train.sample(size.train))
-        self.x, self.y = pixels_of(self.data.test, size.images)
+            self.images = replace(self.images, train=images.train.sample(size.train))
+        self.x, self.y = pixels_of(self.images.test, size.images)
         self.settings = Settings(images=size.images, few=size.few)
 
     def victims(self, row: str, **changes: Any) -> list[Job]:
@@ -195,11 +172,11 @@ class Study:
 
     def _train(self, job: Job) -> None:
         run = RunConfig(
-            out=self.out / "runs" / job.name, seed=job.seed, device=self.device, resume=True,
+            out=self.out / "runs" / job.name, seed=job.seed, resume=True,
             quiet=self.quiet or self.jobs > 1,
             precision=self.size.precision, threads=1 if self.jobs > 1 else 0, **Scatter.protocol,
         )  # fmt: skip
-        train(Scatter, job.config(self.size), self.data, run)
+        train(Scatter, job.config(self.size), self.images, run)
 
     def model(self, job: Job) -> Method:
         """The trained model of a job."""
@@ -233,12 +210,9 @@ def _lowest(outcomes: Sequence[Outcome]) -> str:
     return f"{percent([o.lowest for o in outcomes])} ({100 * np.mean([o.spread for o in outcomes]):.1f})"
 
 
-def _white_box_jobs(study: Study) -> list[Job]:
-    return [job for row in ROWS for job in study.victims(row)]
-
-
-def _white_box(study: Study) -> Section:
+def white_box(study: Robustness) -> list[Section]:
     """§2, and the tables' other rows."""
+    study.make([job for row in ROWS for job in study.victims(row)])
     rows, names = [], study.size.white
     for row in ROWS:
         found = [study.attacked(job, names) for job in study.victims(row)]
@@ -255,15 +229,12 @@ def _white_box(study: Study) -> Section:
         "holds the transport plan fixed, identity matches each image with its own clean one; neither has a number in "
         "the rebuttal."
     )
-    return Section("White-box attacks with restarts (rebuttal §2)", head, rows, note)
+    return [Section("White-box attacks with restarts (rebuttal §2)", head, rows, [note])]
 
 
-def _black_box_jobs(study: Study) -> list[Job]:
-    return [*study.victims(OURS), study.surrogate(PLAIN), study.surrogate(OURS)]
-
-
-def _black_box(study: Study) -> Section:
+def black_box(study: Robustness) -> list[Section]:
     """§1: crafted on an undefended network, and on one trained as the victim with another seed."""
+    study.make([*study.victims(OURS), study.surrogate(PLAIN), study.surrogate(OURS)])
     transfers, rows = study.size.transfers, []
     for name, row in (("undefended", PLAIN), ("siamese", OURS)):
         names = [f"transfer-{attack}" for attack in transfers]
@@ -272,15 +243,12 @@ def _black_box(study: Study) -> Section:
         rows.append([name, *cells])
         rows.append([f"{name}, paper", *(_known(PAPER_BLACK_BOX[name], attack) for attack in transfers)])
     note = "Accuracy of Feature Scattering's network; the surrogates have seeds that no victim has."
-    return Section("Black-box attacks from two surrogates (rebuttal §1)", ["surrogate", *transfers], rows, note)
+    return [Section("Black-box attacks from two surrogates (rebuttal §1)", ["surrogate", *transfers], rows, [note])]
 
 
-def _loss_jobs(study: Study) -> list[Job]:
-    return [job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)[:1]]
-
-
-def _loss(study: Study) -> Section:
+def loss_plot(study: Robustness) -> list[Section]:
     """§3: the loss of PGD from 20 random starts."""
+    study.make([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)[:1]])
     steps, starts, rows = study.size.steps, study.size.starts, []
     bands: dict[str, np.ndarray] = {}
     for row in (PLAIN, MADRY, OURS):
@@ -301,15 +269,12 @@ def _loss(study: Study) -> Section:
         "of each training; the band is from the lowest start to the highest. The rebuttal says that it rises "
         "consistently and plateaus quickly, with relatively small variance, and prints no number."
     )
-    return Section(caption, head, rows, note, [("loss-starts.png", caption)])
+    return [Section(caption, head, rows, [note], [("loss-starts.png", caption)])]
 
 
-def _search_jobs(study: Study) -> list[Job]:
-    return [job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)]
-
-
-def _search(study: Study) -> Section:
+def local_search(study: Robustness) -> list[Section]:
     """§4: without gradients."""
+    study.make([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)])
     names, rows = ("clean", "local-search-pixels", "local-search"), []
     for row in (PLAIN, MADRY, OURS):
         found = [study.attacked(job, names) for job in study.victims(row)]
@@ -320,15 +285,12 @@ def _search(study: Study) -> Section:
         f"{min(study.size.few, len(study.x))} images. The footnote's attack changes few pixels by any amount, 150 "
         "rounds of 5 pixels; the other stays in the ball, 30 rounds. The rebuttal does not say which it ran, nor how."
     )
-    return Section("A gradient-free attack, greedy local search (rebuttal §4)", head, rows, note)
+    return [Section("A gradient-free attack, greedy local search (rebuttal §4)", head, rows, [note])]
 
 
-def _batch_jobs(study: Study) -> list[Job]:
-    return [job for size in study.size.batch_sizes for job in study.victims(OURS, batch_size=size)]
-
-
-def _batch(study: Study) -> Section:
+def batch_size(study: Robustness) -> list[Section]:
     """Batch size, reviewer 3."""
+    study.make([job for size in study.size.batch_sizes for job in study.victims(OURS, batch_size=size)])
     sizes, name = study.size.batch_sizes, f"pgd{study.size.steps}"
     found = {n: [study.attacked(j, [name])[name].accuracy for j in study.victims(OURS, batch_size=n)] for n in sizes}
     caption = f"Batch size: accuracy of Feature Scattering under PGD-{study.size.steps} (rebuttal, reviewer 3)"
@@ -337,15 +299,12 @@ def _batch(study: Study) -> Section:
     rows = [["ours", *(percent(found[n]) for n in sizes)]]
     rows.append(["paper", *(_known(PAPER_BATCH_SIZE, n) for n in sizes)])
     note = "The learning rate is the same at every batch size; the rebuttal names none."
-    return Section(caption, ["batch size", *map(str, sizes)], rows, note, [("batch-size.png", caption)])
+    return [Section(caption, ["batch size", *map(str, sizes)], rows, [note], [("batch-size.png", caption)])]
 
 
-def _smoothing_jobs(study: Study) -> list[Job]:
-    return [job for row in (OURS, MADRY) for s in study.size.smoothings for job in study.victims(row, smoothing=s)]
-
-
-def _smoothing(study: Study) -> Section:
+def smoothing(study: Robustness) -> list[Section]:
     """Label smoothing of both trainings, reviewer 3."""
+    study.make([job for row in (OURS, MADRY) for s in study.size.smoothings for job in study.victims(row, smoothing=s)])
     values, name, rows = study.size.smoothings, f"pgd{study.size.steps}", []
     lines: dict[str, Mapping[float, float]] = {}
     for row in (OURS, MADRY):
@@ -356,7 +315,7 @@ def _smoothing(study: Study) -> Section:
     caption = f"Label smoothing: accuracy under PGD-{study.size.steps} (rebuttal, reviewer 3)"
     _plot(study.out / "smoothing.png", caption, lines, "label smoothing")
     note = "At smoothing 0.9 with ten classes the true class is no likelier than the others. The paper's choice is 0.5."
-    return Section(caption, ["smoothing", *(f"{s:g}" for s in values)], rows, note, [("smoothing.png", caption)])
+    return [Section(caption, ["smoothing", *(f"{s:g}" for s in values)], rows, [note], [("smoothing.png", caption)])]
 
 
 def _known(percents: Mapping[Any, float], key: Any) -> str:
@@ -373,103 +332,66 @@ def _plot(path: Path, title: str, lines: Mapping[str, Mapping[Any, float]], xlab
     figures.plot_lines(path, title, curves, xlabel, "accuracy", looks=list(curves))
 
 
-PARTS: Mapping[str, tuple[Callable[[Study], list[Job]], Callable[[Study], Section]]] = {
-    "black-box": (_black_box_jobs, _black_box),
-    "white-box": (_white_box_jobs, _white_box),
-    "loss": (_loss_jobs, _loss),
-    "local-search": (_search_jobs, _search),
-    "batch-size": (_batch_jobs, _batch),
-    "smoothing": (_smoothing_jobs, _smoothing),
-}
+ITEMS = (
+    Item("Table 1", "Black box (§1)", black_box),
+    Item("Table 2", "White box with restarts (§2)", white_box),
+    Item("Table 3", "Without gradients (§4)", local_search),
+    Item("Table 4", "Batch size (reviewer 3)", batch_size),
+    Item("Table 5", "Label smoothing (reviewer 3)", smoothing),
+    Item("Figure 1", "Loss against step (§3)", loss_plot),
+)
 
 
 def reproduce(
-    dataset: ImageDataset, out: Path, *, scale: str | Scale = "tiny", parts: Sequence[str] = tuple(PARTS),
-    seeds: int = 1, jobs: int = 1, device: str = "auto", quiet: bool = False,
-) -> list[Section]:  # fmt: skip
-    """Train and attack what the parts need, and write one report of them all.
+    data: str, out: Path, tables: Sequence[int], figures: Sequence[int], seeds: int, quiet: bool, *,
+    scale: str | Scale = "tiny", jobs: int = 1,
+) -> None:  # fmt: skip
+    """Make the rebuttal's tables and its figure.
 
     Parameters
     ----------
-    dataset
-        Labelled images; a validation split is left out.
-    out
-        The folder; a study that was begun there goes on.
+    data, out, tables, figures, seeds, quiet
+        As of `cmr_fast.reports.reproduce.reproduce`. Numbers are means over the seeds of the victims.
     scale
         Of SCALES, or one of your own.
-    parts
-        Of PARTS: tables and figures, each with what it needs.
-    seeds
-        Trainings of each victim; numbers are means over them.
     jobs
         Trainings at a time, a process each.
-    device
-        As of RunConfig.
-    quiet
-        No progress of the trainings.
-
-    Returns
-    -------
-    list of Section
-        As the report has them.
 
     Raises
     ------
     InputError
-        For unknown scales and parts, no seeds, and a folder that holds a study of other data or another scale.
+        For unknown scales, tables and figures, and a folder that holds a study of other data or another scale.
     """
     if isinstance(scale, str) and scale not in SCALES:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise InputError(f"parts must be of {', '.join(PARTS)}, got {unknown[0] if unknown else 'none'}")
-    if seeds < 1 or jobs < 1:
-        raise InputError(f"seeds and jobs must be 1 or more, got {seeds} and {jobs}")
+    if jobs < 1:
+        raise InputError(f"jobs must be 1 or more, got {jobs}")
     size = SCALES[scale] if isinstance(scale, str) else scale
-    study = Study(dataset, out, size, seeds, jobs, device, quiet)
+    items = chosen(ITEMS, tables, figures)
+    study = Robustness(data, out, seeds, quiet, size, jobs)
     _claim(study)
-    study.make([job for part in parts for job in PARTS[part][0](study)])
-    sections = [PARTS[part][1](study) for part in parts]
-    name = scale if isinstance(scale, str) else "own"
-    _write(sections, study, f"Feature Scattering on {dataset.name}, scale {name}, {seeds} seed(s)")
-    return sections
+    make(study, f"Feature Scattering on {study.images.name}: the rebuttal's tables and figure", items, _protocol(study))
 
 
-def _claim(study: Study) -> None:
+def _claim(study: Robustness) -> None:
     """InputError where the folder is of another study; else it says from now on which one it holds."""
-    file = study.out / "study.json"
-    data = [study.data.name, study.data.num_classes, len(study.data.train), len(study.data.test)]
-    described = {"data": data, "scale": repr(study.size)}
-    study.out.mkdir(parents=True, exist_ok=True)
+    file, images = study.out / "study.json", study.images
+    described = {
+        "data": [images.name, images.num_classes, len(images.train), len(images.test)], "scale": repr(study.size),
+    }  # fmt: skip
     if file.exists():
-        stored = read_json(file, data=list, scale=str)
-        if stored != described:
+        if read_json(file, data=list, scale=str) != described:
             raise InputError(f"{study.out}: holds a study of other data or another scale; expected another folder")
         return
+    study.out.mkdir(parents=True, exist_ok=True)
     write_json(file, described)
 
 
-def _write(sections: Sequence[Section], study: Study, title: str) -> None:
-    size, data = study.size, study.data
-    config = Job(OURS, 0).config(size)
-    words = (
-        f"WRN-{config.depth}-{config.width}, {config.epochs} epochs of {len(data.train)} images, batch "
+def _protocol(study: Robustness) -> str:
+    images, config = study.images, Job(OURS, 0).config(study.size)
+    return (
+        f"WRN-{config.depth}-{config.width}, {config.epochs} epochs of {len(images.train)} images, batch "
         f"{config.batch_size}, schedule {config.schedule}; nothing is held out and the last weights are kept, as the "
-        f"authors do; {len(data.test)} test images, L-inf ball of {config.eps * 255:.3g}/255. The paper: WRN-28-10, "
-        "200 epochs of 50,000 images, all 10,000 test images."
+        f"authors do; {len(images.test)} test images, L-inf ball of {config.eps * 255:.3g}/255; {study.seeds} seed(s). "
+        "The paper: WRN-28-10, 200 epochs of 50,000 images, all 10,000 test images of CIFAR-10."
     )
-    lines = [f"# {title}", "", words, ""]
-    cells = [["table", "row", "column", "value"]]
-    for section in sections:
-        aligned = [section.head, ["---", *["---:"] * (len(section.head) - 1)], *section.rows]
-        table = ["| " + " | ".join(row) + " |" for row in aligned]
-        lines += [f"## {section.title}", "", *table, "", section.note, ""]
-        cells += [
-            [section.title, r[0], c, v] for r in section.rows for c, v in zip(section.head[1:], r[1:], strict=True)
-        ]
-        for file, caption in section.figures:
-            lines += [f"![{caption}]({file})", ""]
-    with write_aside(study.out / "README.md") as aside:
-        aside.write_text("\n".join(lines))
-    with write_aside(study.out / "results.csv") as aside, open(aside, "w", newline="") as text:
-        csv.writer(text).writerows(cells)
