@@ -21,7 +21,20 @@ Your own data:  cmr-fast train acmr --data PATH
 
 Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
-COMMANDS = ("demo", "train", "encode", "index", "search", "dedup", "evaluate", "attack", "report", "study", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "encode",
+    "index",
+    "search",
+    "dedup",
+    "evaluate",
+    "attack",
+    "report",
+    "study",
+    "reproduce",
+    "doctor",
+)
 EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"} | dict.fromkeys(
     ("faiss", "asv", "torchmetrics"), "bench"
 )

@@ -362,9 +362,10 @@ def test_pca_is_of_images_alone_unless_texts_ask_for_it():
 
 
 def test_the_epoch_is_chosen_without_labels(tmp_path):
-    data = small_dataset()
-    shuffled = replace(data, train=replace(data.train, labels=torch.arange(45) // 15))
-    settings = {"device": "cpu", "quiet": True, "valid_fraction": 0.3, "patience": 2}
+    data = replace(small_dataset(), valid=small_dataset(seed=1).train)
+    assert data.valid is not None
+    shuffled = replace(data, valid=replace(data.valid, labels=torch.arange(45) // 15))
+    settings = {"device": "cpu", "quiet": True, "patience": 2}
     runs = [
         train("cmimh", SMALL, d, RunConfig(out=tmp_path / name, **settings))
         for name, d in (("a", data), ("b", shuffled))

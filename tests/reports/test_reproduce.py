@@ -1,0 +1,100 @@
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cmr_fast.cli import main
+from cmr_fast.data import save_pairs
+from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods.acmr import ACMRConfig
+from cmr_fast.reports.reproduce import acmr, common, reproduce
+
+SMALL = ACMRConfig(
+    epochs=2, batch_size=16, dim=6, image_hidden=8, text_hidden=8, modality_hidden=4, inner_steps=1, learning_rate=1e-2
+)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(90) % 3
+    image = torch.eye(3)[classes].repeat(1, 3) + 0.7 * torch.randn(90, 9, generator=generator)
+    text = torch.eye(3)[classes].repeat(1, 2) + 0.7 * torch.randn(90, 6, generator=generator)
+    both = Pairs(image, text, classes)
+    test = both.select(torch.arange(45, 90))
+    save_pairs(tmp_path / "own.npz", PairedDataset("own", both.select(torch.arange(45)), test, test))
+    return str(tmp_path / "own.npz")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", SMALL))
+
+
+def table(out, name):
+    (file,) = [path for path in out.iterdir() if path.name.startswith(name) and path.suffix == ".csv"]
+    with open(file, newline="") as text:
+        return {row[0]: row[1:] for row in csv.reader(text)}
+
+
+def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["reproduce", "acmr", "--data", pairs, "--table", "5", "--seeds", "2", "--out", str(out)]) == 0
+    rows = table(out, "table-5")
+    assert rows["paper: full"][:3] == ["0.509", "0.431", "0.470"]
+    runs = [
+        json.loads((out / "runs" / f"default-full-seed{seed}" / "scores.json").read_text())["scores"] for seed in (0, 1)
+    ]
+    mean = sum(run["all"]["i2t"] for run in runs) / 2
+    assert rows["full"][0].startswith(f"{mean:.3f} ± ")
+    assert "Table 5" in (out / "README.md").read_text() and "<table>" in (out / "index.html").read_text()
+    capsys.readouterr()
+
+
+def test_what_is_there_is_not_made_again_and_other_settings_are_refused(pairs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+    before = table(out, "table-5")
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("cmr_fast.methods.loop.train", refuse)
+    reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+    assert table(out, "table-5") == before
+    monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", replace(SMALL, epochs=3)))
+    with pytest.raises(InputError, match="other settings or data"):
+        reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+
+
+def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):
+    def missing(study):
+        raise common.Missing("it needs Pascal Sentence's features")
+
+    items = [
+        common.Item("Table 1", "first", missing),
+        common.Item("Table 2", "second", lambda study: [common.Section("second", ("a",), [["b"]])]),
+    ]
+    common.make(common.Study("", tmp_path, 1, False), "title", items, "note")
+    text = (tmp_path / "README.md").read_text()
+    assert "Not made: it needs Pascal Sentence's features." in text and "| b |" in text
+    assert "not made: it needs Pascal" in capsys.readouterr().out
+
+
+def test_bad_requests_are_refused(pairs, tmp_path, capsys):
+    with pytest.raises(InputError, match="table 9 is not made here; expected some of Table"):
+        reproduce("acmr", pairs, tmp_path / "out", tables=[9])
+    with pytest.raises(InputError, match="reproduces acmr"):
+        reproduce("bert", pairs, tmp_path / "out")
+    with pytest.raises(InputError, match="seeds"):
+        reproduce("acmr", pairs, tmp_path / "out", seeds=0)
+    with pytest.raises(InputError, match="no setting 'gamma', expected one of epochs"):
+        common.changed(SMALL, gamma=1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_spread_is_mean_and_deviation():
+    assert common.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100" and common.spread([0.25]) == "0.250"
