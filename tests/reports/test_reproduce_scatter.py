@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cmr_fast.attacks import PGD
+from cmr_fast.cli import main
 from cmr_fast.errors import InputError
 from cmr_fast.methods.loop import load_model
 from cmr_fast.methods.scatter import Scatter
@@ -151,6 +152,18 @@ def test_over_seeds_numbers_are_means_with_deviations(tmp_path):
     (section,) = scatter.black_box(study_of(tmp_path, seeds=2))
     assert "±" in section.rows[0][1] and "±" not in section.rows[1][1]
     assert scatter.percent([0.2, 0.4]) == "30.0 ± 14.1" and scatter.percent([0.25]) == "25.0"
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(scatter.SCALES, "tiny", SIZE)
+    folder = tmp_path / "out"
+    command = ["reproduce", "scatter", "--data", "shapes", "--table", "4", "--out", str(folder)]
+    assert main(command) == 0
+    assert "Report:" in capsys.readouterr().out and "Table 4" in (folder / "README.md").read_text()
+    assert len(list((folder / "runs").iterdir())) == 2
+    assert main(["reproduce", "acmr", "--data", "shapes", "--scale", "small", "--out", str(tmp_path / "acmr")]) == 2
+    assert "--scale is for scatter" in capsys.readouterr().err
+    assert not (tmp_path / "acmr").exists()
 
 
 @pytest.mark.parametrize(

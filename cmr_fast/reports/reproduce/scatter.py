@@ -90,7 +90,7 @@ class Scale:
 
 
 _SMALL_NET = {"depth": 10, "width": 1, "schedule": "cosine"}
-SCALES: Mapping[str, Scale] = {
+SCALES = {
     "tiny": Scale(
         {**_SMALL_NET, "epochs": 2}, train=600, images=50, few=10,
         white=("clean", "fgsm-random", "pgd20", "cw20", "pgd20x5", "cw20x5"), transfers=("pgd20", "cw20"), steps=20,
