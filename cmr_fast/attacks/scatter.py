@@ -69,8 +69,7 @@ class FeatureScatter(PGD):
         Of the solver; sinkhorn stops once its potentials move by less than tol in sum, as the paper's code does.
     ot_grad
         "unrolled": through the solver's iterations, as the paper's code has it, by torch's own operators. "envelope": T
-        is held fixed, which is the gradient at the optimum; faster, and on trained networks another step, of which one
-        sign in four or five differs.
+        is held fixed, which is the gradient at the optimum: another step wherever the solver stops before it.
 
     Raises
     ------

@@ -57,8 +57,8 @@ class ScatterConfig:
     ot_reg: float = 0.01
     """Its entropic regularisation (IPOT's beta)."""
     ot_grad: Literal["unrolled", "envelope"] = "unrolled"
-    """Gradient through the solver's iterations as in the authors' code, or with the plan held fixed: faster, and on
-    trained networks another step."""
+    """Gradient through the solver's iterations as in the authors' code, or with the plan held fixed, which is another
+    step."""
     depth: int = 28
     """Layers of the wide residual network, 6 n + 4 (Zagoruyko and Komodakis 2016)."""
     width: int = 10

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from cmr_fast.attacks import PGD
 from cmr_fast.cli import main
@@ -152,6 +153,13 @@ def test_over_seeds_numbers_are_means_with_deviations(tmp_path):
     (section,) = scatter.black_box(study_of(tmp_path, seeds=2))
     assert "±" in section.rows[0][1] and "±" not in section.rows[1][1]
     assert scatter.percent([0.2, 0.4]) == "30.0 ± 14.1" and scatter.percent([0.25]) == "25.0"
+
+
+def test_trainings_side_by_side_are_those_one_after_the_other(out, tmp_path):
+    scatter.reproduce("shapes", tmp_path, (4,), (), 1, True, scale=SIZE, jobs=2)
+    jobs = Job(OURS, 0), Job(OURS, 0, (("batch_size", 40),))
+    for here, there in zip(models(out, *jobs), models(tmp_path, *jobs), strict=True):
+        assert all(torch.allclose(v, there.state_dict()[n], atol=1e-3) for n, v in here.state_dict().items())
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

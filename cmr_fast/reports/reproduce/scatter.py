@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from cmr_fast._terminal import counting
-from cmr_fast.data import load_images
+from cmr_fast.data import ImageDataset, load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import RESULTS, read_json, write_json
 from cmr_fast.methods.loop import load_model, train
@@ -109,7 +110,7 @@ SCALES = {
         smoothings=TENTHS,
     ),
 }  # fmt: skip
-"""tiny: a few minutes, which say that it runs and nothing else. small: a CPU's hour. paper: a GPU's days."""
+"""tiny: says that it runs and nothing else. small: for a CPU. paper: the paper's own, for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Robustness(Study):
         self.images = replace(images, valid=None, test=images.test.sample(size.images))
         if size.train is not None:
             self.images = replace(self.images, train=images.train.sample(size.train))
-        self.x, self.y = pixels_of(self.images.test, size.images)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.x, self.y = (part.to(self.device) for part in pixels_of(self.images.test, size.images))
         self.settings = Settings(images=size.images, few=size.few)
 
     def victims(self, row: str, **changes: Any) -> list[Job]:
@@ -157,26 +159,19 @@ class Robustness(Study):
     def make(self, jobs: Sequence[Job]) -> None:
         """Train what is not there yet, `self.jobs` at a time."""
         missing = [job for job in dict.fromkeys(jobs) if not (self.out / "runs" / job.name / RESULTS).exists()]
-        if self.jobs < 2 or len(missing) < 2:
-            for job in missing:
-                self._train(job)
-            return
         several = min(self.jobs, len(missing))
+        if several < 2:
+            for job in missing:
+                _train(job, self.images, self.size, self.out, self.quiet)
+            return
         with (
             counting(len(missing), f"training, {several} at a time") as advance,
             ProcessPoolExecutor(several, mp_context=get_context("spawn")) as pool,
         ):
-            for done in as_completed([pool.submit(self._train, job) for job in missing]):
+            waiting = [pool.submit(_train, job, self.images, self.size, self.out, True, 1) for job in missing]
+            for done in as_completed(waiting):
                 done.result()
                 advance(1)
-
-    def _train(self, job: Job) -> None:
-        run = RunConfig(
-            out=self.out / "runs" / job.name, seed=job.seed, resume=True,
-            quiet=self.quiet or self.jobs > 1,
-            precision=self.size.precision, threads=1 if self.jobs > 1 else 0, **Scatter.protocol,
-        )  # fmt: skip
-        train(Scatter, job.config(self.size), self.images, run)
 
     def model(self, job: Job) -> Method:
         """The trained model of a job."""
@@ -185,7 +180,7 @@ class Robustness(Study):
         model = load_model(folder)
         if model.config != job.config(self.size):
             raise InputError(f"{folder}: a run of other settings, expected those of this study; name another folder")
-        return model
+        return model.to(self.device)
 
     def attacked(self, job: Job, names: Sequence[str], surrogate: Job | None = None) -> dict[str, Outcome]:
         """What attacks leave of a job's model; those that are there are not run again."""
@@ -195,6 +190,14 @@ class Robustness(Study):
             self.model(job), self.x, self.y, names, self.settings, surrogate=other,
             keep=keep if surrogate is None else keep / surrogate.name, title=f"attacking {job.name}",
         )  # fmt: skip
+
+
+def _train(job: Job, images: ImageDataset, size: Scale, out: Path, quiet: bool, threads: int = 0) -> None:
+    run = RunConfig(
+        out=out / "runs" / job.name, seed=job.seed, resume=True, quiet=quiet, precision=size.precision,
+        threads=threads, **Scatter.protocol,
+    )  # fmt: skip
+    train(Scatter, job.config(size), images, run)
 
 
 def percent(values: Sequence[float]) -> str:
