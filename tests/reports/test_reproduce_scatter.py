@@ -8,6 +8,7 @@ import torch
 
 from cmr_fast.attacks import PGD
 from cmr_fast.cli import main
+from cmr_fast.data import load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods.loop import load_model
 from cmr_fast.methods.scatter import Scatter
@@ -36,6 +37,13 @@ def out(tmp_path_factory):
 def sections(out):
     study = study_of(out)
     return {item.name: item.make(study)[0] for item in scatter.ITEMS}
+
+
+def test_svhn_is_trained_on_without_augmentation(tmp_path, monkeypatch):
+    digits = replace(load_images("shapes", train=80, test=24), name="svhn")
+    monkeypatch.setattr(scatter, "load_images", lambda data: digits)
+    study = study_of(tmp_path)
+    assert not Job(OURS, 0).config(study.size).augment and Job(OURS, 0).config(SIZE).augment
 
 
 def test_each_training_is_the_papers_but_for_the_scale():

@@ -137,8 +137,9 @@ class Robustness(Study):
 
     def __init__(self, data: str, out: Path, seeds: int, quiet: bool, size: Scale, jobs: int) -> None:
         super().__init__(data, out, seeds, quiet)
-        self.size, self.jobs = size, jobs
         images = load_images(data)
+        as_authors = {"augment": False} if images.name == "svhn" else {}
+        self.size, self.jobs = replace(size, changes={**size.changes, **as_authors}), jobs
         self.images = replace(images, valid=None, test=images.test.sample(size.images))
         if size.train is not None:
             self.images = replace(self.images, train=images.train.sample(size.train))
