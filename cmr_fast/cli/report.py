@@ -40,7 +40,7 @@ class Report(DataFlags):
     """Folder to write: PNG figures, results.csv (robustness.csv), README.md, index.html. The robustness report keeps
     finished attacks in it and goes on where it was stopped."""
     baselines: bool = True
-    """CCA, CCA-ITQ and random beside the runs; --no-baselines leaves them out."""
+    """CCA, semantic matching, CCA-ITQ and random beside the runs; --no-baselines leaves them out."""
     tsne_points: int | None = None
     """Query pairs in the t-SNE plots. None: 1000 (ACMR, Fig. 4); 0 draws none."""
     attacks: tuple[str, ...] = ()

@@ -77,8 +77,11 @@ def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
 
 
 def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple[str, Any]]:
-    """To set beside `models`: CCA for embeddings, CCA-ITQ per code length (where they take seconds), random."""
-    from cmr_fast.methods.baselines import CCA, CCAITQ, Random
+    """To set beside `models`: CCA and semantic matching for embeddings, CCA-ITQ per code length, random.
+
+    CCA and CCA-ITQ only where they take seconds.
+    """
+    from cmr_fast.methods.baselines import CCA, CCAITQ, Random, SemanticMatching
 
     if len(dataset.image_shape) > 1:  # they take features
         return []
@@ -90,6 +93,8 @@ def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple
             dim = min(7, dataset.image_dim, dataset.text_dim)
             baselines.append((f"CCA, {dim} dims", CCA(dim).fit(dataset.train)))
         baselines += [(f"CCA-ITQ, {bits} bits", CCAITQ(bits).fit(dataset.train)) for bits in code_bits]
+    if any(not model.binary for model in models):
+        baselines.append(("semantic matching", SemanticMatching().fit(dataset.train)))
     bits = code_bits[0] if code_bits else 64
     return [*baselines, (f"random, {bits} bits", Random(bits).fit(dataset.train))]
 

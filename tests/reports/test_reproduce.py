@@ -9,6 +9,7 @@ from cmr_fast.cli import main
 from cmr_fast.data import save_pairs
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
+from cmr_fast.methods import loop
 from cmr_fast.methods.acmr import ACMRConfig
 from cmr_fast.reports.reproduce import acmr, common, reproduce
 
@@ -45,9 +46,8 @@ def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp
     assert main(["reproduce", "acmr", "--data", pairs, "--table", "5", "--seeds", "2", "--out", str(out)]) == 0
     rows = table(out, "table-5")
     assert rows["paper: full"][:3] == ["0.509", "0.431", "0.470"]
-    runs = [
-        json.loads((out / "runs" / f"default-full-seed{seed}" / "scores.json").read_text())["scores"] for seed in (0, 1)
-    ]
+    stores = [out / "runs" / f"own-6-default-seed{seed}" / "scores.json" for seed in (0, 1)]
+    runs = [json.loads(store.read_text())["scores"] for store in stores]
     mean = sum(run["all"]["i2t"] for run in runs) / 2
     assert rows["full"][0].startswith(f"{mean:.3f} ± ")
     assert "Table 5" in (out / "README.md").read_text() and "<table>" in (out / "index.html").read_text()
@@ -94,6 +94,37 @@ def test_bad_requests_are_refused(pairs, tmp_path, capsys):
     with pytest.raises(InputError, match="no setting 'gamma', expected one of epochs"):
         common.changed(SMALL, gamma=1.0)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(acmr, "GRID", (0.1, 1.0))
+    monkeypatch.setattr(acmr, "STEPS", (1, 2))
+    trained = []
+    train = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: trained.append(a[3].out.name) or train(*a, **k))
+    reproduce("acmr", pairs, out, seeds=1, quiet=True)
+    page = (out / "README.md").read_text()
+    for name in ("Table 2", "Table 3", "Table 5", "Figure 3", "Figure 4", "Figure 5", "Figure 6"):
+        assert f"## {name}" in page
+    assert "Not made: it needs VGG's fc7" in page and "Not made: it is of Wikipedia" in page
+    drawn = {path.name for path in out.glob("*.png")}
+    assert {"figure-4-a.png", "figure-4-b.png", "figure-4-c.png", "figure-5.png", "figure-6-alpha.png"} <= drawn
+    assert len(trained) == len(set(trained)), "a setting that items share is trained once"
+    steps = table(out, "figure-6.-inner")
+    assert list(steps) == ["inner_steps", "1", "2"]
+    curves = table(out, "figure-3")
+    assert curves["ACMR, I2T"] != curves["random, I2T"]
+
+
+def test_the_verdict_says_whether_the_gap_stays():
+    def runs(probe, score):
+        return [{"modality": {"probe_accuracy": probe}, "all": {"average": score}}]
+
+    found = {"imi only": runs(0.5, 0.1), "full": runs(0.99, 0.3), "full, no adversary": runs(0.99, 0.3)}
+    assert "the gap stays" in acmr.verdict(found)
+    found["full, D's rate 20 times that"] = runs(0.7, 0.32)
+    assert "hides the modality" in acmr.verdict(found) and "+0.020" in acmr.verdict(found)
 
 
 def test_spread_is_mean_and_deviation():

@@ -95,7 +95,7 @@ class Study:
 
         What is there already with the same config is read, not made again; a run that was stopped goes on.
         """
-        return [self._run(f"{_slug(name)}-seed{seed}", method, config, dataset, measure, seed, run) for seed in
+        return [self._run(f"{slug(name)}-seed{seed}", method, config, dataset, measure, seed, run) for seed in
                 range(self.seeds)]  # fmt: skip
 
     def _run(
@@ -165,7 +165,7 @@ def write_sections(out: Path, title: str, sections: Sequence[Section], note: str
         lines += [f"## {section.title}", ""]
         body += f"<h2>{html.escape(section.title)}</h2>\n"
         if section.rows:
-            with write_aside(out / f"{_slug(section.title)[:60]}.csv") as aside, open(aside, "w", newline="") as text:
+            with write_aside(out / f"{slug(section.title)[:60]}.csv") as aside, open(aside, "w", newline="") as text:
                 csv.writer(text).writerows([section.head, *section.rows])
             lines += [_row(section.head), _row(["---"] * len(section.head)), *map(_row, section.rows), ""]
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.head)
@@ -202,5 +202,6 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as a file or folder has it."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
