@@ -114,7 +114,7 @@ def test_sweeps_train_what_they_change_and_share_the_rest(out, sections):
     assert (small.config.batch_size, large.config) == (20, replace(small.config, batch_size=40))
     (smoothed,) = models(out, Job(MADRY, 0, (("smoothing", 0.5),)))
     assert (smoothed.config.smoothing, smoothed.config.perturb) == (0.5, "madry")
-    assert sections["Table 4"].rows[1] == ["paper", "", "58.7"]
+    assert sections["Table 4"].rows[1] == ["paper, PGD-100", "", "58.7"]
 
 
 def test_the_loss_plot_is_of_all_starts(out, sections):

@@ -299,9 +299,9 @@ def batch_size(study: Robustness) -> list[Section]:
     found = {n: [study.attacked(j, [name])[name].accuracy for j in study.victims(OURS, batch_size=n)] for n in sizes}
     caption = f"Batch size: accuracy of Feature Scattering under PGD-{study.size.steps} (rebuttal, reviewer 3)"
     lines = {"ours": {n: float(np.mean(found[n])) for n in sizes}}
-    _plot(study.out / "batch-size.png", caption, lines | {"paper": _shares(PAPER_BATCH_SIZE)}, "batch size")
+    _plot(study.out / "batch-size.png", caption, lines | {"paper, PGD-100": _shares(PAPER_BATCH_SIZE)}, "batch size")
     rows = [["ours", *(percent(found[n]) for n in sizes)]]
-    rows.append(["paper", *(_known(PAPER_BATCH_SIZE, n) for n in sizes)])
+    rows.append(["paper, PGD-100", *(_known(PAPER_BATCH_SIZE, n) for n in sizes)])
     note = "The learning rate is the same at every batch size; the rebuttal names none."
     return [Section(caption, ["batch size", *map(str, sizes)], rows, [note], [("batch-size.png", caption)])]
 
@@ -313,9 +313,12 @@ def smoothing(study: Robustness) -> list[Section]:
     lines: dict[str, Mapping[float, float]] = {}
     for row in (OURS, MADRY):
         found = {s: [study.attacked(j, [name])[name].accuracy for j in study.victims(row, smoothing=s)] for s in values}
-        lines |= {row: {s: float(np.mean(found[s])) for s in values}, f"{row}, paper": _shares(PAPER_SMOOTHING[row])}
+        lines |= {
+            row: {s: float(np.mean(found[s])) for s in values},
+            f"{row}, paper, PGD-100": _shares(PAPER_SMOOTHING[row]),
+        }
         rows.append([row, *(percent(found[s]) for s in values)])
-        rows.append([f"{row}, paper", *(_known(PAPER_SMOOTHING[row], s) for s in values)])
+        rows.append([f"{row}, paper, PGD-100", *(_known(PAPER_SMOOTHING[row], s) for s in values)])
     caption = f"Label smoothing: accuracy under PGD-{study.size.steps} (rebuttal, reviewer 3)"
     _plot(study.out / "smoothing.png", caption, lines, "label smoothing")
     note = "At smoothing 0.9 with ten classes the true class is no likelier than the others. The paper's choice is 0.5."
