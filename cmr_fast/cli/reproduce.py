@@ -19,7 +19,7 @@ class Reproduce:
     Example:  cmr-fast reproduce acmr --data wikipedia --table 5 --seeds 3
     """
 
-    paper: Positional[Literal["acmr"]]
+    paper: Positional[Literal["acmr", "cmimh"]]
     """Whose."""
     data: str
     """A folder or file, or a name under $CMR_FAST_DATA."""
