@@ -35,10 +35,11 @@ class Report(DataFlags):
     """
 
     runs: Positional[tuple[Path, ...]]
-    """Run folders; those on the same data share their plots. All retrievers, or all classifiers."""
+    """Run folders; those on the same data share their plots, and those that differ in the seed alone get a row of their
+    mean and deviation. All retrievers, or all classifiers."""
     out: Path
-    """Folder to write: PNG figures, results.csv (robustness.csv), README.md, index.html. The robustness report keeps
-    finished attacks in it and goes on where it was stopped."""
+    """Folder to write: PNG figures (of curves the values as CSV too), results.csv (robustness.csv), README.md,
+    index.html. The robustness report keeps finished attacks in it and goes on where it was stopped."""
     baselines: bool = True
     """CCA, semantic matching, CCA-ITQ and random beside the runs; --no-baselines leaves them out."""
     tsne_points: int | None = None

@@ -21,7 +21,7 @@ class Reproduce:
     Example:  cmr-fast reproduce scatter --data PATH/cifar-10-batches-py --scale tiny
     """
 
-    paper: Positional[Literal["acmr", "scatter"]]
+    paper: Positional[Literal["acmr", "cmimh", "scatter"]]
     """Whose. Of scatter what its rebuttal has, in its order: Table 1 black box with two surrogates, 2 white box with
     restarts, 3 local search, 4 batch size, 5 label smoothing, Figure 1 loss against step from 20 random starts."""
     data: str

@@ -62,6 +62,8 @@ class CMIMHConfig:
     """Where the decoders' gradient lands (Eq. 4: logits, dh/da = 1; "means" passes the sigmoid, dh/da = m(1 - m))."""
     critic_input: Literal["means", "samples"] = "means"
     """What the critic T sees: Bernoulli means (III-B3, the paper's choice) or one sample of each (Table I)."""
+    critic_samples: int = 1
+    """With critic_input samples: how many pairs of samples I_JS is averaged over (Table I: 1 to 20)."""
     inputs: Scaling = "standard"
     """Input scaling by name, from training statistics (not given in the paper)."""
     pca_dim: int = 1024
@@ -99,7 +101,7 @@ class CMIMHConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        check_least(self, bits=1, hidden=1, critic_hidden=1, critic_dim=1, epochs=1)
+        check_least(self, bits=1, hidden=1, critic_hidden=1, critic_dim=1, critic_samples=1, epochs=1)
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2 (Eq. 5 needs unpaired pairs), got {self.batch_size}")
         for name in _NOT_NEGATIVE:
@@ -278,10 +280,16 @@ class CMIMH(Retriever):
             f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m].to(x.dtype)), x)
             for m, x in inputs.items()
         }
-        seen = means if c.critic_input == "means" else samples
-        embedded = {m: _full(self.critic[m](v.to(image.dtype))) for m, v in seen.items()}
-        with torch.autocast(image.device.type, enabled=False):
-            terms["mi"] = js_critic(embedded["image"], embedded["text"], marginals=c.marginals)
+        seen = [means]
+        if c.critic_input == "samples":
+            again = range(c.critic_samples - 1)
+            seen = [samples, *({m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()} for _ in again)]
+        bounds = []
+        for values in seen:
+            embedded = {m: _full(self.critic[m](v.to(image.dtype))) for m, v in values.items()}
+            with torch.autocast(image.device.type, enabled=False):
+                bounds.append(js_critic(embedded["image"], embedded["text"], marginals=c.marginals))
+        terms["mi"] = torch.stack(bounds).mean()
         terms["skl"] = symmetrised_kl(logits["image"], logits["text"])
         # D gives logits: log D / (1 - D) is its output
         terms["ind"] = sum(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cmr_fast.errors import InputError
 
-PAPERS: Mapping[str, str] = {"acmr": "acmr", "scatter": "scatter"}
+PAPERS: Mapping[str, str] = {"acmr": "acmr", "cmimh": "cmimh", "scatter": "scatter"}
 """Of a paper's name the module here."""
 
 
