@@ -97,7 +97,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         for method in ("CCA, 7 dims", "semantic matching", "acmr", "CCA-ITQ, 32 bits", "cmimh"):
             group = [r for r in runs if (r["data"], r["method"]) == (name, method)]
             if group:
-                cells = [_spread([r[way] for r in group]) for way in ("i2t", "t2i", "average")]
+                ways = ("i2t", "t2i", "average")
+                cells = [_spread([r[way] for r in group]) if way in group[0] else "" for way in ways]
                 long = [f"{r['best_epoch']} of {r['epochs']} (at most {r['of']})" for r in group if "of" in r]
                 by = " ".join(dict.fromkeys(r["similarity"] for r in group if "similarity" in r))
                 title = method.upper() + (f", by {by}" if by else "") if method in METHODS else method
