@@ -200,13 +200,15 @@ class ACMR(Retriever):
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, dim) features -> (N, 200) in the common subspace, or (N, C) label distributions if those are compared."""
-        scaling, projector, head = (
-            (self.image_scaling, self.image_projector, self.image_labels)
-            if modality == "image"
-            else (self.text_scaling, self.text_projector, self.text_labels)
-        )
-        projected = projector(scaling(features))
+        projected = self.subspace(modality, features)
+        head = self.image_labels if modality == "image" else self.text_labels
         return head(projected).softmax(dim=1) if self.similarity == "labels" else projected
+
+    def subspace(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, dim) features -> (N, 200) in the common subspace, whatever pairs are ranked by."""
+        if modality == "image":
+            return cast(Tensor, self.image_projector(self.image_scaling(features)))
+        return cast(Tensor, self.text_projector(self.text_scaling(features)))
 
     def validate(self, valid: Any) -> dict[str, float]:
         """mAP(all) of the validation split by the similarity that is best there, and a fresh probe's accuracy."""

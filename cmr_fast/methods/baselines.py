@@ -164,7 +164,7 @@ class SemanticMatching(Baseline):
             return loss
 
         with torch.enable_grad():
-            solver.step(closure)  # type: ignore[no-untyped-call]
+            solver.step(closure)
         return weight.detach(), bias.detach()
 
 

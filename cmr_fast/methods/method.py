@@ -138,6 +138,10 @@ class Retriever(Method):
         """(N, dim) features -> (N, d) embeddings, or (N, bits) values whose signs are the code."""
         raise NotImplementedError
 
+    def subspace(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, dim) features -> (N, d) where both modalities meet: what signs are taken of, and t-SNE draws."""
+        return self.encode(modality, features)
+
     def validate(self, valid: Any) -> dict[str, float]:
         """mAP(all) of the validation split, each pair a query over the whole split, both ways and their mean."""
         return validate(self, valid)

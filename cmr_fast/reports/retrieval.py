@@ -261,7 +261,8 @@ def draw_run(
         drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
     if min(tsne_points, len(dataset.query)) >= 5:
         rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
-        points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
+        how = "subspace" if hasattr(model, "subspace") else "encode"
+        points = {m: encode_all(model, m, getattr(dataset.query, m), how).numpy()[rows] for m in ("image", "text")}
         if not model.binary and model.metric == "cosine":
             points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
         elif model.binary:

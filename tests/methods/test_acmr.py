@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.acmr import ACMR, ACMRConfig, select
-from cmr_fast.methods.evaluation import validate
+from cmr_fast.methods.evaluation import encode_all, validate
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.methods.scaling import InputScaling
 
@@ -326,6 +326,9 @@ def test_auto_ranks_by_what_validation_finds_best(tmp_path):
         run.model.ranking.fill_(number)
         scores[name] = validate(run.model, valid)["valid_map"]
     assert scores[chosen] == max(scores.values()) == pytest.approx(run.results["valid_map"])
+    run.model.ranking.fill_(2)
+    assert encode_all(run.model, "image", valid.image).shape[1] == 3
+    assert encode_all(run.model, "image", valid.image, "subspace").shape[1] == CALM.dim  # codes are its signs
     restored = load_model(tmp_path / "run")
     assert restored.similarity == chosen and restored.metric == ("cosine" if chosen == "cosine" else "ip")
 

@@ -252,7 +252,7 @@ def figure_4(study: Study) -> list[Section]:
     for name, changes in panels.items():
         _, model = _model(study, dataset, changes)
         rows = torch.arange(len(dataset.query))[:1000]
-        points = {m: encode_all(model, m, getattr(dataset.query, m))[rows] for m in MODALITIES}
+        points = {m: encode_all(model, m, getattr(dataset.query, m), "subspace")[rows] for m in MODALITIES}
         if model.metric == "cosine":
             points = {m: torch.nn.functional.normalize(x) for m, x in points.items()}
         labels = None if dataset.query.multi_label else dataset.query.labels[rows].numpy()
