@@ -1,10 +1,12 @@
 """The Python blocks of README.md and docs/ run: those of a file one after the other, in one namespace, in a process.
 
-A block is left out where the line before its fence is `<!-- not run -->`.
+A block is left out where the line before its fence is `<!-- not run -->`. Commands have flags that there are, and those
+that they need.
 """
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,30 @@ def test_python_blocks_run(path, tmp_path):
         timeout=500,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+COMMAND = re.compile(r"^    cmr-fast (.*)$", re.MULTILINE)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and arguments of each command that is shown in full and does something."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = [(p, c) for p in pages for c in COMMAND.findall(p.read_text(encoding="utf-8").replace("\\\n", " "))]
+    return [(p.relative_to(ROOT).as_posix(), c) for p, c in found if " ... " not in c and "--help" not in c]
+
+
+def test_commands_are_accepted_as_printed(capsys):
+    from cmr_fast.cli.main import _parse
+
+    assert any("report" in command and "--fast" in command for _, command in commands())
+    refused = []
+    for page, command in commands():
+        arguments = shlex.split(command.partition("&&")[0], comments=True)
+        try:
+            assert callable(_parse(arguments))
+        except (SystemExit, ValueError) as error:
+            refused.append(f"{page}: cmr-fast {command} ({error}) {capsys.readouterr().err}")
+    assert not refused, "\n".join(refused)
 
 
 def test_marked_blocks_are_left_out():

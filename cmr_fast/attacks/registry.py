@@ -50,6 +50,8 @@ class Entry:
         Asks the model under attack for no gradient.
     rankings
         Whether it attacks rankings too.
+    in_ball
+        Whether it keeps to the radius; what does not is no part of a worst case within it.
     words
         What its name does not say.
     """
@@ -62,6 +64,7 @@ class Entry:
     slow: bool = False
     blind: bool = False
     rankings: bool = True
+    in_ball: bool = True
     words: str = ""
 
 
@@ -69,6 +72,7 @@ _STEPS = {"alpha": None}
 ENTRIES: Mapping[str, Entry] = {
     "clean": Entry(None),
     "fgsm": Entry(FGSM),
+    "fgsm-random": Entry(FGSM, settings={"random_start": True}, rankings=False, words="from a random start"),
     "pgdN": Entry(PGD, settings=_STEPS),
     "cwN": Entry(CW, "margin", settings=_STEPS),
     "mifgsmN": Entry(MIFGSM, settings=_STEPS),
@@ -83,6 +87,15 @@ ENTRIES: Mapping[str, Entry] = {
     "apgdN-dlr": Entry(APGD, "dlr", classes=3),
     "apgdN-t": Entry(APGDT, "dlr", classes=4, rankings=False),
     "local-search": Entry(LocalSearch, settings={"rounds": 30}, slow=True, blind=True),
+    "local-search-pixels": Entry(
+        LocalSearch,
+        settings={"eps": None},
+        slow=True,
+        blind=True,
+        rankings=False,
+        in_ball=False,
+        words="as its paper has it: few pixels, by any amount",
+    ),
     "square": Entry(Square, slow=True, blind=True, rankings=False, words="torchattacks'"),
     "fab": Entry(FAB, slow=True, rankings=False, words="torchattacks'"),
 }
@@ -158,7 +171,6 @@ def make(
     eps: Value,
     losses: Mapping[str, str | Loss] = CLASSIFIER,
     surrogate: Model | None = None,
-    early_stop: bool = False,
     **options: Unpack[Options],
 ) -> Attack | Transfer | None:
     """The attack that a name stands for, without its restarts; steps are eps / 4.
@@ -175,8 +187,6 @@ def make(
         CLASSIFIER or RANKING: what "ce", "margin" and "dlr" are for this kind of model.
     surrogate
         What transfer attacks are crafted on.
-    early_stop
-        PGD and its kin drop a sample from the batch once it is fooled; APGD always does.
     options
         norm, bounds, normalize, dtype, seed, check, progress, ...: as of PGD.
 
@@ -198,7 +208,7 @@ def make(
         raise InputError(f"{name} attacks classifiers; rankings have {', '.join(STANDARD_RANKING)} and the like")
     if "loss" in options:
         raise InputError(f"the loss of {name} is in its name; expected no loss beside it, got {options['loss']!r}")
-    settings: dict[str, Any] = {"eps": eps, **entry.settings, **options}
+    settings: dict[str, Any] = {**{"eps": eps}, **entry.settings, **options}
     if named.number is not None:
         settings[entry.number] = named.number
     if not (losses is CLASSIFIER and entry.loss in ("ce", "margin")):  # those are the attacks' own
@@ -209,8 +219,6 @@ def make(
         if surrogate is None:
             raise InputError(f"{name} is crafted on another model: expected a surrogate, got none")
         return Transfer(model, surrogate, entry.make, **settings)
-    if early_stop and isinstance(entry.make, type) and issubclass(entry.make, PGD) and not entry.blind:
-        settings["early_stop"] = True
     return entry.make(model, **settings)
 
 

@@ -26,6 +26,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops.pgd import Norm, Value
 from cmr_fast.ops.sinkhorn import ipot, sinkhorn
 
+SOLVERS = {"sinkhorn": 100, "ipot": 50, "identity": 0}  # and their iterations, at most
 NOT_OURS = ("loss", "success", "targeted", "restarts", "early_stop", "graph")
 
 
@@ -60,14 +61,15 @@ class FeatureScatter(PGD):
         Samples that are transported together, in the order of the batch; the last group may be smaller. None: the whole
         batch. Say 32 to get on one device what four devices with batches of 32 would do.
     solver
-        "sinkhorn", or "ipot" with beta = reg.
+        "sinkhorn", or "ipot" with beta = reg; "identity" transports every sample to its own clean one, T = I / n, which
+        is what the paper's section 5.2 compares with: distance without coupling.
     reg
         Of the entropy, in units of the cost, which lies between 0 and 2.
     max_iter, tol
         Of the solver; sinkhorn stops once its potentials move by less than tol in sum, as the paper's code does.
     ot_grad
-        "envelope": T is held fixed, which is the gradient at the optimum. "unrolled": through the iterations, as the
-        paper's code has it; slower, by torch's own operators.
+        "unrolled": through the solver's iterations, as the paper's code has it, by torch's own operators. "envelope": T
+        is held fixed, which is the gradient at the optimum: another step wherever the solver stops before it.
 
     Raises
     ------
@@ -89,24 +91,24 @@ class FeatureScatter(PGD):
         steps: int = 1,
         *,
         group: int | None = None,
-        solver: Literal["sinkhorn", "ipot"] = "sinkhorn",
+        solver: Literal["sinkhorn", "ipot", "identity"] = "sinkhorn",
         reg: float = 0.01,
         max_iter: int | None = None,
         tol: float = 0.1,
-        ot_grad: Literal["envelope", "unrolled"] = "envelope",
+        ot_grad: Literal["unrolled", "envelope"] = "unrolled",
         **options: Unpack[ScatterOptions],
     ) -> None:
         if refused := [name for name in NOT_OURS if name in options]:
             raise InputError(f"feature scattering has a loss of its own, over all samples: it takes no {refused[0]}")
         super().__init__(model, eps, alpha, steps, **options)
-        if not isinstance(solver, str) or solver not in ("sinkhorn", "ipot"):
-            raise InputError(f"solver must be 'sinkhorn' or 'ipot', got {solver!r}")
-        if not isinstance(ot_grad, str) or ot_grad not in ("envelope", "unrolled"):
-            raise InputError(f"ot_grad must be 'envelope' or 'unrolled', got {ot_grad!r}")
+        if not isinstance(solver, str) or solver not in SOLVERS:
+            raise InputError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if not isinstance(ot_grad, str) or ot_grad not in ("unrolled", "envelope"):
+            raise InputError(f"ot_grad must be 'unrolled' or 'envelope', got {ot_grad!r}")
         self.group = None if group is None else whole("group", group, 1)
         self.solver, self.ot_grad = solver, ot_grad
         self.reg, self.tol = real("reg", reg, 0.0, 1e30, above=True), real("tol", tol, 0.0, float("inf"))
-        self.max_iter = {"sinkhorn": 100, "ipot": 50}[solver] if max_iter is None else whole("max_iter", max_iter, 0)
+        self.max_iter = SOLVERS[solver] if max_iter is None else whole("max_iter", max_iter, 0)
 
     @overload
     def __call__(
@@ -193,6 +195,8 @@ class FeatureScatter(PGD):
         return cost_of
 
     def _plan(self, cost: Tensor) -> Tensor:
+        if self.solver == "identity":
+            return torch.eye(cost.shape[-1], dtype=cost.dtype, device=cost.device) / cost.shape[-1]
         if self.solver == "ipot":
             plan = ipot(cost, self.reg, max_iter=self.max_iter, grad=self.ot_grad)
         else:

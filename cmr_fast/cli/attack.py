@@ -40,9 +40,10 @@ class Attack(DataFlags):
 
     Example:  cmr-fast attack runs/scatter-cifar10-seed0 --attacks clean pgd20 apgd-dlr cw100x5
 
-    Attacks on classifiers:  clean, fgsm, pgdN, cwN, mifgsmN, targetedN, noiseN, apgd-ce, apgd-dlr, apgd-t (apgdN-ce,
-    apgdN-dlr, apgdN-t), local-search, square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps (of
-    noise, points); xR after a name makes R restarts.
+    Attacks on classifiers:  clean, fgsm, fgsm-random (from a random start), pgdN, cwN, mifgsmN, targetedN, noiseN,
+    apgd-ce, apgd-dlr, apgd-t (apgdN-ce, apgdN-dlr, apgdN-t), local-search (in the ball), local-search-pixels (its
+    paper's: a few pixels by any amount), square, fab, and transfer-pgdN and transfer-cwN from a --surrogate. N steps
+    (of noise, points); xR after a name makes R restarts.
 
     Example:  cmr-fast attack runs/dcmh-flickr8k-24-seed0 --attacks cmla100 cgat --images 100 --out attacked
 

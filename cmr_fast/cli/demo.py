@@ -13,7 +13,7 @@ from cmr_fast.errors import InputError
 if TYPE_CHECKING:
     from cmr_fast.data.pairs import PairedDataset
 
-ACMR_SETTINGS: dict[str, Any] = {"epochs": 6, "learning_rate": 3e-4}
+ACMR_SETTINGS: dict[str, Any] = {"epochs": 6, "learning_rate": 3e-4, "similarity": "cosine", "reg": 1.0}
 CMIMH_SETTINGS: dict[str, Any] = {
     "epochs": 15,
     "batch_size": 64,
@@ -23,7 +23,10 @@ CMIMH_SETTINGS: dict[str, Any] = {
     "lr": 0.03,
     "decoder_lr": 0.03,
     "lambda_bal": 1.0,
+    "reconstruction": "mean",
     "reconstruction_weight": 20.0,
+    "weight_decay": 1e-4,
+    "inputs": "standard",
     "straight_through": "means",
     "init": "he",  # with torch's smaller weights, a minute does not get CMIMH off its start
 }

@@ -63,7 +63,8 @@ class Encode(DataFlags):
         else:
             pairs = split_of(self.pairs_of(model, self.trained), self.split, self.trained)
             with busy(f"encoding {len(pairs)} {self.modality} rows"):
-                values = encode_all(model, self.modality, getattr(pairs, self.modality))
+                how = "subspace" if self.bits else "encode"
+                values = encode_all(model, self.modality, getattr(pairs, self.modality), how)
         packed = self.bits or (makes_codes(model) and not self.real)
         array = (pack_codes(values, threshold=0.0) if packed else values.float()).numpy()
         write_arrays({self.out: array})

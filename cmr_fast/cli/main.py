@@ -23,7 +23,7 @@ Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
 COMMANDS = (
     *("demo", "augment", "train", "encode", "index", "search"),
-    *("dedup", "evaluate", "attack", "report", "study", "doctor"),
+    *("dedup", "evaluate", "attack", "report", "study", "reproduce", "doctor"),
 )
 EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"} | dict.fromkeys(
     ("faiss", "asv", "torchmetrics"), "bench"

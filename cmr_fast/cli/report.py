@@ -1,5 +1,6 @@
 """`cmr-fast report`: the papers' figures of retrievers, or the robustness of classifiers."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,12 +35,13 @@ class Report(DataFlags):
     """
 
     runs: Positional[tuple[Path, ...]]
-    """Run folders; those on the same data share their plots. All retrievers, or all classifiers."""
+    """Run folders; those on the same data share their plots, and those that differ in the seed alone get a row of their
+    mean and deviation. All retrievers, or all classifiers."""
     out: Path
-    """Folder to write: PNG figures, results.csv (robustness.csv), README.md, index.html. The robustness report keeps
-    finished attacks in it and goes on where it was stopped."""
+    """Folder to write: PNG figures (of curves the values as CSV too), results.csv (robustness.csv), README.md,
+    index.html. The robustness report keeps finished attacks in it and goes on where it was stopped."""
     baselines: bool = True
-    """CCA, CCA-ITQ and random beside the runs; --no-baselines leaves them out."""
+    """CCA, semantic matching, CCA-ITQ and random beside the runs; --no-baselines leaves them out."""
     tsne_points: int | None = None
     """Query pairs in the t-SNE plots. None: 1000 (ACMR, Fig. 4); 0 draws none."""
     attacks: tuple[str, ...] = ()
@@ -49,7 +51,7 @@ class Report(DataFlags):
     images: int | None = None
     """Of classifiers: test images to attack. None: 500; the local search and the checks see 100 of them."""
     surrogate: Path | None = None
-    """Of classifiers: a run that the black-box attacks are crafted on."""
+    """Of classifiers: a run that the black-box attacks are crafted on. Where it is among the runs, it is left out."""
     fast: bool = False
     """Of classifiers: gradients in bfloat16; success is decided in float32."""
     force: bool = False
@@ -103,7 +105,8 @@ class Report(DataFlags):
         from cmr_fast.reports import robustness
 
         refuse_flags({"tsne_points": self.tsne_points, "no-baselines": not self.baselines}, "is for retrievers")
-        datasets = [self.images_of(model, path) for path, model in zip(self.runs, models, strict=True)]
+        runs, models = self._without_surrogate(models)
+        datasets = [self.images_of(model, path) for path, model in zip(runs, models, strict=True)]
         data = datasets[0].name
         if any(dataset.name != data for dataset in datasets):
             raise InputError("classifiers of one report must be of one data set; expected runs on the same --data")
@@ -114,7 +117,7 @@ class Report(DataFlags):
             robustness.check_names(self.attacks)
         surrogate = load_surrogate(self.surrogate)
         results = []
-        for name, model, dataset in zip(_names(self.runs), models, datasets, strict=True):
+        for name, model, dataset in zip(_names(runs), models, datasets, strict=True):
             x, y = robustness.pixels_of(dataset.test, settings.images)
             names = list(self.attacks) or None
             folder = self.out / "attacks" / name
@@ -127,6 +130,18 @@ class Report(DataFlags):
         for result in results:
             print(f"\n{result.name}: {result.verdict()}")
         print(f"\nReport: {self.out / 'index.html'}")
+
+    def _without_surrogate(self, models: "list[Method]") -> "tuple[tuple[Path, ...], list[Method]]":
+        """The runs to attack: a surrogate among them, as of FOLDER/*, is no victim of its own."""
+        if self.surrogate is None:
+            return self.runs, models
+        surrogate = folder_of(self.surrogate).resolve()
+        kept = [n for n, path in enumerate(self.runs) if folder_of(path).resolve() != surrogate]
+        if not kept:
+            raise InputError(f"{self.surrogate}: the surrogate is the one run given, expected another to attack")
+        if len(kept) < len(models):
+            print(f"{self.surrogate} is the surrogate and left out of the runs that are attacked", file=sys.stderr)
+        return tuple(self.runs[n] for n in kept), [models[n] for n in kept]
 
 
 def _names(runs: tuple[Path, ...]) -> list[str]:

@@ -35,9 +35,9 @@ class TrainingData(DataFlags):
     """`shapes` (built in), a folder or file of a known layout, or a name under $CMR_FAST_DATA."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
-    preset: str = "paper"
-    """Settings to start from, which the flags below then change: `paper`, or what was made for a data set (see Presets
-    above), with which the tables in bench/results repeat."""
+    preset: str = "default"
+    """Settings to start from, which the flags below then change: `default`, `paper` (as printed), or what was made for
+    a data set (see Presets above). It sets the method's config, and what its protocol says of the run."""
     adversarial: tuple[int, ...] = ()
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
     its own for each number and one on none for comparison, and attack every one anew. None: no such training."""
@@ -144,18 +144,18 @@ class Train:
             print(f"\nReport: {run.path / 'defences' / 'index.html'}\n")
 
 
-def flags_of(method: str, preset: str = "paper") -> type[Train]:
+def flags_of(method: str, preset: str = "default") -> type[Train]:
     """`Train` for one method, its defaults those of a preset."""
     from cmr_fast.methods.loop import RunConfig
 
     kind = METHODS[method]
-    presets = {"paper": kind.Config(), **kind.presets}
+    presets = kind.all_presets()
     if preset not in presets:
         raise InputError(f"--preset of {method} must be one of {', '.join(presets)}, got {preset!r}")
     module = sys.modules[kind.__module__]
     about = inspect.getdoc(module if module.__name__.endswith(f".{method}") else kind) or ""
     paper = about.partition("\n\n")[0].replace("\n", " ")
-    settings = RunConfig(out=Path(f"runs/{method}-<data>-seed<seed>"))
+    settings = RunConfig(out=Path(f"runs/{method}-<data>-seed<seed>"), **kind.run_settings(preset))
     flags = make_dataclass(
         f"Train{kind.__name__}",
         [

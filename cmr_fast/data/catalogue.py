@@ -34,6 +34,10 @@ LOADERS = [
         cifar_svhn.holds_cifar10, cifar_svhn.load_cifar10, "images", "CIFAR-10",
         "data_batch_1 (CIFAR-10, python or MATLAB version)",
     ),
+    Loader(
+        cifar_svhn.holds_cifar100, cifar_svhn.load_cifar100, "images", "CIFAR-100",
+        "train, test and meta (CIFAR-100, python or MATLAB version)",
+    ),
     Loader(cifar_svhn.holds_svhn, cifar_svhn.load_svhn, "images", "SVHN", "train_32x32.mat (SVHN)"),
     Loader(flickr8k.holds, flickr8k.load, "pairs", "Flickr8k-24", f"{flickr8k.CAPTIONS} (Flickr8k)"),
     Loader(mirflickr.holds, mirflickr.load, "pairs", "MIR-Flickr of CMLA", "Img.h5, Tag.h5 and Lab.h5 (CMLA)"),
@@ -93,6 +97,7 @@ def load_images(
     What lies there is found by looking:
 
     - data_batch_1 … data_batch_5, test_batch: CIFAR-10, python or MATLAB version, also in its own folder
+    - train, test, meta: CIFAR-100 with its fine labels, python or MATLAB version, also in its own folder
     - train_32x32.mat, test_32x32.mat: SVHN, the cropped digits; its label 10 is the digit 0
 
     Parameters

@@ -1,4 +1,4 @@
-"""Labelled images from their authors' files: CIFAR-10 (python and MATLAB version) and SVHN's cropped digits."""
+"""Labelled images from their authors' files: CIFAR-10 and CIFAR-100 (python and MATLAB version), SVHN's digits."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from cmr_fast.errors import InputError
 
 CIFAR_TRAIN, CIFAR_TEST = [f"data_batch_{number}" for number in range(1, 6)], "test_batch"
 CIFAR_FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-mat")
+CIFAR100_FILES = "train", "test", "meta"
+CIFAR100_FOLDERS = ("", "cifar-100-python", "cifar-100-matlab")
 SVHN_FILES = "train_32x32.mat", "test_32x32.mat"
 
 
@@ -35,6 +37,17 @@ def holds_cifar10(path: Path) -> bool:
     return cifar10_folder(path) is not None
 
 
+def cifar100_folder(path: Path) -> Path | None:
+    """The folder at or in `path` where all files of CIFAR-100 lie."""
+    folders = [path / name for name in CIFAR100_FOLDERS]
+    return next((f for f in folders if all(_batch_file(f, name).is_file() for name in CIFAR100_FILES)), None)
+
+
+def holds_cifar100(path: Path) -> bool:
+    """Whether CIFAR-100's files lie there."""
+    return cifar100_folder(path) is not None
+
+
 def holds_svhn(path: Path) -> bool:
     """Whether SVHN's cropped digits lie there."""
     return (path / SVHN_FILES[0]).is_file()
@@ -46,7 +59,7 @@ def load_cifar10(path: Path) -> ImageDataset:
     missing = [name for name in (*CIFAR_TRAIN, CIFAR_TEST) if not _batch_file(folder, name).is_file()]
     if missing:
         raise InputError(f"{folder}: CIFAR-10's {', '.join(missing)} not found")
-    train, test = (_cifar_split(folder, files) for files in (CIFAR_TRAIN, [CIFAR_TEST]))
+    train, test = (_cifar_split(folder, files, "labels", 10) for files in (CIFAR_TRAIN, [CIFAR_TEST]))
     names: tuple[str, ...] = ()
     meta = _batch_file(folder, "batches.meta")
     if meta.is_file():
@@ -54,22 +67,30 @@ def load_cifar10(path: Path) -> ImageDataset:
     return ImageDataset("cifar10", train, test, class_names=names)
 
 
-def _cifar_split(folder: Path, files: list[str]) -> Images:
-    images, labels = zip(*(_cifar_batch(_batch_file(folder, name)) for name in files), strict=True)
-    return Images(torch.cat(images), torch.cat(labels))
+def load_cifar100(path: Path) -> ImageDataset:
+    """CIFAR-100: 50,000 and 10,000 images of a hundred classes, the fine labels, a file each."""
+    folder = cifar100_folder(path) or path
+    train, test = (_cifar_split(folder, [name], "fine_labels", 100) for name in CIFAR100_FILES[:2])
+    names = tuple(_text(name) for name in _entry(_batch_file(folder, CIFAR100_FILES[2]), "fine_label_names"))
+    return ImageDataset("cifar100", train, test, class_names=names)
 
 
-def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
-    data, labels = _entry(file, "data"), _entry(file, "labels")
+def _cifar_split(folder: Path, files: list[str], labels: str, classes: int) -> Images:
+    images, ids = zip(*(_cifar_batch(_batch_file(folder, name), labels, classes) for name in files), strict=True)
+    return Images(torch.cat(images), torch.cat(ids))
+
+
+def _cifar_batch(file: Path, name: str, classes: int) -> tuple[Tensor, Tensor]:
+    data, labels = _entry(file, "data"), _entry(file, name)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         seen = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise InputError(f"{file}: data must be uint8 (N, 3072), got {seen}")
     ids = np.asarray(labels)
     ids = ids[:, 0] if ids.ndim == 2 and ids.shape[1] == 1 else ids
     if ids.shape != data.shape[:1] or ids.dtype.kind not in "iu":
-        raise InputError(f"{file}: labels must be {len(data)} integers, got {ids.dtype} {ids.shape}")
-    if len(ids) and (ids.min() < 0 or ids.max() > 9):
-        raise InputError(f"{file}: CIFAR-10 has classes 0 to 9, got {ids.min()} to {ids.max()}")
+        raise InputError(f"{file}: {name} must be {len(data)} integers, got {ids.dtype} {ids.shape}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= classes):
+        raise InputError(f"{file}: CIFAR-{classes} has classes 0 to {classes - 1}, got {ids.min()} to {ids.max()}")
     pixels = torch.from_numpy(data.copy()).reshape(-1, 3, 32, 32)
     return pixels, torch.from_numpy(ids.astype(np.int64))
 
@@ -85,7 +106,7 @@ def _entry(file: Path, name: str) -> Any:
         for key in (name.encode(), name):
             if isinstance(batch, dict) and key in batch:
                 return batch[key]
-    raise InputError(f"{file}: not a batch of CIFAR-10: it has no {name!r}")
+    raise InputError(f"{file}: not a file of CIFAR: it has no {name!r}")
 
 
 def _text(name: object) -> str:

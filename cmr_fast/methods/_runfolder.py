@@ -135,7 +135,8 @@ def same(
     if stored.get("method") != wanted["method"]:
         raise InputError(f"{where}: a run of {stored.get('method')}, it cannot be resumed with {wanted['method']}")
     for part in ("config", "run", "data"):
-        before, now = defaults[part] | stored.get(part, {}), json.loads(json.dumps(wanted[part]))
+        before, now = stored.get(part, {}), json.loads(json.dumps(wanted[part]))
+        before = defaults[part] | (kind.read_config(before) if part == "config" else before)
         for name in sorted(set(before) | set(now)):
             if name in _FREE or before.get(name) == now.get(name):
                 continue

@@ -1,4 +1,4 @@
-"""Cross-modal baselines at the price of a call: CCA, CCA-ITQ, CVH, CMFH, FSH, PCA sign, random.
+"""Cross-modal baselines at the price of a call: CCA, semantic matching, CCA-ITQ, CVH, CMFH, FSH, PCA sign, random.
 
 Every one has `fit(train) -> self` and, like a trained method, `encode(modality, features)`, `binary`,
 `metric` and `name`. Codes come as logits (N, bits): bit = logit >= 0. The work is done in float64 on the CPU.
@@ -113,6 +113,59 @@ class CCA(Baseline):
         self.correlations = correlations[:dim]
         weight = self.correlations**self.weight
         return whiten_image @ left[:, :dim] * weight, whiten_text @ right[:dim].T * weight
+
+
+class SemanticMatching(Baseline):
+    """Semantic matching (Rasiwasia et al., ACM Multimedia 2010): a classifier a modality, ranked by its posteriors.
+
+    Each is a softmax regression on standardised features, its weights penalised by half their squared norm (what
+    scikit-learn calls C = 1). Two items are compared by the inner product of their label distributions, the
+    probability that they share their label; a multi-hot row y counts as y / sum(y), one without labels nothing.
+    """
+
+    name = "semantic-matching"
+    binary = False
+    metric = "ip"
+
+    def __init__(self, penalty: float = 1.0, *, scale: str = "each", seed: int = 0) -> None:
+        super().__init__(scale=scale, seed=seed)
+        self.penalty = as_number(penalty, "penalty", least=0)
+        self.bias: dict[str, Tensor] = {}
+        self._targets = torch.empty(0)
+
+    def fit(self, train: Pairs) -> Self:
+        """Learn from the training pairs and their labels. InputError as in `Baseline`."""
+        labels = train.labels.cpu()
+        targets = F.one_hot(labels) if labels.ndim == 1 else labels
+        self._targets = targets.double() / targets.sum(1, keepdim=True).clamp(min=1)
+        return super().fit(train)
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (image, text) from centred features (N, d_image) and (N, d_text)."""
+        fitted = {m: self._regression(x) for m, x in zip(MODALITIES, (image, text), strict=True)}
+        self.bias = {m: bias for m, (_, bias) in fitted.items()}
+        return fitted["image"][0], fitted["text"][0]
+
+    def encode(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, D) raw features -> float32 (N, classes), label distributions. InputError as in `Baseline`."""
+        return (super().encode(modality, features).double() + self.bias[modality]).softmax(dim=1).float()
+
+    def _regression(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        classes = self._targets.shape[1]
+        weight = x.new_zeros(x.shape[1], classes, requires_grad=True)
+        bias = x.new_zeros(classes, requires_grad=True)
+        solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            loss = F.cross_entropy(x @ weight + bias, self._targets, reduction="sum")
+            loss = (loss + self.penalty / 2 * weight.square().sum()) / len(x)
+            torch.autograd.backward(loss)
+            return loss
+
+        with torch.enable_grad():
+            solver.step(closure)
+        return weight.detach(), bias.detach()
 
 
 class CCAITQ(Baseline):

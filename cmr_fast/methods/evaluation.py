@@ -152,7 +152,7 @@ def caption_results(scores: "CaptionRetrieval") -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_all(model: Any, modality: Modality, features: Tensor | Sequence[Any]) -> Tensor:
+def encode_all(model: Any, modality: Modality, features: Tensor | Sequence[Any], how: str = "encode") -> Tensor:
     """All rows of `features` through `model.encode` in eval mode, a few thousand at a time.
 
     Parameters
@@ -163,6 +163,8 @@ def encode_all(model: Any, modality: Modality, features: Tensor | Sequence[Any])
         "image" or "text".
     features
         (N, dim) floats, (N, L) token ids, or N captions.
+    how
+        The model's function: encode, or subspace of a `Retriever`.
 
     Returns
     -------
@@ -178,7 +180,7 @@ def encode_all(model: Any, modality: Modality, features: Tensor | Sequence[Any])
         rows: Any = features[start : start + _ENCODE_ROWS]
         if weight is not None and isinstance(rows, Tensor):
             rows = rows.to(weight.device, weight.dtype if rows.is_floating_point() else None)
-        encoded = torch.as_tensor(model.encode(modality, rows))
+        encoded = torch.as_tensor(getattr(model, how)(modality, rows))
         parts.append(encoded.to("cpu", torch.promote_types(encoded.dtype, torch.float32)))
     if training:
         model.train()

@@ -22,7 +22,7 @@ class GridSearch:
     rows: list[dict[str, Any]]
     """One dict per combination: the grid's fields, valid_map, best_epoch, seconds and run (its folder)."""
     best: Any
-    """The config of the row with the highest valid_map; the first of equals."""
+    """The config of the best row by what the method is chosen by (of most valid_map); the first of equals."""
     path: Path
     """The run folder of that row."""
 
@@ -34,7 +34,7 @@ def grid_search(
     dataset: PairedDataset,
     run: RunConfig,
 ) -> GridSearch:
-    """Train every combination of `grid` (field of the method's config -> values) and pick by validation mAP(all).
+    """Train every combination of `grid` (field of the method's config -> values) and pick by the validation score.
 
     The test splits take no part in the choice: the table holds validation values alone. Writes a run folder per
     combination, grid.csv and grid.md under `run.out`; with run.resume it goes on where it stopped.
@@ -57,9 +57,10 @@ def grid_search(
     for chosen, candidate in zip(combinations, tried, strict=True):
         name = "_".join(f"{field}={value}" for field, value in chosen.items()) or "default"
         done = train(kind, candidate, dataset, replace(run, out=folder / name))
-        outcome = {key: done.results[key] for key in ("valid_map", "best_epoch", "train_seconds")}
+        by = done.model.monitor[-1]
+        outcome = {key: done.results[key] for key in ("valid_map", by, "best_epoch", "train_seconds")}
         rows.append(chosen | outcome | {"run": name})
-    best = max(range(len(rows)), key=lambda row: rows[row]["valid_map"])
+    best = max(range(len(rows)), key=lambda row: rows[row][by])
     _write_tables(folder, rows, best)
     return GridSearch(rows, tried[best], folder / rows[best]["run"])
 

@@ -206,7 +206,9 @@ def _rounds(
         "epochs": state.epoch,
         "best_epoch": state.best_epoch,
         **({"best_step": min(schedule.total, state.best_epoch * schedule.every)} if schedule.by_steps else {}),
-        monitor: state.best_scores[0] if best is not None else None,
+        **(
+            dict(zip(reversed(model.monitor), state.best_scores, strict=False)) if best is not None else {monitor: None}
+        ),
         "train_seconds": sum(row["seconds"] for row in history),
     } | model.test(dataset)
     if warning := model.trouble(history):
@@ -469,6 +471,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def _config_from(kind: type[Method], stored: dict[str, Any], where: Path) -> Any:
     """A method's config from JSON, where tuples have become lists."""
     known = {f.name for f in fields(kind.Config)}
+    stored = kind.read_config(stored)
     if set(stored) - known:
         raise InputError(f"{where}: its {kind.name} config has unknown fields {sorted(set(stored) - known)}")
     return kind.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})

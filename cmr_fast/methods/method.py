@@ -47,6 +47,10 @@ class Method(nn.Module):
     """Configs by name; `cmr-fast train --preset` starts from one."""
     preset_data: ClassVar[dict[str, str]] = {}
     """Of the presets that were made for one data set: preset -> the data set's name."""
+    protocol: ClassVar[Mapping[str, Any]] = {}
+    """Of `RunConfig`, what the paper's training protocol sets otherwise than its defaults: hold-out, patience."""
+    preset_protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Of a preset whose runs depart from `protocol`: what they set, in place of it."""
 
     def __init__(self, config: Any, num_classes: int = 0) -> None:
         super().__init__()
@@ -56,6 +60,21 @@ class Method(nn.Module):
     def completed(cls, config: Any) -> Any:
         """The config that a run goes by: settings that follow from others filled in, before anything else is done."""
         return config
+
+    @classmethod
+    def all_presets(cls) -> dict[str, Any]:
+        """Every preset by name: `default`, `paper` (the same where the method has no other), and the method's own."""
+        return {"default": cls.Config(), "paper": cls.Config(), **cls.presets}
+
+    @classmethod
+    def run_settings(cls, preset: str = "default") -> dict[str, Any]:
+        """What a preset's runs set of `RunConfig`."""
+        return dict(cls.preset_protocols.get(preset, cls.protocol))
+
+    @classmethod
+    def read_config(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """A stored config's fields, as this version names them."""
+        return stored
 
     def enlarge(self, train: Any) -> Any:
         """The split that batches are drawn from: the training split, or more rows that a method makes of it."""
@@ -118,6 +137,10 @@ class Retriever(Method):
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, dim) features -> (N, d) embeddings, or (N, bits) values whose signs are the code."""
         raise NotImplementedError
+
+    def subspace(self, modality: Modality, features: Tensor) -> Tensor:
+        """(N, dim) features -> (N, d) where both modalities meet: what signs are taken of, and t-SNE draws."""
+        return self.encode(modality, features)
 
     def validate(self, valid: Any) -> dict[str, float]:
         """mAP(all) of the validation split, each pair a query over the whole split, both ways and their mean."""

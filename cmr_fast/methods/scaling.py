@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from cmr_fast.errors import InputError
 
-Scaling = Literal["raw", "standard", "hellinger", "chi2"]
-SCALINGS: tuple[Scaling, ...] = ("raw", "standard", "hellinger", "chi2")
+Scaling = Literal["raw", "standard", "global", "hellinger", "chi2"]
+SCALINGS: tuple[Scaling, ...] = ("raw", "standard", "global", "hellinger", "chi2")
 _CHI2_STEP = 0.5
 _LINEAR = 1e-12
 """Below it a root is a straight line, so that its slope at 0, which attacks go by, is finite."""
@@ -19,6 +19,7 @@ class InputScaling(nn.Module):
 
     raw        as they come
     standard   each feature to mean 0 and deviation 1 over the training split
+    global     centred, then all features divided by one number that makes their mean variance 1: rare ones stay small
     hellinger  square root, then standard: Euclidean distance of histograms becomes Hellinger's; features must not be
                negative
     chi2       the explicit map of the additive chi-square kernel (Vedaldi and Zisserman, 2012; 3 values a feature),
@@ -49,6 +50,8 @@ class InputScaling(nn.Module):
         mapped = self._map(features.to(self.mean.device, torch.float64))
         deviation = mapped.std(0, correction=0)
         varies = deviation > 1e-12 * mapped.abs().amax(0).clamp(min=1e-300)
+        if self.kind == "global":
+            deviation = torch.where(varies, deviation.square().mean().sqrt(), 0.0)
         self.mean.copy_(mapped.mean(0))
         self.scale.copy_(torch.where(varies, 1 / deviation.clamp(min=1e-300), 0.0))
 

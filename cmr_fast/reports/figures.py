@@ -136,6 +136,21 @@ def plot_panels(
         axes[0].set_ylabel(ylabel)
 
 
+def plot_bands(path: Path, title: str, bands: Mapping[str, np.ndarray], xlabel: str, ylabel: str) -> None:
+    """One panel, bands[name] = (runs, steps): the mean as a line, from the lowest run to the highest as a band."""
+    with _panels(path, title, 1, 1, (6.4, 4.0)) as (_, axes):
+        for number, (name, curves) in enumerate(bands.items()):
+            x, look = np.arange(curves.shape[1]), _look(number)
+            axes[0].plot(x, curves.mean(axis=0), label=name, markevery=max(1, math.ceil(len(x) / 10)), **look)
+            axes[0].fill_between(
+                x, curves.min(axis=0), curves.max(axis=0), color=look["color"], alpha=0.25, linewidth=0
+            )
+        axes[0].set_xlabel(xlabel)
+        axes[0].set_ylabel(ylabel)
+        if bands:
+            axes[0].legend()
+
+
 def plot_bars(path: Path, title: str, bars: Mapping[str, Mapping[str, float]], xlabel: str) -> None:
     """Horizontal bars, bars[series][row] = a share from 0 to 1, the series of a row under each other."""
     rows = list(dict.fromkeys(row for series in bars.values() for row in series))

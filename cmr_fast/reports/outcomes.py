@@ -26,18 +26,21 @@ class Outcome:
     right
         bool (N,), after all restarts.
     runs
-        Share that is right after each restart alone.
-    losses
-        Mean loss before each step of the first restart; empty where there are no steps.
+        Share that is right after each restart alone, every one judged at its last step.
+    curves
+        Mean loss before each step, a list a restart; empty where there are no steps.
     seconds
         That it took.
+    in_ball
+        Whether it kept to the radius; what did not is no part of the worst case.
     """
 
     name: str
     right: Tensor
     runs: list[float]
-    losses: list[float] = field(default_factory=list)
+    curves: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
+    in_ball: bool = True
 
     @property
     def accuracy(self) -> float:
@@ -45,13 +48,18 @@ class Outcome:
         return float(self.right.double().mean())
 
     @property
+    def lowest(self) -> float:
+        """What the strongest restart alone left."""
+        return min(self.runs)
+
+    @property
     def spread(self) -> float:
-        """That of the weakest restart less that of the strongest."""
+        """What the weakest restart left, less that of the strongest."""
         return max(self.runs) - min(self.runs)
 
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> Tensor:
-    """Who survives every attack; those that an attack did not see count by the others.
+    """Who survives every attack in the ball; those that an attack did not see count by the others.
 
     Parameters
     ----------
@@ -65,7 +73,7 @@ def worst_case(outcomes: Mapping[str, Outcome]) -> Tensor:
     """
     count = max(len(o.right) for o in outcomes.values())
     left = torch.ones(count, dtype=torch.bool)
-    for outcome in outcomes.values():
+    for outcome in (o for o in outcomes.values() if o.in_ball):
         left[: len(outcome.right)] &= outcome.right
     return left
 

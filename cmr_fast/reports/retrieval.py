@@ -1,16 +1,19 @@
 """Results tables and the papers' figures from trained runs: scores, PNG files and an index page."""
 
 import csv
+import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import read_run
+from cmr_fast.methods._runfolder import CONFIG, read_json, read_run
 from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_many
 from cmr_fast.reports import figures
 from cmr_fast.reports.page import write_page
@@ -36,6 +39,8 @@ class Score:
         mAP(all), and mAP@50 over the hits, {"i2t", "t2i", "average"} each.
     curves
         {"i2t", "t2i"} under tie-aware ranking; empty where no curves are drawn.
+    deviations
+        Of a mean over seeds, beside `numbers`; empty of one model.
     """
 
     name: str
@@ -43,6 +48,17 @@ class Score:
     whole: Mapping[str, float]
     top: Mapping[str, float]
     curves: "Mapping[str, RetrievalResult]" = field(default_factory=dict)
+    deviations: tuple[float, ...] = ()
+
+    @classmethod
+    def over_seeds(cls, name: str, scores: "Sequence[Score]") -> "Score":
+        """The mean of two or more scores on one data set, and their standard deviations."""
+        whole, top = (
+            {way: statistics.mean(getattr(s, part)[way] for s in scores) for way in ("i2t", "t2i", "average")}
+            for part in ("whole", "top")
+        )
+        deviations = tuple(statistics.stdev(values) for values in zip(*(s.numbers() for s in scores), strict=True))
+        return cls(name, scores[0].data, whole, top, deviations=deviations)
 
     @classmethod
     def of(cls, name: str, data: str, results: Mapping[str, Any]) -> "Score":
@@ -52,6 +68,13 @@ class Score:
     def numbers(self) -> tuple[float, ...]:
         """I2T, T2I, average under mAP(all), then the same under mAP@50 (hits)."""
         return tuple(means[what] for means in (self.whole, self.top) for what in ("i2t", "t2i", "average"))
+
+    def cells(self, digits: int) -> list[str]:
+        """The numbers as a table has them, with ± and the deviation where they are means."""
+        shown = [f"{n:.{digits}f}" for n in self.numbers()]
+        return (
+            [f"{n} ± {d:.{digits}f}" for n, d in zip(shown, self.deviations, strict=True)] if self.deviations else shown
+        )
 
 
 COLUMNS = (
@@ -77,8 +100,11 @@ def score(name: str, model: Any, dataset: "PairedDataset") -> Score:
 
 
 def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple[str, Any]]:
-    """To set beside `models`: CCA for embeddings, CCA-ITQ per code length (where they take seconds), random."""
-    from cmr_fast.methods.baselines import CCA, CCAITQ, Random
+    """To set beside `models`: CCA and semantic matching for embeddings, CCA-ITQ per code length, random.
+
+    CCA and CCA-ITQ only where they take seconds.
+    """
+    from cmr_fast.methods.baselines import CCA, CCAITQ, Random, SemanticMatching
 
     if len(dataset.image_shape) > 1:  # they take features
         return []
@@ -90,6 +116,8 @@ def baselines_for(models: Iterable[Any], dataset: "PairedDataset") -> list[tuple
             dim = min(7, dataset.image_dim, dataset.text_dim)
             baselines.append((f"CCA, {dim} dims", CCA(dim).fit(dataset.train)))
         baselines += [(f"CCA-ITQ, {bits} bits", CCAITQ(bits).fit(dataset.train)) for bits in code_bits]
+    if any(not model.binary for model in models):
+        baselines.append(("semantic matching", SemanticMatching().fit(dataset.train)))
     bits = code_bits[0] if code_bits else 64
     return [*baselines, (f"random, {bits} bits", Random(bits).fit(dataset.train))]
 
@@ -107,8 +135,8 @@ def print_results(scores: Sequence[Score], title: str) -> None:
             table.add_column(f"{convention}\n{what}" if what == "I2T" else f"\n{what}", justify="right")
     for s in scores:
         best = np.max([other.numbers() for other in scores if other.data == s.data], axis=0)
-        numbers = zip(s.numbers(), best, strict=True)
-        cells = [f"[bold]{n:.3f}[/bold]" if n == top else f"{n:.3f}" for n, top in numbers]
+        numbers = zip(s.numbers(), s.cells(3), best, strict=True)
+        cells = [f"[bold]{cell}[/bold]" if n == top else cell for n, cell, top in numbers]
         table.add_row(s.name, *([s.data] if several else []), *cells)
     show(title, table)
 
@@ -124,7 +152,9 @@ def write_report(
     tsne_points: int = TSNE_POINTS,
     force: bool = False,
 ) -> list[Score]:
-    """Write figures, results.csv, README.md and index.html to a folder.
+    """Write figures with their values as CSV, results.csv, README.md and index.html to a folder.
+
+    Runs that differ in the seed alone also get a row of their mean ± standard deviation.
 
     Parameters
     ----------
@@ -165,10 +195,11 @@ def write_report(
     for data, members in groups.items():
         dataset = runs[members[0]][2]
         group = [score(names[i], runs[i][1], runs[i][2]) for i in members]
+        means = _over_seeds(group, [runs[i][0] for i in members])
         if with_baselines:
             models = [runs[i][1] for i in members]
             group += [score(name, model, dataset) for name, model in baselines_for(models, dataset)]
-        scores += group
+        scores += [*means, *group]
         pages += draw_curves(group, out, data, suffix="" if len(groups) == 1 else f"-{_slug(data)}")
     for number, (path, model, dataset) in enumerate(runs):
         suffix = "" if len(runs) == 1 else f"-{_slug(names[number])}"
@@ -186,6 +217,7 @@ def draw_curves(scores: Sequence[Score], out: Path, data: str, suffix: str = "")
     def figure(file: str, caption: str, curves: Mapping[str, Any], x: str, y: str, log_x: bool = False) -> None:
         title = f"{caption.partition(' (')[0]}, {data}"
         figures.plot_directions(out / file, title, curves, x, y, looks=looks, log_x=log_x)
+        _write_curves((out / file).with_suffix(".csv"), curves, x, y)
         drawn.append((file, f"{caption}, {data}"))
 
     def precision(ks: np.ndarray) -> dict[str, dict[str, figures.Curve]]:
@@ -229,7 +261,8 @@ def draw_run(
         drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
     if min(tsne_points, len(dataset.query)) >= 5:
         rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
-        points = {m: encode_all(model, m, getattr(dataset.query, m)).numpy()[rows] for m in ("image", "text")}
+        how = "subspace" if hasattr(model, "subspace") else "encode"
+        points = {m: encode_all(model, m, getattr(dataset.query, m), how).numpy()[rows] for m in ("image", "text")}
         if not model.binary and model.metric == "cosine":
             points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
         elif model.binary:
@@ -259,6 +292,9 @@ def loss_panels(history: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nda
     """Fig. 5's embedding and adversarial loss (where a method has them), validation mAP, then each term."""
     first = [name for name in ("embedding_loss", "adversarial_loss", "loss") if name in history]
     panels = {name.replace("_", " "): {name: history[name]} for name in first}
+    if "adversarial_loss" in history:
+        chance = np.full(len(history["epoch"]), 2 * np.log(2))
+        panels["adversarial loss"]["2 log 2, at chance"] = chance
     valid = {"I2T": "valid_i2t", "T2I": "valid_t2i", "average": "valid_map"}
     if "valid_map" in history:
         panels["validation mAP(all)"] = {line: history[name] for line, name in valid.items() if name in history}
@@ -266,13 +302,15 @@ def loss_panels(history: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nda
         if name not in first and name not in ("epoch", "seconds") and not name.startswith("valid_"):
             stem, _, side = name.rpartition("_")
             title, line = (stem, side) if side in ("image", "text") else (name, name)
+            if side == "accuracy":  # of those that tell the modality: ACMR's classifier, a fresh probe
+                title, line = "accuracy in telling the modality", stem
             panels.setdefault(title.replace("_", " "), {})[line] = values
     return panels
 
 
 def write_index(out: Path, scores: Sequence[Score], pages: Sequence[tuple[str, str]]) -> None:
     """results.csv, README.md and index.html: the table and every figure with its caption."""
-    rows = [[s.name, s.data, *(f"{n:.4f}" for n in s.numbers())] for s in scores]
+    rows = [[s.name, s.data, *s.cells(4)] for s in scores]
     note = (
         "I2T: image queries rank texts; T2I: text queries rank images. mAP(all) divides by all relevant items "
         f"(convention `all`), mAP@{CUT} hits by those among the first {CUT} (`topk_hits`)."
@@ -294,6 +332,41 @@ def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
 
 def _bits(model: Any) -> int | None:
     return getattr(model.config, "bits", None) if model.binary else None
+
+
+def _over_seeds(scores: Sequence[Score], folders: Sequence[Path]) -> list[Score]:
+    """A row for each group of runs that differ in the seed alone."""
+    groups: dict[str, list[Score]] = {}
+    for one, path in zip(scores, folders, strict=True):
+        config = (path if path.is_dir() else path.parent) / CONFIG
+        if config.is_file():
+            stored = read_json(config, run=dict, config=dict)
+            what = {name: value for name, value in stored["run"].items() if name not in _SEED}
+            key = json.dumps([stored.get("method"), stored["config"], what], sort_keys=True)
+            groups.setdefault(key, []).append(one)
+    means = []
+    for group in groups.values():
+        if len(group) > 1:
+            stem = re.sub(r"( \(.*\))?$", "", group[0].name).partition(", seed ")[0]
+            means.append(Score.over_seeds(f"{stem}, {len(group)} seeds", group))
+    names = [one.name for one in means]
+    return [
+        replace(one, name=f"{one.name} ({names[:n].count(one.name) + 1})") if names.count(one.name) > 1 else one
+        for n, one in enumerate(means)
+    ]
+
+
+_SEED = ("seed", "out", "device", "resume", "quiet", "threads", "checkpoint_seconds")  # a run may differ in, and be one
+
+
+def _write_curves(path: Path, curves: Mapping[str, Any], x: str, y: str) -> None:
+    """(model, direction, x, y) of every point of a figure, as CSV."""
+    with write_aside(path) as aside, open(aside, "w", newline="") as text:
+        writer = csv.writer(text)
+        writer.writerow(["model", "direction", x, y])
+        for name, both in curves.items():
+            for direction, (xs, ys) in both.items():
+                writer.writerows([name, direction, f"{a:g}", f"{b:.6f}"] for a, b in zip(xs, ys, strict=True))
 
 
 def _slug(name: str) -> str:

@@ -65,6 +65,28 @@ def test_one_step_is_the_papers(case, group, ot_grad):
     assert torch.allclose(adv[clear], expected[clear], atol=1e-6)
 
 
+def test_the_default_is_the_authors_step_and_not_the_envelopes(case):
+    net, x, start = case
+    default = FeatureScatter(net)(x, start=start)
+    assert torch.equal(default, FeatureScatter(net, ot_grad="unrolled")(x, start=start))
+    assert not torch.equal(default, FeatureScatter(net, ot_grad="envelope")(x, start=start))
+
+
+def test_identity_matches_each_sample_with_its_own(case):
+    """Section 5.2: T = I / n, so a sample's step is that of its own distance, whatever the batch."""
+    net, x, start = case
+    moved = start.clone().requires_grad_()
+    own = (1 - F.cosine_similarity(net(x).detach(), net(moved))).clamp(min=0)
+    (gradient,) = torch.autograd.grad(own.sum(), moved)
+    expected = (x + (start + EPS * gradient.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
+    adv, info = FeatureScatter(net, solver="identity")(x, start=start, return_info=True)
+    clear = gradient.abs() > 1e-4 * gradient.abs().max()
+    assert clear.float().mean() > 0.8 and torch.allclose(adv[clear], expected[clear], atol=1e-6)
+    assert torch.allclose(info.losses[0], own / len(x), atol=1e-6)
+    assert torch.equal(adv, FeatureScatter(net, solver="identity", group=3)(x, start=start))
+    assert not torch.equal(adv, FeatureScatter(net)(x, start=start))
+
+
 def test_groups_are_independent_and_couple_within(case):
     net, x, start = case
     whole = FeatureScatter(net, group=5)(x, start=start)
@@ -72,14 +94,14 @@ def test_groups_are_independent_and_couple_within(case):
     assert not torch.equal(FeatureScatter(net)(x, start=start), whole)
 
 
-@pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
+@pytest.mark.parametrize("solver", ["sinkhorn", "ipot", "identity"])
 def test_the_distance_grows_and_the_contract_holds(case, solver):
     net, x, _ = case
     net.train().zero_grad(set_to_none=True)
     keep = {n: v.clone() for n, v in net.state_dict().items()}
     state = torch.random.get_rng_state()
     copy = x.clone()
-    atk = FeatureScatter(net, steps=5, alpha=EPS / 4, solver=solver, reg=0.01 if solver == "sinkhorn" else 1.0)
+    atk = FeatureScatter(net, steps=5, alpha=EPS / 4, solver=solver, reg=1.0 if solver == "ipot" else 0.01)
     adv, info = atk(x, return_info=True)
     assert torch.equal(x, copy) and torch.equal(state, torch.random.get_rng_state())
     assert net.training and all(p.requires_grad and p.grad is None for p in net.parameters())

@@ -13,7 +13,8 @@ EPS = 0.1
 @pytest.mark.parametrize(
     ("name", "kind", "values"),
     [
-        ("fgsm", FGSM, {"steps": 1, "alpha": EPS}),
+        ("fgsm", FGSM, {"steps": 1, "alpha": EPS, "random_start": False}),
+        ("fgsm-random", FGSM, {"steps": 1, "alpha": EPS, "random_start": True}),
         ("pgd20", PGD, {"steps": 20, "alpha": EPS / 4, "loss": losses.ce}),
         ("cw7x3", CW, {"steps": 7, "alpha": EPS / 4, "kappa": 50.0}),
         ("mifgsm5", MIFGSM, {"steps": 5, "momentum": 1.0}),
@@ -27,11 +28,17 @@ EPS = 0.1
     ],
 )
 def test_names_of_a_classifiers_attacks(name, kind, values):
-    atk = registry.make(name, network(), eps=EPS, seed=3, dtype=torch.bfloat16, early_stop=True)
+    atk = registry.make(name, network(), eps=EPS, seed=3, dtype=torch.bfloat16)
     assert type(atk) is kind and atk.eps == EPS and atk.seed == 3
     assert {key: getattr(atk, key) for key in values} == values
     assert atk.victim.dtype == (None if name == "local-search" else torch.bfloat16)
-    assert getattr(atk, "early_stop", None) == (None if name == "local-search" else name != "noise20")
+
+
+def test_the_local_search_of_its_paper_has_no_radius():
+    atk = registry.make("local-search-pixels", network(), eps=EPS)
+    assert type(atk) is LocalSearch and not atk.bounded and (atk.steps, atk.t, atk.p, atk.r) == (150, 5, 10.0, 1.5)
+    outside = [name for name, entry in registry.ENTRIES.items() if not entry.in_ball]
+    assert outside == ["local-search-pixels"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +67,7 @@ def test_transfers_clean_and_what_rankings_do_not_have():
     assert not registry.read("pgd20").blind and registry.read("noise5").blind
     with pytest.raises(InputError, match="expected a surrogate"):
         registry.make("transfer-pgd5", network(), eps=EPS)
-    for name in ("apgd-t", "targeted5", "square", "fab"):
+    for name in ("apgd-t", "targeted5", "square", "fab", "fgsm-random", "local-search-pixels"):
         with pytest.raises(InputError, match="attacks classifiers"):
             registry.make(name, network(), eps=EPS, losses=registry.RANKING)
 
@@ -71,7 +78,7 @@ def test_transfers_clean_and_what_rankings_do_not_have():
      "transfer-fgsm", "transfer-apgd-ce", "local", "square5", "pgd20 ", "pgdN", "apgdN-ce", "noise", None, 20],
 )  # fmt: skip
 def test_unknown_names_are_refused_with_those_that_there_are(name):
-    with pytest.raises(InputError, match=r"unknown attack .*, expected one of clean, fgsm, pgdN"):
+    with pytest.raises(InputError, match=r"unknown attack .*, expected one of clean, fgsm, fgsm-random"):
         registry.read(name)
 
 

@@ -42,6 +42,38 @@ def test_cifar10_as_it_lies_on_disk(tmp_path, keys, below):
     assert found.test.pixels().max() <= 1 and found.test.pixels().dtype == torch.float32
 
 
+@pytest.mark.parametrize("matlab", [False, True])
+def test_cifar100_with_its_fine_labels(tmp_path, matlab):
+    random = np.random.default_rng(0)
+    folder = tmp_path / ("cifar-100-matlab" if matlab else "cifar-100-python")
+    folder.mkdir()
+    kept = {}
+
+    def write(name, values):
+        if matlab:
+            scipy.io.savemat(folder / f"{name}.mat", values)
+        else:
+            (folder / name).write_bytes(pickle.dumps({key.encode(): v for key, v in values.items()}, 2))
+
+    for name, count in (("train", 30), ("test", 11)):
+        data = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        fine, coarse = random.integers(0, 100, count).tolist(), random.integers(0, 20, count).tolist()
+        if matlab:
+            fine, coarse = (np.array(ids, dtype=np.uint8)[:, None] for ids in (fine, coarse))
+        write(name, {"data": data, "fine_labels": fine, "coarse_labels": coarse})
+        kept[name] = data, np.ravel(fine).tolist()
+    names = [f"class{n}" for n in range(100)]
+    write("meta", {"fine_label_names": np.array(names, dtype=object)[:, None] if matlab else names})
+    for place in (tmp_path, folder):
+        found = load_images(place)
+        assert (found.name, len(found.train), len(found.test), found.num_classes) == ("cifar100", 30, 11, 100)
+        assert found.test.labels.tolist() == kept["test"][1] and found.class_names[42] == "class42"
+        assert np.array_equal(found.train.image.numpy().reshape(30, -1), kept["train"][0])
+    write("test", {"data": data, "fine_labels": np.full((11, 1), 100) if matlab else [100] * 11})
+    with pytest.raises(InputError, match="CIFAR-100 has classes 0 to 99, got 100 to 100"):
+        load_images(tmp_path)
+
+
 @pytest.mark.realdata
 def test_the_real_cifar10(data_root, tmp_path):
     import subprocess

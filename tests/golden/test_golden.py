@@ -23,7 +23,9 @@ EXPECTED = json.loads((FILES / "expected.json").read_text())
 
 
 def config(method):
-    return METHODS[method].Config(**EXPECTED[method]["config"])
+    """As the run that was stopped began: defaults have changed since."""
+    kind, stored = METHODS[method], json.loads((FILES / f"{method}-stopped" / "config.json").read_text())["config"]
+    return kind.Config(**kind.read_config(stored))
 
 
 def settings(out, **changes):

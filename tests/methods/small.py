@@ -22,6 +22,7 @@ ACMR_SMALL = ACMRConfig(
     reg=0.01,
     adversary=0.1,
     label_head="shared",
+    similarity="cosine",
 )
 
 EPS, ALPHA, STEPS = 8 / 255, 4 / 255, 3  # of attacks on images with captions

@@ -6,9 +6,11 @@ import torch
 from small import ACMR_SMALL, small_dataset
 from torch.nn import functional as F
 
+from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.acmr import ACMR, ACMRConfig, select
-from cmr_fast.methods.loop import RunConfig
+from cmr_fast.methods.evaluation import encode_all, validate
+from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.methods.scaling import InputScaling
 
 CALM = replace(ACMR_SMALL, dropout=0.0)
@@ -283,7 +285,7 @@ def test_scalings_have_finite_slopes_at_0(kind):
 
 
 def test_scalings_refuse():
-    with pytest.raises(InputError, match="raw, standard, hellinger, chi2, got 'log'"):
+    with pytest.raises(InputError, match="raw, standard, global, hellinger, chi2, got 'log'"):
         InputScaling("log", 3)
     with pytest.raises(InputError, match="at least 0"):
         InputScaling("chi2", 2).fit(torch.tensor([[0.1, -0.5]]))
@@ -305,3 +307,49 @@ def test_ranking_by_labels_compares_label_distributions():
     image, text = model.project(batch)
     torch.testing.assert_close(model.encode("image", batch.image), F.softmax(model.image_labels(image), dim=1))
     torch.testing.assert_close(model.encode("text", batch.text), F.softmax(model.text_labels(text), dim=1))
+
+
+def test_imi_trains_no_labels_to_rank_by():
+    with pytest.raises(InputError, match="expected auto, cosine or ip"):
+        ACMRConfig(terms="imi", similarity="labels")
+    model, _ = acmr(terms="imi", similarity="auto")
+    assert model.candidates == ("cosine", "ip")
+
+
+def test_auto_ranks_by_what_validation_finds_best(tmp_path):
+    run = train("acmr", replace(CALM, similarity="auto"), small_dataset(), RunConfig(out=tmp_path / "run", device="cpu",
+        quiet=True, valid_fraction=0.4, patience=0))  # fmt: skip
+    chosen = run.results["similarity"]
+    valid = small_dataset().hold_out(0.4, 0).valid
+    scores = {}
+    for number, name in enumerate(run.model.candidates):
+        run.model.ranking.fill_(number)
+        scores[name] = validate(run.model, valid)["valid_map"]
+    assert scores[chosen] == max(scores.values()) == pytest.approx(run.results["valid_map"])
+    run.model.ranking.fill_(2)
+    assert encode_all(run.model, "image", valid.image).shape[1] == 3
+    assert encode_all(run.model, "image", valid.image, "subspace").shape[1] == CALM.dim  # codes are its signs
+    restored = load_model(tmp_path / "run")
+    assert restored.similarity == chosen and restored.metric == ("cosine" if chosen == "cosine" else "ip")
+
+
+def test_a_probe_tells_a_gap_that_an_idle_classifier_does_not(tmp_path):
+    """D at its random start is near chance on projections that a new classifier tells apart at once."""
+    run = train("acmr", replace(CALM, classifier_rate=1e-6), small_dataset(), RunConfig(out=tmp_path / "run",
+        device="cpu", quiet=True, valid_fraction=0.0))  # fmt: skip
+    told = run.results["modality"]
+    assert told["probe_accuracy"] > told["classifier_accuracy"]
+    assert {"modality_accuracy", "adversarial_loss"} <= set(run.history[0])
+    same = Pairs(torch.zeros(40, 7), torch.zeros(40, 5), torch.arange(40) % 3)
+    for projector in (run.model.image_projector, run.model.text_projector):
+        for value in projector.parameters():
+            torch.nn.init.zeros_(value)
+    assert run.model.probe(same) == 0.5  # nothing to tell them by
+
+
+def test_the_discriminators_accuracy_is_the_share_it_has_right():
+    model, batch = acmr()
+    image, text = model.project(batch)
+    logits = model.modality_classifier(torch.cat([image, text]))
+    right = sum(int(row.argmax() == (i >= len(image))) for i, row in enumerate(logits))
+    assert float(model._adversarial(image, text, 0.0)[1]) == pytest.approx(right / len(logits))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, CMFH, CVH, FSH, PCASign, Random, itq
+from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, CMFH, CVH, FSH, PCASign, Random, SemanticMatching, itq
 from cmr_fast.methods.evaluation import averaged, evaluate_model
 
 CORRELATIONS = (0.9, 0.6, 0.3)
@@ -346,3 +346,36 @@ def test_fsh_refuses_bad_settings():
     ):
         with pytest.raises(InputError, match=words):
             FSH(**options)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_semantic_matching_is_at_the_minimum_of_its_regressions(multi):
+    data = small_dataset(multi=multi)
+    model = SemanticMatching(penalty=2.0).fit(data.train)
+    labels = data.train.labels
+    y = (
+        torch.eye(3).double()[labels]
+        if labels.ndim == 1
+        else labels.double() / labels.sum(1, keepdim=True).clamp(min=1)
+    )
+    for modality in ("image", "text"):
+        x = getattr(data.train, modality).double()
+        x = (x - x.mean(0)) / x.std(0, correction=0)
+        p = model.encode(modality, getattr(data.train, modality)).double()
+        weight = model.projection[modality] * getattr(data.train, modality).double().std(0, correction=0)[:, None]
+        slope = x.T @ (p * y.sum(1, keepdim=True) - y) + 2.0 * weight
+        assert slope.abs().max() < 1e-3 and p.sum(1).sub(1).abs().max() < 1e-5
+
+
+def test_semantic_matching_is_scikit_learns_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    data = small_dataset()
+    x = data.train.image.double()
+    mean, deviation = x.mean(0), x.std(0, correction=0)
+    theirs = LogisticRegression(max_iter=1000, tol=1e-8).fit(
+        ((x - mean) / deviation).numpy(), data.train.labels.numpy()
+    )
+    asked = ((data.query.image.double() - mean) / deviation).numpy()
+    ours = SemanticMatching().fit(data.train).encode("image", data.query.image)
+    assert abs(theirs.predict_proba(asked) - ours.numpy()).max() < 1e-3

@@ -14,6 +14,7 @@ from cmr_fast.methods.cmimh import (
     CMIMHConfig,
     balance,
     discriminator_loss,
+    partners_first,
     permute_columns,
     sample_bernoulli,
     symmetrised_kl,
@@ -21,7 +22,8 @@ from cmr_fast.methods.cmimh import (
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.ops import js_critic
 
-SMALL = CMIMHConfig(bits=6, hidden=12, critic_hidden=8, critic_dim=5, epochs=2, batch_size=16)
+PRINTED = replace(CMIMH.presets["paper"], reconstruction="mean", inputs="standard", clip_norm=1.0)
+SMALL = replace(PRINTED, bits=6, hidden=12, critic_hidden=8, critic_dim=5, epochs=2, batch_size=16)
 
 
 def made(**changes):
@@ -194,7 +196,7 @@ def test_balance_by_loops():
 # Eq. 14 and the steps
 
 
-@pytest.mark.parametrize("reconstruction", ["sum", "mean"])
+@pytest.mark.parametrize("reconstruction", ["sum", "mean", "bits"])
 @torch.no_grad()
 def test_objective_is_equation_14(reconstruction):
     weights = {"lambda_mi": 0.7, "lambda_skl": 0.3, "lambda_ind": 0.2, "lambda_bal": 0.1}
@@ -208,7 +210,8 @@ def test_objective_is_equation_14(reconstruction):
         logits = model.encoder[modality](x)
         decoded = model.decoder[modality](sample_bernoulli(logits))
         norms = ((decoded - x) ** 2).sum(dim=1)
-        expected += 2.0 * float(norms.mean()) / (1 if reconstruction == "sum" else x.shape[1])
+        share = {"sum": 1, "mean": 1 / x.shape[1], "bits": 6 / x.shape[1]}[reconstruction]
+        expected += 2.0 * float(norms.mean()) * share
         probability = model.discriminator[modality](logits.sigmoid()).sigmoid()
         expected += 0.2 * float((probability / (1 - probability)).log().mean())
         expected += 0.1 * float(balance(logits.sigmoid()))
@@ -315,8 +318,23 @@ def test_critic_input_samples_differ_from_means():
     assert float(first) == float(second)
 
 
+@torch.no_grad()
+def test_several_samples_are_the_mean_of_their_bounds():
+    model, batch = made(critic_input="samples", critic_samples=3)
+    torch.manual_seed(5)
+    found = model.terms(batch.image, batch.text)[0]["mi"]
+    torch.manual_seed(5)
+    logits = {m: model.encode(m, getattr(batch, m)) for m in ("image", "text")}
+    bounds = []
+    for _ in range(3):
+        seen = {m: model.critic[m](sample_bernoulli(a)) for m, a in logits.items()}
+        bounds.append(float(js_critic(seen["image"], seen["text"])))
+    assert float(found) == pytest.approx(sum(bounds) / 3, rel=1e-5)
+
+
 def test_the_papers_networks_and_defaults():
-    model = CMIMH(CMIMHConfig(), 128, 10, 10)
+    c = CMIMH.presets["paper"]
+    model = CMIMH(c, 128, 10, 10)
     widths = {
         part: [module.out_features for module in getattr(model, part)["image"] if isinstance(module, nn.Linear)]
         for part in ("encoder", "decoder", "critic", "discriminator")
@@ -333,7 +351,8 @@ def test_the_papers_networks_and_defaults():
     }
     assert activations["encoder"] == activations["decoder"] == {nn.ReLU}
     assert activations["critic"] == activations["discriminator"] == {nn.LeakyReLU}
-    c = CMIMHConfig()
+    assert (c.reconstruction, c.reconstruction_weight, c.straight_through, c.clip_norm) == ("sum", 1.0, "logits", 0.0)
+    assert (c.pca_dim, c.text_pca_dim, c.critic_input) == (1024, 0, "means")
     assert (c.lambda_mi, c.lambda_skl, c.lambda_ind, c.lambda_bal) == (1.5, 1.0, 0.25, 0.01)
     assert (c.lr, c.decoder_lr, c.momentum, c.weight_decay, c.batch_size) == (0.01, 0.001, 0.9, 1e-4, 128)
 
@@ -351,6 +370,43 @@ def test_wide_inputs_are_reduced_by_pca_and_narrow_ones_are_not():
     assert_close(reduced @ reduced.T, (u[:, :4] * s[:4] ** 2) @ u[:, :4].T, atol=1e-3, rtol=1e-3)
     assert model.inputs["text"](data.text).shape == (40, 3)
     assert CMIMH(replace(SMALL, pca_dim=0), 9, 3, 2).inputs["image"].out_dim == 9
+
+
+def test_pca_is_of_images_alone_unless_texts_ask_for_it():
+    model = CMIMH(replace(SMALL, pca_dim=4), 9, 9, 2)
+    assert (model.inputs["image"].out_dim, model.inputs["text"].out_dim) == (4, 9)
+    assert CMIMH(replace(SMALL, pca_dim=0, text_pca_dim=4), 9, 9, 2).inputs["text"].out_dim == 4
+    assert CMIMH.read_config({"pca_dim": 4})["text_pca_dim"] == 4  # a run of before
+
+
+def test_the_epoch_is_chosen_without_labels(tmp_path):
+    data = replace(small_dataset(), valid=small_dataset(seed=1).train)
+    assert data.valid is not None
+    shuffled = replace(data, valid=replace(data.valid, labels=torch.arange(45) // 15))
+    settings = {"device": "cpu", "quiet": True, "patience": 2}
+    runs = [
+        train("cmimh", SMALL, d, RunConfig(out=tmp_path / name, **settings))
+        for name, d in (("a", data), ("b", shuffled))
+    ]
+    assert runs[0].results["best_epoch"] == runs[1].results["best_epoch"]
+    assert [row["valid_pairs"] for row in runs[0].history] == [row["valid_pairs"] for row in runs[1].history]
+    assert runs[0].results["valid_map"] != runs[1].results["valid_map"]
+    best = max(row["valid_pairs"] for row in runs[0].history)
+    assert runs[0].results["valid_pairs"] == best
+
+
+def test_partners_first_by_loops():
+    codes = [torch.randint(0, 2, (7, 4), generator=torch.Generator().manual_seed(s)).float() * 2 - 1 for s in (0, 1)]
+    shares = []
+    for asked, answered in (codes, codes[::-1]):
+        for i in range(7):
+            own = (asked[i] != answered[i]).sum()
+            others = [(asked[i] != answered[j]).sum() for j in range(7) if j != i]
+            shares.append(sum(1.0 if d > own else 0.5 if d == own else 0.0 for d in others) / 6)
+    assert partners_first(*codes) == pytest.approx(sum(shares) / 14)
+    assert (
+        partners_first(codes[0][:3], codes[0][:3]) == 1.0 and partners_first(torch.ones(4, 2), torch.ones(4, 2)) == 0.5
+    )
 
 
 def test_trains_in_the_loop_and_its_checkpoint_encodes_raw_features(tmp_path):

@@ -16,7 +16,10 @@ from cmr_fast.methods.dcmh import DCMH
 from cmr_fast.methods.loop import RunConfig, load_model, train
 
 SHORT = replace(ACMR_SMALL, epochs=2)
-CODES = CMIMHConfig(bits=8, hidden=16, critic_hidden=16, critic_dim=8, batch_size=16, epochs=4)
+CODES = replace(
+    CMIMH.presets["paper"], reconstruction="mean", inputs="standard", clip_norm=1.0, bits=8, hidden=16,
+    critic_hidden=16, critic_dim=8, batch_size=16, epochs=4,
+)  # fmt: skip
 
 
 def quick(out, **changes):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cmr_fast.cli import main
 from cmr_fast.data import ImageDataset, Images, load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods import checkpoint
@@ -81,6 +82,33 @@ def test_perturbation_sees_the_network_in_evaluation_mode_and_leaves_its_statist
     model.perturbation()(batch.pixels(), batch.labels)
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
     assert all(p.grad is None and p.requires_grad for p in model.parameters()) and model.training
+
+
+def test_the_presets_are_the_authors_step_and_say_where_they_depart():
+    """Gradient through the solver, batch 60, smoothing 0.5; SVHN without augmentation; identity by name."""
+    for name, config in {"paper": ScatterConfig(), **Scatter.presets}.items():
+        assert (config.ot_grad, config.batch_size) == ("unrolled", 60), name
+        assert (config.depth, config.epochs) == ((10, 30) if name.startswith("small") else (28, 200)), name
+        assert config.augment == (name != "svhn") and (config.ot_solver == "identity") == ("identity" in name), name
+    torch.manual_seed(0)
+    attack = Scatter(replace(Scatter.presets["small-identity"]), 8).perturbation()
+    assert (attack.solver, attack.ot_grad) == ("identity", "unrolled")
+
+
+@pytest.mark.parametrize("method", ["scatter", "madry", "plain"])
+def test_the_command_trains_as_the_authors_on_all_images_and_keeps_the_last_weights(method, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", method, "--preset", "small", "--options", "train=40", "test=16", "--epochs", "3"]
+    assert main([*command, "--threads", "1", "--quiet", "--out", str(out)]) == 0
+    settings = json.loads((out / "config.json").read_text())
+    assert (settings["run"]["valid_fraction"], settings["run"]["patience"]) == (0.0, 0)
+    results = json.loads((out / "results.json").read_text())
+    assert results["best_epoch"] == results["epochs"] == 3 and results["method"] == method
+    assert "valid_accuracy" not in (out / "metrics.csv").read_text().splitlines()[0]
+    chosen = tmp_path / "chosen"
+    more = ["--valid-fraction", "0.2", "--patience", "1", "--quiet", "--out", str(chosen)]
+    assert main([*command, *more]) == 0
+    assert "valid_accuracy" in (chosen / "metrics.csv").read_text().splitlines()[0]
 
 
 def test_features_are_scattered_on_request(data):

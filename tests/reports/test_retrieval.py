@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 
 import matplotlib.image
@@ -67,8 +68,12 @@ def test_a_setting_that_the_metrics_refuse_does_not_stop_the_others():
 def test_baselines_match_the_models_they_stand_beside():
     data = dataset()
     names = [name for name, _ in baselines_for([Tagged(16).fit(data.train), CCA(4).fit(data.train)], data)]
-    assert names == ["CCA, 5 dims", "CCA-ITQ, 16 bits", "random, 16 bits"]
-    assert [name for name, _ in baselines_for([CCA(4)], data)] == ["CCA, 5 dims", "random, 64 bits"]
+    assert names == ["CCA, 5 dims", "CCA-ITQ, 16 bits", "semantic matching", "random, 16 bits"]
+    assert [name for name, _ in baselines_for([CCA(4)], data)] == [
+        "CCA, 5 dims",
+        "semantic matching",
+        "random, 64 bits",
+    ]
 
 
 def test_report_writes_the_figures_of_the_papers_and_an_index_of_them(tmp_path):
@@ -154,3 +159,26 @@ def test_score_table_in_print(capsys):
     print_results(scores, title="Results")
     out = capsys.readouterr().out
     assert out.startswith("Results\n") and f"{scores[0].numbers()[0]:.3f}" in out and "random, 64 bits" in out
+
+
+def test_runs_that_differ_in_the_seed_alone_get_a_row_of_their_mean(tmp_path):
+    data, runs = dataset(), []
+    for seed, ridge, k in ((0, 1e-3, 3), (1, 10.0, 3), (0, 1e-3, 4)):  # of the last the config is another
+        folder = run_folder(tmp_path / f"run{len(runs)}")
+        run = {"seed": seed, "valid_fraction": 0.1, "out": str(folder)}
+        (folder / "config.json").write_text(json.dumps({"method": "cca", "config": {"k": k}, "run": run}))
+        runs.append((folder, CCA(4, ridge).fit(data.train), data))
+    scores = write_report(runs, tmp_path / "out", tsne_points=0, with_baselines=False)
+    assert scores[0].name == "CCA, 2 seeds" and len(scores) == 4
+    of_seeds = np.array([s.numbers() for s in scores[1:3]])
+    assert scores[0].numbers() == pytest.approx(of_seeds.mean(0))
+    assert scores[0].deviations == pytest.approx(of_seeds.std(0, ddof=1))
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    assert first["I2T mAP(all)"] == f"{of_seeds[:, 0].mean():.4f} ± {of_seeds[:, 0].std(ddof=1):.4f}"
+    with open(tmp_path / "out" / "precision-at-k.csv", newline="") as file:
+        curve = [row for row in csv.DictReader(file) if row["model"] == scores[1].name and row["direction"] == "i2t"]
+    ks = np.array([int(row["K (items shown)"]) for row in curve])
+    assert [float(row["precision at K"]) for row in curve] == pytest.approx(
+        scores[1].curves["i2t"].precision_at(ks), abs=1e-6
+    )

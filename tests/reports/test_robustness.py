@@ -1,6 +1,7 @@
 import copy
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from networks import samples, trained
 from test_checks import Masked
 from torch import nn
 
-from cmr_fast.attacks import checks
+from cmr_fast.attacks import CW, checks
 from cmr_fast.cli import main
 from cmr_fast.errors import InputError
 from cmr_fast.reports import robustness
@@ -47,7 +48,7 @@ def test_an_attack_asked_for_by_name_that_the_classes_rule_out_is_refused_before
     model, x, y = linear(2)
     with pytest.raises(InputError, match="apgd-t needs at least 4 classes, there are 2"):
         attack_all(model, x, y, ["pgd5", "apgd-t"], Settings(**LINEAR))
-    with pytest.raises(InputError, match=r"an attack beside clean.*apgd-dlr needs at least 3 classes"):
+    with pytest.raises(InputError, match=r"an attack in the ball beside clean.*apgd-dlr needs at least 3 classes"):
         examine("linear", model, x, y, Settings(**LINEAR), names=["clean", "apgd-dlr"])
     with pytest.raises(InputError, match="logits"):
         attack_all(lambda z: z, x, y, ["pgd5"], Settings(**LINEAR))
@@ -117,8 +118,34 @@ def test_each_attack_by_its_name(plain, many):
         assert not (outcome.right & ~found["clean"].right).any()
     assert found["pgd10"].accuracy < found["clean"].accuracy
     assert found["transfer-pgd10"].accuracy >= found["pgd10"].accuracy
-    assert len(found["pgd10"].losses) == 10 and found["pgd10"].losses[-1] > found["pgd10"].losses[0]
+    (curve,) = found["pgd10"].curves
+    assert len(curve) == 10 and curve[-1] > curve[0]
     assert len(found["cw10x2"].runs) == 2 and found["cw10x2"].accuracy <= min(found["cw10x2"].runs)
+
+
+def test_each_run_of_an_attack_is_the_attack_with_that_seed_at_its_last_step(plain, many):
+    """One rule for the first run and the others: fooled at the end, however it fared on the way."""
+    x, y = many
+    found = attack_all(plain, x, y, ["cw10x3"], replace(SETTINGS, seed=4))["cw10x3"]
+    clean = plain(x).argmax(1) == y
+    right = []
+    for seed in (4, 5, 6):
+        adv = CW(plain, SETTINGS.eps, None, 10, seed=seed)(x, y, index=torch.arange(len(x)))
+        right.append(clean & (plain(adv).argmax(1) == y))
+    assert found.runs == [float(r.double().mean()) for r in right]
+    assert torch.equal(found.right, right[0] & right[1] & right[2])
+    assert (found.lowest, found.spread) == (min(found.runs), max(found.runs) - min(found.runs))
+    assert [len(curve) for curve in found.curves] == [10, 10, 10] and found.curves[0] != found.curves[1]
+
+
+def test_what_leaves_the_ball_is_no_part_of_the_worst_case(plain, many):
+    found = attack_all(plain, *many, ["clean", "fgsm", "local-search-pixels"], replace(SETTINGS, few=8))
+    pixels = found["local-search-pixels"]
+    assert not pixels.in_ball and found["fgsm"].in_ball and len(pixels.right) == 8
+    assert pixels.accuracy < found["fgsm"].right[:8].double().mean()
+    assert torch.equal(worst_case(found), found["fgsm"].right)
+    with pytest.raises(InputError, match="an attack in the ball beside clean"):
+        examine("plain", plain, *many, SETTINGS, names=["local-search-pixels"])
 
 
 def test_numbers_do_not_depend_on_the_batch(plain, many):
@@ -146,7 +173,7 @@ def test_finished_attacks_are_kept_and_others_made_anew(plain, many, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(robustness, "_run", no_work)
         again = attack_all(plain, x, y, ["pgd10", "fgsm"], SETTINGS, keep=tmp_path)
-        assert all(torch.equal(first[n].right, again[n].right) and first[n].losses == again[n].losses for n in first)
+        assert all(torch.equal(first[n].right, again[n].right) and first[n].curves == again[n].curves for n in first)
         changed = copy.deepcopy(plain)
         changed[7].bias.data += 1
         for arguments in (
@@ -195,7 +222,8 @@ def test_the_table_on_a_terminal(plain, many, capsys):
     found = attack_all(plain, *many, ["clean", "cw5x2", "local-search"], Settings(images=40, few=8))
     print_outcomes("numbers", {"net": found})
     shown = capsys.readouterr().out
-    assert "cw5x2" in shown and "spread" in shown and "local-search, 8 images" in shown
+    assert "cw5x2" in shown and f"(lowest run {found['cw5x2'].lowest:.1%}, max - min" in shown
+    assert "local-search, 8 images" in shown
 
 
 @pytest.mark.parametrize(
@@ -264,6 +292,17 @@ def test_report_of_classifiers_from_the_command_line(runs, capsys, tmp_path):
     assert main(command) == 2 and "--force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
     assert main([*command[:-2], "clean", "--force"]) == 2 and "beside clean" in capsys.readouterr().err
+
+
+def test_a_surrogate_among_the_runs_is_left_out_of_them(runs, capsys, tmp_path):
+    command = ["report", str(runs / "run0"), str(runs / "run1"), "--images", "4", "--attacks", "clean", "transfer-pgd2"]
+    assert main([*command, "--surrogate", str(runs / "run1"), "--out", str(tmp_path / "report")]) == 0
+    assert f"{runs / 'run1'} is the surrogate and left out" in capsys.readouterr().err
+    table = (tmp_path / "report" / "robustness.csv").read_text().splitlines()
+    assert table[0] == "accuracy under,run0"
+    command = ["report", str(runs / "run1"), "--surrogate", str(runs / "run1" / "model.safetensors")]
+    assert main([*command, "--out", str(tmp_path / "none")]) == 2
+    assert "expected another to attack" in capsys.readouterr().err
 
 
 def test_a_report_without_names_runs_the_standard_attacks(runs, tmp_path, monkeypatch):

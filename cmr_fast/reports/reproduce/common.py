@@ -1,0 +1,207 @@
+"""What the papers' reports share: which items to make, runs that are not made twice, and the page.
+
+An item is a table or figure of a paper. Its function gets the study (runs, data, seeds) and gives sections; it raises
+`Missing` where the data at hand cannot make it, and the report then says what it needs and goes on.
+"""
+
+import csv
+import html
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cmr_fast._files import write_aside
+from cmr_fast.errors import InputError
+from cmr_fast.methods._runfolder import write_json
+from cmr_fast.methods.method import Dataset, RunConfig
+
+SCORES = "scores.json"
+
+
+class Missing(Exception):
+    """The data at hand cannot make this item; the message says what it needs."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: words, a table, its notes, (file, caption) of figures."""
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+    figures: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A table or figure of the paper: "Table 5", and what makes it."""
+
+    name: str
+    title: str
+    make: "Callable[[Any], Sequence[Section]]"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """("table" or "figure", number)."""
+        kind, _, number = self.name.partition(" ")
+        return kind.lower(), int(number)
+
+
+def chosen(items: Sequence[Item], tables: Sequence[int], figures: Sequence[int]) -> list[Item]:
+    """The items asked for, in the paper's order; all where nothing is asked for. InputError for others."""
+    if not tables and not figures:
+        return list(items)
+    wanted = [("table", n) for n in tables] + [("figure", n) for n in figures]
+    known = [item.key for item in items]
+    if unknown := [key for key in wanted if key not in known]:
+        have = ", ".join(item.name for item in items)
+        raise InputError(f"the paper's {unknown[0][0]} {unknown[0][1]} is not made here; expected some of {have}")
+    return [item for item in items if item.key in wanted]
+
+
+@dataclass
+class Study:
+    """What an item's function works with.
+
+    Attributes
+    ----------
+    data, out, seeds, quiet
+        As of `reproduce`.
+    cache
+        Whatever items share, such as data sets that were read.
+    """
+
+    data: str
+    out: Path
+    seeds: int
+    quiet: bool
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def runs(
+        self,
+        name: str,
+        method: str,
+        config: Any,
+        dataset: Dataset,
+        measure: Callable[[Any], dict[str, Any]],
+        **run: Any,
+    ) -> list[dict[str, Any]]:
+        """`measure(run)` of a training for every seed, in OUT/runs/NAME-seedN.
+
+        What is there already with the same config is read, not made again; a run that was stopped goes on.
+        """
+        return [self._run(f"{slug(name)}-seed{seed}", method, config, dataset, measure, seed, run) for seed in
+                range(self.seeds)]  # fmt: skip
+
+    def _run(
+        self, name: str, method: str, config: Any, dataset: Dataset, measure: Callable[[Any], dict[str, Any]],
+        seed: int, changes: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        from cmr_fast.methods.loop import train
+
+        folder = self.out / "runs" / name
+        settings = RunConfig(out=folder, seed=seed, quiet=True, resume=True, **changes)
+        what = json.loads(json.dumps({"config": asdict(config), "data": dataset.name, "run": dict(changes)}))
+        store = folder / SCORES
+        if store.is_file():
+            kept = json.loads(store.read_text())
+            if kept["what"] != what:
+                raise InputError(f"{folder}: holds a run of other settings or data; expected another --out")
+            scores: dict[str, Any] = kept["scores"]
+            return scores
+        self.say(f"{name} ...")
+        done = train(method, config, dataset, settings)
+        scores = json.loads(json.dumps(measure(done)))
+        write_json(store, {"what": what, "scores": scores})
+        for file in ("checkpoint.safetensors",):
+            (folder / file).unlink(missing_ok=True)
+        return scores
+
+    def say(self, text: str) -> None:
+        """One line on standard output, unless quiet."""
+        if not self.quiet:
+            print(text, flush=True)
+
+
+def changed(config: Any, **values: Any) -> Any:
+    """`replace` that refuses a field which the config lacks, as a sweep over it would otherwise fail in the middle."""
+    known = [f.name for f in fields(config)]
+    if unknown := [name for name in values if name not in known]:
+        raise InputError(f"{type(config).__name__} has no setting {unknown[0]!r}, expected one of {', '.join(known)}")
+    return replace(config, **values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds; of one the value."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def make(study: Study, title: str, items: Sequence[Item], note: str) -> None:
+    """Make the items, say of each what was found or is missing, and write the report after every one."""
+    sections: list[Section] = []
+    for item in items:
+        study.say(f"{item.name}: {item.title}")
+        try:
+            parts = list(item.make(study))
+        except Missing as missing:
+            study.say(f"  not made: {missing}")
+            parts = [Section(item.title, notes=[f"Not made: {missing}."])]
+        sections += [replace(part, title=f"{item.name}. {part.title}") for part in parts]
+        write_sections(study.out, title, sections, note)
+    study.say(f"\nReport: {study.out / 'index.html'}")
+
+
+def write_sections(out: Path, title: str, sections: Sequence[Section], note: str) -> None:
+    """README.md, index.html, and a CSV file for each table."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines, body = [f"# {title}", "", note, ""], f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(note)}</p>\n"
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        body += f"<h2>{html.escape(section.title)}</h2>\n"
+        if section.rows:
+            with write_aside(out / f"{slug(section.title)[:60]}.csv") as aside, open(aside, "w", newline="") as text:
+                csv.writer(text).writerows([section.head, *section.rows])
+            lines += [_row(section.head), _row(["---"] * len(section.head)), *map(_row, section.rows), ""]
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.head)
+            rows = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in section.rows
+            )
+            body += f"<table><tr>{head}</tr>\n{rows}</table>\n"
+        for text_line in section.notes:
+            lines += [text_line, ""]
+            body += f"<p>{html.escape(text_line)}</p>\n"
+        for file, caption in section.figures:
+            lines += [f"![{caption}]({file})", ""]
+            alt = html.escape(caption)
+            body += f'<figure><img src="{html.escape(file)}" alt="{alt}"><figcaption>{alt}</figcaption></figure>\n'
+    with write_aside(out / "README.md") as aside:
+        aside.write_text("\n".join(lines))
+    with write_aside(out / "index.html") as aside:
+        aside.write_text(_PAGE.format(title=html.escape(title), body=body))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; }}
+img {{ max-width: 100%; }} figcaption {{ color: #555; }}
+</style>
+{body}</html>
+"""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def slug(name: str) -> str:
+    """A name as a file or folder has it."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")

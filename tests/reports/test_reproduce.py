@@ -1,0 +1,190 @@
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cmr_fast.cli import main
+from cmr_fast.data import load, save_pairs
+from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.errors import InputError
+from cmr_fast.methods import METHODS, loop
+from cmr_fast.methods.acmr import ACMRConfig
+from cmr_fast.methods.baselines import CCAITQ
+from cmr_fast.methods.cmimh import CMIMHConfig
+from cmr_fast.methods.djsrh import DJSRHConfig
+from cmr_fast.methods.evaluation import evaluate_model
+from cmr_fast.reports.reproduce import acmr, cmimh, common, reproduce
+
+SMALL = ACMRConfig(
+    epochs=2, batch_size=16, dim=6, image_hidden=8, text_hidden=8, modality_hidden=4, inner_steps=1, learning_rate=1e-2
+)
+
+SMALL_CODES = CMIMHConfig(epochs=1, batch_size=16, hidden=8, critic_hidden=8, critic_dim=4)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(90) % 3
+    image = torch.eye(3)[classes].repeat(1, 3) + 0.7 * torch.randn(90, 9, generator=generator)
+    text = torch.eye(3)[classes].repeat(1, 2) + 0.7 * torch.randn(90, 6, generator=generator)
+    both = Pairs(image, text, classes)
+    test = both.select(torch.arange(45, 90))
+    save_pairs(tmp_path / "own.npz", PairedDataset("own", both.select(torch.arange(45)), test, test))
+    return str(tmp_path / "own.npz")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", SMALL))
+    monkeypatch.setattr(cmimh, "settings_of", lambda dataset: ("default", SMALL_CODES))
+    monkeypatch.setattr(cmimh, "SHORT", (8, 12))
+    monkeypatch.setattr(cmimh, "LONG", (8, 12))
+    short = DJSRHConfig(epochs=1, image_hidden=8, text_hidden=8)
+    monkeypatch.setattr(METHODS["djsrh"], "all_presets", classmethod(lambda cls: {"default": short}))
+
+
+def table(out, name):
+    (file,) = [path for path in out.iterdir() if path.name.startswith(name) and path.suffix == ".csv"]
+    with open(file, newline="") as text:
+        return {row[0]: row[1:] for row in csv.reader(text)}
+
+
+def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["reproduce", "acmr", "--data", pairs, "--table", "5", "--seeds", "2", "--out", str(out)]) == 0
+    rows = table(out, "table-5")
+    assert rows["paper: full"][:3] == ["0.509", "0.431", "0.470"]
+    stores = [out / "runs" / f"own-6-default-seed{seed}" / "scores.json" for seed in (0, 1)]
+    runs = [json.loads(store.read_text())["scores"] for store in stores]
+    mean = sum(run["all"]["i2t"] for run in runs) / 2
+    assert rows["full"][0].startswith(f"{mean:.3f} ± ")
+    assert "Table 5" in (out / "README.md").read_text() and "<table>" in (out / "index.html").read_text()
+    capsys.readouterr()
+
+
+def test_what_is_there_is_not_made_again_and_other_settings_are_refused(pairs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+    before = table(out, "table-5")
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("cmr_fast.methods.loop.train", refuse)
+    reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+    assert table(out, "table-5") == before
+    monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", replace(SMALL, epochs=3)))
+    with pytest.raises(InputError, match="other settings or data"):
+        reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+
+
+def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):
+    def missing(study):
+        raise common.Missing("it needs Pascal Sentence's features")
+
+    items = [
+        common.Item("Table 1", "first", missing),
+        common.Item("Table 2", "second", lambda study: [common.Section("second", ("a",), [["b"]])]),
+    ]
+    common.make(common.Study("", tmp_path, 1, False), "title", items, "note")
+    text = (tmp_path / "README.md").read_text()
+    assert "Not made: it needs Pascal Sentence's features." in text and "| b |" in text
+    assert "not made: it needs Pascal" in capsys.readouterr().out
+
+
+def test_bad_requests_are_refused(pairs, tmp_path, capsys):
+    with pytest.raises(InputError, match="table 9 is not made here; expected some of Table"):
+        reproduce("acmr", pairs, tmp_path / "out", tables=[9])
+    with pytest.raises(InputError, match="reproduces acmr, cmimh"):
+        reproduce("bert", pairs, tmp_path / "out")
+    with pytest.raises(InputError, match="seeds"):
+        reproduce("acmr", pairs, tmp_path / "out", seeds=0)
+    with pytest.raises(InputError, match="no setting 'gamma', expected one of epochs"):
+        common.changed(SMALL, gamma=1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(acmr, "GRID", (0.1, 1.0))
+    monkeypatch.setattr(acmr, "STEPS", (1, 2))
+    trained = []
+    train = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: trained.append(a[3].out.name) or train(*a, **k))
+    reproduce("acmr", pairs, out, seeds=1, quiet=True)
+    page = (out / "README.md").read_text()
+    for name in ("Table 2", "Table 3", "Table 5", "Figure 3", "Figure 4", "Figure 5", "Figure 6"):
+        assert f"## {name}" in page
+    assert "Not made: it needs VGG's fc7" in page and "Not made: it is of Wikipedia" in page
+    drawn = {path.name for path in out.glob("*.png")}
+    assert {"figure-4-a.png", "figure-4-b.png", "figure-4-c.png", "figure-5.png", "figure-6-alpha.png"} <= drawn
+    assert len(trained) == len(set(trained)), "a setting that items share is trained once"
+    steps = table(out, "figure-6.-inner")
+    assert list(steps) == ["inner_steps", "1", "2"]
+    curves = table(out, "figure-3")
+    assert curves["ACMR, I2T"] != curves["random, I2T"]
+
+
+def test_cmimhs_tables_and_figures(pairs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(cmimh, "SAMPLES", (1, 5))
+    monkeypatch.setattr(cmimh, "ABLATION", ("1000", "1111"))
+    monkeypatch.setattr(cmimh, "SHARES", (0.5, 1.0))
+    monkeypatch.setattr(cmimh, "total_correlation", lambda means: 0.5)
+    monkeypatch.setattr(cmimh, "WEIGHTS", {"lambda_mi": (0.0, 1.5), "lambda_skl": (0.0, 1.0)})
+    trained = []
+    train = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: trained.append(a[3].out.name) or train(*a, **k))
+    reproduce("cmimh", pairs, out, seeds=1, quiet=True)
+    page = (out / "README.md").read_text()
+    for name in (*(f"Table {n}" for n in range(1, 10)), *(f"Figure {n}" for n in range(1, 6))):
+        assert f"## {name}" in page
+    assert "Not made" not in page and len(trained) == len(set(trained))
+    tasks = table(out, "table-3")
+    assert {"I2I, CMIMH", "T2T, DJSRH", "I2T, random"} <= set(tasks)
+    assert tasks["I2T, CMIMH"][2:] == ["0.8068", "0.8193", "0.8292"]  # the paper's
+    store = json.loads((out / "runs" / "own-45-default-8bits-seed0" / "scores.json").read_text())["scores"]
+    assert tasks["T2T, CMIMH"][0] == f"{store['mAP@1k']['t2t']:.3f}"
+    assert (out / "figure-2.png").exists() and sum(store["histogram"]["image"]) == pytest.approx(1)
+
+
+def test_what_cmimh_is_measured_by(pairs):
+    """Against the metrics called one by one, a query left out of its own ranking."""
+    data = load(pairs)
+    model = CCAITQ(6).fit(data.train)
+    found = cmimh.measure(model, data)
+    codes = {m: (model.encode(m, getattr(data.query, m)) >= 0) for m in ("image", "text")}
+    distances = (codes["image"][:, None] != codes["image"][None]).sum(-1).double()
+    distances.fill_diagonal_(torch.inf)
+    labels, hits_at_one = data.query.labels, 0
+    for i, row in enumerate(distances):
+        hits_at_one += int(labels[row.argmin()] == labels[i])
+    assert found["RecallOne@1"]["i2i"] == pytest.approx(hits_at_one / len(labels))
+    signs = codes["text"].double() * 2 - 1
+    gap = signs.T @ signs / len(signs) - torch.eye(6)
+    assert found["Corr MSE"]["text"] == pytest.approx(float(gap.square().mean()))
+    result = evaluate_model(model, data, k=50, convention="topk_hits")
+    assert found["mAP@50"]["t2i"] == pytest.approx(result["t2i"].map)
+
+
+def test_total_correlation_is_near_nothing_for_independent_bits_and_large_for_copies():
+    bits = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0)).round()
+    copies = bits[:, :1].expand(-1, 8)
+    assert abs(cmimh.total_correlation(bits)) < 0.3 < 1.5 < cmimh.total_correlation(copies)
+
+
+def test_the_verdict_says_whether_the_gap_stays():
+    def runs(probe, score):
+        return [{"modality": {"probe_accuracy": probe}, "all": {"average": score}}]
+
+    found = {"imi only": runs(0.5, 0.1), "full": runs(0.99, 0.3), "full, no adversary": runs(0.99, 0.3)}
+    assert "the gap stays" in acmr.verdict(found)
+    found["full, D's rate 20 times that"] = runs(0.7, 0.32)
+    assert "hides the modality" in acmr.verdict(found) and "+0.020" in acmr.verdict(found)
+
+
+def test_spread_is_mean_and_deviation():
+    assert common.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100" and common.spread([0.25]) == "0.250"
