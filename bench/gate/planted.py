@@ -26,7 +26,8 @@ CHANGES: tuple[Change, ...] = (
         "csrc/cpu/pgd.cpp",
         "{ kernel.noise(noise, first, last); }",
         "{\n        kernel.noise(noise, first, last);\n"
-        "        kernel.noise(noise, first, first + (last - first) / 5);\n    }",
+        "        for (int64_t i = first; i < last; ++i)\n"
+        "            if (i % 5 == 0) kernel.noise(noise, i, i + 1);\n    }",
     ),
     (
         "cmr_fast/ops/_info_nce_tiles.py",
