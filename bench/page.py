@@ -79,9 +79,8 @@ def graph(series: Series) -> str:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         said = f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{shown(share * most)}</text>'
         parts.append(said)
-    for (_, commit), anchor in zip(commits[:1] + commits[-1:], ("start", "end"), strict=False):
+    for commit, anchor in {commits[-1][1]: "end", commits[0][1]: "start"}.items():
         x = LEFT + column[commit] * across
-        anchor = "start" if len(commits) == 1 else anchor
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}" font-size="11">{commit[:8]}</text>')
     for colour, (label, points) in zip(itertools.cycle(COLOURS), series.items(), strict=False):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))

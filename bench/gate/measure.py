@@ -26,7 +26,7 @@ class Broken(Exception):
 class Worker:
     """The library of `tree` under the benchmark code of `code`."""
 
-    def __init__(self, tree: Path, code: Path, before: tuple[str, ...] = (), patience: float = 120.0) -> None:
+    def __init__(self, tree: Path, code: Path, before: tuple[str, ...] = (), patience: float = 300.0) -> None:
         drop = ("CMR_FAST_", "PYTHON", "MALLOC_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
         env |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
