@@ -15,7 +15,7 @@ PROGRAMS = {
     "import cmr_fast": "import torch, cmr_fast",
     "search": "import torch, cmr_fast; cmr_fast.HammingIndex(64)",
     "losses": "import torch, cmr_fast; cmr_fast.losses.ClipLoss()",
-    "methods": "import torch, cmr_fast; cmr_fast.methods.ACMR",
+    "methods": "import torch; from cmr_fast.methods.acmr import ACMR",
     "cmr-fast --help": "import sys; sys.argv = ['cmr-fast', '--help']; from cmr_fast.cli import main; main()",
 }
 
