@@ -159,13 +159,13 @@ def pgd_noise() -> Call:
 
 @case("time", "instructions")
 def sinkhorn() -> Call:
-    cost = torch.rand(128, 24, 24, generator=torch.Generator().manual_seed(8))
+    cost = torch.rand(384, 24, 24, generator=torch.Generator().manual_seed(8))
     return lambda: cf.sinkhorn(cost, 0.1, max_iter=30, tol=0, threads=1)
 
 
 @case("time", "instructions")
 def ipot() -> Call:
-    cost = torch.rand(128, 24, 24, generator=torch.Generator().manual_seed(9))
+    cost = torch.rand(384, 24, 24, generator=torch.Generator().manual_seed(9))
     return lambda: cf.ipot(cost, 1.0, max_iter=30, threads=1)
 
 
