@@ -61,7 +61,7 @@ def result(name: str, path: str) -> int:
 def waited() -> int:
     """Nanoseconds that this process's threads were ready and had no core (Linux's schedstat; 0 elsewhere).
 
-    A case has one thread at work at a time, if not always the main one, so their sum is what the clock counts too much.
+    A case has one thread at work at a time, if not always the main one, so the clock counts their sum too much.
     """
     total = 0
     for path in TASKS.glob("*/schedstat"):
@@ -84,14 +84,18 @@ def moment() -> tuple[float, float]:
 
 
 def sample(name: str, number: int) -> float:
-    """Seconds a call: what passes on the clock less what the kernel gave to others meanwhile."""
+    """Seconds a call: what passes on the clock less what the kernel gave to others meanwhile.
+
+    At least the processor's time: a thread that is done and waits to go to sleep waits beside the one at work.
+    """
     call = call_of(name)
     call()
+    used = time.process_time()
     start, before = moment()
     for _ in range(number):
         call()
     end, after = moment()
-    return (end - start - (after - before)) / number
+    return max(time.process_time() - used, end - start - (after - before)) / number
 
 
 def calls_of(name: str, seconds: float) -> int:
