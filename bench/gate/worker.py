@@ -90,12 +90,13 @@ def sample(name: str, number: int) -> float:
     """
     call = call_of(name)
     call()
-    used = time.process_time()
     start, before = moment()
+    used = -time.process_time()
     for _ in range(number):
         call()
+    used += time.process_time()
     end, after = moment()
-    return max(time.process_time() - used, end - start - (after - before)) / number
+    return max(used, end - start - (after - before)) / number
 
 
 def calls_of(name: str, seconds: float) -> int:
