@@ -22,7 +22,7 @@ import faiss
 import numpy as np
 from benchmarks.common import one_thread
 from benchmarks.hamming import random_codes
-from compare import machine
+from peers import machine
 
 import cmr_fast as cf
 

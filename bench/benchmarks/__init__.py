@@ -1,1 +1,1 @@
-"""asv benchmarks, one file per op. `python bench/compare.py` prints the same comparisons as a table."""
+"""asv benchmarks, one file per op. `python bench/peers.py` prints the same comparisons as a table."""

@@ -8,8 +8,17 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+
+from cmr_fast.errors import InputError
+
+QUICK = os.environ.get("CMR_FAST_BENCH_QUICK") == "1"
+
+try:
+    from asv_runner.benchmarks.mark import SkipNotImplemented
+except ImportError:  # a table of peers needs no asv
+    SkipNotImplemented = NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,21 @@ def compare(comparison: Comparison, rounds: int = 7) -> Timing:
         statistics.median(limits) if limits else None,
         statistics.median(shares) if shares else None,
     )
+
+
+def cost(make: Callable[[], Comparison], rounds: int = 5, pinned: bool = True) -> float:
+    """For asv's `track_`: our time as a share of the alternative's, by pairs in turn in this process, their median.
+
+    Skipped where the alternative is not installed; CMR_FAST_BENCH_QUICK=1 makes one round of it.
+    """
+    if QUICK:
+        rounds = 1
+    try:
+        comparison = make()
+    except (InputError, KeyError, ImportError) as error:  # no alternative, or no weights and captions to measure on
+        raise SkipNotImplemented(str(error)) from error
+    with one_thread() if pinned else nullcontext():
+        return 1 / compare(comparison, rounds).speedup
 
 
 @contextmanager

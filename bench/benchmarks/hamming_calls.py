@@ -13,7 +13,7 @@ import torch
 import cmr_fast as cf
 
 from . import hamming
-from .common import Comparison, on_all_processors
+from .common import QUICK, Comparison, cost, on_all_processors
 
 WAYS = ("index.search", "index.searcher", "hamming_topk")
 
@@ -84,6 +84,31 @@ def on_two_threads(bits: int = 64, k: int = 10, codes: int = 10_000_000) -> Comp
         unit="G comparisons",
         limit=lambda: reading(db),
     )
+
+
+class TwoThreads:
+    """Lower is better: two threads as a share of one, in asv's process, where no faiss is loaded."""
+
+    version = "1"
+    timeout = 600
+
+    def track_time_over_one_thread(self) -> float:
+        return cost(lambda: on_two_threads(codes=200_000 if QUICK else 10_000_000), pinned=False)
+
+    track_time_over_one_thread.unit = "two threads / one"
+
+
+class Calls:
+    """Lower is better: 200 calls over few codes as a share of faiss's."""
+
+    version = "1"
+    params = ((1_000, 20_000), WAYS)
+    param_names = ("codes", "way")
+
+    def track_time_over_faiss(self, codes: int, way: str) -> float:
+        return cost(lambda: few_codes(codes, way))
+
+    track_time_over_faiss.unit = "ours / faiss"
 
 
 def comparisons(quick: bool = False) -> Iterator[Comparison]:

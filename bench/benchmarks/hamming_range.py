@@ -18,10 +18,11 @@ import cmr_fast as cf
 from cmr_fast.ops.multi_index_range import MEMORY, RangeTables, Sample
 
 from . import hamming
-from .common import Comparison, compare, on_all_processors, one_thread
+from .common import QUICK, Comparison, cost, on_all_processors
 from .multi_index import learned_like_codes
 
 CODES, QUERIES = 1_000_000, 10_000
+FEWER = 10 if QUICK else 1  # the suite, run to see that it runs
 K = 10
 _PEER, _JOIN = (Path(__file__).with_name(name) for name in ("pynear_peer.py", "join_peer.py"))
 
@@ -286,13 +287,14 @@ def comparisons(quick: bool = False) -> Iterator[Comparison]:
 class HammingRange:
     """Lower is better: seconds, and our time as a share of the scan's."""
 
+    version = "1"
     params = (["learned-like", "random"], [0, 2, 4])
     param_names = ("codes", "radius")
     timeout = 600
 
     def setup(self, codes: str, radius: int) -> None:
         make = learned_like_codes if codes == "learned-like" else hamming.random_codes
-        self.q, self.db = make(64, 1000, 200_000)
+        self.q, self.db = make(64, 1000, 200_000 // FEWER)
         self.index = index_of(self.db)
         self.index.range_search(np.tile(self.q, (10, 1)), radius, threads=1)
 
@@ -300,8 +302,7 @@ class HammingRange:
         self.index.range_search(self.q, radius, threads=1)
 
     def track_time_over_scan(self, codes: str, radius: int) -> float:
-        with one_thread():
-            return 1 / compare(beside_scan(codes, self.q, self.db, radius, few=50), rounds=5).speedup
+        return cost(lambda: beside_scan(codes, self.q, self.db, radius, few=50))
 
     track_time_over_scan.unit = "ours / scan"
 
@@ -309,10 +310,11 @@ class HammingRange:
 class Pairs:
     """Lower is better: seconds."""
 
+    version = "1"
     timeout = 600
 
     def setup(self) -> None:
-        self.x = near_copies(64, 500_000, 20_000)
+        self.x = near_copies(64, 500_000 // FEWER, 20_000 // FEWER)
 
     def time_pairs(self) -> None:
         cf.hamming_pairs(self.x, 2, threads=1)
