@@ -40,7 +40,8 @@ def write(runs: dict[str, Any]) -> None:
     ]
     for name, run in runs.items():
         trained, _, seed = name.rpartition(", seed ")
-        cells = [*row_of(run["results"]), f"{run['results']['valid_rsum']:.1f}", f"{run['cpu_seconds'] / 60:.1f}"]
+        cpu = "" if run["cpu_seconds"] is None else f"{run['cpu_seconds'] / 60:.1f}"
+        cells = [*row_of(run["results"]), f"{run['results']['valid_rsum']:.1f}", cpu]
         lines.append(f"| {trained} | {seed} | {' | '.join(cells)} |")
     notes = dict.fromkeys(run["note"] for run in runs.values() if run.get("note"))
     lines += ["", *notes] if notes else []
