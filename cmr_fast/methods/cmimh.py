@@ -39,10 +39,10 @@ _NOT_NEGATIVE = (
 
 @dataclass(frozen=True)
 class CMIMHConfig:
-    """Settings that hold on data which nobody tuned for; `--preset paper` has IV-A's, for MIR-Flickr25K and NUS-WIDE.
+    """One setting for many data sets; `--preset paper` has IV-A's, for MIR-Flickr25K and NUS-WIDE.
 
     They leave the paper where it is silent (the inputs' scale, on which the reconstruction's weight hangs, and epochs),
-    and in six of its values, each named below: with those, codes of small sets and of flat spectra die.
+    and in values of its that are named below: with those, codes of small sets and of flat spectra die.
     """
 
     bits: int = 32
