@@ -3,7 +3,7 @@
 import pytest
 import torch
 from captions import CAPTIONS, Victim, victim
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -90,6 +90,7 @@ def distance(a, b):
 
 
 @settings(max_examples=10, deadline=None)
+@example(texts=["AAAAA", "Ax."], edits=2, batch=2, seed=64427)  # the victim reads "$x." as "#x."
 @given(
     texts=st.lists(st.text("abdogx .,'A犬é", min_size=1, max_size=12).filter(lambda t: any(map(str.isalnum, t))),
                    max_size=5),

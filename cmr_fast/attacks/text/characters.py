@@ -99,9 +99,10 @@ class CharacterAttack(TextAttack):
                 [self._changed(t, place, self.alphabet[i]) for i in some]
                 for t, place, some in zip(now, best, letters, strict=True)
             ]
-            for row, scores in enumerate(self._values(tried, clean, images)):
-                which = int(scores.argmax())
-                if scores[which] > values[row]:
+            with_now = [[*some, t] for some, t in zip(tried, now, strict=True)]  # of one pass: equal tokens are a tie
+            for row, scores in enumerate(self._values(with_now, clean, images)):
+                which = int(scores[:-1].argmax())
+                if scores[which] > scores[-1]:
                     change = _change(now[row], best[row], self.alphabet[letters[row][which]])
                     changes[row].append(change)
                     now[row], values[row] = tried[row][which], float(scores[which])
