@@ -156,12 +156,16 @@ _FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
 
 
 def describe(kind: "type[Method]", config: Any, dataset: "Dataset", run: "RunConfig") -> dict[str, Any]:
-    sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split, None)) is not None}
-    data = {"name": dataset.name, "crc32": dataset.train.fingerprint()} | sizes
-    data |= {name: getattr(dataset, name) for name in kind.init_arguments}
+    data = described_data(dataset) | {name: getattr(dataset, name) for name in kind.init_arguments}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     settings = {"out": str(run.out)} | {f.name: getattr(run, f.name) for f in fields(run) if f.name != "out"}
     return {"method": kind.name, "config": asdict(config), "run": settings, "data": data, "versions": versions}
+
+
+def described_data(dataset: "Dataset") -> dict[str, Any]:
+    """The name of a data set, the training split's checksum, and every split's size."""
+    sizes = {split: len(pairs) for split in _SPLITS if (pairs := getattr(dataset, split, None)) is not None}
+    return {"name": dataset.name, "crc32": dataset.train.fingerprint()} | sizes
 
 
 _SPLITS = ("train", "valid", "query", "database", "test")

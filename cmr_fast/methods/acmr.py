@@ -81,7 +81,8 @@ class ACMRConfig:
     similarity: Literal["auto", "cosine", "ip", "labels"] = "auto"
     """How pairs are ranked (4.1.3 does not say): cosine or inner product in the common subspace, or labels: the
     probability that two items have the same label, which is the inner product of their predicted label distributions.
-    auto: the one with the highest validation mAP, epoch by epoch; labels where there is no validation split."""
+    auto: the one with the highest validation mAP, epoch by epoch (a refit keeps that of the epoch that it trains to);
+    labels where there is no validation split."""
     image_input: Scaling = "standard"
     """Scaling of image features: raw, standard, hellinger or chi2."""
     text_input: Scaling = "standard"
@@ -147,7 +148,7 @@ class ACMR(Retriever):
         "wikipedia-tfidf": replace(_WIKIPEDIA, text_rate=1.0),
     }
     preset_data: ClassVar[dict[str, str]] = {"wikipedia": "wikipedia", "wikipedia-tfidf": "wikipedia"}
-    monitor = ("probe_accuracy", *Retriever.monitor)
+    observed = ("probe_accuracy",)
     # 4.2 names early stopping, neither what it watches nor how long: the default run's. The tables' presets:
     preset_protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "wikipedia": {"valid_fraction": 0.2, "patience": 6},
@@ -221,6 +222,10 @@ class ACMR(Retriever):
         if self.config.similarity == "auto":
             self.ranking.fill_(self.candidates.index(best))
         return {"probe_accuracy": self.probe(valid)} | scores[best]
+
+    def settled(self) -> ACMRConfig:
+        """The config with the similarity that validation chose in place of auto."""
+        return cast(ACMRConfig, replace(self.config, similarity=self.similarity))
 
     def test(self, dataset: Any) -> dict[str, Any]:
         """mAP of the query and database splits; how pairs were ranked; who can tell the modality of the queries."""

@@ -175,7 +175,7 @@ def _rounds(
             row = {"epoch": state.epoch} | means
             last = state.epoch == schedule.rounds
             if dataset.valid is not None:
-                scores = dict.fromkeys(model.monitor, math.nan)
+                scores = dict.fromkeys((*model.observed, *model.monitor), math.nan)
                 if state.epoch % run.eval_every == 0 or last:
                     scores = model.validate(dataset.valid)
                     ranked = [scores[name] for name in reversed(model.monitor)]
@@ -272,7 +272,7 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
     if dataset.valid is not None:
         train_split: Any = dataset.train
         dataset = replace(dataset, train=train_split.joined(dataset.valid), valid=None)
-    best = selection.results["best_epoch"]
+    config, best = selection.model.settled(), selection.results["best_epoch"]
     if hasattr(config, "max_steps"):
         config = replace(config, max_steps=selection.results["best_step"])
     else:

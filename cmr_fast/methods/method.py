@@ -41,6 +41,8 @@ class Method(nn.Module):
     monitor: tuple[str, ...]
     """What `validate` returns; the weights with the highest value of the last one are kept, of equals those with the
     highest of the one before it."""
+    observed: ClassVar[tuple[str, ...]] = ()
+    """What `validate` returns beside them: it is logged, and no weights are kept by it."""
     keeps_last: ClassVar[bool] = False
     """Whether the last weights are kept whatever validation says, as of a paper that trains so many steps."""
     presets: ClassVar[dict[str, Any]] = {}
@@ -112,8 +114,12 @@ class Method(nn.Module):
         return None
 
     def validate(self, valid: Any) -> dict[str, float]:
-        """The `monitor` scores of a validation split; higher is better."""
+        """The `monitor` scores of a validation split, where higher is better, and what is `observed`."""
         raise NotImplementedError
+
+    def settled(self) -> Any:
+        """The config, with what validation chose in place of what was left to it: a refit trains by that."""
+        return self.config
 
     def test(self, dataset: Any) -> dict[str, Any]:
         """The final scores for results.json, on the splits that training has not seen."""

@@ -195,7 +195,7 @@ def write_report(
     for data, members in groups.items():
         dataset = runs[members[0]][2]
         group = [score(names[i], runs[i][1], runs[i][2]) for i in members]
-        means = _over_seeds(group, [runs[i][0] for i in members])
+        means = _over_seeds(group, [runs[i] for i in members])
         if with_baselines:
             models = [runs[i][1] for i in members]
             group += [score(name, model, dataset) for name, model in baselines_for(models, dataset)]
@@ -334,19 +334,24 @@ def _bits(model: Any) -> int | None:
     return getattr(model.config, "bits", None) if model.binary else None
 
 
-def _over_seeds(scores: Sequence[Score], folders: Sequence[Path]) -> list[Score]:
-    """A row for each group of runs that differ in the seed alone."""
-    groups: dict[str, list[Score]] = {}
-    for one, path in zip(scores, folders, strict=True):
+def _over_seeds(scores: Sequence[Score], runs: "Sequence[Loaded]") -> list[Score]:
+    """A row for each group of runs that differ in the seed alone; none where two have one seed.
+
+    The training splits' checksums are not compared: what is held out, and adversarial samples, go by the seed.
+    """
+    groups: dict[str, list[tuple[Any, Score]]] = {}
+    for one, (path, _, dataset) in zip(scores, runs, strict=True):
         config = (path if path.is_dir() else path.parent) / CONFIG
         if config.is_file():
             stored = read_json(config, run=dict, config=dict)
             what = {name: value for name, value in stored["run"].items() if name not in _SEED}
-            key = json.dumps([stored.get("method"), stored["config"], what], sort_keys=True)
-            groups.setdefault(key, []).append(one)
+            data = {name: value for name, value in (stored.get("data") or {}).items() if name != "crc32"}
+            parts = [stored.get("method"), stored["config"], what, data, dataset.query.fingerprint()]
+            groups.setdefault(json.dumps(parts, sort_keys=True), []).append((stored["run"].get("seed"), one))
     means = []
-    for group in groups.values():
-        if len(group) > 1:
+    for found in groups.values():
+        group = [one for _, one in found]
+        if len(group) > 1 and len({seed for seed, _ in found}) == len(group):
             stem = re.sub(r"( \(.*\))?$", "", group[0].name).partition(", seed ")[0]
             means.append(Score.over_seeds(f"{stem}, {len(group)} seeds", group))
     names = [one.name for one in means]

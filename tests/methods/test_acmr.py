@@ -11,6 +11,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods.acmr import ACMR, ACMRConfig, select
 from cmr_fast.methods.evaluation import encode_all, validate
 from cmr_fast.methods.loop import RunConfig, load_model, train
+from cmr_fast.methods.method import Retriever
 from cmr_fast.methods.scaling import InputScaling
 
 CALM = replace(ACMR_SMALL, dropout=0.0)
@@ -331,6 +332,30 @@ def test_auto_ranks_by_what_validation_finds_best(tmp_path):
     assert encode_all(run.model, "image", valid.image, "subspace").shape[1] == CALM.dim  # codes are its signs
     restored = load_model(tmp_path / "run")
     assert restored.similarity == chosen and restored.metric == ("cosine" if chosen == "cosine" else "ip")
+
+
+def test_a_refit_ranks_by_what_its_selection_chose(tmp_path, monkeypatch):
+    """By cosine here, where a training without validation would rank by labels."""
+    last = {"valid_i2t": 0.1, "valid_t2i": 0.1}
+    monkeypatch.setattr(
+        Retriever, "validate", lambda self, valid: {**last, "valid_map": 0.9 if self.similarity == "cosine" else 0.1}
+    )
+    run = train("acmr", replace(CALM, epochs=2, similarity="auto"), small_dataset(), RunConfig(out=tmp_path / "run",
+        device="cpu", quiet=True, valid_fraction=0.4, refit=True))  # fmt: skip
+    assert run.results["similarity"] == run.model.similarity == "cosine"
+    assert load_model(tmp_path / "run" / "selection").config.similarity == "auto"
+
+
+def test_epochs_are_not_chosen_by_the_modality_gap(tmp_path, monkeypatch):
+    """Of epochs with one mAP the first is kept, though the gap of the second is larger; the gap is logged."""
+    gaps = iter((0.6, 0.9, 0.8, 0.8))
+    equal = dict.fromkeys(Retriever.monitor, 0.5)
+    monkeypatch.setattr(Retriever, "validate", lambda self, valid: equal)
+    monkeypatch.setattr(ACMR, "probe", lambda self, pairs: next(gaps))
+    run = train("acmr", replace(CALM, epochs=3), small_dataset(), RunConfig(out=tmp_path / "run", device="cpu",
+        quiet=True, valid_fraction=0.4))  # fmt: skip
+    assert run.results["best_epoch"] == 1
+    assert [row["probe_accuracy"] for row in run.history] == [0.6, 0.9, 0.8]
 
 
 def test_a_probe_tells_a_gap_that_an_idle_classifier_does_not(tmp_path):

@@ -62,6 +62,9 @@ def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp
     mean = sum(run["all"]["i2t"] for run in runs) / 2
     assert rows["full"][0].startswith(f"{mean:.3f} ± ")
     assert "Table 5" in (out / "README.md").read_text() and "<table>" in (out / "index.html").read_text()
+    assert acmr._protocol("wikipedia") == (  # of its rows' preset alone
+        "Epochs are chosen by validation mAP. wikipedia: a share of 0.2 held out, patience 6."
+    )
     capsys.readouterr()
 
 
@@ -79,6 +82,19 @@ def test_what_is_there_is_not_made_again_and_other_settings_are_refused(pairs, t
     monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", replace(SMALL, epochs=3)))
     with pytest.raises(InputError, match="other settings or data"):
         reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
+
+
+def test_scores_of_other_data_under_the_same_name_are_not_taken(pairs, tmp_path):
+    data = load(pairs)
+    other = replace(data, train=Pairs(data.train.image + 1, data.train.text, data.train.labels))
+    fewer = replace(data, query=data.query.select(torch.arange(20)))
+    study = common.Study(pairs, tmp_path / "out", 1, True)
+    assert study.runs("one", "acmr", SMALL, data, lambda run: {"n": 1}) == [{"n": 1}]
+    assert study.runs("one", "acmr", SMALL, load(pairs), lambda run: {"n": 2}) == [{"n": 1}]
+    for changed in (other, fewer):
+        assert changed.name == data.name
+        with pytest.raises(InputError, match="other settings or data"):
+            study.runs("one", "acmr", SMALL, changed, lambda run: {"n": 2})
 
 
 def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):
@@ -149,6 +165,17 @@ def test_cmimhs_tables_and_figures(pairs, tmp_path, monkeypatch):
     store = json.loads((out / "runs" / "own-45-default-8bits-seed0" / "scores.json").read_text())["scores"]
     assert tasks["T2T, CMIMH"][0] == f"{store['mAP@1k']['t2t']:.3f}"
     assert (out / "figure-2.png").exists() and sum(store["histogram"]["image"]) == pytest.approx(1)
+
+
+def test_cmimhs_protocol_says_what_differs_at_long_codes_and_from_djsrh(pairs, tmp_path, monkeypatch):
+    study = common.Study(pairs, tmp_path, 1, True)
+    assert "DJSRH trains on all pairs; CMIMH holds a share of 0.1 out" in cmimh._protocol(study, djsrh=True)
+    assert "DJSRH" not in cmimh._protocol(study) and "double" not in cmimh._protocol(study, 128)
+    means = replace(SMALL_CODES, reconstruction="mean")
+    monkeypatch.setattr(cmimh, "settings_of", lambda dataset: ("wikipedia", means))
+    assert "counts double, first changed so after a look at test" in cmimh._protocol(study, 64)
+    assert "double" not in cmimh._protocol(study) and "DJSRH" not in cmimh._protocol(study, djsrh=True)
+    assert cmimh._of_length(means, 64).reconstruction_weight == 2 * cmimh._of_length(means, 48).reconstruction_weight
 
 
 def test_what_cmimh_is_measured_by(pairs):

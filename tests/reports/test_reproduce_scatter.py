@@ -8,7 +8,7 @@ import torch
 
 from cmr_fast.attacks import PGD
 from cmr_fast.cli import main
-from cmr_fast.data import load_images
+from cmr_fast.data import Images, load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods.loop import load_model
 from cmr_fast.methods.scatter import Scatter
@@ -144,6 +144,16 @@ def test_a_study_goes_on_and_is_made_once(out, monkeypatch):
     assert (out / "README.md").read_text() == before
     with pytest.raises(InputError, match="study of other data or another scale"):
         scatter.reproduce("shapes", out, (), (), 1, True, scale=replace(SIZE, train=59))
+
+
+def test_other_images_under_the_same_name_and_number_are_refused(tmp_path):
+    scatter._claim(study_of(tmp_path))
+    scatter._claim(study_of(tmp_path))
+    study = study_of(tmp_path)
+    train = study.images.train
+    study.images = replace(study.images, train=Images(train.image.flip(3), train.labels))
+    with pytest.raises(InputError, match="study of other data"):
+        scatter._claim(study)
 
 
 def test_nothing_is_held_out_and_the_last_weights_are_kept(out):

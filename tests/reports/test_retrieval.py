@@ -10,7 +10,7 @@ import torch
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
 from cmr_fast.methods.baselines import CCA, CCAITQ
-from cmr_fast.reports import figures
+from cmr_fast.reports import figures, retrieval
 from cmr_fast.reports.retrieval import (
     Score,
     baselines_for,
@@ -182,3 +182,32 @@ def test_runs_that_differ_in_the_seed_alone_get_a_row_of_their_mean(tmp_path):
     assert [float(row["precision at K"]) for row in curve] == pytest.approx(
         scores[1].curves["i2t"].precision_at(ks), abs=1e-6
     )
+
+
+FULL = {"name": "tiny", "crc32": 1, "train": 40, "image_dim": 6, "text_dim": 5}
+
+
+@pytest.mark.parametrize(
+    ("two", "means"),
+    [
+        ({"seed": 1}, 1),
+        ({"seed": 1, "crc32": 2}, 1),  # held out by the seed
+        ({"seed": 0}, 0),  # a copy
+        ({"seed": 0, "crc32": 2, "train": 50}, 0),  # on adversarial samples as well
+        ({"seed": 1, "train": 50}, 0),
+        ({"seed": 1, "text_dim": 9}, 0),  # other features under one name
+    ],
+)
+def test_runs_on_other_data_and_of_one_seed_are_not_averaged(tmp_path, monkeypatch, two, means):
+    for drawing in ("draw_curves", "draw_run"):
+        monkeypatch.setattr(retrieval, drawing, lambda *_, **__: [])
+    data, runs = dataset(), []
+    for number, changes in enumerate(({"seed": 0}, two)):
+        folder = run_folder(tmp_path / f"run{number}")
+        about = {name: changes.get(name, value) for name, value in FULL.items()}
+        run = {"seed": changes["seed"], "valid_fraction": 0.1, "out": str(folder)}
+        stored = {"method": "cca", "config": {"k": 3}, "run": run, "data": about}
+        (folder / "config.json").write_text(json.dumps(stored))
+        runs.append((folder, CCA(4).fit(data.train), data))
+    scores = write_report(runs, tmp_path / "out", tsne_points=0, with_baselines=False)
+    assert sum("seeds" in one.name for one in scores) == means == len(scores) - 2

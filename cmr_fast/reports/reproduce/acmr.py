@@ -121,17 +121,15 @@ def _comparison(study: Study, dataset: PairedDataset, title: str, paper: Mapping
     words = (
         f"{len(dataset.train)} training pairs, {len(dataset.query)} queries, {len(dataset.database)} in the database."
     )
-    return Section(title, HEAD, rows, [words, _protocol(name)])
+    return Section(title, HEAD, rows, [words, _protocol(name, "default")])
 
 
-def _protocol(preset: str) -> str:
+def _protocol(*presets: str) -> str:
     def said(name: str) -> str:
         run = {"valid_fraction": 0.1, "patience": 20} | ACMR.run_settings(name)
         return f"{name}: a share of {run['valid_fraction']} held out, patience {run['patience']}"
 
-    return (
-        "Epochs are chosen by validation mAP. " + "; ".join(said(n) for n in dict.fromkeys((preset, "default"))) + "."
-    )
+    return "Epochs are chosen by validation mAP. " + "; ".join(said(n) for n in dict.fromkeys(presets)) + "."
 
 
 def table_2(study: Study) -> list[Section]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cmr_fast._files import write_aside
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import write_json
+from cmr_fast.methods._runfolder import described_data, write_json
 from cmr_fast.methods.method import Dataset, RunConfig
 
 SCORES = "scores.json"
@@ -93,7 +93,7 @@ class Study:
     ) -> list[dict[str, Any]]:
         """`measure(run)` of a training for every seed, in OUT/runs/NAME-seedN.
 
-        What is there already with the same config is read, not made again; a run that was stopped goes on.
+        What is there already with the same config and data is read, not made again; a run that was stopped goes on.
         """
         return [self._run(f"{slug(name)}-seed{seed}", method, config, dataset, measure, seed, run) for seed in
                 range(self.seeds)]  # fmt: skip
@@ -106,7 +106,8 @@ class Study:
 
         folder = self.out / "runs" / name
         settings = RunConfig(out=folder, seed=seed, quiet=True, resume=True, **changes)
-        what = json.loads(json.dumps({"config": asdict(config), "data": dataset.name, "run": dict(changes)}))
+        described = {"config": asdict(config), "data": described_data(dataset), "run": dict(changes)}
+        what = json.loads(json.dumps(described))
         store = folder / SCORES
         if store.is_file():
             kept = json.loads(store.read_text())

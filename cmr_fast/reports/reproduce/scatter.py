@@ -22,7 +22,7 @@ import torch
 from cmr_fast._terminal import counting
 from cmr_fast.data import ImageDataset, load_images
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import RESULTS, read_json, write_json
+from cmr_fast.methods._runfolder import RESULTS, described_data, read_json, write_json
 from cmr_fast.methods.loop import load_model, train
 from cmr_fast.methods.method import Method, RunConfig
 from cmr_fast.methods.scatter import Scatter, ScatterConfig
@@ -383,11 +383,10 @@ def reproduce(
 def _claim(study: Robustness) -> None:
     """InputError where the folder is of another study; else it says from now on which one it holds."""
     file, images = study.out / "study.json", study.images
-    described = {
-        "data": [images.name, images.num_classes, len(images.train), len(images.test)], "scale": repr(study.size),
-    }  # fmt: skip
+    data = described_data(images) | {"num_classes": images.num_classes}
+    described = {"data": data, "scale": repr(study.size)}
     if file.exists():
-        if read_json(file, data=list, scale=str) != described:
+        if read_json(file, data=dict | list, scale=str) != described:
             raise InputError(f"{study.out}: holds a study of other data or another scale; expected another folder")
         return
     study.out.mkdir(parents=True, exist_ok=True)
