@@ -59,7 +59,7 @@ class Making(DataFlags):
 class Captions(Making):
     """Make captions: {"123.jpg": ["a caption", ...], ...}, for --augment-text of `cmr-fast train mat`.
 
-    A run that was stopped goes on with the same command.
+    A run that was stopped goes on with the same command, without --force.
 
     Example:  cmr-fast augment captions --data flickr8k --kind rewrite --model FOLDER --out texts.json
     """
@@ -94,16 +94,17 @@ class Captions(Making):
         from cmr_fast.methods.candidates import names_of
 
         self._refuse_idle_flags()
-        check_output(self.out, self.force, self.data)
+        partial = partial_of(self.out)
+        check_output(self.out, self.force or partial.exists(), self.data)  # a file begun with --force goes on
         split = self.split()
         settings = self.described(split, kind=self.kind, model=self.model, **self._settings())
         make = getattr(self, f"_{self.kind}")(split)
-        if self.force:
-            partial_of(self.out).unlink(missing_ok=True)
         try:
-            made = make_texts(self.out, names_of(split), make, settings=settings, batch=self.batch)
+            made = make_texts(
+                self.out, names_of(split), make, settings=settings, batch=self.batch, force=self.force
+            )  # fmt: skip
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("go on with the same command") from None
+            raise KeyboardInterrupt(_go_on(self.force and partial.exists())) from None
         few = [name for name, texts in made.items() if len(texts) < self.count]
         if few:
             print(f"{len(few)} of {len(made)} images have fewer than {self.count} texts, {few[0]} first")
@@ -202,6 +203,10 @@ class Captions(Making):
         return make
 
 
+def _go_on(forced: bool) -> str:
+    return "go on with the same command" + (", without --force" if forced else "")
+
+
 def _words(eda: Any, split: "CaptionedImages") -> Callable[[range], Sequence[Sequence[str]]]:
     labels = split.labels.tolist()
     return lambda rows: eda([split.text[row][0] for row in rows], index=[labels[row] for row in rows])
@@ -228,7 +233,8 @@ def _drawing(seed: int, start: int) -> Any:
 class Images(Making):
     """Make images of captions, for --augment-image of `cmr-fast train mat`: 123_0.png, ... of 123.jpg.
 
-    A run that was stopped goes on with the same command. Needs diffusers: pip install "cmr-fast[diffusion]".
+    A run that was stopped goes on with the same command, without --force. Needs diffusers:
+    pip install "cmr-fast[diffusion]".
 
     Example:  cmr-fast augment images --data flickr8k --model FOLDER --out images
     """
@@ -277,7 +283,7 @@ class Images(Making):
                 force=self.force,
             )  # fmt: skip
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("go on with the same command") from None
+            raise KeyboardInterrupt(_go_on(self.force)) from None
         print(f"{self.out}: {self.count} images for each of {len(stored)}; train with --augment-image {self.out}")
 
 

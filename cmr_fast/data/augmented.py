@@ -22,7 +22,7 @@ IMAGES, SETTINGS = "images.json", "settings.json"
 
 def make_texts(
     out: Path, names: Sequence[str], make: Callable[[range], Sequence[Sequence[str]]], *,
-    settings: Mapping[str, Any], batch: int,
+    settings: Mapping[str, Any], batch: int, force: bool = False,
 ) -> dict[str, list[str]]:  # fmt: skip
     """Write {image name: [texts]}.
 
@@ -38,6 +38,8 @@ def make_texts(
         What the texts depend on, as JSON has it: a file that was begun with others is refused.
     batch
         Rows that are made at a time.
+    force
+        Begin anew, whatever OUT.partial holds.
 
     Returns
     -------
@@ -54,6 +56,8 @@ def make_texts(
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a", encoding="utf-8") as file, counting(len(names), "texts of images") as advance:
         _hold(file, partial)
+        if force:
+            file.truncate(0)
         try:
             made = _begun(partial, described)
             advance(len(made))
@@ -174,8 +178,13 @@ def make_images(
     files = [[f"{stem}_{number}.png" for number in range(count)] for stem in stems]
     head = folder / SETTINGS
     if head.exists() and force:
-        for file in (IMAGES, *(file for row in files for file in row), SETTINGS):
-            (folder / file).unlink(missing_ok=True)
+        (folder / IMAGES).unlink(missing_ok=True)
+        known = set(stems)
+        for path in list(folder.rglob("*.png")):  # of an earlier count too
+            stem, _, number = path.relative_to(folder).with_suffix("").as_posix().rpartition("_")
+            if stem in known and number.isdecimal():
+                path.unlink()
+        head.unlink()
     if head.exists():
         try:
             before = json.loads(head.read_bytes())

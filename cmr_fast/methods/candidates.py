@@ -1,7 +1,8 @@
 """MA2T's candidates: augmentations that lie in files, and which of an original's are taken.
 
     texts.json     {"123.jpg": ["a caption", ...], ...}
-    images.json    {"123.jpg": ["123_0.png", ...], ...}, paths beside it; or a folder with 123_0.png, 123_1.png, ...
+    images.json    {"123.jpg": ["123_0.png", ...], ...}, paths beside it; or a folder with it, or with 123_0.png,
+                   123_1.png, ... alone
 
 Top (Figures 3, 5, 6, 8): those whose cosine with the other side's original is highest in a reference model, which
 also orders them; random: drawn by the image's id; first: as they stand.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast._terminal import track
+from cmr_fast.data.augmented import IMAGES
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.photos import Photo, Photos
 from cmr_fast.errors import InputError
@@ -75,8 +77,8 @@ def images_in(place: Path, split: CaptionedImages, least: int) -> list[list[Phot
     Parameters
     ----------
     place
-        JSON {image name: [paths]}, absolute or beside it; or a folder with NAME_NUMBER.png of NAME.jpg, in the order
-        of the numbers.
+        JSON {image name: [paths]}, absolute or beside it; or a folder: by the images.json in it, and without one by
+        NAME_NUMBER.png of NAME.jpg, in the order of the numbers.
     split
         N images.
     least
@@ -88,6 +90,8 @@ def images_in(place: Path, split: CaptionedImages, least: int) -> list[list[Phot
         For neither, with names of images that the data set does not have, too few images, or files that are not there.
     """
     names = names_of(split)
+    if (place / IMAGES).is_file():
+        place = place / IMAGES
     if place.is_dir():
         found = _named(place, _numbered(place), split, suffixes=False)
         by_name = {name: found.get(_stem(name), []) for name in names}

@@ -134,7 +134,8 @@ def table_of(result: DefendedCaptions) -> list[list[str]]:
 
 def verdict(result: DefendedCaptions) -> list[str]:
     """What the defence costs, what it holds, and whether the attack through it is one to go by."""
-    _, after, before = (_mean(shares) for shares in result.at_one("clean"))
+    clean = result.at_one("clean")
+    _, after, before = (_mean(shares) for shares in clean)
     lines = [f"the defence moves clean R@1 from {before:.1f} to {after:.1f}, the mean of both ways"]
     for name in result.undefended.changed:
         adaptive, carried, bare = (_mean(shares) for shares in result.at_one(name))
@@ -143,6 +144,15 @@ def verdict(result: DefendedCaptions) -> list[str]:
         if adaptive > carried:
             line += ": the adaptive attack is the weaker one, and what it leaves is no measure of the defence"
         lines.append(line)
+        above = [
+            f"{who} {way.upper()} {100 * left:.1f} over {100 * whole:.1f}"
+            for who, shares, wholes in zip(WHO, result.at_one(name), clean, strict=True)
+            for way, left, whole in zip(WAYS, shares, wholes, strict=True)
+            if left > whole
+        ]
+        if above:
+            lines.append(f"{name} leaves more than there is without an attack, images left alone would leave less: "
+                         + ", ".join(above))  # fmt: skip
     return lines
 
 

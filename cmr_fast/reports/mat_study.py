@@ -28,6 +28,7 @@ from cmr_fast.reports.attacked_captions import KS, examine
 from cmr_fast.reports.bootstrap import interval as _interval
 from cmr_fast.reports.defended_captions import examine_adaptive
 from cmr_fast.reports.page import write_page
+from cmr_fast.reports.robustness import weights_crc32
 
 if TYPE_CHECKING:
     from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
@@ -165,7 +166,7 @@ def study(
     Raises
     ------
     InputError
-        For unknown scales and rows, and a folder that holds a study of other settings.
+        For unknown scales and rows, and a folder that holds a study of other settings, attacks or weights.
     """
     if scale not in SCALES:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
@@ -265,7 +266,7 @@ def _hits(
     defence: Counterattack | None = None,
 ) -> Hits:  # fmt: skip
     """What attacks leave of a run, through its defence if any; from the file where it is there."""
-    file = out / "hits" / f"{run}.npz"
+    file, weights = out / "hits" / f"{run}.npz", weights_crc32(model.dual)
     if not file.exists():
         if defence is None:
             found = examine(model.dual, split, attacks, mlm=mlm).adversarial.hits
@@ -273,10 +274,18 @@ def _hits(
             found = examine_adaptive(defence, split, attacks, mlm=mlm).adversarial.hits
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"{name}/{way}": found[name][way] for name in ("clean", *attacks) for way in WAYS}
+        arrays["weights"] = weights
         with write_aside(file) as aside, open(aside, "wb") as opened:
             np.savez(opened, **arrays)
     owner = split.captions()[1].numpy()
     with np.load(file, allow_pickle=False) as stored:
+        if missing := [name for name in ("clean", *attacks) if not all(f"{name}/{way}" in stored for way in WAYS)]:
+            raise InputError(f"{file}: holds no hits of {', '.join(missing)}; remove it, which attacks anew")
+        if (seen := int(stored["weights"]) if "weights" in stored else None) != weights:
+            raise InputError(
+                f"{file}: hits of a model whose weights have checksum {seen}, expected {weights}, of the model as it "
+                "is now; name another folder for another model to start from"
+            )
         hits = {name: {way: stored[f"{name}/{way}"] for way in WAYS} for name in ("clean", *attacks)}
     if len(hits["clean"]["tr"]) != len(split) or len(hits["clean"]["ir"]) != len(owner):
         raise InputError(f"{file}: of {len(hits['clean']['tr'])} images, expected {len(split)}; name another folder")

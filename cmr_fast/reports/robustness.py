@@ -449,15 +449,28 @@ def _checksum(model: Model, x: Tensor, y: Tensor, settings: Settings, surrogate:
     value = zlib.crc32(json.dumps([__version__, "at the last step", asdict(settings)], sort_keys=True).encode())
     for one in (model, surrogate):
         if isinstance(one, torch.nn.Module):
-            for name, weight in one.state_dict().items():
-                value = zlib.crc32(name.encode(), value)
-                value = zlib.crc32(_bytes(weight), value)
+            value = weights_crc32(one, value)
         elif one is not None:  # of a function only what it does can be looked at
             with Victim(one).prepare(x[:8]) as victim:
                 value = zlib.crc32(_bytes(victim.scores(x[:8])), value)
         value = zlib.crc32(b"|", value)
     for part in (x, y):
         value = zlib.crc32(_bytes(part), value)
+    return value
+
+
+def weights_crc32(model: torch.nn.Module, value: int = 0) -> int:
+    """Checksum of a model's weights and their names.
+
+    Parameters
+    ----------
+    model
+        On any device.
+    value
+        What the checksum begins with.
+    """
+    for name, weight in model.state_dict().items():
+        value = zlib.crc32(_bytes(weight), zlib.crc32(name.encode(), value))
     return value
 
 

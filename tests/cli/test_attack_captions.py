@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_towers
@@ -14,7 +15,7 @@ from cmr_fast.data import load_captions
 from cmr_fast.errors import InputError
 from cmr_fast.methods.clip import ClipConfig
 from cmr_fast.methods.loop import RunConfig, train
-from cmr_fast.reports import attacked_captions
+from cmr_fast.reports import attacked_captions, defended_captions
 
 SMALL = ClipConfig(dim=16, hidden=16, epochs=12, head_epochs=12, batch_size=16, head_lr=1e-2, captions=0)
 
@@ -136,6 +137,20 @@ def test_a_defence_is_attacked_through_and_around(run, tmp_path, capsys):
     assert "attacks without a defence" in refused(capsys, *command, "--save", str(tmp_path / "images"))
     assert "threshold must be a number" in refused(capsys, *command, "--threshold", "-1", "--attacks", "pgd3")
     assert "is for --defence ttc" in refused(capsys, *command[:-2], "--threshold", "1")
+
+
+def test_what_an_attack_leaves_above_clean_is_said():
+    recalls = {
+        "clean": [[0.16, 0.108], [0.16, 0.108], [0.6, 0.446]],
+        "pgd10": [[0.06, 0.136], [0.42, 0.1], [0.0, 0.446]],
+    }
+    result = SimpleNamespace(at_one=recalls.get, undefended=SimpleNamespace(changed=["pgd10"]))
+    assert defended_captions.verdict(result)[2:] == [
+        "pgd10 leaves more than there is without an attack, images left alone would leave less: "
+        "TTC adaptive IR 13.6 over 10.8, TTC not adaptive TR 42.0 over 16.0"
+    ]
+    recalls["pgd10"] = recalls["clean"]
+    assert len(defended_captions.verdict(result)) == 2
 
 
 def test_what_does_not_go_together_is_refused(run, capsys, split):

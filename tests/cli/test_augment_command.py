@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import tiny_generators
+import torch
 from commands import refused
 
 from cmr_fast.cli import main
 from cmr_fast.data import EDA, load_captions
+from cmr_fast.data.augmented import make_images
+from cmr_fast.errors import InputError
+from cmr_fast.methods.candidates import images_in
 from cmr_fast.models import generate
 
 pytest.importorskip("transformers")
@@ -71,8 +75,16 @@ def test_a_run_that_is_stopped_goes_on_and_ends_as_one_that_was_not(kind, tmp_pa
     assert list(stored) == [str(n) for n in shapes.train.labels.tolist()]
     assert all(len(set(texts)) == 2 for texts in stored.values())
     assert "exists already; --force" in refused(capsys, *command, "--out", out)
-    ran(capsys, *command, "--out", out, "--seed", "1", "--force")
-    assert out.read_bytes() != whole.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, generate.Rewriter if kind == "rewrite" else generate.Captioner, 2)
+        assert main([*map(str, command), "--out", str(out), "--seed", "1", "--force"]) == 130
+    assert "the same command, without --force" in capsys.readouterr().err
+    begun = partial.read_text().splitlines()
+    assert len(begun) == 3 and out.read_bytes() == whole.read_bytes()
+    ran(capsys, *command, "--out", out, "--seed", "1")
+    texts = [row for line in begun[1:] for row in json.loads(line)]
+    assert list(json.loads(out.read_text()).values())[: len(texts)] == texts
+    assert out.read_bytes() != whole.read_bytes() and not partial.exists()
 
 
 def test_the_prompt_shows_other_images(tmp_path, words, shapes, capsys, monkeypatch):
@@ -145,9 +157,43 @@ def test_images_of_captions_go_on_where_they_were(tmp_path, shapes, capsys):
     assert "made already; --force" in refused(capsys, *command, "--out", out)
     ran(capsys, *command, "--out", out, "--force", "--seed", "1")
     assert (out / files[0]).read_bytes() != (tmp_path / "whole" / files[0]).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, generate.Painter, 0)
+        assert main([*command, "--out", str(out), "--force"]) == 130
+    assert "the same command, without --force" in capsys.readouterr().err
+    ran(capsys, *command, "--out", out)
+    assert (out / files[0]).read_bytes() == (tmp_path / "whole" / files[0]).read_bytes()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").touch()
     assert "holds something already" in refused(capsys, *command, "--out", tmp_path / "other")
+
+
+def test_images_that_are_begun_anew_leave_none_of_those_before(tmp_path, shapes):
+    from PIL import Image
+
+    names, out = [str(n) for n in shapes.train.labels[:5].tolist()], tmp_path / "images"
+
+    def made(names, count, force=False, dies=False):
+        def make(rows):
+            if dies:
+                raise KeyboardInterrupt
+            return [[Image.new("RGB", (8, 8))] * count for _ in rows]
+
+        return make_images(out, names, make, count=count, settings={"count": count}, batch=2, force=force)
+
+    made(names, 8)
+    (out / "mine_0.png").touch()
+    with pytest.raises(KeyboardInterrupt):
+        made(names[:4], 4, force=True, dies=True)
+    left = ["mine_0.png", "settings.json", *(f"{names[4]}_{k}.png" for k in range(8))]
+    assert sorted(path.name for path in out.iterdir()) == sorted(left)
+    made(names[:4], 4)
+    found = images_in(out, shapes.train.select(torch.arange(4)), 4)
+    assert [[photo.path.name for photo in row] for row in found] == [
+        [f"{n}_{k}.png" for k in range(4)] for n in names[:4]
+    ]
+    with pytest.raises(InputError, match=f"1 of 5 have fewer, {names[4]} has 0"):
+        images_in(out, shapes.train.select(torch.arange(5)), 4)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +223,12 @@ def test_two_processes_do_not_write_one_file(tmp_path, capsys):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "texts.json.partial: in use, another process" in refused(capsys, *command)
         assert (tmp_path / "texts.json.partial").exists()
-    ran(capsys, *command)
+        file.write("its own\n")
+        file.flush()
+        assert "in use, another process" in refused(capsys, *command, "--force")
+        assert (tmp_path / "texts.json.partial").read_text() == "its own\n"
+    ran(capsys, *command, "--force")
+    assert out.exists() and not (tmp_path / "texts.json.partial").exists()
 
 
 def test_data_are_asked_for(tmp_path, capsys):

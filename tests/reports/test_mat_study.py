@@ -1,6 +1,8 @@
 """MAT's study: every row trained and attacked once, resumed, told in words."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from cmr_fast.cli import main
 from cmr_fast.data import load_captions
 from cmr_fast.methods.clip import ClipConfig
-from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.models.mlm import MaskedLM
 from cmr_fast.reports import mat_study
 from cmr_fast.reports.mat_study import Hits, Scale
@@ -104,6 +106,38 @@ def test_a_defence_at_test_time_is_attacked_through_and_trains_nothing(begun, tm
     assert through == [(0, mat_study.ATTACKS), (3, mat_study.ATTACKS)]
     assert list(json.loads((out / "results.json").read_text())["recalls"]) == ["start", "TTC"]
     assert not (out / "runs").exists()
+
+
+def test_hits_of_another_model_or_without_an_attack_are_refused(begun, tmp_path, capsys):
+    place, out = Path(begun[1]), tmp_path / "study"
+    start = tmp_path / "clip"
+    shutil.copytree(place, start)
+    command = ["study", "mat", *DATA, "--start", str(start), *begun[2:], "--out", str(out), "--rows", "TTC", "--quiet"]
+    assert main(command) == 0
+    for name in ("start", "ttc"):
+        file = out / "hits" / f"{name}-seed0.npz"
+        with np.load(file) as stored:
+            before = dict(stored)
+        np.savez(file, **{key: value for key, value in before.items() if not key.startswith("sga/")})
+        capsys.readouterr()
+        assert main(command) == 2
+        assert f"{name}-seed0.npz: holds no hits of sga; remove it" in capsys.readouterr().err
+        file.unlink()
+        assert main(command) == 0
+        with np.load(file) as stored:
+            assert all(np.array_equal(stored[key], value) for key, value in before.items())
+    data = load_captions("shapes", count=40)
+    again = RunConfig(out=start, seed=1, quiet=True, valid_fraction=0.0)
+    config = load_model(start).config
+    shutil.rmtree(start)
+    train("clip", config, data, again)
+    for name in ("start", "ttc"):
+        capsys.readouterr()
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"{name}-seed0.npz: hits of a model whose weights have checksum" in said
+        (out / "hits" / f"{name}-seed0.npz").unlink()
+    assert main(command) == 0
 
 
 def test_figures_of_number_and_strength_are_trainings_that_go_on(begun, tmp_path, capsys, monkeypatch):
