@@ -39,6 +39,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="new processes; default %(default)s")
     parser.add_argument("--quads", type=int, default=8, help="A B B A a round; default %(default)s")
     parser.add_argument("--seconds", type=float, default=0.008, help="a sample; default %(default)s")
+    parser.add_argument(
+        "--factor", type=float, default=FACTORS["time"], help="B / A from which a time is worse; default %(default)s"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--repo", type=Path, default=Path(__file__).resolve().parents[1], help=argparse.SUPPRESS)
@@ -167,7 +170,9 @@ def measured(
         for (case, cost), kept in samples.items():
             least = arguments.rounds * (arguments.quads if cost == "time" else 1)
             fault = broken.get(case)
-            rows[case, cost] = Row(case, cost, "BROKEN", said=fault) if fault else judged(case, cost, kept, least)
+            factor = arguments.factor if cost == "time" else FACTORS[cost]
+            row = judged(case, cost, kept, least, factor)
+            rows[case, cost] = Row(case, cost, "BROKEN", said=fault) if fault else row
     return rows
 
 

@@ -34,6 +34,11 @@ def test_noise_alone_is_the_same_and_three_tenths_more_are_worse(seed):
     assert judged("x", "time", quads(1 / 1.3, 0.08, seed=seed), 24).word == "better"
 
 
+def test_a_wider_factor_takes_the_place_of_the_costs_own():
+    assert judged("x", "time", quads(1.3, 0.08), 24, 1.5).word == "same"
+    assert judged("x", "time", quads(1.7, 0.08), 24, 1.5).word == "WORSE"
+
+
 def test_a_difference_that_two_quads_show_is_not_sure():
     assert judged("x", "time", quads(1.3, 0.3, count=2), 2).word == "same"
 
