@@ -5,7 +5,8 @@ of its own: first that their results agree, then time and peak memory in rounds 
 A time or a memory that looks worse is measured again in new processes, and counts where it is worse again.
 
 Exit status: 0 nothing is worse; 1 something is worse, breaks, differs, is gone or was measured too little; 2 nothing
-could be measured at all. A cost that is meant is named in a commit's message after A: `Accepted cost: CASE COST`.
+could be measured at all. A cost that is meant is named in a commit's message after A: `Accepted cost: CASE COST`,
+other results `Accepted cost: CASE result`.
 """
 
 import argparse
@@ -38,6 +39,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="new processes; default %(default)s")
     parser.add_argument("--quads", type=int, default=8, help="A B B A a round; default %(default)s")
     parser.add_argument("--seconds", type=float, default=0.008, help="a sample; default %(default)s")
+    parser.add_argument(
+        "--factor", type=float, default=FACTORS["time"], help="B / A from which a time is worse; default %(default)s"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--repo", type=Path, default=Path(__file__).resolve().parents[1], help=argparse.SUPPRESS)
@@ -87,7 +91,9 @@ def gate(arguments: argparse.Namespace, commits: tuple[str, str]) -> tuple[list[
         rows = [] if arguments.cases or before is None else gone(before - now, allowed)
         new = keep - before if before is not None else set()
         say(f"{len(keep) - len(new)} costs to compare, {len(new)} new")
-        faults, order = check(trees, code, sorted(keep), new, Path(folder))
+        faults, order = check(trees, code, sorted(keep), new, Path(folder), say)
+        meant = {case for case, row in faults.items() if row.word == "DIFFERENT" and (case, "result") in allowed}
+        rows += [replace(faults.pop(case), cost="result", word="accepted") for case in sorted(meant)]
         compared = [pair for pair in order if pair in keep - new and pair[0] not in faults]
         found = measured(arguments, trees, code, compared, Path(folder))
         suspects = [x for x in compared if found[x].word == "WORSE" and x[1] != "instructions"]  # a count repeats
@@ -110,12 +116,20 @@ def gone(pairs: Pairs, allowed: Pairs) -> list[Row]:
 
 
 def check(
-    trees: tuple[Path, Path], code: Path, keep: list[tuple[str, str]], new: Pairs, folder: Path
+    trees: tuple[Path, Path],
+    code: Path,
+    keep: list[tuple[str, str]],
+    new: Pairs,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Row], list[tuple[str, str]]]:
     """The correctness gate: cases that break or differ, and all costs in the order of the file."""
     faults: dict[str, Row] = {}
     with pair(trees, code) as workers:
-        declared_costs = described(workers)[1]["cases"]
+        a, b = described(workers)
+        if a["isas"][0] != b["isas"][0]:
+            say(f"A has {a['isas'][0]} and B {b['isas'][0]}: both run the best that they have in common")
+        declared_costs = b["cases"]
         order = [(case, cost) for case, costs in declared_costs.items() for cost in costs if (case, cost) in keep]
         if len(order) != len(keep):
             raise Broken(f"{len(keep)} costs are declared in the file and {len(order)} by its cases")
@@ -142,7 +156,10 @@ def measured(
     if counted:
         for path in folder.glob("callgrind.*"):
             path.unlink()
-        counts, broken = instructions(trees, code, counted, folder, shim(folder))
+        try:
+            counts, broken = instructions(trees, code, counted, folder, shim(folder))
+        except Broken as error:
+            counts, broken = {}, dict.fromkeys(counted, str(error).splitlines()[0][:200])
         for case in counted:
             a, b = counts.get(case, (math.nan, math.nan))
             fault = None if case in counts and case not in broken else broken.get(case, "callgrind counted nothing")
@@ -153,7 +170,9 @@ def measured(
         for (case, cost), kept in samples.items():
             least = arguments.rounds * (arguments.quads if cost == "time" else 1)
             fault = broken.get(case)
-            rows[case, cost] = Row(case, cost, "BROKEN", said=fault) if fault else judged(case, cost, kept, least)
+            factor = arguments.factor if cost == "time" else FACTORS[cost]
+            row = judged(case, cost, kept, least, factor)
+            rows[case, cost] = Row(case, cost, "BROKEN", said=fault) if fault else row
     return rows
 
 

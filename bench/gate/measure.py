@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ class Worker:
             self.process.stdin.write(json.dumps([order, *arguments]).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
+            self.close()
             raise Broken("the process ended") from None
 
     def answer(self) -> object:
@@ -86,15 +88,19 @@ def pair(trees: tuple[Path, Path], code: Path, **options: object) -> Iterator[li
 
 
 def described(workers: list[Worker]) -> list[dict]:
-    found = []
+    """What each side runs. Where their best instruction sets differ, both run the best that they have in common."""
+    found: list[dict] = []
     for side, worker in zip("AB", workers, strict=True):
         try:
-            found.append(worker.answer())
+            found.append(worker.answer())  # type: ignore[arg-type]
         except Broken as error:
             raise Broken(f"{side}: {error}") from None
-    if found[0]["isa"] != found[1]["isa"]:  # type: ignore[index]
-        raise Broken(f"A runs {found[0]['isa']} and B runs {found[1]['isa']}")  # type: ignore[index]
-    return found  # type: ignore[return-value]
+    a, b = (one["isas"] for one in found)
+    if a[0] != b[0]:
+        common = next((isa for isa in a if isa in b), None)
+        if common is None or any(worker("force", common) != common for worker in workers):
+            raise Broken(f"A has {', '.join(a)} and B {', '.join(b)}: they can run none in common")
+    return found
 
 
 def asked(workers: list[Worker], side: int, order: str, *arguments: object) -> float:
@@ -162,23 +168,31 @@ def instructions(
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """What callgrind counts of one call, and why a case has no count. Both commits at once: a count has no noise."""
     broken: dict[str, str] = {}
-    with ExitStack() as stack:
-        workers = []
-        for side, tree in zip("AB", trees, strict=True):
-            out = f"--callgrind-out-file={folder / f'callgrind.{side}'}"
-            before = ("valgrind", "-q", "--tool=callgrind", "--instr-atstart=no", out)
-            workers.append(Worker(tree, code, before, patience=900.0))
-            stack.callback(workers[-1].close)
-            workers[-1].send("describe", str(tree))
-        described(workers)
-        for case in cases:
-            for worker in workers:
-                worker.send("instructions", case, str(shim))
-            for side, worker in zip("AB", workers, strict=True):
-                try:
-                    worker.answer()
-                except Broken as error:
-                    broken[case] = f"{side}: {error}"
+    left = list(cases)
+    while left:  # a case that ends its process costs itself alone: the others go on in new ones
+        with ExitStack() as stack:
+            workers = []
+            for side, tree in zip("AB", trees, strict=True):
+                out = f"--callgrind-out-file={folder / f'callgrind.{side}.{len(left)}'}"
+                before = ("valgrind", "-q", "--tool=callgrind", "--instr-atstart=no", out)
+                workers.append(Worker(tree, code, before, patience=900.0))
+                stack.callback(workers[-1].close)
+                workers[-1].send("describe", str(tree))
+            described(workers)
+            while left and all(worker.process.poll() is None for worker in workers):
+                case = left.pop(0)
+                sent = []
+                for side, worker in zip("AB", workers, strict=True):
+                    try:
+                        worker.send("instructions", case, str(shim))
+                        sent.append((side, worker))
+                    except Broken as error:
+                        broken[case] = f"{side}: {error}"
+                for side, worker in sent:
+                    try:
+                        worker.answer()
+                    except Broken as error:
+                        broken[case] = f"{side}: {error}"
     found: list[dict[str, int]] = [{}, {}]
     for counts, side in zip(found, "AB", strict=True):
         for path in folder.glob(f"callgrind.{side}.*"):
@@ -192,10 +206,11 @@ def shim(folder: Path) -> Path:
     """The library that tells callgrind where to begin and end."""
     path = folder / "shim.so"
     source = Path(__file__).with_name("shim.c")
-    done = subprocess.run(
-        [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", str(path), str(source)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command = [*shlex.split(os.environ.get("CC", "cc")), "-O2", "-shared", "-fPIC", "-o", str(path), str(source)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Broken(f"no C compiler: {error}") from None
     if done.returncode:
         raise Broken(f"valgrind's headers do not compile: {done.stderr.strip()[:300]}")
     return path

@@ -15,7 +15,7 @@ from pathlib import Path
 
 CASES = Path("bench", "gate", "cases.py")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-ACCEPTED = re.compile(r"^Accepted cost: (\w+) (time|memory|instructions|gone)\b", re.MULTILINE)
+ACCEPTED = re.compile(r"^Accepted cost: (\w+) (time|memory|instructions|gone|result)\b", re.MULTILINE)
 
 
 class Unbuilt(Exception):
@@ -49,7 +49,7 @@ def key_of(tree: Path) -> str:
     compiler = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True).stdout
     flags = [os.environ.get(name, "") for name in ("CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")]
     sources = git(tree, "rev-parse", "HEAD:csrc", "HEAD:setup.py")
-    text = "\n".join([sources, compiler.partition("\n")[0], *flags, sys.executable, str(SUFFIX)])
+    text = "\n".join([sources, compiler.partition("\n")[0], *flags, sys.version, str(SUFFIX)])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

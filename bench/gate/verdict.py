@@ -45,8 +45,9 @@ class Samples:
     quads: list[tuple[float, float, float, float]] = field(default_factory=list)
 
 
-def judged(case: str, cost: str, samples: Samples, least: int) -> Row:
-    """The row. `least` is how many quads there have to be."""
+def judged(case: str, cost: str, samples: Samples, least: int, factor: float | None = None) -> Row:
+    """The row. `least` is how many quads there have to be, `factor` takes the place of the cost's own."""
+    factor = factor or FACTORS[cost]
     quads = samples.quads
     if len(quads) < least:
         return Row(case, cost, "TOO FEW", said=f"{len(quads)} of {least} quads", samples=len(quads))
@@ -56,8 +57,8 @@ def judged(case: str, cost: str, samples: Samples, least: int) -> Row:
     a, b = (statistics.median(x for quad in quads for x in (quad[i], quad[j])) for i, j in ((0, 3), (1, 2)))
     ratio, about = compute_stats(ratios, 1)
     low, high = (about["ci_99_a"], about["ci_99_b"]) if len(ratios) > 1 else (ratio, ratio)
-    worse = ratio > FACTORS[cost] and b - a > LEAST.get(cost, 0)
-    better = ratio < 1 / FACTORS[cost] and a - b > LEAST.get(cost, 0)
+    worse = ratio > factor and b - a > LEAST.get(cost, 0)
+    better = ratio < 1 / factor and a - b > LEAST.get(cost, 0)
     sure = certain(quads) if cost == "time" else True
     word = "same" if not sure else "WORSE" if worse else "better" if better else "same"
     return Row(case, cost, word, a, b, ratio, low, high, samples=len(quads))

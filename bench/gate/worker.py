@@ -152,11 +152,18 @@ def describe(tree: str) -> dict[str, object]:
     for module in (cmr_fast, native):
         if not Path(module.__file__).resolve().is_relative_to(Path(tree).resolve()):
             raise ImportError(f"{module.__name__} comes from {module.__file__}, not from {tree}")
-    return {"isa": _dispatch.choose_isa(), "cases": {name: costs for name, (_, costs) in CASES.items()}}
+    return {"isas": list(native.available_isas()), "cases": {name: costs for name, (_, costs) in CASES.items()}}
+
+
+def force(isa: str) -> str:
+    """An instruction set for all that follows; what runs then."""
+    os.environ["CMR_FAST_ISA"] = isa
+    return _dispatch.choose_isa()
 
 
 ORDERS: dict[str, Callable[..., object]] = {
     "describe": describe,
+    "force": force,
     "result": result,
     "calls_of": calls_of,
     "sample": sample,
