@@ -88,8 +88,11 @@ def cost(make: Callable[[], Comparison], rounds: int = 5, pinned: bool = True) -
         comparison = make()
     except (InputError, KeyError, ImportError) as error:  # no alternative, or no weights and captions to measure on
         raise SkipNotImplemented(str(error)) from error
-    with one_thread() if pinned else nullcontext():
-        return 1 / compare(comparison, rounds).speedup
+    try:
+        with one_thread() if pinned else nullcontext():
+            return 1 / compare(comparison, rounds).speedup
+    except ImportError as error:  # an alternative that is imported where it is called
+        raise SkipNotImplemented(str(error)) from error
 
 
 @contextmanager

@@ -245,6 +245,6 @@ class BertAttack(TextAttack):
             if not some:
                 continue
             best = int(scores.argmax())
-            if scores[best] > search.value:  # the word itself is the first candidate, and keeps its place in a tie
+            if scores[best] > search.value:  # the word itself, in any case, is no candidate: nothing ties with it
                 search.changes.append(Change(word, search.words[word], some[best]))
                 search.words[word], search.value = some[best], float(scores[best])
