@@ -28,7 +28,7 @@ class Study(DataFlags):
     mlm: Path
     """A masked language model's folder (`cmr-fast train mlm`)."""
     scale: Literal["tiny", "small", "paper"] = "tiny"
-    """10 steps of batch 32 and 20 test images with a caption each; 300 of 64 and 200 with five; or the
+    """10 steps of batch 32 and 20 test images with a caption each; 100 of 32 and 100 with five; or the
     paper's 5,000 of 128 and 1,000, for a GPU."""
     seeds: tuple[int, ...] = (0,)
     """Of the trainings."""

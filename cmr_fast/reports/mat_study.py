@@ -84,7 +84,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(steps=10, batch=32, image_steps=2, alpha=1 / 255, lr=1e-3, images=20, captions=1),
-    "small": Scale(steps=300, batch=64, image_steps=2, alpha=1 / 255, lr=1e-3, images=200, captions=5),
+    "small": Scale(steps=100, batch=32, image_steps=2, alpha=1 / 255, lr=5e-3, images=100, captions=5),
     "paper": Scale(steps=5000, batch=128, image_steps=10, alpha=0.5 / 255, lr=1e-4, images=1000, captions=5),
 }
 
