@@ -9,6 +9,7 @@ import fnmatch
 import itertools
 import json
 import math
+import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,12 @@ from asv.results import Results, iter_results
 from cmr_fast.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = {"open_clip": "*open_clip*", "faiss": "*over_faiss*", "torchattacks": "*over_torchattacks*"}
+LIBRARIES = {
+    "open_clip": "*open_clip*",
+    "faiss": "*over_faiss*",
+    "torchattacks": "*over_torchattacks*",
+    "triton": "kernels.Triton.*",
+}
 
 
 def absent() -> tuple[str, ...]:
@@ -26,6 +32,7 @@ def absent() -> tuple[str, ...]:
     here = set(_dispatch.native().available_isas())
     isas = [f"ways.Ways.*, {isa})" for isa in ("avx512_vpopcntdq", "avx512bw", "avx2", "neon") if isa not in here]
     cuda = ["package.Library.*(_cuda)"] if find_spec("cmr_fast._cuda") is None else []
+    cuda += ["kernels.Cuda.*"] if shutil.which("nvcc") is None else []
     others = [pattern for package, pattern in LIBRARIES.items() if find_spec(package) is None]
     # what works on pretrained towers and captions, which the user brings
     given = ["*BertAttackCaptions*", "*CharacterAttackCaptions*", "pair_attacks.*", "mat_step.*"]
