@@ -25,6 +25,7 @@ LIBRARIES = {
     "torchattacks": "*over_torchattacks*",
     "triton": "kernels.Triton.*",
 }
+PROGRAMS = {"nvcc": "kernels.Cuda.*", "valgrind": "instructions.*"}
 
 
 def absent() -> tuple[str, ...]:
@@ -32,8 +33,8 @@ def absent() -> tuple[str, ...]:
     here = set(_dispatch.native().available_isas())
     isas = [f"ways.Ways.*, {isa})" for isa in ("avx512_vpopcntdq", "avx512bw", "avx2", "neon") if isa not in here]
     cuda = ["package.Library.*(_cuda)"] if find_spec("cmr_fast._cuda") is None else []
-    cuda += ["kernels.Cuda.*"] if shutil.which("nvcc") is None else []
     others = [pattern for package, pattern in LIBRARIES.items() if find_spec(package) is None]
+    others += [pattern for program, pattern in PROGRAMS.items() if shutil.which(program) is None]
     # what works on pretrained towers and captions, which the user brings
     given = ["*BertAttackCaptions*", "*CharacterAttackCaptions*", "pair_attacks.*", "mat_step.*"]
     return (*isas, *cuda, *others, *given)
