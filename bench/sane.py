@@ -23,6 +23,12 @@ LIBRARIES = {
     "open_clip": "*open_clip*",
     "faiss": "*over_faiss*",
     "torchattacks": "*over_torchattacks*",
+    "usearch": "*over_usearch*",
+    "numkong": "*over_numkong*",
+    "adv_lib": "*over_adv_lib*",
+    "timm": "pgd.Attack.*",
+    "ot": "*over_pot*",
+    "geomloss": "*over_geomloss*",
     "triton": "kernels.Triton.*",
 }
 PROGRAMS = {"nvcc": "kernels.Cuda.*", "valgrind": "instructions.*"}
