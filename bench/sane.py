@@ -9,6 +9,7 @@ import fnmatch
 import itertools
 import json
 import math
+import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,19 @@ from asv.results import Results, iter_results
 from cmr_fast.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = {"open_clip": "*open_clip*", "faiss": "*over_faiss*", "torchattacks": "*over_torchattacks*"}
+LIBRARIES = {
+    "open_clip": "*open_clip*",
+    "faiss": "*over_faiss*",
+    "torchattacks": "*over_torchattacks*",
+    "usearch": "*over_usearch*",
+    "numkong": "*over_numkong*",
+    "adv_lib": "*over_adv_lib*",
+    "timm": "pgd.Attack.*",
+    "ot": "*over_pot*",
+    "geomloss": "*over_geomloss*",
+    "triton": "kernels.Triton.*",
+}
+PROGRAMS = {"nvcc": "kernels.Cuda.*", "valgrind": "instructions.*"}
 
 
 def absent() -> tuple[str, ...]:
@@ -27,6 +40,7 @@ def absent() -> tuple[str, ...]:
     isas = [f"ways.Ways.*, {isa})" for isa in ("avx512_vpopcntdq", "avx512bw", "avx2", "neon") if isa not in here]
     cuda = ["package.Library.*(_cuda)"] if find_spec("cmr_fast._cuda") is None else []
     others = [pattern for package, pattern in LIBRARIES.items() if find_spec(package) is None]
+    others += [pattern for program, pattern in PROGRAMS.items() if shutil.which(program) is None]
     # what works on pretrained towers and captions, which the user brings
     given = ["*BertAttackCaptions*", "*CharacterAttackCaptions*", "pair_attacks.*", "mat_step.*"]
     return (*isas, *cuda, *others, *given)

@@ -1,4 +1,5 @@
-"""Exact Hamming top-k, one thread, 256 queries x 1M random codes, against faiss-cpu's IndexBinaryFlat."""
+"""Exact Hamming top-k, one thread, 256 queries x 1M random codes, against faiss-cpu's IndexBinaryFlat and usearch's
+exact search; the whole table of distances against NumKong's."""
 
 import time
 from dataclasses import replace
@@ -65,6 +66,67 @@ def topk(bits: int, k: int, queries: int = QUERIES, codes: int = CODES) -> Compa
     )
 
 
+def beside_usearch(bits: int, k: int = 10, queries: int = 32, codes: int = CODES) -> Comparison:
+    """The exact search of usearch's index, which is twice as fast as its search without one. The graph goes unused."""
+    q, db = random_codes(bits, queries, codes)
+    made: list[Any] = []
+
+    def theirs(q: np.ndarray = q) -> Any:
+        from usearch.index import Index, MetricKind, ScalarKind
+
+        if not made:
+            made.append(
+                Index(ndim=bits, metric=MetricKind.Hamming, dtype=ScalarKind.B1, connectivity=2, expansion_add=1)
+            )
+            made[0].add(np.arange(codes), db, threads=1)
+        return made[0].search(q, k, exact=True, threads=1)
+
+    def check() -> None:
+        ours, found = cf.hamming_topk(q[:8], db, k, threads=1), theirs(q[:8])
+        np.testing.assert_array_equal(ours[0], found.distances)
+        for i in range(len(ours[0])):  # ties come in any order
+            sure = ours[0][i] < ours[0][i, -1]
+            assert set(ours[1][i][sure]) == set(found.keys[i][sure].astype(int)), "different neighbours"
+
+    return Comparison(
+        name=f"top-k {bits} bits, k={k}, {queries} x {codes:,}",
+        alternative="usearch Index, exact=True",
+        ours=lambda: cf.hamming_topk(q, db, k, threads=1),
+        theirs=theirs,
+        check=check,
+        work=queries * codes / 1e9,
+        unit="G comparisons",
+        limit=lambda: limit(bits),
+    )
+
+
+def beside_numkong(bits: int, queries: int = 64, codes: int = CODES // 10) -> Comparison:
+    """The whole table, 32-bit numbers on either side; NumKong's database is packed before, as its calls want it."""
+    q, db = random_codes(bits, queries, codes)
+    packed: list[Any] = []
+
+    def theirs() -> Any:
+        import numkong
+
+        if not packed:
+            packed.append(numkong.hammings_pack(db))
+        return numkong.hammings_packed(q, packed[0])
+
+    def check() -> None:
+        np.testing.assert_array_equal(cf.hamming_distances(q, db, threads=1), np.asarray(theirs()))
+
+    return Comparison(
+        name=f"all distances, {bits} bits, {queries} x {codes:,}",
+        alternative="NumKong hammings_packed",
+        ours=lambda: cf.hamming_distances(q, db, threads=1),
+        theirs=theirs,
+        check=check,
+        work=queries * codes / 1e9,
+        unit="G comparisons",
+        limit=lambda: limit(bits),
+    )
+
+
 def one_by_one(bits: int = 64, k: int = 10, queries: int = 20, codes: int = CODES) -> Comparison:
     """Queries that come one after the other, a call for each."""
     together = topk(bits, k, queries, codes)
@@ -79,12 +141,15 @@ def one_by_one(bits: int = 64, k: int = 10, queries: int = 20, codes: int = CODE
 
 def comparisons(quick: bool = False) -> list[Comparison]:
     if quick:
-        return [topk(64, 10, queries=16, codes=100_000)]
+        small = {"queries": 16, "codes": 100_000}
+        return [topk(64, 10, **small), beside_usearch(64, **small), beside_numkong(64, **small)]
     return [
         *(topk(bits, k) for bits in BITS for k in KS),
         *(topk(64, k, queries=32) for k in LARGE_KS),
         topk(64, 10, queries=1),
         one_by_one(),
+        *(beside_usearch(bits) for bits in BITS),
+        *(beside_numkong(bits) for bits in BITS),
     ]
 
 
@@ -106,3 +171,21 @@ class TopK:
         return cost(lambda: topk(bits, k, queries=64))
 
     track_time_over_faiss.unit = "ours / faiss"
+
+
+class Others:
+    """Lower is better: our time as a share of usearch's and of NumKong's."""
+
+    version = "1"
+    params = (BITS,)
+    param_names = ("bits",)
+    timeout = 600
+
+    def track_time_over_usearch(self, bits: int) -> float:
+        return cost(lambda: beside_usearch(bits))
+
+    def track_time_over_numkong(self, bits: int) -> float:
+        return cost(lambda: beside_numkong(bits))
+
+    track_time_over_usearch.unit = "ours / usearch"
+    track_time_over_numkong.unit = "ours / NumKong"

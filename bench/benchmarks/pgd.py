@@ -1,5 +1,6 @@
-"""PGD-10 on timm's resnet10t (random weights), 32 x 3 x 64 x 64, one thread, against torchattacks, and the step alone
-against the eager formula. Labels are the network's own predictions, so that success means something untrained."""
+"""PGD-10 on timm's resnet10t (random weights), 32 x 3 x 64 x 64, one thread, against torchattacks and adv-lib, and the
+step alone against the eager formula. Labels are the network's own predictions, so that success means something
+untrained."""
 
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 import cmr_fast as cf
 from cmr_fast.ops import pgd_step_
 
-from .common import Comparison, cost
+from .common import QUICK, Comparison, cost
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10
 REPEATS = 10  # steps in a row: one is too short to time
@@ -99,10 +100,20 @@ def step(shape: tuple[int, ...], norm: str = "linf") -> Comparison:
     )
 
 
-def torchattacks_pgd(model: torch.nn.Module, eps: float = EPS) -> Any:
+def torchattacks_pgd(model: torch.nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     import torchattacks
 
-    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=STEPS, random_start=False)
+    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=STEPS, random_start=False)(x, y)
+
+
+def adv_lib_pgd(model: torch.nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """Keeps what fooled the network last, so it looks at STEPS iterates, of which the first is x itself."""
+    from adv_lib.attacks import pgd_linf
+
+    return pgd_linf(model, x, y, eps, steps=STEPS, random_init=False, absolute_step_size=eps / 4)
+
+
+OTHERS = {"torchattacks": torchattacks_pgd, "adv-lib": adv_lib_pgd}
 
 
 def fooled(model: torch.nn.Module, adv: Tensor, y: Tensor) -> float:
@@ -111,24 +122,28 @@ def fooled(model: torch.nn.Module, adv: Tensor, y: Tensor) -> float:
 
 
 def attack(
-    name: str, options: dict[str, Any], eps: float = EPS, exact: bool = False, batch: int = SHAPE[0]
-) -> Comparison:
+    name: str, options: dict[str, Any], eps: float = EPS, exact: bool = False, batch: int = SHAPE[0],
+    other: str = "torchattacks",
+) -> Comparison:  # fmt: skip
     model = network()
     x, y = problem(model, batch)
     ours = cf.attacks.PGD(model, eps=eps, alpha=eps / 4, steps=STEPS, random_start=False, **options)
-    theirs = torchattacks_pgd(model, eps)
+
+    def theirs() -> Tensor:
+        return OTHERS[other](model, x, y, eps)
 
     def check() -> None:
-        mine, other = ours(x, y), theirs(x, y)
-        rates = fooled(model, mine, y), fooled(model, other, y)
-        assert rates[0] >= rates[1], f"fools {rates[0]:.1%}, torchattacks {rates[1]:.1%}"
-        assert not exact or torch.equal(mine, other), "the bits differ from torchattacks'"
+        mine, found = ours(x, y), theirs()
+        rates = fooled(model, mine, y), fooled(model, found, y)
+        assert (found - x).abs().max() <= eps + 1e-6, f"{other} leaves the ball"
+        assert rates[0] >= rates[1], f"fools {rates[0]:.1%}, {other} {rates[1]:.1%}"
+        assert not exact or torch.equal(mine, found), f"the bits differ from {other}'s"
 
     return Comparison(
         name=f"PGD-{STEPS} {name}, resnet10t, {batch} x 3 x 64 x 64",
-        alternative="torchattacks PGD, fp32",
+        alternative=f"{other} PGD, fp32",
         ours=lambda: ours(x, y),
-        theirs=lambda: theirs(x, y),
+        theirs=theirs,
         check=check,
         work=batch * STEPS,
         unit="sample steps",
@@ -172,7 +187,12 @@ def early_stop(options: dict[str, Any], name: str, wrong: int) -> Comparison:
 
 def comparisons(quick: bool = False) -> list[Comparison]:
     if quick:
-        return [step((4, 3, 16, 16)), step((4, 3, 16, 16), "l2"), attack("fp32", {}, exact=True, batch=2)]
+        return [
+            step((4, 3, 16, 16)),
+            step((4, 3, 16, 16), "l2"),
+            attack("fp32", {}, exact=True, batch=2),
+            attack("fp32", {}, batch=2, other="adv-lib"),
+        ]
     return [
         step(SHAPE),
         step((128, 3, 224, 224)),
@@ -181,6 +201,8 @@ def comparisons(quick: bool = False) -> list[Comparison]:
         attack("fp32, channels_last and fold", {"channels_last": True, "fold": True}),
         attack("bf16 and channels_last", {"dtype": torch.bfloat16, "channels_last": True}),
         attack("bf16, channels_last and fold", FAST),
+        attack("fp32", {}, other="adv-lib"),
+        attack("bf16, channels_last and fold", FAST, other="adv-lib"),
         *(early_stop(options, name, wrong) for wrong in (0, 5) for options, name in ((FAST, "bf16"), ({}, "fp32"))),
     ]
 
@@ -202,3 +224,19 @@ class Step:
         return cost(lambda: self.comparison)
 
     track_time_over_eager.unit = "ours / eager"
+
+
+class Attack:
+    """Lower is better: our time as a share of theirs, the same bits as torchattacks."""
+
+    version = "1"
+    timeout = 600
+
+    def track_time_over_torchattacks(self) -> float:
+        return cost(lambda: attack("fp32", {}, exact=True, batch=4 if QUICK else SHAPE[0]))
+
+    def track_time_over_adv_lib(self) -> float:
+        return cost(lambda: attack("fp32", {}, batch=4 if QUICK else SHAPE[0], other="adv-lib"))
+
+    track_time_over_torchattacks.unit = "ours / torchattacks"
+    track_time_over_adv_lib.unit = "ours / adv-lib"

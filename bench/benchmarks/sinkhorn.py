@@ -1,4 +1,5 @@
-"""Many small transport problems, 50 iterations each, one thread: against plain torch and POT's batch solver."""
+"""Many small transport problems, 50 iterations each, one thread: against plain torch and POT's and geomloss's batch
+solvers."""
 
 from collections.abc import Callable
 
@@ -49,6 +50,14 @@ def pot(cost: Tensor, reg: float, iterations: int) -> Tensor:
     return solve_batch(cost, reg, max_iter=iterations, tol=0.0, method="log_sinkhorn", grad="detach").plan
 
 
+def geomloss(cost: Tensor, reg: float, iterations: int) -> Tensor:
+    """Its regulariser is KL to the product of the marginals, which has the same plan. Its iterations come down to `reg`
+    from the spread of the costs and move both sides at once, so that its plan is further from the end than ours."""
+    from geomloss import ot
+
+    return ot.solve_batch(cost, reg=reg, max_iter=iterations).plan
+
+
 def comparison(
     problems: int, size: int, alternative: str, solve: Callable[[Tensor, float, int], Tensor], proximal: bool = False
 ) -> Comparison:
@@ -69,6 +78,7 @@ def comparison(
                 exact = _reference.sinkhorn(cost[i].numpy(), REG, *mass, ITERATIONS)[0]
             error, budget = (float((x[i].double() - torch.as_tensor(exact)).abs().max()) for x in (mine, theirs))
             assert error <= 2 * budget + 1e-6, f"error {error:.1e}, theirs {budget:.1e}"
+            assert budget <= 0.1 * exact.max(), f"theirs is apart by {budget:.1e}: another problem"
 
     return Comparison(
         name=f"{'IPOT' if proximal else 'Sinkhorn'}, {problems} problems of {size} x {size}, {ITERATIONS} iterations",
@@ -83,17 +93,19 @@ def comparison(
 
 def comparisons(quick: bool = False) -> list[Comparison]:
     if quick:
-        return [comparison(16, 32, "plain torch", plain_sinkhorn)]
+        ways = {"plain torch": plain_sinkhorn, "POT solve_batch": pot, "geomloss.ot solve_batch": geomloss}
+        return [comparison(16, 32, name, solve) for name, solve in ways.items()]
     rows = []
     for problems, size in SHAPES:
         rows.append(comparison(problems, size, "plain torch, logarithms", plain_sinkhorn))
         rows.append(comparison(problems, size, "POT solve_batch, log_sinkhorn", pot))
+        rows.append(comparison(problems, size, "geomloss.ot solve_batch", geomloss))
         rows.append(comparison(problems, size, "plain torch", plain_ipot, proximal=True))
     return rows
 
 
 class Sinkhorn:
-    """Lower is better: seconds, what is left of the marginals' error, and our time as a share of plain torch's."""
+    """Lower is better: seconds, what is left of the marginals' error, and our time as a share of the others'."""
 
     version = "1"
     params = (tuple(f"{problems} x {size}" for problems, size in SHAPES),)
@@ -117,3 +129,13 @@ class Sinkhorn:
         return cost(lambda: comparison(*self.shape, "plain torch", plain_sinkhorn))
 
     track_time_over_torch.unit = "ours / plain torch"
+
+    def track_time_over_pot(self, shape: str) -> float:
+        return cost(lambda: comparison(*self.shape, "POT", pot))
+
+    track_time_over_pot.unit = "ours / POT"
+
+    def track_time_over_geomloss(self, shape: str) -> float:
+        return cost(lambda: comparison(*self.shape, "geomloss", geomloss))
+
+    track_time_over_geomloss.unit = "ours / geomloss"

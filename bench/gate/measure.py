@@ -90,12 +90,12 @@ def pair(trees: tuple[Path, Path], code: Path, **options: object) -> Iterator[li
 def described(workers: list[Worker]) -> list[dict]:
     """What each side runs. Where their best instruction sets differ, both run the best that they have in common."""
     found: list[dict] = []
-    for side, worker in zip("AB", workers, strict=True):
+    for side, worker in zip("AB", workers, strict=False):  # A alone where one tree is measured
         try:
             found.append(worker.answer())  # type: ignore[arg-type]
         except Broken as error:
             raise Broken(f"{side}: {error}") from None
-    a, b = (one["isas"] for one in found)
+    a, b = found[0]["isas"], found[-1]["isas"]
     if a[0] != b[0]:
         common = next((isa for isa in a if isa in b), None)
         if common is None or any(worker("force", common) != common for worker in workers):
@@ -164,15 +164,15 @@ def rounds(
 
 
 def instructions(
-    trees: tuple[Path, Path], code: Path, cases: list[str], folder: Path, shim: Path
-) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """What callgrind counts of one call, and why a case has no count. Both commits at once: a count has no noise."""
+    trees: tuple[Path, ...], code: Path, cases: list[str], folder: Path, shim: Path
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """What callgrind counts of one call on each tree, and why a case has no count. At once: a count has no noise."""
     broken: dict[str, str] = {}
-    left = list(cases)
+    left, sides = list(cases), "AB"[: len(trees)]
     while left:  # a case that ends its process costs itself alone: the others go on in new ones
         with ExitStack() as stack:
             workers = []
-            for side, tree in zip("AB", trees, strict=True):
+            for side, tree in zip(sides, trees, strict=True):
                 out = f"--callgrind-out-file={folder / f'callgrind.{side}.{len(left)}'}"
                 before = ("valgrind", "-q", "--tool=callgrind", "--instr-atstart=no", out)
                 workers.append(Worker(tree, code, before, patience=900.0))
@@ -182,7 +182,7 @@ def instructions(
             while left and all(worker.process.poll() is None for worker in workers):
                 case = left.pop(0)
                 sent = []
-                for side, worker in zip("AB", workers, strict=True):
+                for side, worker in zip(sides, workers, strict=True):
                     try:
                         worker.send("instructions", case, str(shim))
                         sent.append((side, worker))
@@ -193,13 +193,13 @@ def instructions(
                         worker.answer()
                     except Broken as error:
                         broken[case] = f"{side}: {error}"
-    found: list[dict[str, int]] = [{}, {}]
-    for counts, side in zip(found, "AB", strict=True):
+    found: list[dict[str, int]] = [{} for _ in sides]
+    for counts, side in zip(found, sides, strict=True):
         for path in folder.glob(f"callgrind.{side}.*"):
             if match := TOTALS.search(path.read_text()):
                 counts[match[1]] = int(match[2])
-    both = {case: (found[0][case], found[1][case]) for case in cases if case in found[0] and case in found[1]}
-    return both, broken
+    every = {case: tuple(counts[case] for counts in found) for case in cases if all(case in x for x in found)}
+    return every, broken
 
 
 def shim(folder: Path) -> Path:

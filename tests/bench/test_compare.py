@@ -223,6 +223,13 @@ def test_a_case_that_ends_its_valgrind_costs_one_row(tmp_path, monkeypatch):
     assert counts == {"before": (7, 7), "after": (7, 7)}
 
 
+def test_one_tree_is_counted_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "Worker", Stub)
+    cases = ["before", "deadly", "after"]
+    counts, broken = measure.instructions((tmp_path,), tmp_path, cases, tmp_path, tmp_path / "shim.so")
+    assert (counts, broken) == ({"before": (7,), "after": (7,)}, {"deadly": "A: the process ended (-11)"})
+
+
 @pytest.mark.skipif(not shutil.which("valgrind"), reason="no valgrind")
 def test_without_a_compiler_the_counts_alone_break(tmp_path, monkeypatch):
     repo = clone(tmp_path)

@@ -1,5 +1,7 @@
 """The page of the history: every graph is in it, nothing is fetched, and a browser draws it; what `sane` refuses."""
 
+import ast
+import fnmatch
 import json
 import math
 import re
@@ -16,7 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 pytest.importorskip("asv", reason="the extra bench")
 from asv.results import Results, iter_results  # noqa: E402
 from page import history  # noqa: E402
-from sane import faults  # noqa: E402
+from sane import LIBRARIES, PROGRAMS, faults  # noqa: E402
 
 PROBLEMS = [["'8'", "'16'"]]
 
@@ -130,3 +132,16 @@ def test_every_benchmark_says_its_version():
             if any(name.startswith(("time_", "track_", "mem_", "peakmem_")) for name in names):
                 assigned = [t.id for x in node.body if isinstance(x, ast.Assign) for t in x.targets if hasattr(t, "id")]
                 assert "version" in assigned, f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("pattern", sorted({*LIBRARIES.values(), *PROGRAMS.values()}))
+def test_what_is_excused_is_in_the_suite(pattern):
+    """Read from the sources: a benchmark under another name would be excused by nothing."""
+    names = {
+        f"{path.stem}.{group.name}.{getattr(one, 'name', '')}"
+        for path in (ROOT / "bench" / "benchmarks").glob("*.py")
+        for group in ast.parse(path.read_text()).body
+        if isinstance(group, ast.ClassDef)
+        for one in group.body
+    }
+    assert fnmatch.filter(names, pattern)
