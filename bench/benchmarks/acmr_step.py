@@ -83,6 +83,10 @@ def comparison(features: str) -> Comparison:
     c = config()
     model, batch = problem(features, c)
     twin = copy.deepcopy(model)
+    for network in (twin.image_projector, twin.text_projector):  # the port draws its masks as torch does
+        for place, layer in enumerate(network):
+            if isinstance(layer, nn.Dropout):
+                network[place] = nn.Dropout(layer.p)
     mine, theirs = ours(model), port(twin, c)
 
     def check() -> None:

@@ -2,13 +2,17 @@
 
 Against pytorch-metric-learning's TripletMarginLoss, and against plain torch with sort and prefix sums. The limit is
 that of the products alone, by torch on the same thread: distances and gradient, 2 B^2 d operations each.
-`python bench/benchmarks/triplet.py` prints what either takes in memory above its inputs.
+`python bench/benchmarks/triplet.py` prints what either takes in memory above its inputs;
+`bench/results/triplet_memory.json` is its `--json`.
 """
 
+import argparse
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -154,11 +158,22 @@ class AllTriplets:
     track_time_over_torch.unit = "ours / plain torch"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    rows = []
     print("| B | ours, MB | plain torch | pytorch-metric-learning | ours / pytorch-metric-learning |")
     print("|---|---|---|---|---|")
     for size in (256, 512, 1024, 4096):
         names = ("ours", "plain torch", "pytorch-metric-learning")[: 3 if size <= 1024 else 1]
         taken = [memory(name, size) for name in names]
+        rows.append({"size": size, **{f"{name}, MB": value for name, value in zip(names, taken, strict=True)}})
         row = [f"{value:,.1f}" for value in taken] + [""] * (3 - len(taken))
         print(f"| {size} | {' | '.join(row)} | {f'{taken[0] / taken[2]:.2%}' if len(taken) == 3 else ''} |", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

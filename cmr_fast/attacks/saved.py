@@ -113,7 +113,7 @@ def read_images(paths: Sequence[Path], decoder: Decoder = "pillow") -> Tensor:
         One of `decoders()`.
     """
     if decoder == "torchvision":
-        from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
+        from torchvision.io import ImageReadMode, decode_image
 
         return torch.stack([decode_image(str(path), mode=ImageReadMode.RGB) for path in paths])
     from PIL import Image

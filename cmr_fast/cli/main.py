@@ -22,7 +22,7 @@ Your own data:  cmr-fast train acmr --data PATH
 Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
 COMMANDS = (
-    *("demo", "augment", "train", "encode", "index", "search"),
+    *("demo", "augment", "features", "train", "encode", "index", "search"),
     *("dedup", "evaluate", "attack", "report", "study", "reproduce", "doctor"),
 )
 EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"} | dict.fromkeys(

@@ -122,7 +122,7 @@ def load(
     check_text("cache", cache)
     folder = Path(path)
     items = _captions(folder / CAPTIONS)
-    labels = torch.from_numpy(np.array([_labels(captions) for _, _, captions in items]))
+    labels = torch.from_numpy(np.array([noun_labels(captions) for _, _, captions in items]))
     text = torch.from_numpy(_bags([(split, captions) for _, split, captions in items], min_count))
     rows = {s: torch.tensor([i for i, item in enumerate(items) if item[1] == s], dtype=torch.int64) for s in _SPLITS}
     rows = {split: chosen[labels[chosen].bool().any(dim=1)] for split, chosen in rows.items()}
@@ -155,7 +155,7 @@ def _words(captions: Sequence[str]) -> set[str]:
     return set(re.findall(r"[a-z]+", " ".join(captions).lower()))
 
 
-def _labels(captions: Sequence[str]) -> np.ndarray:
+def noun_labels(captions: Sequence[str]) -> np.ndarray:
     """uint8 (24,): which nouns captions 3 and on name."""
     words = _words(captions[2:])
     return np.array([not words.isdisjoint(forms) for forms in NOUNS.values()], dtype=np.uint8)

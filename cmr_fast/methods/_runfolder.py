@@ -131,12 +131,13 @@ def same(
     """
     from cmr_fast.methods.method import RunConfig
 
-    defaults = {"config": _defaults(kind.Config), "run": _defaults(RunConfig), "data": {}}
+    defaults = {"config": _defaults(kind.Config), "run": _defaults(RunConfig)}
+    notes = [name for name, value in stored.items() if isinstance(value, dict) and name not in _DESCRIBED]
     if stored.get("method") != wanted["method"]:
         raise InputError(f"{where}: a run of {stored.get('method')}, it cannot be resumed with {wanted['method']}")
-    for part in ("config", "run", "data"):
-        before, now = stored.get(part, {}), json.loads(json.dumps(wanted[part]))
-        before = defaults[part] | (kind.read_config(before) if part == "config" else before)
+    for part in (*notes, "config", "run", "data"):
+        before, now = stored.get(part, {}), json.loads(json.dumps(wanted.get(part, {})))
+        before = defaults.get(part, {}) | (kind.read_config(before) if part == "config" else before)
         for name in sorted(set(before) | set(now)):
             if name in _FREE or before.get(name) == now.get(name):
                 continue
@@ -151,6 +152,7 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
+_DESCRIBED = {"method", "config", "run", "data", "versions"}
 _LENGTH = {"epochs", "max_steps"}
 _FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
 

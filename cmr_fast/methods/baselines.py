@@ -1,10 +1,10 @@
-"""Cross-modal baselines at the price of a call: CCA, semantic matching, CCA-ITQ, CVH, CMFH, FSH, PCA sign, random.
+"""Cross-modal baselines at the price of a call: CCA, semantic matching, linear heads, codes, random.
 
 Every one has `fit(train) -> self` and, like a trained method, `encode(modality, features)`, `binary`,
 `metric` and `name`. Codes come as logits (N, bits): bit = logit >= 0. The work is done in float64 on the CPU.
 """
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.losses.dcmh import signs
 from cmr_fast.modalities import MODALITIES, Modality
 from cmr_fast.ops._tensors import MAX_BITS, as_integer, as_number, as_seed
+from cmr_fast.ops.info_nce import info_nce
 
 SCALES = ("each", "global", "none")
 
@@ -375,6 +376,55 @@ class FSH(Baseline):
         return self.lam * fit - float(((codes @ anchor_codes.T) * joint).sum())
 
 
+class LinearHeads(Baseline):
+    """A linear head a modality on features as they are: frozen towers under heads, trained by InfoNCE on the pairs.
+
+    Adam at a rate of 1e-3, batches of 512, temperature 0.07; embeddings are compared by cosine. A pair is the only
+    positive of either side; labels are not looked at.
+    """
+
+    name = "linear-heads"
+    binary = False
+    metric = "cosine"
+
+    def __init__(self, dim: int = 128, epochs: int = 30, *, scale: str = "global", seed: int = 0) -> None:
+        super().__init__(scale=scale, seed=seed)
+        self.dim, self.epochs = as_integer(dim, "dim", 1), as_integer(epochs, "epochs", 1)
+
+    def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
+        image, text = image.float(), text.float()
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = [
+            (torch.randn(x.shape[1], self.dim, generator=generator) / x.shape[1] ** 0.5).requires_grad_()
+            for x in (image, text)
+        ]
+        optimizer = torch.optim.Adam(heads, 1e-3)
+        with torch.enable_grad():
+            for _ in range(self.epochs):
+                for rows in torch.randperm(len(image), generator=generator).split(512):
+                    if len(rows) < 2:
+                        continue
+                    sides = [F.normalize(x[rows] @ head, dim=1) for x, head in zip((image, text), heads, strict=True)]
+                    loss: Any = info_nce(sides[0], sides[1], 1 / 0.07)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        return heads[0].detach().double(), heads[1].detach().double()
+
+
+class LinearHeadsSign(LinearHeads):
+    """The signs of `LinearHeads` of so many dimensions."""
+
+    name = "linear-heads-sign"
+    binary = True
+    metric = "hamming"
+
+    def __init__(self, bits: int = 32, epochs: int = 30, *, scale: str = "global", seed: int = 0) -> None:
+        super().__init__(_check_bits(bits), epochs, scale=scale, seed=seed)
+        self.bits = bits
+
+
 class PCASign(Baseline):
     """Principal components of each modality on its own, sign taken; the weakest honest code.
 
@@ -422,7 +472,9 @@ class Random(Baseline):
         return torch.sin(1e5 * super().encode(modality, features).double()).float()
 
 
-BASELINES: dict[str, type[Baseline]] = {cls.name: cls for cls in (CCA, CCAITQ, CVH, CMFH, FSH, PCASign, Random)}
+BASELINES: dict[str, type[Baseline]] = {
+    cls.name: cls for cls in (CCA, CCAITQ, CVH, CMFH, FSH, LinearHeadsSign, PCASign, Random)
+}
 
 
 def itq(values: Tensor, bits: int, iterations: int, seed: int) -> Tensor:

@@ -7,21 +7,17 @@ computed once, kept in the user's cache, and only the heads are trained on it: s
 these the towers are trained too, at rates of their own. Batch normalisation keeps its stored statistics throughout.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cmr_fast._files import cache_folder, write_aside
 from cmr_fast.data.captions import CaptionedImages
+from cmr_fast.data.deep import tower_features
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_finite, check_kinds, check_least
 from cmr_fast.methods.method import CaptionRetriever
@@ -196,37 +192,13 @@ class Clip(CaptionRetriever):
             return self._head(modality, seen.image if modality == "image" else seen.text).cpu()
         return super().embed(modality, split)
 
-    @torch.no_grad()
     def _recall(self, split: CaptionedImages) -> _Seen:
         """What the towers see in a split, once; in eval mode, so that it is the same each time."""
         key = split.fingerprint()
         if key not in self._seen:
-            captions, owner = split.captions()
-            counts = torch.bincount(owner, minlength=len(split))
-            self._seen[key] = _Seen(*self._features(split, captions), counts.cumsum(0) - counts)
+            counts = torch.tensor([len(row) for row in split.text])
+            self._seen[key] = _Seen(*tower_features(self.dual, split), counts.cumsum(0) - counts)
         return self._seen[key]
-
-    def _features(self, split: CaptionedImages, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Of images and captions, from the cache where the same ones went through the same towers before."""
-        assert isinstance(self.dual, TwoTowers)
-        photos = "" if isinstance(split.image, Tensor) else split.image.key()
-        digest = hashlib.blake2b(f"{photos}{captions}".encode(), digest_size=8)
-        parts = [v for tower in (self.dual.image_tower, self.dual.text_tower) for v in tower.state_dict().values()]
-        for part in [*parts, split.image]:
-            if isinstance(part, Tensor):
-                digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        file = cache_folder() / f"towers-{digest.hexdigest()}.safetensors"
-        with suppress(OSError, SafetensorError, KeyError):
-            stored = load_file(file)
-            return stored["image"], stored["text"]
-        training = self.dual.training
-        self.dual.eval()
-        image = self._images(split, self.dual.image_features)
-        text = by_length(self.dual, captions, self.dual.text_features).cpu()
-        self.dual.train(training)
-        with suppress(OSError, SafetensorError), write_aside(file) as aside:  # a full disk costs time, not the data
-            save_file({"image": image.contiguous(), "text": text.contiguous()}, aside)
-        return image, text
 
 
 def augmented(pixels: Tensor) -> Tensor:

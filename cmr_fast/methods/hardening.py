@@ -4,6 +4,7 @@ The author response's Table 2 and the authors' code: N training pairs are attack
 training split with the labels of the originals, and training goes on from the trained weights (code: 5 epochs).
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -74,24 +75,40 @@ def named_attack(
     InputError
         For other names, a share outside 0 to 1, and a model that makes no codes or is a baseline.
     """
-    variant, steps = check_name(name)
+    variant, _ = check_name(name)
     if not model.binary:
         raise InputError(f"{name} attacks codes, but {model.name} makes embeddings; expected a hashing method")
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{name} needs gradients, {type(model).__name__} has none; expected a trained method")
+    settings = attack_settings(name, dataset, share=share, options=options, seed=seed)
+    if variant not in BY_CODES:
+        return CMLA(Victim(model), **settings)
+    database = dataset.database if database is None else database
+    image, text = (getattr(database, m).to(_device(model)) for m in MODALITIES)
+    return QueryAttack(Victim(model), image, text, database.labels, **settings)
+
+
+def attack_settings(
+    name: str,
+    dataset: PairedDataset,
+    *,
+    share: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every setting that `named_attack` gives CMLA or QueryAttack, those left at their defaults too."""
+    variant, steps = check_name(name)
     share = IMAGE_SHARE if share is None else share
     if not 0 <= share <= 1:
         raise InputError(f"eps must be from 0 to 1, a share of the inputs' range, got {share}")
-    settings: dict[str, Any] = {"steps": steps}
+    kind = QueryAttack if variant in BY_CODES else CMLA
+    parameters = inspect.signature(kind).parameters.values()
+    settings: dict[str, Any] = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | {"steps": steps}
     for modality, part in zip(MODALITIES, (share, share * TEXT_SHARE / IMAGE_SHARE), strict=True):
         low, high = bounds_of(dataset, modality)
         settings |= {f"{modality}_eps": part * (high - low), f"{modality}_bounds": (low, high)}
-    if variant in BY_CODES:
-        settings |= {"targeted": variant == "dhta", "seed": seed} | dict(options or {})
-        database = dataset.database if database is None else database
-        image, text = (getattr(database, m).to(_device(model)) for m in MODALITIES)
-        return QueryAttack(Victim(model), image, text, database.labels, **settings)
-    return CMLA(Victim(model), **(settings | VARIANTS[variant] | dict(options or {})))
+    own = {"targeted": variant == "dhta", "seed": seed} if variant in BY_CODES else VARIANTS[variant]
+    return settings | own | dict(options or {})
 
 
 def check_name(name: str) -> tuple[str, int]:
@@ -172,7 +189,8 @@ def harden(
     Returns
     -------
     Run
-        Of the last round, in `run.out`; earlier rounds are beside it, named -round1, -round2 ...
+        Of the last round, in `run.out`; earlier rounds are beside it, named -round1, -round2 ... Its config.json says
+        under "adversarial" how many samples there are, of which attack, and every setting of that.
 
     Raises
     ------
@@ -190,6 +208,7 @@ def harden(
     start, done = model, None
     for number in range(1, rounds + 1):
         more = replace(dataset, valid=None)
+        note: dict[str, Any] = {"samples": count, "round": number, "rounds": rounds}
         if count:
             train_split = dataset.train
             attacker = named_attack(
@@ -200,8 +219,11 @@ def harden(
             if dataset.train.image.dtype == torch.uint8:
                 samples = samples._unchecked({**samples._parts(), "image": samples.image.round().to(torch.uint8)})
             more = replace(more, train=dataset.train.joined(samples))
+            used = attack_settings(attack, dataset, share=share, options=options, seed=run.seed)
+            note |= {"attack": attack, "settings": used}
         out = run.out if number == rounds else run.out.with_name(f"{run.out.name}-round{number}")
-        done = train(type(model), config, more, replace(run, out=out, valid_fraction=0.0, refit=False), start=start)
+        settings = replace(run, out=out, valid_fraction=0.0, refit=False)
+        done = train(type(model), config, more, settings, start=start, notes={"adversarial": note})
         assert isinstance(done.model, Retriever)
         start = done.model
     assert done is not None

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -61,14 +61,16 @@ class _State:
 
 
 def train(
-    method: str | type[Method], config: Any, dataset: Dataset, run: RunConfig, *, start: Method | None = None
-) -> Run:
+    method: str | type[Method], config: Any, dataset: Dataset, run: RunConfig, *, start: Method | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Run:  # fmt: skip
     """Train `method` on `dataset` and evaluate the best weights on its query and database splits, or its test split.
 
     method   a name of METHODS or a Method class
     config   the method's Config, or None for its defaults
     dataset  a PairedDataset; an ImageDataset for a classifier
     start    a trained model of the method whose weights (and input scaling) to go on from, instead of random ones
+    notes    what else config.json says of the training, by a name; a run is resumed with the same notes alone
 
     The folder `run.out` gets config.json, metrics.csv, tensorboard/, checkpoint.safetensors, model.safetensors and
     results.json. The random state is set from (seed, epoch) at every epoch, so a run that is killed and resumed ends
@@ -108,10 +110,12 @@ def train(
         raise InputError(f"{dataset.name}: training needs at least two pairs, got {rows}{taken}")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with torch.random.fork_rng(devices=range(devices)), _threads(run.threads):
-        return _train(kind, config, dataset, run, start)
+        return _train(kind, config, dataset, run, start, notes or {})
 
 
-def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig, start: Method | None) -> Run:
+def _train(
+    kind: type[Method], config: Any, dataset: Dataset, run: RunConfig, start: Method | None, notes: Mapping[str, Any]
+) -> Run:
     fabric = _fabric(run)
     _reseed(run.seed, 0)
     model = kind(config, *(getattr(dataset, name) for name in kind.init_arguments))
@@ -131,7 +135,8 @@ def _train(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig, st
     if not run.resume:
         refuse_used(folder)
     with disk_errors(folder), forgotten_if_refused(folder, fresh=not run.resume), held(folder):
-        return _rounds(fabric, model, optimizers, dataset, run, describe(kind, config, dataset, run))
+        described = describe(kind, config, dataset, run) | dict(notes)
+        return _rounds(fabric, model, optimizers, dataset, run, described)
 
 
 def _rounds(

@@ -1,8 +1,8 @@
 """Dual encoders by name: a pair of pretrained towers with projection heads, or a model of open_clip.
 
     efficientnet-lite0+minilm         two packages of pretrained weights (extra `towers`)
-    IMAGE+TEXT                        IMAGE: efficientnet-lite0, timm/NAME or timm/NAME@FILE; TEXT: minilm, or a folder
-                                      of transformers
+    IMAGE+TEXT                        IMAGE: efficientnet-lite0, timm/NAME, timm/NAME@FILE or, AlexNet and VGG up to
+                                      fc7, torchvision/NAME@FILE; TEXT: minilm, or a folder of transformers
     open_clip/NAME                    an architecture of open_clip, at random
     open_clip/NAME@WEIGHTS            with a pretrained tag of open_clip, or a checkpoint file, by its own loading code
     transformers/FOLDER               a CLIPModel of transformers
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from cmr_fast.errors import InputError
 from cmr_fast.models.dual import DualEncoder
 from cmr_fast.models.text import SentenceTower, minilm, transformers_library
-from cmr_fast.models.towers import Lite0, weights_file
+from cmr_fast.models.towers import Lite0, TorchvisionTower, weights_file
 
 LITE0, MINILM, TIMM, OPEN_CLIP, TRANSFORMERS = "efficientnet-lite0", "minilm", "timm/", "open_clip/", "transformers/"
+TORCHVISION = "torchvision/"
 ROBUST = {name: f"hf-hub:chs20/{name}-clip" for name in ("fare2", "fare4", "tecoa2", "tecoa4")}
 LEAF = {"leaf": "LEAF-CLIP/CLIP-ViT-L-rho50-k1-constrained-FARE2"}
 INSTALL = 'pip install "cmr-fast[clip]"'
@@ -372,7 +373,12 @@ def _image_tower(name: str) -> nn.Module:
     if name.startswith(TIMM):
         network, _, weights = name.removeprefix(TIMM).partition("@")
         return TimmTower(network, weights or None)
-    raise InputError(f"the image tower must be {LITE0}, {TIMM}NAME or {TIMM}NAME@FILE, got {name!r}")
+    if name.startswith(TORCHVISION) and "@" in name:
+        network, _, weights = name.removeprefix(TORCHVISION).partition("@")
+        return TorchvisionTower(network, weights)
+    raise InputError(
+        f"the image tower must be {LITE0}, {TIMM}NAME, {TIMM}NAME@FILE or {TORCHVISION}NAME@FILE, got {name!r}"
+    )
 
 
 def _open_clip() -> Any:

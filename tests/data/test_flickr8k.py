@@ -158,7 +158,7 @@ def test_flickr8k(data_root):
     if not flickr8k.holds(folder):
         pytest.skip(f"no Flickr8k at {folder}")
     items = flickr8k._captions(folder / flickr8k.CAPTIONS)
-    labels = np.array([flickr8k._labels(captions) for _, _, captions in items])
+    labels = np.array([flickr8k.noun_labels(captions) for _, _, captions in items])
     train = np.array([split == "train" for _, split, _ in items])
     counts = dict(zip(LABELS, labels[train].sum(axis=0).tolist(), strict=True))
     assert counts["man"] == 1720 and counts["dog"] == 1519 and min(counts.values()) == counts["group"] == 212

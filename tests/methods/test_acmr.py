@@ -5,10 +5,11 @@ import pytest
 import torch
 from small import ACMR_SMALL, small_dataset
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from cmr_fast.data.pairs import Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.acmr import ACMR, ACMRConfig, select
+from cmr_fast.methods.acmr import ACMR, ACMRConfig, _Dropout, select
 from cmr_fast.methods.evaluation import encode_all, validate
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.methods.method import Retriever
@@ -36,6 +37,19 @@ def plain_adversarial(model, image, text):
     p_image = F.softmax(model.modality_classifier(image), dim=1)[:, 0]
     p_text = F.softmax(model.modality_classifier(text), dim=1)[:, 1]
     return -(p_image.log() + p_text.log()).mean()
+
+
+def test_dropout_keeps_its_share_and_the_mean_and_does_nothing_in_evaluation():
+    layer, x = _Dropout(0.3), torch.full((200, 500), 2.0, requires_grad=True)
+    torch.manual_seed(0)
+    y = layer(x)
+    kept = y != 0
+    assert abs(float(kept.double().mean()) - 0.7) < 0.01  # six deviations
+    assert_close(y[kept], torch.full_like(y[kept], 2 / 0.7))
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, kept) and not torch.equal(layer(x) != 0, kept)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(layer.eval()(x), x) and torch.equal(_Dropout(0.0)(x), x)
 
 
 def test_the_papers_networks_and_defaults():

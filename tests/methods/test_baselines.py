@@ -8,7 +8,19 @@ from torch.testing import assert_close
 
 from cmr_fast.data.pairs import PairedDataset, Pairs
 from cmr_fast.errors import InputError
-from cmr_fast.methods.baselines import BASELINES, CCA, CCAITQ, CMFH, CVH, FSH, PCASign, Random, SemanticMatching, itq
+from cmr_fast.methods.baselines import (
+    BASELINES,
+    CCA,
+    CCAITQ,
+    CMFH,
+    CVH,
+    FSH,
+    LinearHeads,
+    PCASign,
+    Random,
+    SemanticMatching,
+    itq,
+)
 from cmr_fast.methods.evaluation import averaged, evaluate_model
 
 CORRELATIONS = (0.9, 0.6, 0.3)
@@ -79,7 +91,7 @@ def test_itq_keeps_cosines_and_undoes_a_rotation_of_corners():
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 16])
-@pytest.mark.parametrize("name", ["cca-itq", "pca-sign", "random"])
+@pytest.mark.parametrize("name", ["cca-itq", "linear-heads-sign", "pca-sign", "random"])
 def test_codes_have_the_bits_asked_for_and_repeat(name, bits):
     train = correlated(300)
     first, second = (BASELINES[name](bits=bits, seed=5).fit(train) for _ in range(2))
@@ -130,6 +142,26 @@ def test_evaluates_like_a_trained_method(name):
     model = BASELINES[name](**({"dim": 3} if name == "cca" else {"bits": 8})).fit(train)
     results = evaluate_model(model, PairedDataset("made up", train, train, train))
     assert all(0 < results[direction].map <= 1 for direction in ("i2t", "t2i"))
+
+
+def test_linear_heads_bring_pairs_together_without_labels():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 8, generator=generator)
+    image = torch.cat([shared, torch.randn(400, 8, generator=generator)], dim=1) @ torch.randn(
+        16, 24, generator=generator
+    )
+    text = torch.cat([torch.randn(400, 8, generator=generator), shared], dim=1) @ torch.randn(
+        16, 20, generator=generator
+    )
+    train, new = (Pairs(image[rows], text[rows], torch.zeros(len(image[rows]), dtype=torch.int64))
+                  for rows in (slice(0, 300), slice(300, 400)))  # fmt: skip
+    heads = LinearHeads(16, 200, seed=1).fit(train)
+    sides = [torch.nn.functional.normalize(heads.encode(m, getattr(new, m)), dim=1) for m in ("image", "text")]
+    found = (sides[0] @ sides[1].T).argmax(dim=1) == torch.arange(100)
+    assert found.double().mean() > 0.5  # 0.01 at chance
+    again = LinearHeads(16, 200, seed=1).fit(train).encode("image", new.image)
+    assert torch.equal(again, heads.encode("image", new.image))
+    assert (heads.encode("image", new.image) - LinearHeads(16, 200, seed=2).fit(train).encode("image", new.image)).any()
 
 
 def test_refusals():

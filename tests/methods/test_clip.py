@@ -15,6 +15,7 @@ from cmr_fast.methods import clip
 from cmr_fast.methods.clip import Clip, ClipConfig
 from cmr_fast.methods.evaluation import recalls
 from cmr_fast.methods.loop import RunConfig, load_model, train
+from cmr_fast.models.clip import TwoTowers
 
 SMALL = ClipConfig(dim=16, hidden=16, epochs=4, head_epochs=2, batch_size=16, image_lr=1e-3, text_lr=1e-3, head_lr=1e-2)
 
@@ -91,11 +92,11 @@ def test_what_frozen_towers_see_is_what_they_give(data, config):
 def test_features_are_kept_for_the_next_run_and_made_anew_for_other_weights(data, config, cache, monkeypatch):
     made = []
 
-    def through(self, split, encode, original=Clip._images):
-        made.append(len(split))
-        return original(self, split, encode)
+    def through(self, pixels, original=TwoTowers.image_features):
+        made.append(len(pixels))
+        return original(self, pixels)
 
-    monkeypatch.setattr(Clip, "_images", through)
+    monkeypatch.setattr(TwoTowers, "image_features", through)
     for expected in ([48], [48]):
         model = Clip(config)
         model.fit_inputs(data.train)

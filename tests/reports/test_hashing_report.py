@@ -178,9 +178,9 @@ def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, t
     before = {name: p.clone() for name, p in model.state_dict().items()}
     seen = []
 
-    def counted(kind, config, more, run, *, start):
+    def counted(kind, config, more, run, *, start, notes):
         seen.append((len(more.train), config.epochs, start))
-        return train(kind, config, more, run, start=start)
+        return train(kind, config, more, run, start=start, notes=notes)
 
     from cmr_fast.methods import hardening
 
@@ -194,6 +194,15 @@ def test_hardening_goes_on_from_the_model_with_the_attacked_pairs(model, data, t
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert any(not torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters(), strict=True))
+    stored = json.loads((tmp_path / "hard" / "config.json").read_text())["adversarial"]
+    used = stored.pop("settings")
+    assert stored == {"samples": 12, "round": 2, "rounds": 2, "attack": "cmla5"}
+    atk = named_attack("cmla5", model, data)
+    assert (used["steps"], used["norm"], used["intra"], used["compat"]) == (5, "linf", 1.0, None)
+    assert used["image_bounds"] == list(bounds_of(data, "image")) and used["image_eps"] == atk.budgets["image"].eps
+    with pytest.raises(InputError, match="adversarial attack was 'cmla5' and is now 'cmla6'"):
+        again = replace(RUN, out=tmp_path / "hard", resume=True)
+        harden(model, data, again, 12, epochs=4, rounds=2, attack="cmla6")
     with pytest.raises(InputError, match="expected 0 to 45 adversarial samples"):
         harden(model, data, RUN, 46)
     with pytest.raises(InputError, match=r"got 5\.0"):
@@ -240,6 +249,10 @@ def test_from_the_command_line(data, tmp_path, capsys):
     for name, defence in (("run", "none"), ("run-cgat", "cgat"), ("run-adversarial0", "none")):
         assert json.loads((tmp_path / name / "config.json").read_text())["config"]["defence"] == defence
         assert (tmp_path / name / "data.json").exists()
+    notes = [json.loads((tmp_path / f"run{end}" / "config.json").read_text()).get("adversarial")
+             for end in ("", "-cgat", "-adversarial0", "-adversarial10")]  # fmt: skip
+    assert notes[:3] == [None, None, {"samples": 0, "round": 1, "rounds": 1}]
+    assert notes[3]["attack"] == "cmla-nointra20" and notes[3]["settings"]["intra"] == 0
     assert main(
         f"attack {tmp_path}/run-adversarial10 --attacks cmla20 cmla-nointra20 --out {tmp_path}/report".split()
     ) in (0, None)  # fmt: skip

@@ -127,6 +127,7 @@ def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, mon
     out = tmp_path / "out"
     monkeypatch.setattr(acmr, "GRID", (0.1, 1.0))
     monkeypatch.setattr(acmr, "STEPS", (1, 2))
+    monkeypatch.setattr(acmr.ACMR, "all_presets", classmethod(lambda cls: {"default": SMALL, "paper": SMALL}))
     trained = []
     train = loop.train
     monkeypatch.setattr(loop, "train", lambda *a, **k: trained.append(a[3].out.name) or train(*a, **k))
@@ -134,7 +135,11 @@ def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, mon
     page = (out / "README.md").read_text()
     for name in ("Table 2", "Table 3", "Table 5", "Figure 3", "Figure 4", "Figure 5", "Figure 6"):
         assert f"## {name}" in page
-    assert "Not made: it needs VGG's fc7" in page and "Not made: it is of Wikipedia" in page
+    assert (
+        "Not the paper's data: it has VGG's fc7" in page
+        and "| linear heads, InfoNCE |" in page
+        and "Not made: it is of Wikipedia" in page
+    )
     drawn = {path.name for path in out.glob("*.png")}
     assert {"figure-4-a.png", "figure-4-b.png", "figure-4-c.png", "figure-5.png", "figure-6-alpha.png"} <= drawn
     assert len(trained) == len(set(trained)), "a setting that items share is trained once"
