@@ -242,7 +242,7 @@ def _enough(
         for row, texts in zip(rows, ask(rows, again), strict=True):
             known = {text.casefold() for text in (originals[row], *found[row])}
             for text in texts:
-                if text and text.casefold() not in known and len(found[row]) < count:
+                if any(map(str.isalnum, text)) and text.casefold() not in known and len(found[row]) < count:
                     known.add(text.casefold())
                     found[row].append(text)
     return found

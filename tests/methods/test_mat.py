@@ -434,6 +434,7 @@ def test_augmentations_that_the_data_do_not_have_are_refused(data, tmp_path):
         ({"0": ["a"] * 4}, r"expected 4 texts for each training image \(augment_count\): 4\d of 48 have fewer"),
         ({"0": "a"}, "expected an object of image names, each with a list of texts that have words"),
         ({"0": ["a", " "]}, "each with a list of texts that have words"),
+        ({"0": ["a", "..."]}, "each with a list of texts that have words"),
     ):
         file.write_text(json.dumps(stored))
         with pytest.raises(InputError, match=message):
