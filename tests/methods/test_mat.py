@@ -386,6 +386,8 @@ def test_a_loss_that_breaks_names_its_step_and_the_checkpoint_before_it_is_kept(
     assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(again).items())
     with pytest.raises(InputError, match=r"step 2 of 4: "):
         train("mat-img", replace(config, lr=1e30), data, quiet(tmp_path / "wild", **run))
+    with pytest.raises(InputError, match=r"mat-img: validation after epoch 1: .*finite.* lower the learning rate"):
+        train("mat-img", replace(config, lr=1e30), data, quiet(tmp_path / "valid", round_steps=1, valid_fraction=0.5))
 
 
 @pytest.mark.parametrize("name", ["tecoa", "mat", "mmcoa", "fare", "leaf"])
