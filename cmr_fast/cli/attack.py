@@ -53,8 +53,9 @@ class Attack(DataFlags):
     Example:  cmr-fast attack runs/clip-flickr8k-seed0 --attacks bert-attack sga pgd20 --mlm runs/mlm --images 100
 
     Attacks on images and captions (train clip):  bert-attack, bert-attack-l2, bert-attack-similarity, character,
-    co-attack, co-attack-image, co-attack-separate, sga, sga-single-scale, and of images alone pgdN, cwN, apgdN-ce and
-    apgdN-dlr; those that change words take a masked language model, --mlm, which `cmr-fast train mlm` makes.
+    co-attack, co-attack-image, co-attack-separate, sga, sga-single-scale, dra, sa-aet, and of images alone pgdN, cwN,
+    apgdN-ce and apgdN-dlr; those that change words, all the named ones but character, take a masked language model,
+    --mlm, which `cmr-fast train mlm` makes.
     """
 
     trained: Positional[Path]
@@ -179,6 +180,7 @@ class Attack(DataFlags):
         """Images and all of their captions, both as queries and as the gallery."""
         import torch
 
+        from cmr_fast.attacks.multimodal import registry
         from cmr_fast.attacks.multimodal.ttc import THRESHOLD, Counterattack
         from cmr_fast.methods.method import CaptionRetriever
         from cmr_fast.models.mlm import MaskedLM
@@ -204,11 +206,12 @@ class Attack(DataFlags):
                 raise InputError(f"{self.save}: of a run on captions images are saved as files, expected a folder")
             if self.save.is_dir() and any(self.save.iterdir()) and not self.force:
                 raise InputError(f"{self.save}: is not empty, expected a new folder; --force writes into it")
+        attacks = self.attacks or (CAPTIONS_DEFAULT if self.mlm is None else CAPTIONS_WORDS)
+        registry.check_names(attacks, words=self.mlm is not None)
         mlm = None if self.mlm is None else MaskedLM.load(self.mlm)
         eps = CAPTIONS_EPS if self.eps is None else self.eps
         dataset = self.captions_of(model, self.trained)
         split = dataset.test.select(torch.arange(min(self.images, len(dataset.test))))
-        attacks = self.attacks or (CAPTIONS_DEFAULT if mlm is None else CAPTIONS_WORDS)
         assert isinstance(model, CaptionRetriever)
         dtype = torch.bfloat16 if self.fast else None
         title = f"{self.trained}: {len(split)} test images of {dataset.name}, with captions, eps {eps * 255:.3g}/255"

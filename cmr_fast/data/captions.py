@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cmr_fast.data._checks import check_count, check_text
+from cmr_fast.data._checks import caption_fault, check_count, check_text
 from cmr_fast.data.pairs import as_tensor, held_out, shape_seen
 from cmr_fast.data.photos import Photo, Photos, find_photos, tar_members
 from cmr_fast.data.split import Parts
@@ -84,9 +84,9 @@ class CaptionedImages(Parts):
         if len(set(sizes.values())) != 1:
             raise InputError(f"image, text and labels must have the same number of rows, got {sizes}")
         for row, captions in enumerate(text):
-            if not captions or not all(caption.strip() for caption in captions):
-                seen = "none" if not captions else "an empty one"
-                raise InputError(f"every image needs captions with words, image {row} has {seen}")
+            fault = next(filter(None, map(caption_fault, captions)), None) if captions else "none"
+            if fault is not None:
+                raise InputError(f"every image needs captions with words, image {row} has {fault}")
 
     def pixels(self) -> Tensor:
         """float32 (N, 3, H, W) from 0 to 1; photos are read now."""
@@ -208,8 +208,8 @@ def load(
         The folder, or the tar, of the photos. None: Images, Flicker8k_Dataset, flickr30k-images or images beside the
         file, or the file's own folder, or the tars there.
     broken : {"refuse", "skip"}
-        What to do with photos that are missing or damaged, and with empty captions. "skip" leaves them out and says
-        how many; it decodes every photo at once.
+        What to do with photos that are missing or damaged, and with captions without words. "skip" leaves them out and
+        says how many; it decodes every photo at once.
     cache : str, optional
         The folder that keeps decoded photos, 3 size^2 bytes each. None: cmr_fast in $XDG_CACHE_HOME or ~/.cache.
     seed : int
@@ -284,7 +284,7 @@ def karpathy(file: Path) -> list[Item]:
             Item(
                 "/".join(str(part) for part in (i.get("filepath"), i["filename"]) if part),
                 str(i["split"]),
-                tuple(str(sentence["raw"]) for sentence in i["sentences"]),
+                tuple(_raw(sentence["raw"]) for sentence in i["sentences"]),
             )
             for i in images
         ]
@@ -301,6 +301,12 @@ def karpathy(file: Path) -> list[Item]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{file}: expected file names without folders above or paths from the root, got {name!r}")
     return _once(file, (item._replace(split="train" if item.split == "restval" else item.split) for item in items))
+
+
+def _raw(caption: object) -> str:
+    if not isinstance(caption, str):
+        raise TypeError(f"raw is {caption!r:.60}, not a text")
+    return caption
 
 
 def _table(file: Path) -> list[Item]:
@@ -412,13 +418,13 @@ def _usable(file: Path, items: Sequence[Item], count: int | None, skipped: list[
             "photos=FOLDER, or broken=skip to leave them out"
         )
     for item in items:
-        captions = tuple(caption for caption in item.captions if caption.strip())
+        captions = tuple(caption for caption in item.captions if caption_fault(caption) is None)
         if len(captions) != len(item.captions) or not captions:
+            what = next(filter(None, map(caption_fault, item.captions)), "no caption")
             if skipped is None:
-                what = "an empty caption" if item.captions else "no caption"
                 raise InputError(f"{file}: {item.image} has {what}; expected words, or broken=skip")
             if captions:
-                skipped.append(f"an empty caption of {item.image}")
+                skipped.append(f"{what} of {item.image}")
         if item.photo is None or not captions:
             assert skipped is not None
             skipped.append(item.image)

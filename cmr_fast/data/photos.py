@@ -106,7 +106,7 @@ def decode(name: str, data: bytes, size: int) -> np.ndarray:
         Where Pillow is missing, or the file is no photo.
     """
     _check_pillow()
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -115,7 +115,8 @@ def decode(name: str, data: bytes, size: int) -> np.ndarray:
                 photo = Image.fromarray((np.asarray(opened).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
             fitted = ImageOps.fit(photo.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: not a photo that Pillow can read ({error})") from error
+        reason = "of no kind that it knows" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{name}: not a photo that Pillow can read ({reason})") from error
     return np.asarray(fitted).transpose(2, 0, 1)
 
 

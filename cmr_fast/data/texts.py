@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from cmr_fast.data import shapes
 from cmr_fast.data.captions import SPLITS, file_in, is_table, read_items
-from cmr_fast.data.catalogue import find
+from cmr_fast.data.catalogue import BUILT_IN, find
 from cmr_fast.errors import InputError
 
 
@@ -16,7 +17,7 @@ def load_texts(path_or_name: str | os.PathLike[str], split: str = "train") -> li
     path_or_name : str or path
         A .txt of one caption a line, which is its own training split; a file of images with captions as
         `load_captions` reads them (dataset_flickr8k.json and the like, tables, Flickr's tokens), or a folder with one;
-        or a name under $CMR_FAST_DATA.
+        or a name under $CMR_FAST_DATA; or "shapes" for the built-in set.
     split : {"train", "val", "test"}
         COCO's restval counts to train.
 
@@ -32,6 +33,9 @@ def load_texts(path_or_name: str | os.PathLike[str], split: str = "train") -> li
     """
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if path_or_name == BUILT_IN:
+        built_in = shapes.load_captions()
+        return [] if split == "val" else getattr(built_in, split).captions()[0]
     path = _file(path_or_name)
     if path.suffix == ".txt" and not is_table(path):
         texts = _lines(path) if split == "train" else []

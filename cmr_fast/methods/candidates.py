@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast._terminal import track
+from cmr_fast.data._checks import caption_fault
 from cmr_fast.data.augmented import IMAGES
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.photos import Photo, Photos
@@ -137,7 +138,7 @@ def _lists(file: Path, of: str) -> dict[str, list[str]]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(stored, dict) or not all(
-        isinstance(values, list) and all(isinstance(value, str) and value.strip() for value in values)
+        isinstance(values, list) and all(isinstance(value, str) and caption_fault(value) is None for value in values)
         for values in stored.values()
     ):
         raise InputError(f"{file}: expected an object of image names, each with a list of {of}")

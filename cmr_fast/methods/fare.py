@@ -114,15 +114,19 @@ class _EmbeddingDistance(Finetune):
         assert pairs.seen is not None
         passes, back = self.passes(pairs)
         wanted = pairs.seen if back is None else pairs.seen[torch.argsort(back)]
+        side, ids = ("image", pairs.ids) if back is None else ("a caption of image", pairs.ids[pairs.owner])
+        ids = ids if back is None else ids[torch.argsort(back)]
         total, first = torch.zeros((), device=wanted.device), 0
         for encode in passes:
             vectors = widened(encode())
-            loss = squared(vectors, wanted[first : first + len(vectors)].to(vectors)).sum() / len(wanted)
-            if not bool(loss.isfinite()):
+            apart = squared(vectors, wanted[first : first + len(vectors)].to(vectors))
+            if len(broken := (~apart.isfinite()).nonzero()):
                 raise InputError(
-                    f"the loss is {loss.item()}; expected a finite one: lower lr. A checkpoint, if there is one, holds "
-                    "an earlier step"
+                    f"the loss is {apart.sum().item()} ({side} {int(ids[first + int(broken[0])])} has a distance that "
+                    "is not finite); expected a finite one: lower lr. A checkpoint, if there is one, holds an earlier "
+                    "step"
                 )
+            loss = apart.sum() / len(wanted)
             backward(loss)
             total, first = total + loss.detach(), first + len(vectors)
         return total

@@ -182,7 +182,13 @@ def _rounds(
             if dataset.valid is not None:
                 scores = dict.fromkeys((*model.observed, *model.monitor), math.nan)
                 if state.epoch % run.eval_every == 0 or last:
-                    scores = model.validate(dataset.valid)
+                    try:
+                        scores = model.validate(dataset.valid)
+                    except InputError as error:
+                        raise InputError(
+                            f"{kind.name}: validation after epoch {state.epoch}: {error}. A checkpoint, if there is "
+                            "one, holds an earlier epoch; where embeddings are not finite, lower the learning rate"
+                        ) from error
                     ranked = [scores[name] for name in reversed(model.monitor)]
                     if model.keeps_last or ranked > state.best_scores:
                         state.best_scores, state.best_epoch = ranked, state.epoch

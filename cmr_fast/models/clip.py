@@ -13,6 +13,7 @@ A head is a linear map plus a network with one hidden layer, of what its tower g
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from cmr_fast.errors import InputError
 from cmr_fast.models.dual import DualEncoder
+from cmr_fast.models.hub import hub_for
 from cmr_fast.models.text import SentenceTower, minilm, transformers_library
 from cmr_fast.models.towers import Lite0, TorchvisionTower, weights_file
 
@@ -397,7 +399,8 @@ def _open_clip_model(architecture: str, weights: str | None, hub: bool = False) 
     if weights is not None and weights not in tags and not Path(weights).is_file():
         raise InputError(f"{weights!r} is no file, and no tag of {architecture}: {', '.join(tags) or 'it has none'}")
     try:
-        return open_clip.create_model(architecture, pretrained=weights, load_weights=hub or weights is not None)
+        with hub_for(architecture) if weights in tags or architecture.startswith("hf-hub:") else nullcontext():
+            return open_clip.create_model(architecture, pretrained=weights, load_weights=hub or weights is not None)
     except Exception as error:  # of urllib, huggingface_hub, torch and safetensors
         reason = str(error).partition("\n")[0]
         if weights is not None and Path(weights).is_file():
@@ -412,7 +415,8 @@ def _from_hub(kind: str, place: str, **options: Any) -> Any:
     """What transformers loads from a folder, or by name from the hub."""
     local = place not in LEAF.values()
     try:
-        return getattr(transformers_library(), kind).from_pretrained(place, local_files_only=local, **options)
+        with hub_for(place):
+            return getattr(transformers_library(), kind).from_pretrained(place, local_files_only=local, **options)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         advice = "expected a folder of transformers" if local else f"fetch it elsewhere, then {TRANSFORMERS}FOLDER"
@@ -421,7 +425,8 @@ def _from_hub(kind: str, place: str, **options: Any) -> Any:
 
 def _open_clip_tokenizer(architecture: str) -> Any:
     try:
-        return _open_clip().get_tokenizer(architecture)
+        with hub_for(architecture):
+            return _open_clip().get_tokenizer(architecture)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise InputError(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from cmr_fast.errors import InputError
+from cmr_fast.models.hub import hub_for
 from cmr_fast.models.text import transformers_library
 
 CAPTION_PROMPT = "what does the image describe?"
@@ -242,7 +243,7 @@ def _enough(
         for row, texts in zip(rows, ask(rows, again), strict=True):
             known = {text.casefold() for text in (originals[row], *found[row])}
             for text in texts:
-                if text and text.casefold() not in known and len(found[row]) < count:
+                if any(map(str.isalnum, text)) and text.casefold() not in known and len(found[row]) < count:
                     known.add(text.casefold())
                     found[row].append(text)
     return found
@@ -275,7 +276,8 @@ class Painter:
         diffusers.utils.logging.disable_progress_bar()
         half = {"torch_dtype": torch.float16} if torch.cuda.is_available() else {}
         try:
-            self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(name, **half).to(_device())
+            with hub_for(name):
+                self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(name, **half).to(_device())
         except Exception as error:  # OSError, ValueError, AttributeError, and those of its hub
             raise InputError(f"{name}: no pipeline of diffusers can be loaded ({_reason(error)}); {_ADVICE}") from error
         self.pipeline.set_progress_bar_config(disable=True)
@@ -304,7 +306,8 @@ _ADVICE = (
 
 def _loaded(kind: str, name: str, **options: Any) -> Any:
     try:
-        return getattr(transformers_library(), kind).from_pretrained(name, **options)
+        with hub_for(name):
+            return getattr(transformers_library(), kind).from_pretrained(name, **options)
     except InputError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and those of its hub

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cmr_fast.errors import InputError
+from cmr_fast.models.hub import hub_for
 from cmr_fast.models.text import transformers_library
 
 LONGEST = 512  # tokens, where a model does not say
@@ -34,7 +35,7 @@ class MaskedLM(nn.Module):
     Raises
     ------
     InputError
-        For a network without an output layer, or whose tokenizer has more pieces than it has embeddings.
+        For a network without an output layer, or whose tokenizer has more pieces than it has embeddings, or far fewer.
 
     Attributes
     ----------
@@ -55,7 +56,7 @@ class MaskedLM(nn.Module):
         self.network, self.tokenizer, self.decoder = network, tokenizer, decoder
         self.pieces_known = len(tokenizer)
         embeddings = network.get_input_embeddings().num_embeddings
-        if self.pieces_known > embeddings or any(
+        if not 0.9 * embeddings <= self.pieces_known <= embeddings or any(  # fewer by what weights are padded
             getattr(tokenizer, f"{name}_token_id") is None for name in ("cls", "sep", "pad", "mask", "unk")
         ):
             raise InputError(
@@ -272,18 +273,22 @@ def _opened(name: str | Path, dtype: torch.dtype) -> tuple[Any, Any, set[str]]:
     """Network, tokenizer, and the names of the weights that the file lacks."""
     transformers = transformers_library()
     try:
-        with _quiet(transformers):  # what is missing is said here
+        with _quiet(transformers), hub_for(name):  # what is missing is said here
             network, info = transformers.AutoModelForMaskedLM.from_pretrained(
                 str(name), output_loading_info=True, dtype=dtype
             )
-        return network, _tokenizer(transformers, name), set(info["missing_keys"])
+            tokenizer = _tokenizer(transformers, name)
+        return network, tokenizer, set(info["missing_keys"])
     except InputError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and those of its hub
-        what = (
-            "no masked language model in this folder" if Path(name).is_dir() else "no such folder, nor a name to load"
-        )
-        raise InputError(f"{name}: {what} ({' '.join(str(error).split())[:200]})") from error
+        reason = " ".join(str(error).split())[:200]
+        if Path(name).is_dir():
+            raise InputError(f"{name}: no masked language model in this folder ({reason})") from error
+        raise InputError(
+            f"{name}: no such folder, nor a name to load ({reason}); expected the folder of one, as `cmr-fast train "
+            "mlm` makes it"
+        ) from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from cmr_fast.attacks.multimodal.recall import WAYS
 from cmr_fast.attacks.multimodal.ttc import Counterattack
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, candidates
-from cmr_fast.methods._runfolder import RESULTS, write_json
+from cmr_fast.methods._runfolder import CONFIG, RESULTS, describe, read_json, same, write_json
 from cmr_fast.methods.loop import load_model, train
 from cmr_fast.methods.mat import MatConfig, PgdConfig
 from cmr_fast.methods.method import CaptionRetriever, RunConfig
@@ -250,14 +250,15 @@ def _trained(
     if issubclass(kind.Config, MatConfig):
         settings["mlm"] = str(mlm)
     config = kind.completed(kind.Config(**settings))
+    run = RunConfig(
+        out=folder, seed=seed, resume=True, valid_fraction=0.0, round_steps=max(1, size.steps // 5), quiet=quiet
+    )
     if (folder / RESULTS).exists():
         model = load_model(folder)
         if model.config != config:
             raise InputError(f"{folder}: a run of other settings, expected those of this study; name another folder")
+        same(folder, read_json(folder / CONFIG), describe(kind, config, data, run), kind)
         return model
-    run = RunConfig(
-        out=folder, seed=seed, resume=True, valid_fraction=0.0, round_steps=max(1, size.steps // 5), quiet=quiet
-    )
     return train(method, config, data, run).model
 
 
@@ -266,7 +267,12 @@ def _hits(
     defence: Counterattack | None = None,
 ) -> Hits:  # fmt: skip
     """What attacks leave of a run, through its defence if any; from the file where it is there."""
-    file, weights = out / "hits" / f"{run}.npz", weights_crc32(model.dual)
+    file = out / "hits" / f"{run}.npz"
+    of = {
+        "weights": (weights_crc32(model.dual), "a model whose weights have", "model to start from"),
+        "images": (split.fingerprint(), "images and captions that have", "data set"),
+        "words": (weights_crc32(mlm), "a masked language model whose weights have", "masked language model"),
+    }
     if not file.exists():
         if defence is None:
             found = examine(model.dual, split, attacks, mlm=mlm).adversarial.hits
@@ -274,18 +280,20 @@ def _hits(
             found = examine_adaptive(defence, split, attacks, mlm=mlm).adversarial.hits
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"{name}/{way}": found[name][way] for name in ("clean", *attacks) for way in WAYS}
-        arrays["weights"] = weights
+        arrays |= {name: checksum for name, (checksum, *_) in of.items()}
         with write_aside(file) as aside, open(aside, "wb") as opened:
             np.savez(opened, **arrays)
     owner = split.captions()[1].numpy()
     with np.load(file, allow_pickle=False) as stored:
         if missing := [name for name in ("clean", *attacks) if not all(f"{name}/{way}" in stored for way in WAYS)]:
             raise InputError(f"{file}: holds no hits of {', '.join(missing)}; remove it, which attacks anew")
-        if (seen := int(stored["weights"]) if "weights" in stored else None) != weights:
-            raise InputError(
-                f"{file}: hits of a model whose weights have checksum {seen}, expected {weights}, of the model as it "
-                "is now; name another folder for another model to start from"
-            )
+        for name, (checksum, whose, what) in of.items():
+            if name not in stored and name != "weights":  # of a study that was begun before these were noted
+                continue
+            if (seen := int(stored[name]) if name in stored else None) != checksum:
+                raise InputError(
+                    f"{file}: hits of {whose} checksum {seen}, now {checksum}; name another folder for another {what}"
+                )
         hits = {name: {way: stored[f"{name}/{way}"] for way in WAYS} for name in ("clean", *attacks)}
     if len(hits["clean"]["tr"]) != len(split) or len(hits["clean"]["ir"]) != len(owner):
         raise InputError(f"{file}: of {len(hits['clean']['tr'])} images, expected {len(split)}; name another folder")

@@ -227,6 +227,12 @@ class Deaf(Victim):
         return torch.ones(len(ids), 16) / 4
 
 
+def test_more_pieces_than_there_are_take_all_of_them():
+    every = len(tokenizer())
+    many, all_of_them = (BertAttack(victim(), masked_lm(), k=k)(CAPTIONS) for k in (10 * every, every))
+    assert many == all_of_them
+
+
 def test_a_victim_that_ignores_its_text_is_called_out():
     with pytest.raises(InputError, match="ignores its text"):
         BertAttack(Deaf(), masked_lm())(CAPTIONS)
@@ -239,6 +245,8 @@ def test_a_victim_that_ignores_its_text_is_called_out():
         (lambda atk: atk("a dog"), "list of captions, got str"),
         (lambda atk: atk(["a dog", ""]), r"texts\[1\] has no word"),
         (lambda atk: atk(["a dog", " ... "]), r"texts\[1\] has no word"),
+        (lambda atk: atk(["a dog", "a \ud83d cat"]), r"texts\[1\] has half a character, a surrogate"),
+        (lambda atk: atk(["a dog"], torch.tensor([[0.0] * 15 + [torch.nan]])), "finite embeddings, row 0 is not"),
         (lambda atk: atk(["a dog", 3]), r"texts\[1\] must be a caption, got int"),
         (
             lambda atk: atk(["a dog"], torch.zeros(2, 16)),

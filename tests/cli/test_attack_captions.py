@@ -154,6 +154,11 @@ def test_what_an_attack_leaves_above_clean_is_said():
 
 
 def test_what_does_not_go_together_is_refused(run, capsys, split):
+    unread = ["attack", str(run.path), "--data", "not-there", "--attacks"]  # refused before the data are looked for
+    assert "sga takes words from a masked language model, got none" in refused(capsys, *unread, "sga")
+    for name in ("nothing", "pgd20x5"):
+        assert name in (said := refused(capsys, *unread, "pgd2", name)) and "expected one of bert-attack" in said
+    assert "no data at not-there" in refused(capsys, *unread, "clean", "character", "pgd2")
     command = ["attack", str(run.path), "--data", "shapes", "--options", "count=60"]
     assert "takes words from a masked language model" in refused(capsys, *command, "--attacks", "sga")
     assert "unknown attack 'nothing'" in refused(capsys, *command, "--attacks", "nothing")

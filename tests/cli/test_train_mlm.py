@@ -4,6 +4,7 @@ import pytest
 from commands import refused
 
 from cmr_fast.cli import main
+from cmr_fast.data import load_captions, load_texts
 
 pytest.importorskip("transformers")
 
@@ -33,6 +34,16 @@ def test_a_small_model_from_captions(tmp_path, capsys):
     assert MaskedLM.load(out).pieces(["dog"]) != MaskedLM.load(out).pieces(["grass"])
     assert "--force" in refused(capsys, *command)
     assert main([*command, "--base", str(out), "--force"]) == 0
+
+
+def test_the_built_in_set_has_captions_and_none_to_measure(tmp_path, capsys):
+    command = ["train", "mlm", "--data", "shapes", "--base", "scratch", "--steps", "1", "--batch", "4"]
+    assert main([*command, "--out", str(tmp_path / "mlm")]) == 0
+    assert "Masked LM: " in capsys.readouterr().out
+    assert load_texts("shapes") == load_captions("shapes").train.captions()[0]
+    assert load_texts("shapes", "test") == load_captions("shapes").test.captions()[0] and not load_texts(
+        "shapes", "val"
+    )
 
 
 def test_mistakes(tmp_path, capsys):

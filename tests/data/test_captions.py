@@ -168,8 +168,25 @@ def test_missing_photos_and_empty_captions_are_named_and_skipped_only_on_request
         load_captions(folder, size=16)
 
 
+@pytest.mark.parametrize(
+    ("caption", "fault"),
+    [(" ... !", "without words"), ("\u200b", "without words"), ("a \ud83d dog", "with half a character")],
+)
+def test_captions_that_no_tower_reads_are_named_and_skipped_only_on_request(folder, capsys, caption, fault):
+    edited(folder, lambda images: images[4]["sentences"][0].update(raw=caption))
+    with pytest.raises(InputError, match=rf"4\.png has a caption {fault}; expected words, or broken=skip"):
+        load_captions(folder, size=16)
+    assert len(load_captions(folder, size=16, broken="skip").train.text[-1]) == 4
+    assert f"left out a caption {fault} of 4.png" in capsys.readouterr().err
+    edited(folder, lambda images: images[4]["sentences"][0].update(raw="一只狗"))
+    assert "一只狗" in load_captions(folder, size=16).train.text[-1]
+
+
 def test_broken_photos_are_named_and_skipped_only_on_request(folder, capsys):
     whole = (folder / "Images" / "4.png").read_bytes()
+    (folder / "Images" / "4.png").write_bytes(b"GIF?")
+    with pytest.raises(InputError, match=r"4\.png: not a photo that Pillow can read \(of no kind that it knows\)"):
+        load_captions(folder, size=16).train.pixels()
     (folder / "Images" / "4.png").write_bytes(whole[: len(whole) // 2])
     data = load_captions(folder, size=16)
     assert data.train.select(torch.tensor([0, 1])).pixels().shape[0] == 2
@@ -246,6 +263,7 @@ def test_fingerprints_tell_sets_apart(folder):
         (lambda images: images[0].pop("split"), "damaged or another file"),
         (lambda images: images[0].update(split="dev"), "of split 'dev'"),
         (lambda images: images[0].update(filename="../0.png"), "without folders"),
+        (lambda images: images[0].update(sentences=[{"raw": None}]), "raw is None, not a text"),
         (lambda images: images[0].update(sentences=[]), r"0\.png has no caption"),
         (lambda images: images[1].update(filename="0.png", split="val"), r"0\.png is in two splits"),
         (lambda images: [image.update(split="train") for image in images], "the test split has no image"),
@@ -296,7 +314,8 @@ def test_the_built_in_shapes_have_captions():
     [
         ({"text": (("a",),)}, "same number of rows"),
         ({"text": (("a",), ())}, "image 1 has none"),
-        ({"text": (("a",), (" ",))}, "image 1 has an empty one"),
+        ({"text": (("a",), (" ",))}, "image 1 has an empty caption"),
+        ({"text": (("a",), ("b", "?!"))}, "image 1 has a caption without words"),
         ({"text": ("a", "b")}, "N tuples"),
         ({"image": torch.zeros(2, 4)}, "uint8"),
         ({"labels": torch.zeros(2)}, "int64"),

@@ -12,6 +12,7 @@ from cmr_fast.attacks import BertAttack, CharacterAttack
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
 from cmr_fast.methods.loop import load_model, train
+from cmr_fast.methods.mat import PairBatch
 from cmr_fast.models.mlm import MaskedLM
 from cmr_fast.ops.pgd import pgd_noise
 
@@ -151,6 +152,21 @@ def test_one_tower_learns_and_is_held_to_what_it_said(name, config_of, data, sta
     assert losses[-1] < losses[0]
     assert run.results["perturbation"].endswith("(distance from the clean embedding)")
     assert not any("_before" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize(("name", "what"), [("fare", "image"), ("leaf", "a caption of image")])
+def test_a_loss_that_breaks_names_whose_it_is(name, what, config_of, data):
+    model, split = prepared(config_of(name, captions=0, chunk=2), name, data.train)
+    batch = split.select(torch.tensor([3, 1, 5]))
+    texts = [caption for row in batch.text for caption in row]
+    owner = torch.repeat_interleave(torch.tensor([len(row) for row in batch.text]))
+    dual, pixels = model.dual, batch.pixels().double()
+    with torch.no_grad():
+        seen = dual.text_embedding(*dual.tokenize(texts)) if name == "leaf" else raw_image(dual, pixels)
+    seen[(owner == 1).nonzero()[0] if name == "leaf" else 1] = torch.nan
+    pairs = PairBatch(pixels, texts, owner, batch.labels, seen)
+    with pytest.raises(InputError, match=rf"\({what} {int(batch.labels[1])} has a distance that is not finite"):
+        model._descend(pairs, lambda loss: None)
 
 
 def test_leaf_reads_its_dictionary(config_of, data, tmp_path):

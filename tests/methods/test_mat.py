@@ -386,6 +386,8 @@ def test_a_loss_that_breaks_names_its_step_and_the_checkpoint_before_it_is_kept(
     assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(again).items())
     with pytest.raises(InputError, match=r"step 2 of 4: "):
         train("mat-img", replace(config, lr=1e30), data, quiet(tmp_path / "wild", **run))
+    with pytest.raises(InputError, match=r"mat-img: validation after epoch 1: .*finite.* lower the learning rate"):
+        train("mat-img", replace(config, lr=1e30), data, quiet(tmp_path / "valid", round_steps=1, valid_fraction=0.5))
 
 
 @pytest.mark.parametrize("name", ["tecoa", "mat", "mmcoa", "fare", "leaf"])
@@ -434,6 +436,7 @@ def test_augmentations_that_the_data_do_not_have_are_refused(data, tmp_path):
         ({"0": ["a"] * 4}, r"expected 4 texts for each training image \(augment_count\): 4\d of 48 have fewer"),
         ({"0": "a"}, "expected an object of image names, each with a list of texts that have words"),
         ({"0": ["a", " "]}, "each with a list of texts that have words"),
+        ({"0": ["a", "..."]}, "each with a list of texts that have words"),
     ):
         file.write_text(json.dumps(stored))
         with pytest.raises(InputError, match=message):

@@ -81,6 +81,12 @@ def test_more_than_four_rewritings_take_more_prompts(tmp_path, monkeypatch):
     assert all(prompt.startswith("Rewrite image captions in 4 different ways.") for (prompt,) in asked)
 
 
+def test_what_has_no_words_is_no_rewriting(tmp_path, monkeypatch):
+    model = Rewriter(str(tiny_generators.causal(tmp_path, WORDS)), SHORT)
+    monkeypatch.setattr(Rewriter, "_continued", lambda self, prompts: ["... => a cat => - => 狗"] * len(prompts))
+    assert model(["a dog"], lambda row, again: OTHERS, 2) == [["a cat", "狗"]]
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
     model = Rewriter(str(tiny_generators.causal(tmp_path, WORDS, context=40)), SHORT)
     with pytest.raises(InputError, match=r"the prompt takes \d+ tokens and 30 are to follow .*a context of 40"):

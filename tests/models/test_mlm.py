@@ -14,6 +14,7 @@ from cmr_fast.attacks import BertAttack  # noqa: E402
 from cmr_fast.data import load_texts  # noqa: E402
 from cmr_fast.errors import InputError  # noqa: E402
 from cmr_fast.methods.mlm import MLMConfig, train_mlm  # noqa: E402
+from cmr_fast.models import hub  # noqa: E402
 from cmr_fast.models.mlm import MaskedLM  # noqa: E402
 from cmr_fast.models.text import minilm  # noqa: E402
 
@@ -145,6 +146,39 @@ def test_no_masked_lm(folder, broken, monkeypatch):
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match=str(folder)):
+        MaskedLM.load(folder)
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_not_for_a_folder(folder, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    asked = []
+
+    def unreachable(address, timeout):
+        asked.append(address)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(hub.socket, "create_connection", unreachable)
+    MaskedLM.load(folder)
+    assert not asked
+    with pytest.raises(InputError, match=r"nobody/nothing: no such folder, nor a name to load .* `cmr-fast train mlm`"):
+        MaskedLM.load("nobody/nothing")
+    assert len(asked) == 1 and constants.HF_HUB_OFFLINE is False
+    with hub.hub_for("nobody/nothing"):
+        assert constants.HF_HUB_OFFLINE is True
+    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
+    with hub.hub_for("nobody/nothing"):
+        assert constants.HF_HUB_OFFLINE is False
+    assert len(asked) == 2
+
+
+def test_a_tokenizer_of_far_fewer_pieces_than_the_weights_is_refused(folder):
+    config = transformers.BertConfig(
+        vocab_size=2 * len(VOCABULARY), hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"pieces .* embeddings: they do not belong together"):
         MaskedLM.load(folder)
 
 

@@ -140,6 +140,25 @@ def test_hits_of_another_model_or_without_an_attack_are_refused(begun, tmp_path,
     assert main(command) == 0
 
 
+def test_another_data_set_or_masked_lm_is_refused_and_not_told_as_this_one(begun, tmp_path, capsys):
+    mlm, rows = tmp_path / "mlm", ["--rows", "finetune", "--quiet"]
+    shutil.copytree(begun[3], mlm)
+    command = ["study", "mat", *DATA, *begun[:2], "--mlm", str(mlm), "--out", str(tmp_path / "study"), *rows]
+    assert main(command) == 0
+    before = (tmp_path / "study" / "README.md").read_text()
+    other = [*command, "--options", "count=40", "seed=1"]
+    assert main(other) == 2
+    assert "start-seed0.npz: hits of images and captions that have checksum" in capsys.readouterr().err
+    (tmp_path / "study" / "hits" / "start-seed0.npz").unlink()
+    assert main(other) == 2  # the trained row is of the first data too
+    assert "finetune-seed0: cannot be resumed, data crc32 was" in capsys.readouterr().err
+    (tmp_path / "study" / "hits" / "start-seed0.npz").unlink()
+    MaskedLM.scratch(["a red dog", "a blue cat"], vocabulary=60, width=32, layers=1).save(mlm)
+    assert main(command) == 2
+    assert "finetune-seed0.npz: hits of a masked language model whose weights" in capsys.readouterr().err
+    assert (tmp_path / "study" / "README.md").read_text() == before
+
+
 def test_figures_of_number_and_strength_are_trainings_that_go_on(begun, tmp_path, capsys, monkeypatch):
     out = tmp_path / "study"
     train_split = load_captions("shapes", count=40).train

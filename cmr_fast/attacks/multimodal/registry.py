@@ -27,6 +27,11 @@ from cmr_fast.attacks.text.characters import CharacterAttack
 from cmr_fast.attacks.text.encoder import FlatTexts, evaluating
 from cmr_fast.errors import InputError
 
+NO_WORDS = (
+    "takes words from a masked language model, got none: train one with `cmr-fast train mlm`, or attack with "
+    "`character`, which needs none"
+)
+
 
 class PairAttack(Protocol):
     """Images and captions -> adversarial ones; what an attack leaves alone comes back as it was."""
@@ -52,10 +57,7 @@ class Setting:
     def words(self) -> WordModel:
         """The masked LM. InputError where there is none."""
         if self.mlm is None:
-            raise InputError(
-                "this attack takes words from a masked language model, got none: train one with `cmr-fast train mlm`, "
-                "or attack with `character`, which needs none"
-            )
+            raise InputError(f"this attack {NO_WORDS}")
         return self.mlm
 
 
@@ -164,6 +166,38 @@ MAKERS: Mapping[str, Callable[[Setting], PairAttack]] = {
 NAMES = ", ".join((*MAKERS, *alone.STANDARD_RANKING)) + " and the like"
 
 
+def check_names(names: Sequence[str], words: bool) -> None:
+    """Refuse unknown names, and attacks that change words where there are none to take.
+
+    Parameters
+    ----------
+    names
+        As of `make`, and "clean".
+    words
+        Whether there is a masked language model.
+
+    Raises
+    ------
+    InputError
+        As `make` would.
+    """
+    for name in names:
+        if name not in (*MAKERS, "clean"):
+            _alone(name)
+        elif name not in ("character", "clean") and not words:
+            raise InputError(f"{name} {NO_WORDS}")
+
+
+def _alone(name: str) -> None:
+    """InputError for a name that is no attack on images by rankings."""
+    try:
+        named = alone.read(name)
+    except InputError:
+        raise InputError(f"unknown attack {name!r} on images and captions, expected one of {NAMES}") from None
+    if named.entry.make is None or not named.entry.rankings or named.transfer or named.restarts > 1:
+        raise InputError(f"{name} is no attack on images and captions, expected one of {NAMES}")
+
+
 def make(
     name: str, victim: DualEncoder, mlm: WordModel | None = None, *, eps: float = 2 / 255, seed: int = 0,
     dtype: torch.dtype | None = None, captions: tuple[Sequence[str], Tensor] | None = None,
@@ -196,10 +230,5 @@ def make(
     setting = Setting(victim, mlm, eps, seed, dtype, captions)
     if name in MAKERS:
         return MAKERS[name](setting)
-    try:
-        named = alone.read(name)
-    except InputError:
-        raise InputError(f"unknown attack {name!r} on images and captions, expected one of {NAMES}") from None
-    if named.entry.make is None or not named.entry.rankings or named.transfer or named.restarts > 1:
-        raise InputError(f"{name} is no attack on images and captions, expected one of {NAMES}")
+    _alone(name)
     return ImagesAlone(name, setting)

@@ -186,10 +186,12 @@ def checked_images(images: object, count: int, device: torch.device) -> Tensor:
     Raises
     ------
     InputError
-        For anything but floats (count, d).
+        For anything but finite floats (count, d).
     """
     tensor = torch.as_tensor(images) if isinstance(images, (Tensor, np.ndarray)) else None
     if tensor is None or not tensor.is_floating_point() or tensor.ndim != 2 or len(tensor) != count:
         seen = type(images).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
         raise InputError(f"images must be embeddings, floats ({count}, d), one a caption, got {seen}")
+    if len(broken := (~tensor.isfinite().all(dim=1)).nonzero()):
+        raise InputError(f"images must be finite embeddings, row {int(broken[0])} is not")
     return tensor.detach().to(device)

@@ -138,7 +138,8 @@ class Candidates:
         spans = [len(vector) for vector in vectors]  # positions
         if not sum(spans):
             return [[] for _ in chosen]
-        tops = [self.mlm.logits(part).topk(self.k, dim=-1) for part in torch.cat(vectors).split(LOGITS)]
+        logits = map(self.mlm.logits, torch.cat(vectors).split(LOGITS))
+        tops = [part.topk(min(self.k, part.shape[-1]), dim=-1) for part in logits]
         values = torch.cat([top.values for top in tops]).cpu().split(spans)
         pieces = torch.cat([top.indices for top in tops]).cpu().split(spans)
         self._rank([_few(piece) for piece in pieces if len(piece) > 1])

@@ -121,13 +121,15 @@ def check_texts(texts: object) -> list[str]:
     Raises
     ------
     InputError
-        For anything but a list of texts, and for a text without a letter or a digit.
+        For anything but a list of texts, a text without a letter or a digit, and one with half a character.
     """
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise InputError(f"texts must be a list of captions, got {type(texts).__name__}")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"texts[{number}] must be a caption, got {type(text).__name__}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"texts[{number}] has half a character, a surrogate: {text!r}")
         if not any(map(_in_word, text)):
             raise InputError(f"texts[{number}] has no word: {text!r}")
     return list(texts)
