@@ -1,7 +1,7 @@
 """Search over several processes and machines: shards of a HammingIndex held by Ray actors.
 
-`_folder` is what lies on disk, `_worker` what answers for a shard, `_pool` the actors and what happens when one is
-lost, `_batches` many callers at once, `sharded` the index that people use.
+`retrieval._shards` is what lies on disk, `_worker` what answers for a shard, `_pool` the actors and what happens when
+one is lost, `_batches` many callers at once, `sharded` the index that people use.
 """
 
 from cmr_fast.distributed._batches import OverloadedError

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cmr_fast.distributed._folder import ShardFile
 from cmr_fast.distributed._worker import Answer, ShardWorker, StaleError
 from cmr_fast.errors import InputError
+from cmr_fast.retrieval._shards import ShardFile
 
 _OLDEST = (2, 9)
 _PAUSE = 0.05  # seconds between two attempts, while actors start anew

@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from cmr_fast.distributed._folder import ShardFile, check_same, opened
 from cmr_fast.errors import InputError
 from cmr_fast.ops import ranking
 from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._segments import Part
+from cmr_fast.retrieval._shards import ShardFile, check_same, opened
 from cmr_fast.retrieval._where import as_mask
 from cmr_fast.retrieval.index import HammingIndex
 
@@ -58,12 +58,6 @@ class ShardWorker:
         index = self._index(files)
         mask, known = self._mask(index, where)
         return Answer(len(index), (*index.range_search(q, radius, self._threads, where=mask), known))
-
-    def holding(self, files: Sequence[ShardFile], ids: np.ndarray) -> Answer:
-        """Which of some ids, which rise, are here."""
-        index = self._index(files)
-        found = [part.ids_of(part.rows_of(ids)) for part in map(Part.sound, index._parts)]
-        return Answer(len(index), np.concatenate([np.empty(0, np.int64), *found]))
 
     def histograms(
         self, files: Sequence[ShardFile], q: np.ndarray, q_labels: np.ndarray, db_labels: np.ndarray

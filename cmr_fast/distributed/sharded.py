@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cmr_fast._files import StrPath, as_path
-from cmr_fast.distributed import _folder
 from cmr_fast.distributed._batches import Batches
 from cmr_fast.distributed._pool import Pool
 from cmr_fast.distributed._worker import Answer, StaleError
@@ -17,13 +16,12 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
 from cmr_fast.ops.hamming import closed_radius
-from cmr_fast.retrieval import _indexfile
+from cmr_fast.retrieval import _indexfile, _shards
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes, to_numpy
 from cmr_fast.retrieval._collection import Ids
-from cmr_fast.retrieval._ids import check_ids, lowest
+from cmr_fast.retrieval._ids import check_ids
 from cmr_fast.retrieval._pieces import check_progress, planned, width_of
 from cmr_fast.retrieval._searching import hits_of_all, nearest_of_all
-from cmr_fast.retrieval._segments import Part
 from cmr_fast.retrieval.index import HammingIndex, Where, _opened, _pieces
 from cmr_fast.retrieval.metrics import evaluate_histograms
 from cmr_fast.retrieval.result import RetrievalResult
@@ -99,7 +97,7 @@ class ShardedIndex:
         most_waiting: int = 1 << 16,
     ) -> None:
         self.folder: Path = as_path(folder)
-        self._manifest = _folder.read(folder)
+        self._manifest = _shards.read(folder)
         checked = how(None, threads)[1] if threads is not None else None
         replicas = as_integer(replicas, "replicas", 1)
         if timeout is not None and not timeout > 0:
@@ -149,7 +147,7 @@ class ShardedIndex:
         bits = code_length(bits)
         check_progress(progress)
         parts, next_id = planned(_opened(pieces, bits), ids, (), 0)
-        _folder.created(folder, bits, parts, next_id, shards, progress)
+        _shards.created(folder, bits, parts, next_id, shards, progress)
 
     @property
     def bits(self) -> int:
@@ -306,24 +304,8 @@ class ShardedIndex:
             As `HammingIndex.add`; nothing is added then.
         """
         rows = packed_codes(codes, "codes", self.bits)
-        with self._changing, _folder.writing(self.folder) as old:
-            self._manifest = old
-            given = None if ids is None else check_ids(ids, len(rows))
-            if given is not None and len(given) and lowest(given) < old.next_id:
-                asked = np.sort(np.asarray(given, dtype=np.int64))
-                answers = self._pool.ask("holding", old.shards, lambda _: (asked,))
-                known = np.concatenate([np.empty(0, np.int64), *(answer.found for answer in answers.values())])
-                if len(known):
-                    raise InputError(
-                        f"ids must be new: {len(known)} are in the index already, the first is {known.min()}"
-                    )
-                parts, next_id = [Part(rows, given)], max(old.next_id, int(asked[-1]) + 1)
-            else:
-                parts, next_id = planned([rows], given, (), old.next_id)
-            if len(rows):
-                new = _folder.added(self.folder, old, parts, next_id)
-                _folder.write(self.folder, new)
-                self._manifest = new
+        with self._changing:
+            self._manifest = _shards.append(self.folder, [rows], ids)
 
     def remove_ids(self, ids: Ids) -> int:
         """Remove the codes of these ids, as `HammingIndex.remove_ids` does; files that lose codes are written anew.
@@ -339,17 +321,21 @@ class ShardedIndex:
             Where an id is not in the index; nothing is removed.
         """
         gone = np.sort(np.asarray(check_ids(ids, None, any_sign=True), dtype=np.int64))
-        with self._changing, _folder.writing(self.folder) as old:
-            new, count = _folder.removed(self.folder, old, gone)
+        with self._changing, _shards.writing(self.folder) as old:
+            new, count = _shards.removed(self.folder, old, gone)
             if count:
-                _folder.write(self.folder, new)
+                _shards.write(self.folder, new)
             self._manifest = new if count else old
         return count
+
+    def actors(self, shard: int) -> list[Any]:
+        """Ray's handles of the actors that hold a shard, one a replica."""
+        return [replica.actor for replica in self._pool.shards[shard]]
 
     def refresh(self) -> None:
         """See what other processes added and removed since this index was opened, or changed itself."""
         with self._changing:
-            self._manifest = _folder.read(self.folder)
+            self._manifest = _shards.read(self.folder)
 
     def save(self, path: StrPath) -> None:
         """Write all as one index file, for `HammingIndex.load`. The folder itself needs no saving.
@@ -360,12 +346,7 @@ class ShardedIndex:
             As `HammingIndex.save`.
         """
         held = self._manifest
-        parts = [
-            part.sound()
-            for files in held.shards
-            for file in files
-            for part in _folder.opened(self.folder, file, held.bits)
-        ]
+        parts = [part.sound() for part in _shards.all_parts(self.folder, held)]
         _indexfile.write(path, held.bits, held.next_id, parts)
 
     def close(self) -> None:
@@ -410,7 +391,7 @@ class ShardedIndex:
 
     def _ask(
         self,
-        manifest: _folder.Manifest,
+        manifest: _shards.Manifest,
         method: str,
         rows: np.ndarray,
         rest: Callable[[int], tuple[Any, ...]],
@@ -425,7 +406,7 @@ class ShardedIndex:
 class _Selected:
     """`where` of a search, cut into what each shard needs of it."""
 
-    def __init__(self, where: Where | None, manifest: _folder.Manifest) -> None:
+    def __init__(self, where: Where | None, manifest: _shards.Manifest) -> None:
         self.manifest = manifest
         self._given: np.ndarray | None = None
         if where is None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from cmr_fast import HammingIndex, InputError
-from cmr_fast.distributed import ShardedIndex, _folder
+from cmr_fast.distributed import ShardedIndex
 from cmr_fast.distributed._worker import ShardWorker, StaleError
+from cmr_fast.retrieval import _shards
 from cmr_fast.retrieval._segments import Part
 
 
@@ -18,8 +19,8 @@ def codes_of(seed, count, nbytes=8):
 
 def one_of(folder):
     """All codes and ids of a folder, in its order."""
-    held = _folder.read(folder)
-    parts = [part for files in held.shards for file in files for part in _folder.opened(folder, file, held.bits)]
+    held = _shards.read(folder)
+    parts = [part for files in held.shards for file in files for part in _shards.opened(folder, file, held.bits)]
     empty = np.empty((0, -(-held.bits // 8)), np.uint8)
     return np.concatenate([empty, *(part.codes for part in parts)]), np.concatenate(
         [np.empty(0, np.int64), *(np.asarray(part.ids) for part in parts)]
@@ -27,16 +28,16 @@ def one_of(folder):
 
 
 def add(folder, codes, first_id):
-    with _folder.writing(folder) as old:
+    with _shards.writing(folder) as old:
         parts = [Part(codes, range(first_id, first_id + len(codes)))]
-        _folder.write(folder, _folder.added(folder, old, parts, first_id + len(codes)))
+        _shards.write(folder, _shards.added(folder, old, parts, first_id + len(codes)))
 
 
 @pytest.mark.parametrize(("count", "shards"), [(0, 3), (1, 4), (10, 4), (10, 1), (103, 7)])
 def test_build_cuts_codes_into_shards_of_equal_size_in_their_order(tmp_path, count, shards):
     codes = codes_of(0, count)
     ShardedIndex.build(tmp_path / "x", codes, shards=shards, bits=64)
-    held = _folder.read(tmp_path / "x")
+    held = _shards.read(tmp_path / "x")
     assert len(held.rows) == shards
     assert sum(held.rows) == count
     assert max(held.rows) - min(held.rows) <= 1
@@ -52,24 +53,24 @@ def test_build_takes_ids_and_indexes_along(tmp_path):
     assert one_of(tmp_path / "x")[1].tolist() == [9, 4, 11, 0, 7]
     ShardedIndex.build(tmp_path / "y", codes_of(0, 3), ids=[5, 3, 8], shards=2)
     assert one_of(tmp_path / "y")[1].tolist() == [5, 3, 8]
-    assert _folder.read(tmp_path / "y").next_id == 9
+    assert _shards.read(tmp_path / "y").next_id == 9
 
 
 def test_what_is_added_is_joined_to_few_files_and_begins_shards_where_one_is_full(tmp_path, monkeypatch):
     folder = tmp_path / "x"
     ShardedIndex.build(folder, codes_of(0, 8), shards=2)
-    held = _folder.read(folder)
-    _folder.write(folder, _folder.replace(held, capacity=40))
+    held = _shards.read(folder)
+    _shards.write(folder, _shards.replace(held, capacity=40))
     codes = codes_of(1, 100)
     for start in range(100):
         add(folder, codes[start : start + 1], 8 + start)
-    held = _folder.read(folder)
+    held = _shards.read(folder)
     assert held.rows == (4, 40, 40, 24)
     assert all(len(files) <= 6 for files in held.shards)
     found, ids = one_of(folder)
     assert (found == np.concatenate([codes_of(0, 8), codes])).all()
     assert ids.tolist() == list(range(108))
-    with _folder.writing(folder):
+    with _shards.writing(folder):
         pass
     named = {file.name for files in held.shards for file in files}
     assert {path.name for path in folder.glob("*.cmr")} == named, "files of earlier states stay"
@@ -79,26 +80,26 @@ def test_a_change_that_stops_before_the_manifest_has_not_happened(tmp_path):
     folder = tmp_path / "x"
     ShardedIndex.build(folder, codes_of(0, 10), shards=2)
     before = one_of(folder)
-    with _folder.writing(folder) as old:
-        _folder.added(folder, old, [Part(codes_of(1, 5), range(10, 15))], 15)
+    with _shards.writing(folder) as old:
+        _shards.added(folder, old, [Part(codes_of(1, 5), range(10, 15))], 15)
     assert len(list(folder.glob("*.cmr"))) == 3
     assert (one_of(folder)[0] == before[0]).all()
-    with _folder.writing(folder):
+    with _shards.writing(folder):
         assert len(list(folder.glob("*.cmr"))) == 2, "what was left is removed by who writes next"
 
 
 def test_removing_keeps_the_others_ids_and_order(tmp_path):
     folder = tmp_path / "x"
     ShardedIndex.build(folder, codes_of(0, 10), shards=3)
-    with _folder.writing(folder) as old:
-        new, count = _folder.removed(folder, old, np.array([0, 4, 9]))
-        _folder.write(folder, new)
+    with _shards.writing(folder) as old:
+        new, count = _shards.removed(folder, old, np.array([0, 4, 9]))
+        _shards.write(folder, new)
     assert count == 3
     found, ids = one_of(folder)
     assert ids.tolist() == [1, 2, 3, 5, 6, 7, 8]
     assert (found == codes_of(0, 10)[ids]).all()
-    with _folder.writing(folder) as old, pytest.raises(InputError, match="1 are not, the first is 4"):
-        _folder.removed(folder, old, np.array([1, 4]))
+    with _shards.writing(folder) as old, pytest.raises(InputError, match="1 are not, the first is 4"):
+        _shards.removed(folder, old, np.array([1, 4]))
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):
@@ -112,17 +113,19 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
 def test_a_manifest_that_is_something_else_is_refused(tmp_path, text):
     (tmp_path / "shards.json").write_text(text)
     with pytest.raises(InputError, match="does not describe shards"):
-        _folder.read(tmp_path)
+        _shards.read(tmp_path)
 
 
 def test_a_missing_folder_and_a_later_version_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder without shards\.json"):
+        _shards.read(tmp_path)
     with pytest.raises(InputError, match="there is no sharded index at"):
-        _folder.read(tmp_path)
+        _shards.read(tmp_path / "none")
     ShardedIndex.build(tmp_path / "x", codes_of(0, 4))
     held = json.loads((tmp_path / "x/shards.json").read_text())
     (tmp_path / "x/shards.json").write_text(json.dumps({**held, "version": 9}))
     with pytest.raises(InputError, match="is of version 9; this release reads version 1"):
-        _folder.read(tmp_path / "x")
+        _shards.read(tmp_path / "x")
 
 
 class TestWorker:
@@ -131,12 +134,12 @@ class TestWorker:
     @pytest.fixture
     def shard(self, tmp_path):
         ShardedIndex.build(tmp_path / "x", codes_of(0, 200), shards=1)
-        return tmp_path / "x", _folder.read(tmp_path / "x").shards[0]
+        return tmp_path / "x", _shards.read(tmp_path / "x").shards[0]
 
     def test_a_worker_begun_anew_answers_as_the_one_before(self, shard):
         folder, files = shard
         add(folder, codes_of(1, 50), 200)
-        now = _folder.read(folder).shards[0]
+        now = _shards.read(folder).shards[0]
         worker = ShardWorker(str(folder), 64)
         assert worker.ready(files).rows == 200
         first = worker.search(now, codes_of(2, 4), 7, None, None)
@@ -157,7 +160,6 @@ class TestWorker:
         assert (rows, known) == (200, 2)
         assert (near == expected[0]).all()
         assert (ids == expected[1]).all()
-        assert worker.holding(files, np.array([-1, 5, 199, 200])).found.tolist() == [5, 199]
 
     def test_a_file_that_others_changed_is_named(self, shard):
         folder, files = shard

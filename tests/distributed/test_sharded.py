@@ -145,8 +145,7 @@ def test_with_replicas_no_search_fails_or_is_wrong_while_actors_die(pair):
         askers = [pool.submit(ask) for _ in range(3)]
         try:
             for _ in range(6):
-                shard = draw.choice(sharded._pool.shards)
-                ray.kill(draw.choice(shard).actor, no_restart=False)
+                ray.kill(draw.choice(sharded.actors(draw.randrange(2))), no_restart=False)
                 killed += 1
                 stop.wait(draw.random())
         finally:
@@ -163,7 +162,7 @@ def test_a_lost_shard_without_a_replica_is_named_and_left_out_on_request_alone(c
         q = codes[:5]
         whole = sharded.search(q, 9, partial=True)
         assert (whole.missing, whole.missing_codes) == ((), 0)
-        ray.kill(sharded._pool.shards[1][0].actor, no_restart=True)
+        ray.kill(sharded.actors(1)[0], no_restart=True)
         for _ in range(2):
             with pytest.raises(ShardLostError, match=r"shard 1 of 2 \(150 codes\) does not answer") as caught:
                 sharded.search(q, 9)
@@ -178,7 +177,7 @@ def test_a_lost_shard_without_a_replica_is_named_and_left_out_on_request_alone(c
         hits = sharded.range_search(q, 2, partial=True)
         assert (hits.missing, hits.missing_codes) == ((1,), 150)
         same(hits[:3], rest.range_search(q, 2))
-        held = sharded._pool.shards[0][0].actor
+        held = sharded.actors(0)[0]
         ray.kill(held, no_restart=False)  # begun anew from its constructor: nothing is lost
         with ShardedIndex(tmp_path / "x") as writer:
             writer.add(codes_of(9, 10))

@@ -20,6 +20,8 @@ import numpy as np
 from cmr_fast._files import StrPath, as_path, write_aside
 from cmr_fast.errors import InputError
 from cmr_fast.retrieval import _indexfile
+from cmr_fast.retrieval._checks import Array
+from cmr_fast.retrieval._pieces import planned
 from cmr_fast.retrieval._segments import Part
 
 try:
@@ -65,7 +67,9 @@ def read(folder: StrPath) -> Manifest:
     try:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"there is no sharded index at {folder}: no {MANIFEST} in it") from None
+        if path.parent.is_dir():
+            raise InputError(f"{folder}: is a folder without {MANIFEST}, which one of shards has") from None
+        raise InputError(f"there is no sharded index at {folder}") from None
     try:
         held = json.loads(text)
         if held["format"] != _FORMAT:
@@ -138,10 +142,11 @@ def between(parts: Sequence[Part], start: int, end: int) -> Iterator[Part]:
 
 
 def written(
-    folder: Path, name: str, bits: int, next_id: int, parts: Sequence[Part], progress: Progress | None = None
-) -> ShardFile:
-    """Write parts as a file of a shard."""
-    _indexfile.write(folder / name, bits, next_id, [part.sound() for part in parts], progress)
+    folder: Path, name: str, bits: int, next_id: int, parts: Sequence[Part], progress: Progress | None = None,
+    moved: int = 0,
+) -> ShardFile:  # fmt: skip
+    """Write parts as a file of a shard; the first `moved` of them are none of the progress."""
+    _indexfile.write(folder / name, bits, next_id, [part.sound() for part in parts], progress, moved)
     seen = os.stat(folder / name)
     return ShardFile(name, sum(map(len, parts)), seen.st_size, seen.st_mtime_ns)
 
@@ -162,6 +167,12 @@ def opened(folder: Path, file: ShardFile, bits: int) -> tuple[Part, ...]:
     return stored.parts
 
 
+def all_parts(folder: Path, manifest: Manifest) -> tuple[Part, ...]:
+    """The parts of all shards in their order, as `opened` has them."""
+    files = [file for shard in manifest.shards for file in shard]
+    return tuple(part for file in files for part in opened(folder, file, manifest.bits))
+
+
 def check_same(path: Path, file: ShardFile) -> None:
     """InputError where a file is another one than the manifest says."""
     seen = os.stat(path)
@@ -172,7 +183,26 @@ def check_same(path: Path, file: ShardFile) -> None:
         )
 
 
-def added(folder: Path, old: Manifest, parts: Sequence[Part], next_id: int) -> Manifest:
+def append(
+    folder: Path,
+    pieces: Sequence[np.ndarray | tuple[Part, ...]],
+    ids: Array | Sequence[int] | None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Add pieces of codes; what is returned is in force."""
+    with writing(folder) as old:
+        known = all_parts(folder, old) if ids is not None or any(isinstance(x, tuple) for x in pieces) else ()
+        parts, next_id = planned(pieces, ids, known, old.next_id)
+        if not parts:
+            return old
+        new = added(folder, old, parts, next_id, progress)
+        write(folder, new)
+        return new
+
+
+def added(
+    folder: Path, old: Manifest, parts: Sequence[Part], next_id: int, progress: Progress | None = None
+) -> Manifest:
     """The state after parts are added behind the last shard; nothing is in force before `write`."""
     generation, shards = old.generation + 1, list(old.shards)
     total, at = sum(map(len, parts)), 0
@@ -181,13 +211,14 @@ def added(folder: Path, old: Manifest, parts: Sequence[Part], next_id: int) -> M
             shards.append(())
         files = list(shards[-1])
         take = min(total - at, old.capacity - sum(file.rows for file in files))
-        pieces, rows = list(between(parts, at, at + take)), take
+        pieces, rows, moved = list(between(parts, at, at + take)), take, 0
         while files and files[-1].rows <= rows:  # joined, so that few files stay
             last = files.pop()
-            pieces = [*opened(folder, last, old.bits), *pieces]
+            before = opened(folder, last, old.bits)
+            pieces, moved = [*before, *pieces], moved + len(before)
             rows += last.rows
         name = f"shard-{len(shards) - 1:05}-{generation}.cmr"
-        shards[-1] = (*files, written(folder, name, old.bits, next_id, pieces))
+        shards[-1] = (*files, written(folder, name, old.bits, next_id, pieces, progress, moved))
         at += take
     return replace(old, next_id=next_id, generation=generation, shards=tuple(shards))
 
