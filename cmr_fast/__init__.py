@@ -33,7 +33,7 @@ _WHERE = {
 _MODULES = {
     **{
         name: f"cmr_fast.{name}"
-        for name in ("ops", "losses", "retrieval", "data", "models", "attacks", "methods", "reports")
+        for name in ("ops", "losses", "retrieval", "data", "models", "attacks", "methods", "reports", "distributed")
     },
     "report": "cmr_fast.reports.retrieval",
     "robustness": "cmr_fast.reports.robustness",

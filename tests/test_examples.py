@@ -78,3 +78,11 @@ def test_every_example_is_run_here_and_short():
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()
         assert len(text.splitlines()) < 80 and "argparse" not in text, path.name
+
+
+def test_sharded_search(tmp_path):
+    pytest.importorskip("ray")
+    text = output("sharded_search.py", tmp_path)
+    assert "ShardedIndex(bits=64, ntotal=200000, shards=2)" in text
+    assert "one actor was killed; the other answered in" in text
+    assert "ids of what was added: [200000, 200001, 200002]" in text

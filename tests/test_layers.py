@@ -17,7 +17,7 @@ FLOORS = (
     ("ops",),
     ("models",),
     ("losses", "retrieval", "data"),  # beside each other: none imports another
-    ("attacks",),
+    ("attacks", "distributed"),
     ("methods",),
     ("reports",),
     ("cli",),

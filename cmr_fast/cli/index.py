@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from cmr_fast._terminal import counting
 from cmr_fast.cli.codes import nbytes_of, open_codes, refuse_unpacked
-from cmr_fast.cli.common import check_output, naming, read_array
+from cmr_fast.cli.common import check_least, check_output, naming, read_array
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class Index:
     Example:  cmr-fast index images.npy more.npy --out db.cmrx
 
     Example:  cmr-fast index today.npy --out db.cmrx --append
+
+    Example:  cmr-fast index images.npy --out db --shards 4
     """
 
     codes: Positional[tuple[Path, ...]]
@@ -34,7 +36,10 @@ class Index:
     out: Path
     """The index file to write."""
     append: bool = False
-    """Add to the index file there. It stays whole whatever happens."""
+    """Add to the index there. It stays whole whatever happens."""
+    shards: int | None = None
+    """Write a folder of so many shards rather than a file: `search` reads both, cmr_fast.distributed.ShardedIndex
+    holds the shards in processes of one machine or many."""
     ids: Path | None = None
     """int64 (N,) .npy of your own ids, one per row of all files together. None: 0, 1, 2, …"""
     bits: int | None = None
@@ -44,17 +49,25 @@ class Index:
 
     def __call__(self) -> None:
         """Run the command."""
+        import numpy as np
+
+        from cmr_fast.distributed import ShardedIndex
         from cmr_fast.ops._tensors import MAX_BITS
+        from cmr_fast.retrieval import _shards
         from cmr_fast.retrieval.index import HammingIndex
 
         if not self.codes:
             raise InputError("expected the files of the codes before --out, got none")
         if self.bits is not None and not 1 <= self.bits <= MAX_BITS:
             raise InputError(f"--bits must be from 1 to {MAX_BITS}, got {self.bits}")
-        check_output(self.out, self.force or self.append, *self.codes, self.ids)
-        if self.append and self.bits is not None:
-            raise InputError("--bits is for a new index: one that is appended to knows its own")
-        bits = HammingIndex.load(self.out).bits if self.append else self.bits
+        sharded = self.shards is not None or (self.append and self.out.is_dir())
+        if self.append and (self.bits is not None or self.shards is not None):
+            which = "--bits" if self.bits is not None else "--shards"
+            raise InputError(f"{which} is for a new index: one that is appended to knows its own")
+        check_least(shards=(self.shards, 1))
+        if not sharded:
+            check_output(self.out, self.force or self.append, *self.codes, self.ids)
+        bits = HammingIndex.open(self.out).bits if self.append else self.bits
         sources = [open_codes(path, bits) for path in self.codes]
         wanted = -(-bits // 8) if bits else nbytes_of(sources[0])
         if not bits:
@@ -72,12 +85,18 @@ class Index:
             raise InputError(f"{self.ids}: expected {total} integer ids, one per code, got {ids.dtype} {ids.shape}")
         ids_from = self.ids or Path(", ".join(map(str, self.codes)))
         with self._naming(sources, bits), naming(ids=ids_from), counting(total, verb) as progress:
-            if self.append:
+            if self.append and sharded:
+                held = [x if isinstance(x, np.ndarray) else x._parts for x in sources]
+                _shards.append(self.out, held, ids, progress)
+            elif sharded:
+                ShardedIndex.build(self.out, sources, ids, shards=self.shards or 1, bits=bits, progress=progress)
+            elif self.append:
                 HammingIndex.append(self.out, sources, ids, progress=progress)
             else:
                 HammingIndex.build(self.out, sources, ids, bits=bits, progress=progress)
-        built = HammingIndex.load(self.out)
-        print(f"{self.out}: {built.ntotal} codes of {built.bits} bits")
+        built = HammingIndex.open(self.out)
+        of = f" in {len(_shards.read(self.out).shards)} shards" if sharded else ""
+        print(f"{self.out}: {built.ntotal} codes of {built.bits} bits{of}")
 
     @contextmanager
     def _naming(self, sources: "list[np.ndarray | HammingIndex]", bits: int | None) -> Iterator[None]:

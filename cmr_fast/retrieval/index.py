@@ -11,7 +11,7 @@ from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
 from cmr_fast.ops.hamming import closed_radius
-from cmr_fast.retrieval import _codefiles, _faiss, _indexfile, _usearch
+from cmr_fast.retrieval import _codefiles, _faiss, _indexfile, _shards, _usearch
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._collection import Collection, Ids
 from cmr_fast.retrieval._formats import index_kind
@@ -268,9 +268,10 @@ class HammingIndex(Collection):
         Parameters
         ----------
         path : path
-            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote; .u8bin and
-            .bvecs, whose rows are taken as packed codes; .hdf5 or .h5 of ann-benchmarks by Hamming distance ("train",
-            packed). Their ids are 0, 1, 2 and so on.
+            What `save`, faiss.write_index_binary or usearch's Index.save (of bits; keys become ids) wrote; a folder of
+            shards, which are searched one after the other here, without Ray; .u8bin and .bvecs, whose rows are taken as
+            packed codes; .hdf5 or .h5 of ann-benchmarks by Hamming distance ("train", packed). Ids of files of codes
+            are 0, 1, 2 and so on.
         mmap : bool
             As in `load`: False reads everything into memory. usearch's and files of codes are always read.
         bits : int, optional
@@ -285,6 +286,8 @@ class HammingIndex(Collection):
         InputError
             For a file that is none of these, saying what it is, or of another code length.
         """
+        if as_path(path).is_dir():
+            return cls._of_shards(path, bits, mmap)
         if _codefiles.has_codes(path):
             held, codes = _codefiles.read_codes(path, bits=bits)
             index = cls(held)
@@ -411,6 +414,21 @@ class HammingIndex(Collection):
             For a file that is missing, damaged, too wide or something else, saying what it is.
         """
         return cls._holding(path, *_faiss.read(path), bits, mmap)
+
+    @classmethod
+    def _of_shards(cls, path: StrPath, bits: int | None, mmap: bool) -> "HammingIndex":
+        held = _shards.read(path)
+        if bits is not None and code_length(bits) != held.bits:
+            raise InputError(f"{path}: its codes have {held.bits} bits, expected {bits}")
+        index = cls(held.bits)
+        parts = _shards.all_parts(as_path(path), held)
+        if mmap:
+            index._parts = parts
+        else:
+            for part in parts:
+                index._extend(part.sound().codes, part.ids)
+        index._next_id = held.next_id
+        return index
 
     @classmethod
     def _holding(cls, path: StrPath, file_bits: int, part: Part, bits: int | None, mmap: bool) -> "HammingIndex":

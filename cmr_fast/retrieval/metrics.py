@@ -6,7 +6,7 @@ the index order come from ops.ranking. Nothing of the size of queries x database
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -138,6 +138,65 @@ def evaluate_codes(
     # a bit per item and a few histograms are what a query holds; of one that leaves itself out, distances and relevance
     held = 8 * len(database) if setting.ties == "index" and not by_op else len(database) // 8 + 32 * levels
     return _evaluate(measure, max(1, 8 * _BLOCK // held), setting, labels, levels, "hamming")
+
+
+def evaluate_histograms(
+    histograms: Callable[[slice, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    q_labels: object,
+    db_labels: object,
+    sizes: tuple[int, int],
+    bits: int,
+    *,
+    k: int | None = None,
+    convention: str = "all",
+    ties: str = "tie_aware",
+) -> RetrievalResult:
+    """`evaluate_codes` from histograms of distances, which several databases together have as the sum of theirs.
+
+    Parameters
+    ----------
+    histograms : callable
+        (rows, labels of these queries, labels of the database) -> int64 (B, bits + 1) items at each distance, and the
+        relevant ones among them; labels as `ops.ranking` takes them.
+    q_labels, db_labels, k, convention
+        As in `evaluate_codes`.
+    sizes : (int, int)
+        Queries and items of the database.
+    bits : int
+        Code length.
+    ties : str
+        As in `evaluate_codes`, but "index", whose order inside a distance histograms do not know.
+
+    Returns
+    -------
+    RetrievalResult
+        To the last bit that of `evaluate_codes`.
+
+    Raises
+    ------
+    InputError
+        As `evaluate_codes`, and for ties="index".
+    """
+    labels = Labels(q_labels, db_labels, *sizes)
+    setting = _check_setting(labels, k, convention, ties, None, False)
+    if setting.ties == "index":
+        raise InputError(
+            "ties='index' needs the order of equally distant items, which sums of histograms do not hold; "
+            f"ties must be one of {', '.join(name for name in TIES if name != 'index')}"
+        )
+    setting = replace(setting, partners=None)
+    q_packed, db_packed = labels.packed()
+
+    def measure(rows: slice, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+        items, hits = histograms(rows, q_packed[rows], db_packed)
+        counts = hits.sum(axis=1)
+        curves.add_radius(items, hits, counts)
+        groups = Groups.from_histograms(items, hits).ordered(setting.ties)
+        curves.add(groups, counts)
+        return _average_precisions(groups, counts, setting), counts
+
+    held = sizes[1] // 8 + 32 * (bits + 1)
+    return _evaluate(measure, max(1, 8 * _BLOCK // held), setting, labels, bits + 1, "hamming")
 
 
 def evaluate_embeddings(

@@ -164,3 +164,22 @@ def test_k_beyond_the_index_is_what_it_holds(folder, capsys, k):
     assert f"holds {count} codes, fewer than k = {k}" in out
     with np.load("hits.npz") as hits:
         assert hits["ids"].shape == (count, count) and (np.sort(hits["ids"]) == np.arange(count)).all()
+
+
+def test_a_folder_of_shards_is_built_grows_and_is_searched_as_a_file_is(folder, capsys):
+    assert "200 codes of 32 bits in 3 shards" in ran(capsys, "index", "a.npy", "--out", "x", "--shards", "3")
+    assert "300 codes of 32 bits in 3 shards" in ran(capsys, "index", "b.npy", "--out", "x", "--append")
+    ran(capsys, "index", "a.npy", "b.npy", "--out", "x.cmrx")
+    assert (HammingIndex.open("x").codes == CODES).all()
+    assert (HammingIndex.open("x", mmap=False).ids == np.arange(300)).all()
+    for name in ("x", "x.cmrx"):
+        ran(capsys, "search", name, "q.npy", "--k", "7", "--out", f"{name}-hits.npz")
+    found, expected = np.load("x-hits.npz"), np.load("x.cmrx-hits.npz")
+    for key in ("distances", "ids"):
+        np.testing.assert_array_equal(found[key], expected[key])
+    np.save("ids.npy", np.arange(100))
+    assert "ids must be new" in refused(capsys, "index", "b.npy", "--out", "x", "--append", "--ids", "ids.npy")
+    assert "is not an empty folder" in refused(capsys, "index", "a.npy", "--out", "x", "--shards", "2")
+    assert "--shards is for a new index" in refused(capsys, "index", "b.npy", "--out", "x", "--append", "--shards", "2")
+    assert "shards must be 1 or more" in refused(capsys, "index", "b.npy", "--out", "z", "--shards", "0")
+    assert len(HammingIndex.open("x")) == 300
