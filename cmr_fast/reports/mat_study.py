@@ -84,7 +84,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(steps=10, batch=32, image_steps=2, alpha=1 / 255, lr=1e-3, images=20, captions=1),
-    "small": Scale(steps=100, batch=32, image_steps=2, alpha=1 / 255, lr=5e-3, images=100, captions=5),
+    "small": Scale(steps=100, batch=32, image_steps=2, alpha=1 / 255, lr=1e-3, images=100, captions=5),
     "paper": Scale(steps=5000, batch=128, image_steps=10, alpha=0.5 / 255, lr=1e-4, images=1000, captions=5),
 }
 
@@ -335,6 +335,8 @@ def _findings(hits: Mapping[str, Sequence[Mapping[str, Hits]]]) -> list[dict[str
                 for name in (finding.better, finding.worse)
             )
             told.append(_told(finding.words, [better - worse]))
+            if lost := [name for name in (finding.better, finding.worse) if _lost(hits[name], hits[START])]:
+                told[-1]["verdict"] = f"nothing to tell, {' and '.join(lost)} finds next to nothing unattacked"
     if all(name in hits for name in GAP):
         apart = {
             part: np.subtract(*(_scores([seed[part] for seed in hits[name]], ("co-attack",)) for name in GAP))
@@ -342,6 +344,12 @@ def _findings(hits: Mapping[str, Sequence[Mapping[str, Hits]]]) -> list[dict[str
         }
         told.append(_told(OVERFIT, [apart["train"], -apart["test"]]))
     return told
+
+
+def _lost(row: Sequence[Mapping[str, Hits]], start: Sequence[Mapping[str, Hits]]) -> bool:
+    """Whether a row's clean R@1 is below a tenth of the model's that it was trained from: the training broke it."""
+    clean, before = (float(_scores([seed["test"] for seed in each], ("clean",)).mean()) for each in (row, start))
+    return clean < before / 10
 
 
 def _told(words: str, parts: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path
     assert len(results["findings"]) == 4
     for told in results["findings"]:
         assert told["low"] <= told["difference"] <= told["high"]
-        assert told["verdict"] in ("holds here", "the reverse holds here", "cannot be told here")
+        assert told["verdict"].startswith(("holds", "the reverse holds", "cannot be told", "nothing to tell"))
     assert list(results["figures"]["densities"]["alignment"]) == ["Orig.", "EDA", "Human", "RandAug"]
     for file in ("index.html", "README.md", "results.csv", "recall.png", "figure-1.png", "figure-2.png"):
         assert (out / file).stat().st_size > 0
@@ -78,6 +78,25 @@ def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path
     monkeypatch.setitem(mat_study.SCALES, "tiny", Scale(3, 8, 1, 1 / 255, 1e-2, 4, 1))
     assert main(command) == 2
     assert "a run of other settings" in capsys.readouterr().err
+
+
+def test_nothing_is_told_of_a_training_that_broke_the_model():
+    def row(clean, attacked):
+        owner = np.repeat(np.arange(100), 2)
+        ways = {"clean": clean, "co-attack": attacked, "sga": attacked}
+        found = {
+            name: {"tr": np.arange(100)[:, None] < count, "ir": np.arange(200)[:, None] < 2 * count}
+            for name, count in ways.items()
+        }
+        return [{"test": mat_study.Hits(found, owner)}]
+
+    hits = {"start": row(60, 0), "finetune": row(50, 0), "MAT": row(5, 5), "MAT_Img": row(20, 0)}
+    told = {each["finding"]: each for each in mat_study._findings(hits)}
+    verdicts = {words.split(":")[0]: each["verdict"] for words, each in told.items()}
+    assert verdicts["Multimodal training defends"] == "nothing to tell, MAT finds next to nothing unattacked"
+    assert told[mat_study.FINDINGS[0].words]["difference"] == pytest.approx(0.05)
+    hits["MAT"] = row(40, 30)
+    assert mat_study._findings(hits)[0]["verdict"] == "holds here"
 
 
 def test_later_work_joins_where_it_is_asked_for(begun, tmp_path, capsys):
