@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
+pytest.importorskip("asv")
 from benchmarks import instructions
 
 
