@@ -50,8 +50,9 @@ def number(text: str) -> float:
 
 
 def matches(printed: str, unit: str, values: list[float]) -> bool:
-    digits = len(printed.partition(".")[2])
-    near = 0.5 * 10**-digits * (1 + 1e-9)
+    mantissa, _, exponent = printed.lower().partition("e")
+    digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
+    near = 0.5 * 10.0**-digits * (1 + 1e-9)
     return any(abs(value * scale - number(printed)) <= near for value in values for scale in SCALES[unit])
 
 

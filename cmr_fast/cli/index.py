@@ -49,8 +49,6 @@ class Index:
 
     def __call__(self) -> None:
         """Run the command."""
-        import numpy as np
-
         from cmr_fast.distributed import ShardedIndex
         from cmr_fast.ops._tensors import MAX_BITS
         from cmr_fast.retrieval import _shards
@@ -65,6 +63,8 @@ class Index:
             which = "--bits" if self.bits is not None else "--shards"
             raise InputError(f"{which} is for a new index: one that is appended to knows its own")
         check_least(shards=(self.shards, 1))
+        if sharded and self.force:
+            raise InputError(f"--force is for a file; remove the folder {self.out} yourself, or name another")
         if not sharded:
             check_output(self.out, self.force or self.append, *self.codes, self.ids)
         bits = HammingIndex.open(self.out).bits if self.append else self.bits
@@ -86,8 +86,7 @@ class Index:
         ids_from = self.ids or Path(", ".join(map(str, self.codes)))
         with self._naming(sources, bits), naming(ids=ids_from), counting(total, verb) as progress:
             if self.append and sharded:
-                held = [x if isinstance(x, np.ndarray) else x._parts for x in sources]
-                _shards.append(self.out, held, ids, progress)
+                ShardedIndex.append(self.out, sources, ids, progress=progress)
             elif sharded:
                 ShardedIndex.build(self.out, sources, ids, shards=self.shards or 1, bits=bits, progress=progress)
             elif self.append:

@@ -207,7 +207,10 @@ def _by_file(file: Path, present: dict[str, CaptionedImages]) -> _Labelled:
     table = read_labels(file)
     classes = sorted({label for row in table.values() for label in row})
     place = {label: number for number, label in enumerate(classes)}
-    by_name = {Path(name).name: row for name, row in table.items()}
+    by_name: dict[str, Sequence[str]] = {}
+    for name, labels in table.items():  # of two files of one name in two folders, neither stands for a third
+        base = Path(name).name
+        by_name[base] = labels if base not in by_name or set(by_name[base]) == set(labels) else ()
     whole: dict[str, list[Sequence[str]]] = {}
     for name, split in present.items():
         if not isinstance(split.image, Photos):

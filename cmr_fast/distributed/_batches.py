@@ -42,8 +42,12 @@ class Batches:
             self._queues.setdefault(key, deque()).append((q, mine))
         while True:
             with self._lock:
-                while not mine.done() and key in self._running:
-                    self._lock.wait()
+                try:
+                    while not mine.done() and key in self._running:
+                        self._lock.wait()
+                except BaseException:  # such as Ctrl-C: nobody waits for it any more
+                    self._leave(key, mine)
+                    raise
                 if mine.done():
                     return mine.result()
                 self._running.add(key)
@@ -55,6 +59,12 @@ class Batches:
                     self._running.discard(key)
                     self._rows -= sum(len(rows) for rows, _ in batch)
                     self._lock.notify_all()
+
+    def _leave(self, key: Hashable, mine: "Future[tuple[np.ndarray, ...]]") -> None:
+        queue = self._queues.pop(key, deque())
+        self._rows -= sum(len(rows) for rows, future in queue if future is mine)
+        if others := [each for each in queue if each[1] is not mine]:
+            self._queues[key] = deque(others)
 
     def _next(self, key: Hashable) -> "list[_Waiting]":
         batch: list[_Waiting] = []

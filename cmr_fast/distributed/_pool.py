@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cmr_fast.distributed._worker import Answer, ShardWorker, StaleError
+from cmr_fast.distributed._worker import Answer, ShardWorker
 from cmr_fast.errors import InputError
-from cmr_fast.retrieval._shards import ShardFile
+from cmr_fast.retrieval._shards import GoneError, ShardFile
 
 _OLDEST = (2, 9)
 _PAUSE = 0.05  # seconds between two attempts, while actors start anew
@@ -33,6 +33,7 @@ class ShardLostError(RuntimeError):
 class _Replica:
     actor: Any
     doubted: float = 0.0  # when it failed last
+    answered: bool = False  # before, it is being started, which no timeout is for
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Pool:
         self._folder, self._bits, self._mmap, self._threads = str(folder.resolve()), bits, mmap, threads
         self._replicas, self._timeout, self._wait = replicas, timeout, wait
         self._turn = itertools.count()
+        self._closed = False
         self.shards: list[list[_Replica]] = []
 
     def grow(self, shards: int) -> None:
@@ -110,9 +112,11 @@ class Pool:
         ------
         ShardLostError
             Where a shard has no answer, and not `partial`.
-        StaleError
-            Where the files of a shard are gone.
+        GoneError
+            Where the files of a shard are gone, for each of its replicas.
         """
+        if self._closed:
+            raise InputError("this ShardedIndex was closed; open the folder again")
         self.grow(len(files))
         ray, answers = self._ray, dict[int, Answer]()
         pending: dict[Any, _Call] = {}
@@ -133,12 +137,14 @@ class Pool:
                 failed(call, error)
             return True
 
-        def failed(call: _Call, error: object) -> None:
+        def failed(call: _Call, error: Exception) -> None:
             call.tried.add(call.replica)
             call.why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             self.shards[call.shard][call.replica].doubted = time.monotonic()
             if send(call):
                 return
+            if isinstance(error, GoneError):
+                raise error
             if len(self.shards[call.shard]) > 1 and time.monotonic() - begun < self._wait:
                 time.sleep(_PAUSE)  # Ray is starting them anew
                 call.tried.clear()
@@ -158,7 +164,12 @@ class Pool:
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=self._timeout)
             if not done:
-                late = [ref for ref, call in pending.items() if time.monotonic() - call.sent >= (self._timeout or 0)]
+                begun_at = time.monotonic() - (self._timeout or 0)
+                late = [
+                    ref
+                    for ref, call in pending.items()
+                    if call.sent <= begun_at and self.shards[call.shard][call.replica].answered
+                ]
                 for ref in late:
                     failed(pending.pop(ref), TimeoutError(f"no answer in {self._timeout:g} s"))
                 continue
@@ -166,18 +177,24 @@ class Pool:
             try:
                 answer = ray.get(done[0])
             except ray.exceptions.RayTaskError as error:  # the worker itself refused
-                raise error.cause if isinstance(error.cause, InputError) else error from None
+                cause = error.cause
+                if isinstance(cause, GoneError | OSError | MemoryError):  # perhaps of that node alone
+                    failed(call, cause)
+                    continue
+                raise cause if isinstance(cause, InputError) else error from None
             except ray.exceptions.RayError as error:
                 failed(call, error)
                 continue
             expected = sum(file.rows for file in files[call.shard])
             if answer.rows != expected:
-                raise StaleError(f"shard {call.shard} looked at {answer.rows} codes, expected {expected}")
+                raise GoneError(f"shard {call.shard} looked at {answer.rows} codes, expected {expected}")
+            self.shards[call.shard][call.replica].answered = True
             answers[call.shard] = answer
         return answers
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors; nothing can be asked any more."""
+        self._closed = True
         for replica in itertools.chain.from_iterable(self.shards):
             self._ray.kill(replica.actor, no_restart=True)
         self.shards = []

@@ -12,11 +12,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from cmr_fast.errors import InputError
 from cmr_fast.ops import ranking
 from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._segments import Part
-from cmr_fast.retrieval._shards import ShardFile, check_same, opened
+from cmr_fast.retrieval._shards import ShardFile, opened
 from cmr_fast.retrieval._where import as_mask
 from cmr_fast.retrieval.index import HammingIndex
 
@@ -33,7 +32,7 @@ class ShardWorker:
 
     def __init__(self, folder: str, bits: int, mmap: bool = True, threads: int = 1) -> None:
         self._folder, self._bits, self._mmap, self._threads = Path(folder), bits, mmap, threads
-        self._files: dict[ShardFile, tuple[Part, ...]] = {}
+        self._files: dict[ShardFile, tuple[_Touched, tuple[Part, ...]]] = {}
         self._plans: WeakKeyDictionary[Part, SearchPlan] = WeakKeyDictionary()
         self._view: tuple[tuple[ShardFile, ...], HammingIndex] = ((), HammingIndex(bits))
 
@@ -77,26 +76,30 @@ class ShardWorker:
     def _index(self, files: Sequence[ShardFile]) -> HammingIndex:
         """The files as one index; what is held of other states than this one is let go."""
         files = tuple(files)
-        for file in files:
-            path = self._folder / file.name
-            try:
-                check_same(path, file)
-            except FileNotFoundError:
-                raise StaleError(f"{path} is gone: the index was changed") from None
         held, index = self._view
-        if held == files:
+        now = {file: self._files[file] for file in files if file in self._files and self._same(file)}
+        if held == files and len(now) == len(files):
             return index
-        self._files = {file: self._files.get(file) or self._opened(file) for file in files}
+        self._files = {file: now[file] if file in now else self._opened(file) for file in files}
         index = HammingIndex(self._bits)
         index._plans = self._plans
-        index._parts = tuple(part for file in files for part in self._files[file])
+        index._parts = tuple(part for file in files for part in self._files[file][1])
         self._view = (files, index)
         return index
 
-    def _opened(self, file: ShardFile) -> tuple[Part, ...]:
-        if self._mmap:
-            return opened(self._folder, file, self._bits)
-        return HammingIndex.load(self._folder / file.name, mmap=False)._parts
+    def _same(self, file: ShardFile) -> bool:
+        """Whether a file that is held was not touched since it was opened; one that was is opened and checked anew."""
+        try:
+            return _touched(self._folder / file.name) == self._files[file][0]
+        except FileNotFoundError:
+            return False
+
+    def _opened(self, file: ShardFile) -> "tuple[_Touched, tuple[Part, ...]]":
+        path = self._folder / file.name
+        parts = opened(self._folder, file, self._bits)
+        if not self._mmap:
+            parts = HammingIndex.load(path, mmap=False)._parts
+        return _touched(path), parts
 
     @staticmethod
     def _mask(index: HammingIndex, where: np.ndarray | None) -> tuple[np.ndarray | None, int]:
@@ -110,5 +113,9 @@ class ShardWorker:
         return np.concatenate([np.empty(0, bool), *masks]), len(known)
 
 
-class StaleError(InputError):
-    """The files that a call is about are gone, since the index was changed."""
+_Touched = tuple[int, int]
+
+
+def _touched(path: Path) -> _Touched:
+    seen = os.stat(path)
+    return seen.st_ino, seen.st_mtime_ns

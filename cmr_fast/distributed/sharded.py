@@ -1,7 +1,7 @@
 """ShardedIndex: a HammingIndex whose parts are held by Ray actors, and answer as one."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 from cmr_fast._files import StrPath, as_path
 from cmr_fast.distributed._batches import Batches
 from cmr_fast.distributed._pool import Pool
-from cmr_fast.distributed._worker import Answer, StaleError
+from cmr_fast.distributed._worker import Answer
 from cmr_fast.errors import InputError
 from cmr_fast.ops._dispatch import how
 from cmr_fast.ops._tensors import MAX_K, as_integer
@@ -69,9 +69,10 @@ class ShardedIndex:
     threads : int, optional
         Of each actor. None: a node's processors divided by its actors.
     timeout : float, optional
-        Seconds after which a shard that has not answered counts as lost; None waits.
+        Seconds after which a shard that has not answered counts as lost, but one that is being started; None waits.
     wait : float
-        Seconds for which a search waits for lost replicas of a shard to come back before it is given up.
+        Seconds for which a search waits for lost replicas of a shard, where there are two or more, to come back before
+        it is given up.
     most_together : int
         Queries that are searched together at most, of callers that come at once.
     most_waiting : int
@@ -108,7 +109,7 @@ class ShardedIndex:
         self._changing = threading.Lock()
         self._pool = Pool(self.folder, self.bits, replicas, mmap, checked, timeout, float(wait))
         self._pool.grow(len(self._manifest.shards))
-        self._pool.ask("ready", self._manifest.shards, lambda _: ())
+        self._asked(None, lambda selected: self._pool.ask("ready", selected.manifest.shards, lambda _: ()))
 
     @classmethod
     def build(
@@ -148,6 +149,26 @@ class ShardedIndex:
         check_progress(progress)
         parts, next_id = planned(_opened(pieces, bits), ids, (), 0)
         _shards.created(folder, bits, parts, next_id, shards, progress)
+
+    @staticmethod
+    def append(
+        folder: StrPath,
+        codes: "Array | HammingIndex | Sequence[Array | HammingIndex]",
+        ids: Ids | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Add codes to a folder, as `HammingIndex.append` does to a file. Ray is not needed for it.
+
+        Raises
+        ------
+        InputError
+            As `HammingIndex.append`; nothing is added then.
+        """
+        pieces = _pieces(codes)
+        check_progress(progress)
+        bits = _shards.read(folder).bits
+        _shards.append(as_path(folder), _opened(pieces, bits), ids, progress)
 
     @property
     def bits(self) -> int:
@@ -202,7 +223,7 @@ class ShardedIndex:
         if where is not None or partial:
             (distances, ids), missing = self._nearest(rows, k, most, where, partial)
             out = like(distances, q), like(ids, q)
-            return PartialNeighbours(*out, missing, self._codes_of(missing)) if partial else out
+            return PartialNeighbours(*out, tuple(missing), sum(missing.values())) if partial else out
         distances, ids = self._batches.search(
             (k, most), rows, lambda all_: self._nearest(all_, k, most, None, False)[0]
         )
@@ -236,10 +257,10 @@ class ShardedIndex:
         def ask(selected: "_Selected") -> dict[int, Answer]:
             return self._ask(selected.manifest, "range_search", rows, lambda n: (most, selected.of(n)), partial)
 
-        answers, missing = self._asked(where, ask) if most >= 0 else ([], tuple[int, ...]())
+        answers, missing = self._asked(where, ask) if most >= 0 else ([], dict[int, int]())
         found = hits_of_all([each.found[:3] for each in answers], len(rows))
         out = like(found[0], q), like(found[1], q), like(found[2], q)
-        return PartialHits(*out, missing, self._codes_of(missing)) if partial else out
+        return PartialHits(*out, tuple(missing), sum(missing.values())) if partial else out
 
     def evaluate(
         self,
@@ -278,11 +299,17 @@ class ShardedIndex:
 
         def histograms(block: slice, asked: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             ends = np.cumsum(manifest.rows)
-            answers = self._pool.ask(
-                "histograms",
-                manifest.shards,
-                lambda n: (rows[block], asked, held[ends[n] - manifest.rows[n] : ends[n]]),
-            )
+            try:
+                answers = self._pool.ask(
+                    "histograms",
+                    manifest.shards,
+                    lambda n: (rows[block], asked, held[ends[n] - manifest.rows[n] : ends[n]]),
+                )
+            except _shards.GoneError as error:
+                raise InputError(
+                    f"another process changed the index ({error}): call refresh(), and give db_labels of the codes as "
+                    "they are then"
+                ) from error
             items, relevant = (np.sum([each.found[i] for each in answers.values()], axis=0) for i in (0, 1))
             return items[:, :levels], relevant[:, :levels]
 
@@ -338,16 +365,15 @@ class ShardedIndex:
             self._manifest = _shards.read(self.folder)
 
     def save(self, path: StrPath) -> None:
-        """Write all as one index file, for `HammingIndex.load`. The folder itself needs no saving.
+        """Write all that is in the folder now as one index file, for `HammingIndex.load`. The folder needs no saving.
 
         Raises
         ------
         InputError
             As `HammingIndex.save`.
         """
-        held = self._manifest
-        parts = [part.sound() for part in _shards.all_parts(self.folder, held)]
-        _indexfile.write(path, held.bits, held.next_id, parts)
+        held, parts = _shards.settled(self.folder)
+        _indexfile.write(path, held.bits, held.next_id, [part.sound() for part in parts])
 
     def close(self) -> None:
         """End the actors. Files stay."""
@@ -363,7 +389,7 @@ class ShardedIndex:
 
     def _nearest(
         self, rows: np.ndarray, k: int, radius: int | None, where: Where | None, partial: bool
-    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[int, ...]]:
+    ) -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
         def ask(selected: "_Selected") -> dict[int, Answer]:
             return self._ask(selected.manifest, "search", rows, lambda n: (k, radius, selected.of(n)), partial)
 
@@ -372,21 +398,27 @@ class ShardedIndex:
 
     def _asked(
         self, where: Where | None, ask: "Callable[[_Selected], dict[int, Answer]]"
-    ) -> tuple[list[Answer], tuple[int, ...]]:
-        """The shards' answers in their order, of one state of the index, and which shards are missing."""
+    ) -> tuple[list[Answer], dict[int, int]]:
+        """The shards' answers in their order, of one state of the index, and the codes of shards that are missing."""
+        manifest = self._manifest
         for attempt in range(_ATTEMPTS):
-            manifest = self._manifest
             selected = _Selected(where, manifest)
             try:
                 answers = ask(selected)
                 break
-            except StaleError:
+            except _shards.GoneError:
                 if attempt + 1 == _ATTEMPTS:
                     raise
                 self.refresh()
-        missing = tuple(n for n, files in enumerate(manifest.shards) if files and n not in answers)
+                if selected.by_row and self._manifest != manifest:
+                    raise InputError(
+                        "another process changed the index, and a mask is of the codes as they were: make it anew, for "
+                        f"{self.ntotal} codes"
+                    ) from None
+                manifest = self._manifest
+        missing = {n: manifest.rows[n] for n, files in enumerate(manifest.shards) if files and n not in answers}
         if not missing:
-            selected.check(sum(answer.found[-1] for answer in answers.values()))
+            selected.check(answers.values())
         return [answers[n] for n in sorted(answers)], missing
 
     def _ask(
@@ -398,9 +430,6 @@ class ShardedIndex:
         partial: bool,
     ) -> dict[int, Answer]:
         return self._pool.ask(method, manifest.shards, lambda n: (rows, *rest(n)), partial)
-
-    def _codes_of(self, missing: tuple[int, ...]) -> int:
-        return sum(self._manifest.rows[n] for n in missing)
 
 
 class _Selected:
@@ -427,12 +456,20 @@ class _Selected:
 
     def of(self, shard: int) -> np.ndarray | None:
         """What a shard is to look at: bool for its rows, or ids."""
-        if self._given is None or self._given.dtype != bool:
+        if self._given is None or not self.by_row:
             return self._given
         start = sum(self.manifest.rows[:shard])
         return self._given[start : start + self.manifest.rows[shard]]
 
-    def check(self, known: int) -> None:
-        """InputError unless so many known ids are all that were given."""
-        if self._given is not None and self._given.dtype != bool and known < len(self._given):
+    @property
+    def by_row(self) -> bool:
+        """Whether it is a mask."""
+        return self._given is not None and self._given.dtype == bool
+
+    def check(self, answers: "Iterable[Answer]") -> None:
+        """InputError unless the ids that shards know are all that were given."""
+        if self._given is None or self.by_row:
+            return
+        known = sum(answer.found[-1] for answer in answers)
+        if known < len(self._given):
             raise InputError(f"where must name ids of the index: {len(self._given) - known} are not in it")

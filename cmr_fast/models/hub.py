@@ -1,13 +1,16 @@
 """Whether the hub of pretrained models can be reached: its own client tries for half a minute a file, and says each."""
 
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 SECONDS = 3.0
+_lock, _inside = threading.Lock(), 0
 
 
 @contextmanager
@@ -24,12 +27,26 @@ def hub_for(name: str | Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = bool(before) or not (Path(name).is_dir() or reached(constants.ENDPOINT))
+    if constants.HF_HUB_OFFLINE or Path(name).is_dir() or reached(constants.ENDPOINT):
+        yield
+        return
+    with _offline(constants):
+        yield
+
+
+@contextmanager
+def _offline(constants: Any) -> Iterator[None]:
+    """The hub's client asks nobody, for as long as any thread is in here."""
+    global _inside
+    with _lock:
+        _inside += 1
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        with _lock:
+            _inside -= 1
+            constants.HF_HUB_OFFLINE = _inside > 0
 
 
 def reached(endpoint: str) -> bool:
@@ -41,10 +58,13 @@ def reached(endpoint: str) -> bool:
         https://huggingface.co, or what HF_ENDPOINT names.
     """
     place = urlsplit(endpoint)
-    if urllib.request.getproxies().get(place.scheme) and not urllib.request.proxy_bypass(place.hostname or ""):
+    proxies = urllib.request.getproxies()
+    if (proxies.get(place.scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(place.hostname or ""):
         return True
     try:
-        with socket.create_connection((place.hostname or "", place.port or 443), timeout=SECONDS):
+        with socket.create_connection(
+            (place.hostname or "", place.port or (80 if place.scheme == "http" else 443)), timeout=SECONDS
+        ):
             return True
     except OSError:
         return False

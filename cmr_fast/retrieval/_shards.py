@@ -9,6 +9,8 @@ leavings.
 
 import json
 import os
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -31,18 +33,27 @@ except ImportError:  # no advisory locks on this platform: two writers are not k
 
 MANIFEST = "shards.json"
 _FORMAT, _VERSION = "cmr_fast shards", 1
+_HEADER = 60  # its last four bytes are its own crc32: with them it is the same for all
+GRACE = 60.0  # seconds for which the files of a state stay after the next one is in force: searches may be at them
 
 Progress = Callable[[int], object]
 
 
+class GoneError(InputError):
+    """A file of a state of the folder is gone, as one that was changed since has it."""
+
+
 @dataclass(frozen=True)
 class ShardFile:
-    """An index file of a shard, and what tells that it is still the same: its size and the time of its last change."""
+    """An index file of a shard, and what tells that it is still the same: its size and the crc32 of its header.
+
+    The header holds the crc32 of a directory which holds those of all codes and ids.
+    """
 
     name: str
     rows: int
     size: int
-    stamp: int  # time of the last change, ns
+    stamp: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def read(folder: StrPath) -> Manifest:
     """The state of a folder as it is now."""
     path = as_path(folder) / MANIFEST
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if path.parent.is_dir():
             raise InputError(f"{folder}: is a folder without {MANIFEST}, which one of shards has") from None
@@ -78,7 +89,7 @@ def read(folder: StrPath) -> Manifest:
         if version == _VERSION:
             shards = tuple(tuple(ShardFile(**file) for file in files) for files in held["shards"])
             return Manifest(held["bits"], held["next_id"], held["capacity"], held["generation"], shards)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged or of something else: it does not describe shards") from error
     raise InputError(f"{path} is of version {version}; this release reads version {_VERSION}")
 
@@ -105,12 +116,19 @@ def writing(folder: Path) -> Iterator[Manifest]:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         manifest = read(folder)
-        named = {file.name for files in manifest.shards for file in files}
+        named = _names(manifest)
         for path in folder.glob("shard-*.cmr"):
-            if path.name not in named:  # of a change that was not finished, or of one state before
-                with suppress(OSError):
+            with suppress(OSError):  # of a change that was not finished, or of states before
+                if path.name not in named and time.time() - path.stat().st_mtime >= GRACE:
                     path.unlink()
         yield manifest
+        for name in named - _names(read(folder)):
+            with suppress(OSError):
+                os.utime(folder / name)  # its time of grace begins
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {file.name for files in manifest.shards for file in files}
 
 
 def created(
@@ -147,18 +165,25 @@ def written(
 ) -> ShardFile:  # fmt: skip
     """Write parts as a file of a shard; the first `moved` of them are none of the progress."""
     _indexfile.write(folder / name, bits, next_id, [part.sound() for part in parts], progress, moved)
-    seen = os.stat(folder / name)
-    return ShardFile(name, sum(map(len, parts)), seen.st_size, seen.st_mtime_ns)
+    path = folder / name
+    return ShardFile(name, sum(map(len, parts)), os.stat(path).st_size, _stamp(path))
 
 
 def opened(folder: Path, file: ShardFile, bits: int) -> tuple[Part, ...]:
     """The parts of a file, mapped, not yet compared with their checksums."""
     path = folder / file.name
     try:
-        check_same(path, file)
+        seen = os.stat(path).st_size, _stamp(path)
+        if seen != (file.size, file.stamp):
+            raise InputError(
+                f"{path} was changed after it was written: {seen[0]} bytes whose header has checksum {seen[1]}, "
+                f"expected {file.size} and {file.stamp}; files of shards are changed through ShardedIndex only"
+            )
         stored = _indexfile.read(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is gone: another process changed the index, or removed the file") from None
+    except (FileNotFoundError, InputError):
+        if path.exists():
+            raise
+        raise GoneError(f"{path} is gone: another process changed the index, or removed the file") from None
     if stored.bits != bits or sum(map(len, stored.parts)) != file.rows:
         raise InputError(
             f"{path} holds {sum(map(len, stored.parts))} codes of {stored.bits} bits, "
@@ -173,14 +198,20 @@ def all_parts(folder: Path, manifest: Manifest) -> tuple[Part, ...]:
     return tuple(part for file in files for part in opened(folder, file, manifest.bits))
 
 
-def check_same(path: Path, file: ShardFile) -> None:
-    """InputError where a file is another one than the manifest says."""
-    seen = os.stat(path)
-    if (seen.st_size, seen.st_mtime_ns) != (file.size, file.stamp):
-        raise InputError(
-            f"{path} was changed after it was written: {seen.st_size} bytes of {seen.st_mtime_ns} ns, expected "
-            f"{file.size} of {file.stamp}; files of shards are changed through ShardedIndex only"
-        )
+def _stamp(path: Path) -> int:
+    with open(path, "rb") as file:
+        return zlib.crc32(file.read(_HEADER))
+
+
+def settled(folder: StrPath) -> tuple[Manifest, tuple[Part, ...]]:
+    """The state of a folder and its parts, while other processes may change it."""
+    while True:
+        manifest = read(folder)
+        try:
+            return manifest, all_parts(as_path(folder), manifest)
+        except GoneError:
+            if read(folder) == manifest:
+                raise
 
 
 def append(

@@ -417,11 +417,10 @@ class HammingIndex(Collection):
 
     @classmethod
     def _of_shards(cls, path: StrPath, bits: int | None, mmap: bool) -> "HammingIndex":
-        held = _shards.read(path)
+        held, parts = _shards.settled(path)
         if bits is not None and code_length(bits) != held.bits:
             raise InputError(f"{path}: its codes have {held.bits} bits, expected {bits}")
         index = cls(held.bits)
-        parts = _shards.all_parts(as_path(path), held)
         if mmap:
             index._parts = parts
         else:

@@ -183,3 +183,9 @@ def test_a_folder_of_shards_is_built_grows_and_is_searched_as_a_file_is(folder, 
     assert "--shards is for a new index" in refused(capsys, "index", "b.npy", "--out", "x", "--append", "--shards", "2")
     assert "shards must be 1 or more" in refused(capsys, "index", "b.npy", "--out", "z", "--shards", "0")
     assert len(HammingIndex.open("x")) == 300
+    assert "--force is for a file" in refused(capsys, "index", "a.npy", "--out", "x", "--shards", "2", "--force")
+    np.save("short.npy", np.uint8([[255, 15], [3, 1]]))
+    np.save("stray.npy", np.uint8([[255, 31]]))
+    ran(capsys, "index", "short.npy", "--out", "s", "--shards", "2", "--bits", "12")
+    assert "no bits set beyond bit 12" in refused(capsys, "index", "stray.npy", "--out", "s", "--append")
+    assert len(HammingIndex.open("s")) == 2

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from cmr_fast import HammingIndex, InputError
 from cmr_fast.distributed import ShardedIndex
-from cmr_fast.distributed._worker import ShardWorker, StaleError
+from cmr_fast.distributed._worker import ShardWorker
 from cmr_fast.retrieval import _shards
 from cmr_fast.retrieval._segments import Part
+
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch):
+    monkeypatch.setattr(_shards, "GRACE", 0.0)
 
 
 def codes_of(seed, count, nbytes=8):
@@ -102,6 +108,24 @@ def test_removing_keeps_the_others_ids_and_order(tmp_path):
         _shards.removed(folder, old, np.array([1, 4]))
 
 
+def test_a_folder_is_copied_as_any_other(tmp_path):
+    ShardedIndex.build(tmp_path / "x", codes_of(0, 10), shards=2)
+    shutil.copytree(tmp_path / "x", tmp_path / "y", copy_function=shutil.copyfile)
+    assert (HammingIndex.open(tmp_path / "y").codes == codes_of(0, 10)).all()
+
+
+def test_files_of_the_state_before_stay_for_who_searches_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(_shards, "GRACE", 60.0)
+    folder = tmp_path / "x"
+    ShardedIndex.build(folder, codes_of(0, 4), shards=1)
+    for path in folder.glob("*.cmr"):
+        os.utime(path, (1, 1))  # of long ago
+    before = _shards.read(folder)
+    add(folder, codes_of(1, 6), 4)
+    add(folder, codes_of(2, 20), 10)
+    assert (np.concatenate([p.codes for p in _shards.all_parts(folder, before)]) == codes_of(0, 4)).all()
+
+
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="is not an empty folder"):
@@ -164,24 +188,29 @@ class TestWorker:
     def test_a_file_that_others_changed_is_named(self, shard):
         folder, files = shard
         worker = ShardWorker(str(folder), 64)
-        worker.ready(files)
+        expected = worker.search(files, codes_of(0, 1), 3, None, None)
         path = folder / files[0].name
-        os.utime(path, ns=(1, 1))
+        os.utime(path, ns=(1, 1))  # as a copy of the folder has it
+        found = worker.search(files, codes_of(0, 1), 3, None, None)
+        assert all((a == b).all() for a, b in zip(found.found[:2], expected.found[:2], strict=True))
+        whole = path.read_bytes()
+        HammingIndex.build(path, codes_of(7, 200), bits=64)
         with pytest.raises(InputError, match=r"shard-00000-0\.cmr was changed after it was written"):
             worker.search(files, codes_of(0, 1), 1, None, None)
+        path.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
+        with pytest.raises(InputError, match="fail their checksum"):
+            worker.search(files, codes_of(0, 1), 1, None, None)
         path.unlink()
-        with pytest.raises(StaleError, match="is gone"):
+        with pytest.raises(_shards.GoneError, match="is gone"):
             worker.search(files, codes_of(0, 1), 1, None, None)
 
     def test_damage_is_named_before_anything_is_answered(self, shard):
         folder, files = shard
         path = folder / files[0].name
-        kept = os.stat(path)
         with open(path, "r+b") as file:
             file.seek(8192 + 100)
             byte = file.read(1)
             file.seek(8192 + 100)
             file.write(bytes([byte[0] ^ 1]))
-        os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
         with pytest.raises(InputError, match="fail their checksum"):
             ShardWorker(str(folder), 64).search(files, codes_of(0, 1), 1, None, None)

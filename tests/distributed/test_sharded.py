@@ -12,6 +12,7 @@ import torch
 import cmr_fast as cf
 from cmr_fast import HammingIndex, InputError
 from cmr_fast.distributed import ShardedIndex, ShardLostError
+from cmr_fast.retrieval import _shards
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(400)
@@ -189,14 +190,18 @@ def test_a_lost_shard_without_a_replica_is_named_and_left_out_on_request_alone(c
             assert sharded.ntotal == 310
 
 
-def test_what_another_process_removes_is_seen_once_its_files_are_gone(cluster, tmp_path):
+def test_what_another_process_removes_is_seen_once_its_files_are_gone(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(_shards, "GRACE", 0.0)
     codes = codes_of(0, 100)
     ShardedIndex.build(tmp_path / "x", codes, shards=1)
     one = HammingIndex(BITS)
     one.add(codes)
     with ShardedIndex(tmp_path / "x") as reader, ShardedIndex(tmp_path / "x") as writer:
-        writer.remove_ids([3, 4])
-        writer.add(codes[:3])  # whoever writes next clears the files of the state before
+        writer.remove_ids([3])
+        writer.remove_ids([4])
+        writer.add(codes[:3])  # whoever writes next clears the files of the states before
+        with pytest.raises(InputError, match="a mask is of the codes as they were"):
+            reader.search(codes[:4], 5, where=np.ones(100, bool))
         one.remove_ids([3, 4])
         one.add(codes[:3])
         same(reader.search(codes[:4], 5), one.search(codes[:4], 5))
