@@ -131,10 +131,7 @@ class Pool:
             call.replica = min(left, key=lambda n: (now - replicas[n].doubted < _DOUBT, (n + turn) % len(replicas)))
             call.sent = now
             actor = replicas[call.replica].actor
-            try:
-                pending[getattr(actor, method).remote(files[call.shard], *arguments(call.shard))] = call
-            except ray.exceptions.RayError as error:  # an actor that is known to be dead
-                failed(call, error)
+            pending[getattr(actor, method).remote(files[call.shard], *arguments(call.shard))] = call
             return True
 
         def failed(call: _Call, error: Exception) -> None:
