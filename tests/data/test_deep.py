@@ -131,6 +131,13 @@ def test_labels_that_cannot_be_are_refused_before_the_towers(shapes, tmp_path, l
     assert message in str(error.value)
 
 
+def test_a_name_that_two_folders_share_labels_no_third_photo(folder, tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text("image,label\na/0.png,cat\nb/0.png,dog\na/1.png,cat\nb/1.png,cat\n2.png,dog\n3.png,dog\n")
+    with pytest.raises(InputError, match=r"has no label of 1 images of the \w+ split, .*0\.png first"):
+        deep.deep_pairs(load_captions(folder, size=32), None, str(file))
+
+
 def test_images_without_a_label_are_named(folder, tmp_path):
     (tmp_path / "labels.csv").write_text("image,label\n0.png,a\n1.png,b\n")
     with pytest.raises(InputError, match=r"has no label of 2 images of the train split, 2\.png first"):

@@ -97,6 +97,27 @@ def test_too_many_are_refused_at_once_and_one_large_call_alone_is_not():
         first.result(30)
 
 
+def test_who_is_stopped_while_waiting_leaves_nothing_behind(monkeypatch):
+    batches, run = Batches(8, 5), Held()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(batches.search, "k", np.arange(2), run)
+        assert run.begun.acquire(timeout=30)
+
+        def stopped():
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(batches._lock, "wait", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            batches.search("k", np.arange(3), run)
+        monkeypatch.undo()
+        assert waiting(batches) == 2
+        run.go.release()
+        first.result(30)
+    assert waiting(batches) == 0
+    assert not batches._queues
+    assert run.sizes == [2]
+
+
 def test_every_caller_of_many_gets_what_is_its_own():
     batches = Batches(16, 10_000)
 

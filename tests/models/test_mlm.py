@@ -173,6 +173,43 @@ def test_a_hub_out_of_reach_is_asked_once_and_not_for_a_folder(folder, monkeypat
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "proxies", "place"),
+    [
+        ("https://hub.local", {}, ("hub.local", 443)),
+        ("http://hub.local", {}, ("hub.local", 80)),
+        ("http://hub.local:8080", {"https": "http://proxy:1"}, ("hub.local", 8080)),
+        ("https://hub.local", {"all": "socks5://proxy:1"}, None),  # for the proxy to say
+    ],
+)
+def test_the_hub_is_asked_where_it_is(monkeypatch, endpoint, proxies, place):
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        raise OSError
+
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(hub.urllib.request, "proxy_bypass", lambda _: False)
+    assert hub.reached(endpoint) is (place is None)
+    assert asked == ([] if place is None else [place])
+
+
+def test_threads_out_of_the_hubs_reach_leave_it_as_they_found_it(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "reached", lambda _: False)
+    first, second = hub._offline(constants), hub._offline(constants)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE is True  # the second is still inside
+    second.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_a_tokenizer_of_far_fewer_pieces_than_the_weights_is_refused(folder):
     config = transformers.BertConfig(
         vocab_size=2 * len(VOCABULARY), hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32
