@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -36,7 +36,7 @@ class Reproduce:
     """Of scatter. tiny: WRN-10-1, 600 training images, minutes, which show that everything runs and nothing else;
     small: WRN-10-1, 12 epochs of 10,000 images, for a CPU; paper: WRN-28-10, 200 epochs, for a GPU."""
     jobs: int = 1
-    """Of scatter: trainings at a time, a process each."""
+    """Trainings at a time, a process each with one thread; 1: one after the other, with all threads."""
     out: Path | None = None
     """The folder of runs and report. None: runs/reproduce-PAPER."""
     quiet: bool = False
@@ -47,12 +47,11 @@ class Reproduce:
         from cmr_fast.reports.reproduce import reproduce
 
         check_least(seeds=(self.seeds, 1), jobs=(self.jobs, 1))
-        seeds, options = 3, {}
+        seeds, options = 3, dict[str, Any](jobs=self.jobs)
         if self.paper == "scatter":
-            seeds, options = 1, {"scale": self.scale, "jobs": self.jobs}
+            seeds, options = 1, options | {"scale": self.scale}
         else:
-            given = {"scale": self.scale != "tiny", "jobs": self.jobs != 1}
-            refuse_flags(given, "is for scatter")
+            refuse_flags({"scale": self.scale != "tiny"}, "is for scatter")
         out = Path(f"runs/reproduce-{self.paper}") if self.out is None else self.out
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: is a file, expected a folder to write")

@@ -68,6 +68,26 @@ def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(("paper", "number", "name"), [("acmr", 5, "table-5"), ("cmimh", 3, "table-3")])
+def test_trainings_side_by_side_give_the_table_of_those_one_after_the_other(pairs, tmp_path, paper, number, name):
+    tables = []
+    for jobs in (1, 2):
+        out = tmp_path / f"{jobs}"
+        reproduce(paper, pairs, out, tables=[number], seeds=1, quiet=True, jobs=jobs)
+        tables.append(table(out, name))
+    one, other = tables
+    assert one.keys() == other.keys() and one.pop("") == other.pop("")
+    for row, cells in one.items():
+        numbers, same = ([float(cell or "nan") for cell in x] for x in (cells, other[row]))
+        assert numbers == pytest.approx(same, abs=0.02, nan_ok=True), row  # sums of another number of threads
+    assert len(list((tmp_path / "2" / "runs").glob("*/scores.json"))) == len(list((tmp_path / "1" / "runs").iterdir()))
+
+
+def test_no_job_is_refused_before_data_are_read(tmp_path):
+    with pytest.raises(InputError, match="jobs must be 1 or more, got 0"):
+        reproduce("acmr", "nowhere", tmp_path / "out", jobs=0)
+
+
 def test_what_is_there_is_not_made_again_and_other_settings_are_refused(pairs, tmp_path, monkeypatch):
     out = tmp_path / "out"
     reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
@@ -89,12 +109,16 @@ def test_scores_of_other_data_under_the_same_name_are_not_taken(pairs, tmp_path)
     other = replace(data, train=Pairs(data.train.image + 1, data.train.text, data.train.labels))
     fewer = replace(data, query=data.query.select(torch.arange(20)))
     study = common.Study(pairs, tmp_path / "out", 1, True)
-    assert study.runs("one", "acmr", SMALL, data, lambda run: {"n": 1}) == [{"n": 1}]
-    assert study.runs("one", "acmr", SMALL, load(pairs), lambda run: {"n": 2}) == [{"n": 1}]
+
+    def scores(dataset, n):
+        return study.scores(study.trainings("one", "acmr", SMALL, dataset, lambda run, dataset: {"n": n}))
+
+    assert scores(data, 1) == [{"n": 1}]
+    assert scores(load(pairs), 2) == [{"n": 1}]
     for changed in (other, fewer):
         assert changed.name == data.name
         with pytest.raises(InputError, match="other settings or data"):
-            study.runs("one", "acmr", SMALL, changed, lambda run: {"n": 2})
+            scores(changed, 2)
 
 
 def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):

@@ -24,6 +24,7 @@ def reproduce(
     figures: Sequence[int] = (),
     seeds: int = 3,
     quiet: bool = False,
+    jobs: int = 1,
     **options: Any,
 ) -> None:
     """Make a paper's tables and figures; what is in `out` from an earlier call is not made again.
@@ -42,17 +43,19 @@ def reproduce(
         How many, from 0.
     quiet
         Print nothing.
+    jobs
+        Trainings at a time, a process each with one thread; 1: one after the other, with all threads.
     options
         What only that paper's function takes.
 
     Raises
     ------
     InputError
-        For an unknown paper, table or figure, and no seed.
+        For an unknown paper, table or figure, and no seed or job.
     """
     if paper not in PAPERS:
         raise InputError(f"reproduces {', '.join(PAPERS)}, got {paper!r}")
     if seeds < 1:
         raise InputError(f"seeds must be 1 or more, got {seeds}")
     function: Callable[..., None] = import_module(f"{__name__}.{PAPERS[paper]}").reproduce
-    function(data, out, tables, figures, seeds, quiet, **options)
+    function(data, out, tables, figures, seeds, quiet, jobs=jobs, **options)

@@ -19,7 +19,7 @@ from cmr_fast.methods.evaluation import encode_all, final_results
 from cmr_fast.methods.loop import load_model
 from cmr_fast.modalities import MODALITIES
 from cmr_fast.reports import figures
-from cmr_fast.reports.reproduce.common import Item, Missing, Section, Study, changed, chosen, make, slug, spread
+from cmr_fast.reports.reproduce.common import Item, Missing, Section, Study, Training, changed, chosen, make, spread
 from cmr_fast.reports.retrieval import draw_curves, loss_panels, read_history, score
 
 CONVENTIONS = ("all", "topk_hits@50")
@@ -53,10 +53,12 @@ STEPS = (1, 2, 3, 4, 5, 6)
 SEVEN = 7  # dimensions of CCA's row
 
 
-def reproduce(data: str, out: Path, tables: Sequence[int], figures: Sequence[int], seeds: int, quiet: bool) -> None:
+def reproduce(
+    data: str, out: Path, tables: Sequence[int], figures: Sequence[int], seeds: int, quiet: bool, *, jobs: int = 1
+) -> None:
     """Make ACMR's tables and figures, as of `cmr_fast.reports.reproduce.reproduce`."""
     items = chosen(ITEMS, tables, figures)
-    make(Study(data, out, seeds, quiet), "ACMR: the paper's tables and figures", items, NOTE)
+    make(Study(data, out, seeds, quiet, jobs), "ACMR: the paper's tables and figures", items, NOTE)
 
 
 def settings_of(dataset: PairedDataset) -> tuple[str, ACMRConfig]:
@@ -74,21 +76,26 @@ def _dataset(study: Study) -> PairedDataset:
     return dataset
 
 
-def _measured(run: Any) -> dict[str, Any]:
+def _measured(run: Any, dataset: PairedDataset) -> dict[str, Any]:
     return {name: run.results[name] for name in (*CONVENTIONS, "similarity", "modality", "best_epoch", "epochs")}
 
 
-def _runs(
+def _trainings(
     study: Study, dataset: PairedDataset, changes: Mapping[str, Any] | None = None, preset: str | None = None
-) -> list[dict[str, Any]]:
-    """A preset's runs with some settings changed, one a seed."""
+) -> list[Training]:
+    """A preset with some settings changed, one a seed."""
     name, base = settings_of(dataset)
     if preset is not None:
         name, base = preset, ACMR.all_presets()[preset]
     config = changed(base, **(changes or {}))
-    return study.runs(
-        _name(dataset, name, changes), "acmr", config, dataset, _measured, **ACMR.run_settings(name)
-    )  # fmt: skip
+    title = _name(dataset, name, changes)
+    return study.trainings(title, "acmr", config, dataset, _measured, **ACMR.run_settings(name))
+
+
+def _runs(study: Study, trainings: Mapping[str, Sequence[Training]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each row its runs; all that are missing are trained together."""
+    found = iter(study.scores([training for row in trainings.values() for training in row]))
+    return {name: [next(found) for _ in row] for name, row in trainings.items()}
 
 
 def _name(dataset: PairedDataset, preset: str, changes: Mapping[str, Any] | None) -> str:
@@ -113,13 +120,16 @@ def _comparison(study: Study, dataset: PairedDataset, title: str, paper: Mapping
     rows.append(_row("linear heads, InfoNCE", [final_results(model, dataset) for model in heads]))
     rows.append(_row("semantic matching", [final_results(SemanticMatching().fit(dataset.train), dataset)]))
     name, _ = settings_of(dataset)
+    ours = {"default": _trainings(study, dataset, preset="default")}
     if name != "default":
-        rows.append(_row(f"ACMR, preset {name}", _runs(study, dataset)))
-        rows.append(_row("the same, ranked by labels", _runs(study, dataset, {"similarity": "labels"})))
-    default = _runs(study, dataset, preset="default")
-    by = " ".join(dict.fromkeys(run["similarity"] for run in default))
-    rows.append(_row(f"ACMR, default (ranked by {by}, as validation chose)", default))
-    rows.append(_row("ACMR, preset paper (as printed)", _runs(study, dataset, preset="paper")))
+        ours = {
+            f"ACMR, preset {name}": _trainings(study, dataset),
+            "the same, ranked by labels": _trainings(study, dataset, {"similarity": "labels"}),
+        } | ours
+    found = _runs(study, ours | {"ACMR, preset paper (as printed)": _trainings(study, dataset, preset="paper")})
+    by = " ".join(dict.fromkeys(run["similarity"] for run in found["default"]))
+    titles = {"default": f"ACMR, default (ranked by {by}, as validation chose)"}
+    rows += [_row(titles.get(title, title), runs) for title, runs in found.items()]
     rows += [_paper(n, values, len(HEAD)) for n, values in paper.items()]
     words = (
         f"{len(dataset.train)} training pairs, {len(dataset.query)} queries, {len(dataset.database)} in the database."
@@ -179,7 +189,7 @@ def table_5(study: Study) -> list[Section]:
     """Terms alone, the full method, none and stronger adversaries; who can tell the modality."""
     dataset = _dataset(study)
     preset, _ = settings_of(dataset)
-    found = {name: _runs(study, dataset, changes) for name, changes in VARIANTS.items()}
+    found = _runs(study, {name: _trainings(study, dataset, changes) for name, changes in VARIANTS.items()})
     told = {
         name: [[run["modality"][who] for run in runs] for who in ("classifier_accuracy", "probe_accuracy")]
         for name, runs in found.items()
@@ -217,9 +227,10 @@ def verdict(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _model(study: Study, dataset: PairedDataset, changes: Mapping[str, Any] | None = None) -> tuple[Path, Any]:
-    """The first seed's folder and model, trained where it is not there yet."""
-    _runs(study, dataset, changes)
-    folder = study.out / "runs" / f"{slug(_name(dataset, settings_of(dataset)[0], changes))}-seed0"
+    """The first seed's folder and model; all seeds are trained where they are not there yet."""
+    trainings = _trainings(study, dataset, changes)
+    study.scores(trainings)
+    folder = trainings[0].folder(study.out)
     return folder, load_model(folder)
 
 
@@ -252,6 +263,7 @@ def figure_4(study: Study) -> list[Section]:
         "c, full": {},
     }
     pages = []
+    study.scores([training for changes in panels.values() for training in _trainings(study, dataset, changes)])
     for name, changes in panels.items():
         _, model = _model(study, dataset, changes)
         rows = torch.arange(len(dataset.query))[:1000]
@@ -284,10 +296,9 @@ def figure_6(study: Study) -> list[Section]:
     preset, base = settings_of(dataset)
     sections = []
     for field, values in (("alpha", GRID), ("beta", GRID), ("inner_steps", STEPS)):
-        rows, lines = [], {}
-        for value in values:
-            given = {} if value == getattr(base, field) else {field: value}
-            rows.append([f"{value:g}", *_row("", _runs(study, dataset, given))[1:]])
+        changes = {f"{value:g}": {} if value == getattr(base, field) else {field: value} for value in values}
+        found = _runs(study, {value: _trainings(study, dataset, given) for value, given in changes.items()})
+        rows, lines = [_row(value, runs) for value, runs in found.items()], {}
         for number, way in enumerate(WAYS, 1):
             y = np.array([float(row[number].partition(" ")[0]) for row in rows])
             lines[way.upper()] = (np.arange(len(values)), y)

@@ -5,7 +5,7 @@ mAP@1000 of all four tasks, mAP of the whole ranking, at 50, Prec@100, RecallOne
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from cmr_fast.methods.loop import load_model
 from cmr_fast.modalities import MODALITIES
 from cmr_fast.ops import pack_codes
 from cmr_fast.reports import figures
-from cmr_fast.reports.reproduce.common import Item, Missing, Section, Study, changed, chosen, make, slug, spread
+from cmr_fast.reports.reproduce.common import Item, Missing, Section, Study, Training, changed, chosen, make, spread
 from cmr_fast.reports.retrieval import draw_curves, score
 from cmr_fast.retrieval.metrics import evaluate_codes
 
@@ -58,10 +58,12 @@ SURE = 0.01
 """Means within this of 0 or 1 are sure (Fig. 2's text)."""
 
 
-def reproduce(data: str, out: Path, tables: Sequence[int], figures: Sequence[int], seeds: int, quiet: bool) -> None:
+def reproduce(
+    data: str, out: Path, tables: Sequence[int], figures: Sequence[int], seeds: int, quiet: bool, *, jobs: int = 1
+) -> None:
     """Make CMIMH's tables and figures, as of `cmr_fast.reports.reproduce.reproduce`."""
     items = chosen(ITEMS, tables, figures)
-    make(Study(data, out, seeds, quiet), "CMIMH: the paper's tables and figures", items, NOTE)
+    make(Study(data, out, seeds, quiet, jobs), "CMIMH: the paper's tables and figures", items, NOTE)
 
 
 def settings_of(dataset: PairedDataset) -> tuple[str, CMIMHConfig]:
@@ -137,15 +139,30 @@ def _dataset(study: Study) -> PairedDataset:
     return dataset
 
 
-def _runs(
+def _measured(run: Any, dataset: PairedDataset) -> dict[str, Any]:
+    return measure(run.model, dataset)
+
+
+def _trainings(
     study: Study, bits: int, changes: Mapping[str, Any] | None = None, dataset: PairedDataset | None = None
-) -> list[dict[str, Any]]:
-    """CMIMH's runs of the data's preset, one a seed."""
+) -> list[Training]:
+    """CMIMH by the data's preset with some settings changed, one a seed."""
     data = _dataset(study) if dataset is None else dataset
     name, base = settings_of(data)
     config = changed(_of_length(base, bits), **(changes or {}))
-    run = CMIMH.run_settings(name)
-    return study.runs(_name(data, name, bits, changes), "cmimh", config, data, lambda r: measure(r.model, data), **run)
+    title = _name(data, name, bits, changes)
+    return study.trainings(title, "cmimh", config, data, _measured, **CMIMH.run_settings(name))
+
+
+def _runs(
+    study: Study, bits: int, changes: Mapping[str, Any] | None = None, dataset: PairedDataset | None = None
+) -> list[dict[str, Any]]:
+    return study.scores(_trainings(study, bits, changes, dataset))
+
+
+def _train_together(study: Study, settings: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    """Train what (bits, changes) lack before they are read one by one, so that `--jobs` has enough to share out."""
+    study.scores([training for bits, changes in settings for training in _trainings(study, bits, changes)])
 
 
 def _of_length(base: CMIMHConfig, bits: int) -> CMIMHConfig:
@@ -167,7 +184,7 @@ def _rival(study: Study, method: str, bits: int, dataset: PairedDataset | None =
         preset = next((n for n in kind.presets if data.name.startswith(n)), "default")
         config = replace(kind.all_presets()[preset], bits=bits)
         name = f"{data.name}-{len(data.train)} djsrh {preset} {bits}bits"
-        return study.runs(name, "djsrh", config, data, lambda r: measure(r.model, data), valid_fraction=0.0, patience=0)
+        return study.scores(study.trainings(name, "djsrh", config, data, _measured, valid_fraction=0.0, patience=0))
     key = f"{method} {bits} {len(data.train)}"
     if key not in study.cache:
         made = BASELINES[method]
@@ -187,9 +204,11 @@ def _percent(values: str) -> list[str]:
 
 def table_1(study: Study) -> list[Section]:
     """What the critic sees: means, or n pairs of samples."""
+    changes = {n: {"critic_input": "samples", "critic_samples": n} for n in SAMPLES}
+    _train_together(study, [(BITS, {}), *((BITS, given) for given in changes.values())])
     rows = [["means", *_cells(_runs(study, BITS), MAP1K, CROSS), *_percent(TABLE_1["means"])]]
     for n in SAMPLES:
-        runs = _runs(study, BITS, {"critic_input": "samples", "critic_samples": n})
+        runs = _runs(study, BITS, changes[n])
         rows.append([f"{n} pairs of samples", *_cells(runs, MAP1K, CROSS), *_percent(TABLE_1[n])])
     head = ("T sees", "I2T", "T2I", "paper: I2T", "T2I")
     return [Section(f"The critic's input, {MAP1K}, {BITS} bits", head, rows, [_protocol(study)])]
@@ -198,8 +217,10 @@ def table_1(study: Study) -> list[Section]:
 def table_2(study: Study) -> list[Section]:
     """TC, Corr MSE and mAP with and without the independence term."""
     rows = []
+    variants: dict[str, dict[str, Any]] = {"with": {}, "without": {"lambda_ind": 0.0}}
+    _train_together(study, [(bits, changes) for bits in SHORT for changes in variants.values()])
     for bits in SHORT:
-        for name, changes in (("with", {}), ("without", {"lambda_ind": 0.0})):
+        for name, changes in variants.items():
             runs = _runs(study, bits, changes)
             cells = [c for m in ("TC", "Corr MSE") for c in _cells(runs, m, MODALITIES)]
             rows.append([f"{bits} bits, {name} L_ind", *cells, *_cells(runs, MAP1K, CROSS)])
@@ -215,6 +236,7 @@ def table_2(study: Study) -> list[Section]:
 def table_3(study: Study) -> list[Section]:
     """mAP@1000 of the four tasks beside other methods."""
     rows = []
+    _train_together(study, [(bits, {}) for bits in SHORT])
     for task_number, task in enumerate(TASKS):
         for method in (*RIVALS, "djsrh", "cmimh"):
             title = RIVALS.get(method, method.upper())
@@ -234,9 +256,10 @@ def table_4(study: Study) -> list[Section]:
     """The components, on and off."""
     _, base = settings_of(_dataset(study))
     rows = []
+    off = {on: {name: 0.0 for name, mark in zip(SWITCHES, on, strict=True) if mark == "0"} for on in ABLATION}
+    _train_together(study, [(bits, changes) for changes in off.values() for bits in (32, 48)])
     for on in ABLATION:
-        off = {name: 0.0 for name, mark in zip(SWITCHES, on, strict=True) if mark == "0"}
-        kept = {b: _runs(study, b, off) for b in (32, 48)}
+        kept = {b: _runs(study, b, off[on]) for b in (32, 48)}
         marks = " ".join("x" if mark == "1" else "-" for mark in on)
         rows.append([marks, *(c for b in kept for c in _cells(kept[b], MAP1K, CROSS)), *_percent(TABLE_4[on])])
     ours = ("32 bits I2T", "T2I", "48 bits I2T", "T2I")
@@ -247,6 +270,7 @@ def table_4(study: Study) -> list[Section]:
 
 def _by_bits(study: Study, title: str, names: Sequence[str], paper: Mapping[str, str], words: str) -> list[Section]:
     rows = []
+    _train_together(study, [(bits, {}) for bits in LONG])
     for task in CROSS:
         for method in ("cmimh", "cca-itq"):
             runs = [_runs(study, b) if method == "cmimh" else _rival(study, method, b) for b in LONG]
@@ -312,7 +336,9 @@ def table_9(study: Study) -> list[Section]:
 def _sweep(study: Study, field: str, number: int) -> list[Section]:
     _, base = settings_of(_dataset(study))
     values = WEIGHTS[field]
-    found = [_runs(study, BITS, {} if value == getattr(base, field) else {field: value}) for value in values]
+    changes: list[dict[str, Any]] = [{} if value == getattr(base, field) else {field: value} for value in values]
+    _train_together(study, [(BITS, given) for given in changes])
+    found = [_runs(study, BITS, given) for given in changes]
     rows = [[f"{value:g}", *_cells(runs, MAP1K, TASKS)] for value, runs in zip(values, found, strict=True)]
     means = {t: np.array([statistics.mean(run[MAP1K][t] for run in runs) for runs in found]) for t in TASKS}
     lines = {task.upper(): (np.arange(len(values)), y) for task, y in means.items()}
@@ -351,9 +377,9 @@ def figure_3(study: Study) -> list[Section]:
 
 def _curves(study: Study, number: int) -> list[Section]:
     data = _dataset(study)
-    _runs(study, BITS)
-    folder = study.out / "runs" / f"{slug(_name(data, settings_of(data)[0], BITS, None))}-seed0"
-    models = [("CMIMH", load_model(folder))]
+    trainings = _trainings(study, BITS)
+    study.scores(trainings)
+    models = [("CMIMH", load_model(trainings[0].folder(study.out)))]
     models += [
         (RIVALS[name], cast(Any, BASELINES[name])(BITS).fit(data.train)) for name in ("cca-itq", "fsh", "random")
     ]

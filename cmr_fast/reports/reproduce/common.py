@@ -10,11 +10,15 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cmr_fast._files import write_aside
+from cmr_fast._terminal import counting
 from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import described_data, write_json
 from cmr_fast.methods.method import Dataset, RunConfig
@@ -64,13 +68,30 @@ def chosen(items: Sequence[Item], tables: Sequence[int], figures: Sequence[int])
     return [item for item in items if item.key in wanted]
 
 
+@dataclass(frozen=True)
+class Training:
+    """One training and what is measured of it: `measure(run, dataset)`, a function that processes can hand over."""
+
+    name: str
+    method: str
+    config: Any
+    dataset: Dataset
+    measure: Callable[[Any, Any], dict[str, Any]]
+    seed: int
+    run: Mapping[str, Any]
+
+    def folder(self, out: Path) -> Path:
+        """OUT/runs/NAME-seedN."""
+        return out / "runs" / f"{slug(self.name)}-seed{self.seed}"
+
+
 @dataclass
 class Study:
     """What an item's function works with.
 
     Attributes
     ----------
-    data, out, seeds, quiet
+    data, out, seeds, quiet, jobs
         As of `reproduce`.
     cache
         Whatever items share, such as data sets that were read.
@@ -80,53 +101,76 @@ class Study:
     out: Path
     seeds: int
     quiet: bool
+    jobs: int = 1
     cache: dict[str, Any] = field(default_factory=dict)
 
-    def runs(
-        self,
-        name: str,
-        method: str,
-        config: Any,
-        dataset: Dataset,
-        measure: Callable[[Any], dict[str, Any]],
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InputError(f"jobs must be 1 or more, got {self.jobs}")
+
+    def trainings(
+        self, name: str, method: str, config: Any, dataset: Dataset, measure: Callable[[Any, Any], dict[str, Any]],
         **run: Any,
-    ) -> list[dict[str, Any]]:
-        """`measure(run)` of a training for every seed, in OUT/runs/NAME-seedN.
+    ) -> list[Training]:  # fmt: skip
+        """A setting once a seed."""
+        return [Training(name, method, config, dataset, measure, seed, run) for seed in range(self.seeds)]
+
+    def scores(self, trainings: Sequence[Training]) -> list[dict[str, Any]]:
+        """Of each training what was measured; those that are not there yet are made, `jobs` at a time.
 
         What is there already with the same config and data is read, not made again; a run that was stopped goes on.
         """
-        return [self._run(f"{slug(name)}-seed{seed}", method, config, dataset, measure, seed, run) for seed in
-                range(self.seeds)]  # fmt: skip
+        wanted = {training.folder(self.out): training for training in trainings}
+        missing = [training for training in wanted.values() if self._kept(training) is None]
+        if self.jobs > 1 and len(missing) > 1:
+            in_processes(_train, [(training, self.out, 1) for training in missing], self.jobs, self.quiet)
+        else:
+            for training in missing:
+                self.say(f"{training.folder(self.out).name} ...")
+                _train(training, self.out)
+        return [cast(dict[str, Any], self._kept(training)) for training in trainings]
 
-    def _run(
-        self, name: str, method: str, config: Any, dataset: Dataset, measure: Callable[[Any], dict[str, Any]],
-        seed: int, changes: Mapping[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
-        from cmr_fast.methods.loop import train
-
-        folder = self.out / "runs" / name
-        settings = RunConfig(out=folder, seed=seed, quiet=True, resume=True, **changes)
-        described = {"config": asdict(config), "data": described_data(dataset), "run": dict(changes)}
-        what = json.loads(json.dumps(described))
-        store = folder / SCORES
-        if store.is_file():
-            kept = json.loads(store.read_text())
-            if kept["what"] != what:
-                raise InputError(f"{folder}: holds a run of other settings or data; expected another --out")
-            scores: dict[str, Any] = kept["scores"]
-            return scores
-        self.say(f"{name} ...")
-        done = train(method, config, dataset, settings)
-        scores = json.loads(json.dumps(measure(done)))
-        write_json(store, {"what": what, "scores": scores})
-        for file in ("checkpoint.safetensors",):
-            (folder / file).unlink(missing_ok=True)
+    def _kept(self, training: Training) -> dict[str, Any] | None:
+        folder = training.folder(self.out)
+        if not (folder / SCORES).is_file():
+            return None
+        kept = json.loads((folder / SCORES).read_text())
+        if kept["what"] != _described(training):
+            raise InputError(f"{folder}: holds a run of other settings or data; expected another --out")
+        scores: dict[str, Any] = kept["scores"]
         return scores
 
     def say(self, text: str) -> None:
         """One line on standard output, unless quiet."""
         if not self.quiet:
             print(text, flush=True)
+
+
+def _described(training: Training) -> Any:
+    """Config, data and run as JSON has them."""
+    config, data = asdict(training.config), described_data(training.dataset)
+    return json.loads(json.dumps({"config": config, "data": data, "run": dict(training.run)}))
+
+
+def _train(training: Training, out: Path, threads: int = 0) -> None:
+    from cmr_fast.methods.loop import train
+
+    folder = training.folder(out)
+    run = RunConfig(out=folder, seed=training.seed, quiet=True, resume=True, threads=threads, **training.run)
+    done = train(training.method, training.config, training.dataset, run)
+    write_json(folder / SCORES, {"what": _described(training), "scores": training.measure(done, training.dataset)})
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def in_processes(function: Callable[..., None], trainings: Sequence[tuple[Any, ...]], jobs: int, quiet: bool) -> None:
+    """function(*arguments) of each training in processes, `jobs` at a time, with progress unless quiet."""
+    jobs = min(jobs, len(trainings))
+    progress = nullcontext(lambda n: None) if quiet else counting(len(trainings), f"training, {jobs} at a time")
+    with progress as advance, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(function, *arguments) for arguments in trainings]
+        for done in as_completed(waiting):
+            done.result()
+            advance(1)
 
 
 def changed(config: Any, **values: Any) -> Any:

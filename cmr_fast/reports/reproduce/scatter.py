@@ -10,16 +10,13 @@ attacks in OUT/attacks; what is there already is not made again.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from cmr_fast._terminal import counting
 from cmr_fast.data import ImageDataset, load_images
 from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import RESULTS, described_data, read_json, write_json
@@ -28,7 +25,7 @@ from cmr_fast.methods.method import Method, RunConfig
 from cmr_fast.methods.scatter import Scatter, ScatterConfig
 from cmr_fast.reports import figures
 from cmr_fast.reports.outcomes import Outcome, worst_case
-from cmr_fast.reports.reproduce.common import Item, Section, Study, chosen, make
+from cmr_fast.reports.reproduce.common import Item, Section, Study, chosen, in_processes, make
 from cmr_fast.reports.robustness import Settings, attack_all, pixels_of
 
 PLAIN, MADRY, RANDOM, OURS = "plain", "Madry", "random targets", "Feature Scattering"
@@ -136,10 +133,10 @@ class Robustness(Study):
     """The runs and attacks of one folder."""
 
     def __init__(self, data: str, out: Path, seeds: int, quiet: bool, size: Scale, jobs: int) -> None:
-        super().__init__(data, out, seeds, quiet)
+        super().__init__(data, out, seeds, quiet, jobs)
         images = load_images(data)
         as_authors = {"augment": False} if images.name == "svhn" else {}
-        self.size, self.jobs = replace(size, changes={**size.changes, **as_authors}), jobs
+        self.size = replace(size, changes={**size.changes, **as_authors})
         self.images = replace(images, valid=None, test=images.test.sample(size.images))
         if size.train is not None:
             self.images = replace(self.images, train=images.train.sample(size.train))
@@ -160,19 +157,12 @@ class Robustness(Study):
     def make(self, jobs: Sequence[Job]) -> None:
         """Train what is not there yet, `self.jobs` at a time."""
         missing = [job for job in dict.fromkeys(jobs) if not (self.out / "runs" / job.name / RESULTS).exists()]
-        several = min(self.jobs, len(missing))
-        if several < 2:
+        if self.jobs > 1 and len(missing) > 1:
+            calls = [(job, self.images, self.size, self.out, True, 1) for job in missing]
+            in_processes(_train, calls, self.jobs, self.quiet)
+        else:
             for job in missing:
                 _train(job, self.images, self.size, self.out, self.quiet)
-            return
-        with (
-            counting(len(missing), f"training, {several} at a time") as advance,
-            ProcessPoolExecutor(several, mp_context=get_context("spawn")) as pool,
-        ):
-            waiting = [pool.submit(_train, job, self.images, self.size, self.out, True, 1) for job in missing]
-            for done in as_completed(waiting):
-                done.result()
-                advance(1)
 
     def model(self, job: Job) -> Method:
         """The trained model of a job."""
@@ -371,8 +361,6 @@ def reproduce(
     """
     if isinstance(scale, str) and scale not in SCALES:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if jobs < 1:
-        raise InputError(f"jobs must be 1 or more, got {jobs}")
     size = SCALES[scale] if isinstance(scale, str) else scale
     items = chosen(ITEMS, tables, figures)
     study = Robustness(data, out, seeds, quiet, size, jobs)
