@@ -169,7 +169,10 @@ class EDA:
 
     def _delete(self, words: list[str], random: np.random.Generator) -> list[str]:
         kept = [word for word, u in zip(words, random.random(len(words)), strict=True) if u > self.alpha]
-        return kept or [words[random.integers(len(words))]]
+        if any(any(map(str.isalnum, word)) for word in kept):
+            return kept
+        spoken = [word for word in words if any(map(str.isalnum, word))] or words  # "." alone is no caption
+        return [spoken[random.integers(len(spoken))]]
 
 
 def _core(word: str) -> str:

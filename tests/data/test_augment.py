@@ -59,6 +59,12 @@ def test_counts_and_draws(texts, alpha, count, seed):
             assert m and all(word in left for word in m.split())  # a subsequence
 
 
+def test_a_word_is_left_where_only_punctuation_would_be():
+    made = EDA(0.9, 50, operations=["delete"])(["A dog , running !", ". .", "dog"])
+    assert all(set(text.split()) & {"A", "dog", "running"} for text in made[0])
+    assert set(made[1]) <= {".", ". ."} and set(made[2]) == {"dog"}
+
+
 def test_share_of_what_is_deleted():
     made = EDA(0.2, 500, operations=["delete"])([" ".join("abcdefghij")])[0]
     assert 7.5 < np.mean([len(text.split()) for text in made]) < 8.5
