@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,27 @@ def least(monkeypatch):
     monkeypatch.setattr(mat_study, "HEAD", ("trained by", *("clean", "worst") * 6))
 
 
+def seen(page, folder):
+    """What a browser without a network shows of a page: rows and findings in sight, figures, and those that failed."""
+    asked = page.with_name("asked.html")
+    asked.write_text(
+        page.read_text()
+        + """<script>
+        const all = selector => [...document.querySelectorAll(selector)];
+        const shown = item => item.getBoundingClientRect().height > 0;
+        addEventListener("load", () => document.body.replaceChildren(JSON.stringify({
+            rows: all("tr").filter(shown).length, findings: all("li").filter(shown).length, figures: all("img").length,
+            "not shown": all("img").filter(image => image.naturalWidth < 100 || !shown(image)).map(image => image.src),
+        })));
+        </script>"""
+    )
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", asked.as_uri()]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"]
+    dom = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    asked.unlink()
+    return json.loads(dom[dom.index("<body>") + 6 : dom.index("</body>")])
+
+
 def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path, capsys, monkeypatch):
     out = tmp_path / "study"
     command = ["study", "mat", *DATA, *begun, "--out", str(out), "--rows", "finetune", "MAT", "MA2T Human"]
@@ -72,6 +94,8 @@ def test_the_command_ends_with_a_report_and_goes_on_where_it_was(begun, tmp_path
     assert list(results["figures"]["densities"]["alignment"]) == ["Orig.", "EDA", "Human", "RandAug"]
     for file in ("index.html", "README.md", "results.csv", "recall.png", "figure-1.png", "figure-2.png"):
         assert (out / file).stat().st_size > 0
+    if shutil.which("chromium"):
+        assert seen(out / "index.html", tmp_path) == {"rows": 5, "findings": 6, "figures": 3, "not shown": []}
     before = (out / "README.md").read_text()
     assert main(command) == 0 and trained == ["finetune", "mat", "mat", "mat"]
     assert (out / "README.md").read_text() == before
