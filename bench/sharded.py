@@ -108,7 +108,9 @@ class Truth:
         )
 
 
-def kills(folder: Path, codes: int, shards: int, replicas: int, count: int, callers: int, every: float) -> dict:
+def kills(
+    folder: Path, codes: int, shards: int, replicas: int, count: int, callers: int, every: float, wait: float
+) -> dict:
     """One row of answers while `count` actors are killed, each `every` seconds at most after the one before."""
     import ray
 
@@ -133,7 +135,10 @@ def kills(folder: Path, codes: int, shards: int, replicas: int, count: int, call
             time.sleep(PAUSE)
         return seen
 
-    with ShardedIndex(folder / "shards", replicas=replicas, threads=1) as sharded, ThreadPoolExecutor(callers) as pool:
+    with (
+        ShardedIndex(folder / "shards", replicas=replicas, threads=1, wait=wait) as sharded,
+        ThreadPoolExecutor(callers) as pool,
+    ):
         begun = time.monotonic()
         askers = [pool.submit(ask, seed) for seed in range(callers)]
         how = Counter()
@@ -175,6 +180,7 @@ def kills(folder: Path, codes: int, shards: int, replicas: int, count: int, call
             "failed": seen["failed"],
             "added": truth.in_force,
             "slowest_s": slowest[0],
+            "wait_s": wait,
             "seconds": time.monotonic() - begun,
         }
 
@@ -211,6 +217,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, nargs="*", default=[2], help="with --kills: of each shard, in turn")
     parser.add_argument("--callers", type=int, default=3)
     parser.add_argument("--every", type=float, default=8.0, help="most seconds between two kills")
+    parser.add_argument("--wait", type=float, default=120.0, help="seconds for a shard that lost all its replicas")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the rows to this file; rows of the other kind there stay")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
@@ -224,8 +231,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
             folder, shards = Path(name), arguments.shards
             if arguments.kills:
-                size, callers = arguments.codes or 200_000, arguments.callers
-                row = kills(folder, size, shards, replicas, arguments.kills, callers, arguments.every)
+                size, callers, every = arguments.codes or 200_000, arguments.callers, arguments.every
+                row = kills(folder, size, shards, replicas, arguments.kills, callers, every, arguments.wait)
                 print(json.dumps(row), flush=True)
                 found["kills"].append(row)
             else:
