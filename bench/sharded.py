@@ -1,4 +1,4 @@
-"""Sharded search beside one index, and while its actors are killed: `python bench/sharded.py [--json F] [--markdown F]`.
+"""Sharded search beside one index, and while actors are killed: `python bench/sharded.py [--json F] [--markdown F]`.
 
 Speed     shards held by Ray actors on this machine against one `HammingIndex` with the same number of threads in all,
           both mapped: in every round both answer, the order turned round each time; ratios and differences are medians
