@@ -28,11 +28,14 @@ class Index:
     Example:  cmr-fast index today.npy --out db.cmrx --append
 
     Example:  cmr-fast index images.npy --out db --shards 4
+
+    Example:  cmr-fast index codes-*.parquet --column codes --out db.cmrx
     """
 
     codes: Positional[tuple[Path, ...]]
     """.npy files, uint8 (N, bytes), whose rows are numbered on; .u8bin and .bvecs, whose rows are taken for codes,
-    and ann-benchmarks .hdf5 by Hamming distance; index files, also faiss's and usearch's, which bring their ids."""
+    and ann-benchmarks .hdf5 by Hamming distance; index files, also faiss's and usearch's, which bring their ids; or
+    .parquet alone, of whose --column some rows at a time are in memory."""
     out: Path
     """The index file to write."""
     append: bool = False
@@ -42,6 +45,8 @@ class Index:
     holds the shards in processes of one machine or many."""
     ids: Path | None = None
     """int64 (N,) .npy of your own ids, one per row of all files together. None: 0, 1, 2, …"""
+    column: str = "codes"
+    """Of .parquet: lists of uint8 or bytes, of one width."""
     bits: int | None = None
     """Code length. None: that of the first file, 8 x bytes for .npy."""
     force: bool = False
@@ -51,7 +56,6 @@ class Index:
         """Run the command."""
         from cmr_fast.distributed import ShardedIndex
         from cmr_fast.ops._tensors import MAX_BITS
-        from cmr_fast.retrieval import _shards
         from cmr_fast.retrieval.index import HammingIndex
 
         if not self.codes:
@@ -67,6 +71,9 @@ class Index:
             raise InputError(f"--force is for a file; remove the folder {self.out} yourself, or name another")
         if not sharded:
             check_output(self.out, self.force or self.append, *self.codes, self.ids)
+        if any(path.suffix == ".parquet" for path in self.codes):
+            self._stream()
+            return self._built(sharded)
         bits = HammingIndex.open(self.out).bits if self.append else self.bits
         sources = [open_codes(path, bits) for path in self.codes]
         wanted = -(-bits // 8) if bits else nbytes_of(sources[0])
@@ -93,6 +100,38 @@ class Index:
                 HammingIndex.append(self.out, sources, ids, progress=progress)
             else:
                 HammingIndex.build(self.out, sources, ids, bits=bits, progress=progress)
+        self._built(sharded)
+
+    def _stream(self) -> None:
+        """Build from Parquet, whose codes come one block after the other."""
+        from cmr_fast.data.streams import count_rows, stream_column
+        from cmr_fast.distributed import ShardedIndex
+        from cmr_fast.retrieval.index import HammingIndex
+
+        if self.append or self.ids is not None or any(path.suffix != ".parquet" for path in self.codes):
+            raise InputError(
+                "codes of .parquet go into a new index, with ids 0, 1, 2, …, and no other files beside them"
+            )
+        total = count_rows(self.codes)
+
+        def blocks() -> "Iterator[np.ndarray]":
+            for number, block in enumerate(stream_column(self.codes, self.column)):
+                if not number and not self.bits:
+                    refuse_unpacked(self.codes[0], block)
+                yield block
+
+        named = naming(codes=Path(", ".join(map(str, self.codes))))
+        with named, counting(total, "indexing") as progress:
+            if self.shards is None:
+                HammingIndex.build(self.out, blocks(), bits=self.bits, progress=progress)
+            else:
+                rows = max(1, -(-total // self.shards))
+                ShardedIndex.build(self.out, blocks(), rows=rows, bits=self.bits, progress=progress)
+
+    def _built(self, sharded: bool) -> None:
+        from cmr_fast.retrieval import _shards
+        from cmr_fast.retrieval.index import HammingIndex
+
         built = HammingIndex.open(self.out)
         of = f" in {len(_shards.read(self.out).shards)} shards" if sharded else ""
         print(f"{self.out}: {built.ntotal} codes of {built.bits} bits{of}")

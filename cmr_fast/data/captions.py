@@ -20,14 +20,14 @@ from torch import Tensor
 
 from cmr_fast.data._checks import caption_fault, check_count, check_text
 from cmr_fast.data.pairs import as_tensor, held_out, shape_seen
-from cmr_fast.data.photos import Photo, Photos, find_photos, tar_members
+from cmr_fast.data.photos import Photo, Photos, find_photos, tar_members, tar_samples
 from cmr_fast.data.split import Parts
 from cmr_fast.errors import InputError
 from cmr_fast.ops._tensors import as_seed
 
 SPLITS = ("train", "val", "test")
 TABLES = (".csv", ".tsv", ".txt", ".token")
-_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _TOKENS = re.compile(r"[^\t]+#\d+\t")
 """How a line of Flickr's .token files begins."""
 _COLUMNS = {
@@ -36,6 +36,7 @@ _COLUMNS = {
     "split": ("split",),
 }
 """Names of a table's columns, in lower case."""
+CAPTION_NAMES = _COLUMNS["caption"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -366,29 +367,25 @@ def is_table(file: Path) -> bool:
 def _webdataset(shards: Sequence[Path]) -> list[Item]:
     items = []
     for shard in shards:
-        samples: dict[str, dict[str, Photo]] = {}
-        for name, member in tar_members(shard).items():
-            below, _, base = name.rpartition("/")
-            key, _, ending = base.partition(".")  # webdataset's rule: up to the first dot of the name
-            samples.setdefault(f"{below}/{key}", {})["." + ending.lower()] = member
-        for parts in samples.values():
-            photo = next((parts[ending] for ending in _PHOTO_SUFFIXES if ending in parts), None)
+        for parts in tar_samples(shard).values():
+            photo = next((parts[ending] for ending in PHOTO_SUFFIXES if ending in parts), None)
             texts = [parts[ending] for ending in (".txt", ".json") if ending in parts]
             if photo is None or not texts:
                 continue
-            items.append(Item(f"{shard.name}/{photo.name}", "", _texts(texts[0]), photo))
+            items.append(Item(f"{shard.name}/{photo.name}", "", captions_of(texts[0]), photo))
     if not items:
         raise InputError(f"{shards[0]}: no photo with a .txt or .json of the same name in it")
     return items
 
 
-def _texts(member: Photo) -> tuple[str, ...]:
+def captions_of(member: Photo) -> tuple[str, ...]:
+    """The captions in a .txt (one a line) or .json of a tar. InputError where there is none."""
     data = member.read()
     try:
         if not member.name.endswith(".json"):
             return tuple(line for line in data.decode("utf-8").splitlines() if line.strip())
         value = json.loads(data)
-        found = next((value[name] for name in (*_COLUMNS["caption"], "captions") if name in value), None)
+        found = next((value[name] for name in (*CAPTION_NAMES, "captions") if name in value), None)
     except (ValueError, TypeError) as error:
         raise InputError(f"{member.path}: {member.name} is no caption ({error})") from error
     captions = [found] if isinstance(found, str) else found

@@ -88,11 +88,32 @@ def _file(place: Path, name: str) -> Photo | None:
 
 def tar_members(tar: Path) -> dict[str, Photo]:
     """Where each file of a tar lies in it, by its name there. InputError where it is damaged."""
+    members: dict[str, Photo] = {}
     try:
         with tarfile.open(tar, "r:") as opened:
-            return {m.name: Photo(m.name, tar, m.offset_data, m.size) for m in opened if m.isreg()}
+            for member in opened:
+                if member.isreg():
+                    members[member.name] = Photo(member.name, tar, member.offset_data, member.size)
+            end = opened.offset
+        with open(tar, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # there tarfile ends, without a word
+                raise tarfile.ReadError(f"no member's header at byte {end}")
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{tar}: damaged, or no tar file ({error})") from error
+        last = next(reversed(members), None)
+        after = "" if last is None else f" after {last}"
+        raise InputError(f"{tar}: damaged{after}, or no tar file ({error})") from error
+    return members
+
+
+def tar_samples(tar: Path) -> dict[str, dict[str, Photo]]:
+    """The members of a tar by webdataset's rule: their name up to its first dot, then the ending in lower case."""
+    samples: dict[str, dict[str, Photo]] = {}
+    for name, member in tar_members(tar).items():
+        below, slash, base = name.rpartition("/")
+        key, _, ending = base.partition(".")
+        samples.setdefault(below + slash + key, {})["." + ending.lower()] = member
+    return samples
 
 
 def decode(name: str, data: bytes, size: int) -> np.ndarray:

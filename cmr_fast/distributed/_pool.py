@@ -158,21 +158,16 @@ class Pool:
         for number, held in enumerate(files):
             if held:
                 send(_Call(number))
+        arrived = self._at_once(list(pending))
         while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=self._timeout)
+            done = list(arrived)[:1] or ray.wait(list(pending), num_returns=1, timeout=self._left(pending))[0]
             if not done:
-                begun_at = time.monotonic() - (self._timeout or 0)
-                late = [
-                    ref
-                    for ref, call in pending.items()
-                    if call.sent <= begun_at and self.shards[call.shard][call.replica].answered
-                ]
-                for ref in late:
+                for ref in [ref for ref, deadline in self._deadlines(pending).items() if deadline <= time.monotonic()]:
                     failed(pending.pop(ref), TimeoutError(f"no answer in {self._timeout:g} s"))
                 continue
             call = pending.pop(done[0])
             try:
-                answer = ray.get(done[0])
+                answer = arrived.pop(done[0], None) or ray.get(done[0])
             except ray.exceptions.RayTaskError as error:  # the worker itself refused
                 cause = error.cause
                 if isinstance(cause, GoneError | OSError | MemoryError):  # perhaps of that node alone
@@ -188,6 +183,27 @@ class Pool:
             self.shards[call.shard][call.replica].answered = True
             answers[call.shard] = answer
         return answers
+
+    def _at_once(self, calls: list[Any]) -> dict[Any, Answer]:
+        """All answers, fetched by one call, which costs least; none where there is something to say about one."""
+        try:
+            return dict(zip(calls, self._ray.get(calls, timeout=self._timeout), strict=True))
+        except self._ray.exceptions.RayError:
+            return {}
+
+    def _deadlines(self, pending: dict[Any, _Call]) -> dict[Any, float]:
+        """When each call counts as lost; one whose actor is being started never does."""
+        if self._timeout is None:
+            return {}
+        running = {ref: call for ref, call in pending.items() if self.shards[call.shard][call.replica].answered}
+        return {ref: call.sent + self._timeout for ref, call in running.items()}
+
+    def _left(self, pending: dict[Any, _Call]) -> float | None:
+        """Seconds until the next call counts as lost."""
+        if self._timeout is None:
+            return None
+        now = time.monotonic()
+        return max(0.0, min(self._deadlines(pending).values(), default=now + self._timeout) - now)
 
     def close(self) -> None:
         """End the actors; nothing can be asked any more."""

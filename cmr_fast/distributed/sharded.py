@@ -1,7 +1,7 @@
 """ShardedIndex: a HammingIndex whose parts are held by Ray actors, and answer as one."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from cmr_fast.retrieval import _indexfile, _shards
 from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes, to_numpy
 from cmr_fast.retrieval._collection import Ids
 from cmr_fast.retrieval._ids import check_ids
-from cmr_fast.retrieval._pieces import check_progress, planned, width_of
+from cmr_fast.retrieval._pieces import check_progress, is_stream, planned, streamed, width_of
 from cmr_fast.retrieval._searching import hits_of_all, nearest_of_all
 from cmr_fast.retrieval.index import HammingIndex, Where, _opened, _pieces
 from cmr_fast.retrieval.metrics import evaluate_histograms
@@ -115,10 +115,11 @@ class ShardedIndex:
     def build(
         cls,
         folder: StrPath,
-        codes: "Array | HammingIndex | Sequence[Array | HammingIndex]",
+        codes: "Array | HammingIndex | Sequence[Array | HammingIndex] | Iterator[Array]",
         ids: Ids | None = None,
         *,
         shards: int = 4,
+        rows: int | None = None,
         bits: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> None:
@@ -133,20 +134,30 @@ class ShardedIndex:
         shards : int
             How many, of as many codes each. What is added later goes to the last one; a shard is begun where it holds
             twice its share, and a million codes at least.
+        rows : int, optional
+            Codes of a shard, in place of `shards`: for an iterator of arrays, whose length nobody knows before its end.
 
         Raises
         ------
         InputError
-            For a folder that holds something, codes of several lengths or kinds, and ids that repeat.
+            For a folder that holds something, codes of several lengths or kinds, and ids that repeat; for `rows`
+            without an iterator, and the other way round.
         """
-        pieces = _pieces(codes)
+        check_progress(progress)
+        if is_stream(codes) != (rows is not None):
+            raise InputError("rows, codes of a shard, are for an iterator of arrays, and shards= for all else")
+        if rows is not None:
+            each = as_integer(rows, "rows", 1)
+            bits, blocks = streamed(codes, ids, bits)  # type: ignore[arg-type]
+            _shards.created_of_blocks(folder, bits, blocks, each, progress)
+            return
+        pieces = _pieces(codes)  # type: ignore[arg-type]
         shards = as_integer(shards, "shards", 1)
         if bits is None:
             if not pieces:
                 raise InputError("codes must hold an array at least, or bits must say the length")
             bits = pieces[0].bits if isinstance(pieces[0], HammingIndex) else 8 * width_of(pieces[0])
         bits = code_length(bits)
-        check_progress(progress)
         parts, next_id = planned(_opened(pieces, bits), ids, (), 0)
         _shards.created(folder, bits, parts, next_id, shards, progress)
 

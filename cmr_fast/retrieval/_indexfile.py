@@ -159,9 +159,28 @@ def write(
     with write_aside(path) as aside, open(aside, "r+b", buffering=0) as file:
         fd = file.fileno()
         entries, sums, end = _write_part(fd, _DATA_AT, bits, parts, _BLOCK_BYTES, progress, moved)
-        root = _write_directory(fd, end, bits, next_id, entries, sums, _BLOCK_BYTES, sequence=1)
-        for place in _ROOT_PLACES:
-            _write_all(fd, root, place)
+        _write_roots(fd, end, bits, next_id, entries, sums)
+
+
+def write_blocks(
+    path: StrPath, bits: int, blocks: Iterable[np.ndarray], first_id: int = 0, progress: Progress | None = None
+) -> int:
+    """Write blocks of codes, with ids that count on from `first_id`, as `write` writes parts -> how many there were."""
+    rows = 0
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal rows
+        for block in blocks:
+            yield from _code_blocks([Part(block, range(len(block)))], progress, 0)
+            rows += len(block)
+
+    with write_aside(path) as aside, open(aside, "r+b", buffering=0) as file:
+        fd = file.fileno()
+        end, of_codes = _write_stream(fd, _DATA_AT, counted(), (bits, first_id, False), _BLOCK_BYTES)
+        entries = np.array([(rows, _DATA_AT, 0, first_id)] if rows else [], dtype=_ENTRY)
+        sums = [(of_codes, np.empty(0, dtype="<u4"))] if rows else []
+        _write_roots(fd, end, bits, first_id + rows, entries, sums)
+    return rows
 
 
 def append(
@@ -321,6 +340,13 @@ def _write_stream(
             sums[-1] = zlib.crc32(now, sums[-1])
             at, room, rest = at + len(now), room - len(now), rest[len(now) :]
     return at, np.array(sums, dtype="<u4")
+
+
+def _write_roots(fd: int, end: int, bits: int, next_id: int, entries: np.ndarray, sums: Sequence[Checksums]) -> None:
+    """Write the directory and the roots of a new file."""
+    root = _write_directory(fd, end, bits, next_id, entries, sums, _BLOCK_BYTES, sequence=1)
+    for place in _ROOT_PLACES:
+        _write_all(fd, root, place)
 
 
 def _write_directory(

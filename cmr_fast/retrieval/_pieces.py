@@ -1,12 +1,13 @@
 """Pieces of codes, arrays and parts of other indexes, as the parts of a new one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from torch import Tensor
 
 from cmr_fast.errors import InputError
-from cmr_fast.retrieval._checks import Array
+from cmr_fast.retrieval._checks import Array, code_length, packed_codes
 from cmr_fast.retrieval._ids import IdSet, check_ids, counted_on, lowest, next_after, refuse_known
 from cmr_fast.retrieval._segments import Part
 
@@ -43,6 +44,26 @@ def _rows(piece: np.ndarray | tuple[Part, ...]) -> int:
 def width_of(x: object) -> int:
     """Bytes of a code of what may not be codes at all."""
     return int(x.shape[1]) if isinstance(x, np.ndarray | Tensor) and x.ndim == 2 else 1
+
+
+def is_stream(codes: object) -> bool:
+    """Whether codes come one block after the other, and once only."""
+    return isinstance(codes, Iterator)
+
+
+def streamed(codes: Iterable[Array], ids: object, bits: int | None) -> tuple[int, Iterator[np.ndarray]]:
+    """Bits, and blocks of codes that are checked as they come."""
+    if ids is not None:
+        raise InputError("ids must be None for codes that come one block after the other: theirs count on from 0")
+    blocks = iter(codes)
+    first = next(blocks, None)
+    if first is None:
+        if bits is None:
+            raise InputError("codes must hold an array at least, or bits must say the length")
+        return code_length(bits), iter(())
+    length = code_length(8 * width_of(first) if bits is None else bits)
+    numbered = enumerate(chain([first], blocks))
+    return length, (packed_codes(block, f"codes of block {number}", length) for number, block in numbered)
 
 
 def check_progress(progress: object) -> None:

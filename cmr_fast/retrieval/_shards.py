@@ -11,7 +11,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,10 +135,7 @@ def created(
     folder: StrPath, bits: int, parts: Sequence[Part], next_id: int, shards: int, progress: Progress | None
 ) -> None:
     """Write a new folder: the parts cut into shards of equal size."""
-    folder = as_path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already and is not an empty folder, expected a new one for the shards")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _new_folder(folder)
     total = sum(map(len, parts))
     ends = [total * (number + 1) // shards for number in range(shards)]
     files: list[tuple[ShardFile, ...]] = []
@@ -147,6 +144,51 @@ def created(
         files.append((written(folder, f"shard-{number:05}-0.cmr", bits, next_id, piece, progress),) if piece else ())
     capacity = max(2 * -(-total // shards), 1 << 20)
     write(folder, Manifest(bits, next_id, capacity, 0, tuple(files)))
+
+
+def created_of_blocks(
+    folder: StrPath, bits: int, blocks: Iterable[np.ndarray], each: int, progress: Progress | None
+) -> None:
+    """Write a new folder from blocks of codes as they come: shards of `each` codes, the last of what is left."""
+    folder = _new_folder(folder)
+    source, rest = iter(blocks), np.empty((0, -(-bits // 8)), np.uint8)
+
+    def taken() -> Iterator[np.ndarray]:
+        nonlocal rest
+        room = each
+        while room:
+            if not len(rest):
+                if (block := next(source, None)) is None:
+                    return
+                rest = block
+            piece, rest = rest[:room], rest[room:]
+            room -= len(piece)
+            yield piece
+
+    files: list[tuple[ShardFile, ...]] = []
+    first_id, rows = 0, each
+    try:
+        while rows == each:
+            path = folder / f"shard-{len(files):05}-0.cmr"
+            rows = _indexfile.write_blocks(path, bits, taken(), first_id, progress)
+            first_id += rows
+            if rows:
+                files.append((_shard_file(path, rows),))
+            else:
+                path.unlink()
+        write(folder, Manifest(bits, first_id, max(2 * each, 1 << 20), 0, tuple(files) or ((),)))
+    except BaseException:  # a stream may fail at any block
+        for path in folder.glob("shard-*.cmr"):
+            path.unlink()
+        raise
+
+
+def _new_folder(folder: StrPath) -> Path:
+    folder = as_path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already and is not an empty folder, expected a new one for the shards")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def between(parts: Sequence[Part], start: int, end: int) -> Iterator[Part]:
@@ -165,8 +207,11 @@ def written(
 ) -> ShardFile:  # fmt: skip
     """Write parts as a file of a shard; the first `moved` of them are none of the progress."""
     _indexfile.write(folder / name, bits, next_id, [part.sound() for part in parts], progress, moved)
-    path = folder / name
-    return ShardFile(name, sum(map(len, parts)), os.stat(path).st_size, _stamp(path))
+    return _shard_file(folder / name, sum(map(len, parts)))
+
+
+def _shard_file(path: Path, rows: int) -> ShardFile:
+    return ShardFile(path.name, rows, os.stat(path).st_size, _stamp(path))
 
 
 def opened(folder: Path, file: ShardFile, bits: int) -> tuple[Part, ...]:

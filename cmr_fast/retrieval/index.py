@@ -1,6 +1,6 @@
 """HammingIndex: exact search over packed codes, with ids, in memory or in a file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from cmr_fast.retrieval._checks import Array, code_length, like, packed_codes
 from cmr_fast.retrieval._collection import Collection, Ids
 from cmr_fast.retrieval._formats import index_kind
 from cmr_fast.retrieval._ids import next_after
-from cmr_fast.retrieval._pieces import check_progress, planned, verify, width_of
+from cmr_fast.retrieval._pieces import check_progress, is_stream, planned, streamed, verify, width_of
 from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._searching import Searched, hits_of_all, nearest_at_once, nearest_of_all
 from cmr_fast.retrieval._segments import Part, is_mapped
@@ -316,7 +316,7 @@ class HammingIndex(Collection):
     def build(
         cls,
         path: StrPath,
-        codes: "Array | HammingIndex | Sequence[Array | HammingIndex]",
+        codes: "Array | HammingIndex | Sequence[Array | HammingIndex] | Iterator[Array]",
         ids: Ids | None = None,
         *,
         bits: int | None = None,
@@ -328,8 +328,9 @@ class HammingIndex(Collection):
         ----------
         path : path
             As in `save`.
-        codes : ndarray, Tensor, HammingIndex or sequence of these
-            uint8 (N, nbytes) each; a HammingIndex among them brings its ids along.
+        codes : ndarray, Tensor, HammingIndex or sequence of these; iterator of arrays
+            uint8 (N, nbytes) each; a HammingIndex among them brings its ids along. Of an iterator one array at a time
+            is in memory, and ids are 0, 1, 2 and so on.
         ids : array of int, optional
             int64, one for each row of all pieces, where they shall not count on and are not brought along; rising ones
             may stay in a file, others are sorted in memory.
@@ -345,14 +346,18 @@ class HammingIndex(Collection):
         OSError
             Where the system refuses, with the path.
         """
-        pieces = _pieces(codes)
+        check_progress(progress)
+        if is_stream(codes):
+            bits, blocks = streamed(codes, ids, bits)  # type: ignore[arg-type]
+            _indexfile.write_blocks(path, bits, blocks, progress=progress)
+            return
+        pieces = _pieces(codes)  # type: ignore[arg-type]
         if bits is None:
             if not pieces:
                 raise InputError("codes must hold an array at least, or bits must say the length")
             first = pieces[0]
             bits = first.bits if isinstance(first, HammingIndex) else 8 * width_of(first)
         bits = code_length(bits)
-        check_progress(progress)
         parts, next_id = planned(_opened(pieces, bits), ids, (), 0)
         _indexfile.write(path, bits, next_id, parts, progress)
 

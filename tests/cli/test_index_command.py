@@ -45,6 +45,41 @@ def test_an_index_grows_by_files(folder, capsys):
     assert (folder / "y.cmrx").read_bytes() == before
 
 
+def test_a_column_of_parquet_is_indexed_a_block_at_a_time(folder, capsys):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name, codes, kind="uint8"):
+        flat = arrow.array(codes.reshape(-1), getattr(arrow, kind)())
+        lists = arrow.FixedSizeListArray.from_arrays(flat, codes.shape[1])
+        parquet.write_table(arrow.table({"id": range(len(codes)), "hash": lists}), folder / name)
+
+    write("a.parquet", CODES[:200])
+    write("b.parquet", CODES[200:])
+    files = ("a.parquet", "b.parquet", "--column", "hash")
+    assert "x.cmrx: 300 codes of 32 bits" in ran(capsys, "index", *files, "--out", "x.cmrx")
+    assert (HammingIndex.load("x.cmrx").codes == CODES).all()
+    assert "300 codes of 32 bits in 4 shards" in ran(capsys, "index", *files, "--out", "shards", "--shards", 4)
+    assert (HammingIndex.open("shards").codes == CODES).all()
+    before = (folder / "x.cmrx").read_bytes()
+    assert "a.parquet: no column" in refused(capsys, "index", *files[:2], "--out", "y.cmrx")
+    for argv in (
+        (*files, "--append", "--out", "x.cmrx"),
+        (*files, "--ids", "a.npy", "--out", "y"),
+        ("a.npy", *files, "--out", "y"),
+    ):
+        assert "go into a new index" in refused(capsys, "index", *argv)
+    write("c.parquet", CODES[:3] & 1)
+    assert "are bits, not packed" in refused(capsys, "index", "c.parquet", *files[2:], "--out", "y.cmrx")
+    write("d.parquet", CODES[:3].astype(np.float32), "float32")
+    assert "d.parquet: codes of block 0" in refused(capsys, "index", "d.parquet", *files[2:], "--out", "y.cmrx")
+    write("e.parquet", np.zeros((3, 8), np.uint8))
+    said = refused(capsys, "index", *files[:2], "e.parquet", *files[2:], "--out", "y.cmrx")
+    assert "e.parquet: column hash has 8 numbers, that of a.parquet 4" in said
+    assert (folder / "x.cmrx").read_bytes() == before
+    assert not (folder / "y.cmrx").exists()
+
+
 def test_files_of_codes_of_others_are_indexed_and_searched(folder, capsys):
     h5py = pytest.importorskip("h5py")
     (folder / "a.u8bin").write_bytes(np.array([200, 4], "<u4").tobytes() + CODES[:200].tobytes())

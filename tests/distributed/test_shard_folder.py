@@ -52,6 +52,32 @@ def test_build_cuts_codes_into_shards_of_equal_size_in_their_order(tmp_path, cou
     assert ids.tolist() == list(range(count))
 
 
+@pytest.mark.parametrize(("count", "rows", "shards"), [(0, 3, [0]), (1, 3, [1]), (6, 3, [3, 3]), (10, 4, [4, 4, 2])])
+@pytest.mark.parametrize("step", [1, 3, 4, 100])
+def test_build_from_an_iterator_cuts_shards_of_so_many_rows(tmp_path, count, rows, shards, step):
+    codes, told = codes_of(0, count), []
+    blocks = (codes[start : start + step] for start in range(0, count, step))
+    ShardedIndex.build(tmp_path / "x", blocks, rows=rows, bits=64, progress=told.append)
+    held = _shards.read(tmp_path / "x")
+    assert list(held.rows) == shards
+    assert sum(told) == held.next_id == count
+    found, ids = one_of(tmp_path / "x")
+    assert (found == codes).all()
+    assert ids.tolist() == list(range(count))
+    named = {file.name for files in held.shards for file in files}
+    assert {path.name for path in (tmp_path / "x").glob("*.cmr")} == named
+
+
+def test_build_from_an_iterator_that_fails_leaves_an_empty_folder(tmp_path):
+    blocks = iter([codes_of(0, 5), np.zeros((2, 9), np.uint8)])
+    with pytest.raises(InputError, match="codes of block 1 must have 64 bits"):
+        ShardedIndex.build(tmp_path / "x", blocks, rows=2)
+    assert not any((tmp_path / "x").iterdir())
+    for codes, options in ((iter([codes_of(0, 5)]), {}), (codes_of(0, 5), {"rows": 2})):
+        with pytest.raises(InputError, match="rows, codes of a shard, are for an iterator"):
+            ShardedIndex.build(tmp_path / "x", codes, **options)
+
+
 def test_build_takes_ids_and_indexes_along(tmp_path):
     index = HammingIndex(64)
     index.add(codes_of(0, 5), [9, 4, 11, 0, 7])

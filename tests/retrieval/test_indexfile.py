@@ -447,6 +447,45 @@ def test_what_is_no_file_is_not_read(tmp_path, call):
             getattr(HammingIndex, call)(path, *arguments)
 
 
+@pytest.mark.parametrize("step", [1, 7, 100, 3000])
+def test_build_from_an_iterator_writes_what_one_array_gives(tmp_path, step):
+    blocks = (TABLE[start : start + step] for start in range(0, 512, step))
+    told = []
+    whole = sum(len(TABLE[start : start + step]) for start in range(0, 512, step))
+    HammingIndex.build(tmp_path / "stream", blocks, bits=BITS, progress=told.append)
+    HammingIndex.build(tmp_path / "array", TABLE[:whole], bits=BITS)
+    assert (tmp_path / "stream").read_bytes() == (tmp_path / "array").read_bytes()
+    assert sum(told) == whole
+    HammingIndex.append(tmp_path / "stream", TABLE[:3])
+    assert HammingIndex.load(tmp_path / "stream").ids[-3:].tolist() == [whole, whole + 1, whole + 2]
+
+
+def test_build_from_an_iterator_that_fails_leaves_the_file_before(tmp_path):
+    path = tmp_path / "index"
+    HammingIndex.build(path, iter([TABLE[:0], TABLE[:5]]), bits=BITS)
+    assert of_file(path) == answers(filled(5))
+    HammingIndex.build(path, iter([]), bits=BITS)
+    assert len(HammingIndex.load(path)) == 0
+    before = path.read_bytes()
+
+    def ends_early():
+        yield TABLE[:4]
+        raise RuntimeError("the stream ended")
+
+    for error, message, call in (
+        (RuntimeError, "the stream ended", lambda: HammingIndex.build(path, ends_early(), bits=BITS)),
+        (InputError, "codes of block 1 must have 20 bits", lambda: HammingIndex.build(
+            path, iter([TABLE[:4], np.zeros((2, 4), np.uint8)]), bits=BITS)),
+        (InputError, "codes of block 1 .*uint8", lambda: HammingIndex.build(path, iter([TABLE, TABLE * 1.0]))),
+        (InputError, "ids must be None", lambda: HammingIndex.build(path, iter([TABLE[:4]]), [1, 2, 3, 4])),
+        (InputError, "bits must say", lambda: HammingIndex.build(path, iter([]))),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["index"]
+
+
 @pytest.mark.parametrize("call", ["save", "to_faiss", "build"])
 def test_what_cannot_be_written_is_named(tmp_path, call):
     index = filled(9)

@@ -1,0 +1,220 @@
+"""The files of a stream of pairs: webdataset tars and Parquet. What is in them is listed without reading it."""
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cmr_fast.data.captions import CAPTION_NAMES, PHOTO_SUFFIXES, captions_of
+from cmr_fast.data.photos import Photo, tar_samples
+from cmr_fast.errors import InputError
+
+TAR, PARQUET = ".tar", ".parquet"
+_ROWS = 256  # of a Parquet file, decoded together
+_TAR_IMAGES, _TAR_TEXTS = (*PHOTO_SUFFIXES, ".image.npy"), (".txt", ".json", ".text.npy")
+_IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "image_bytes", "img", "image_features", "image_embedding")
+_TEXT_NAMES = (*CAPTION_NAMES, "captions", "txt", "text_features", "text_embedding")
+
+Value = bytes | tuple[str, ...] | np.ndarray  # a photo's file, captions, a row of features or of codes
+
+
+class Sample(NamedTuple):
+    """A pair as its file has it: its name, what tells it from others, and its two sides."""
+
+    name: str
+    image: Value
+    text: Value
+
+
+class Shard(Protocol):
+    """A file of pairs. It is opened where something is asked of it first."""
+
+    path: Path
+
+    def __len__(self) -> int:
+        """Pairs in it."""
+
+    def read(self, rows: Sequence[int]) -> list[Sample]:
+        """The pairs at `rows`, which rise."""
+
+
+class TarShard:
+    """A tar of webdataset: members of one name up to the first dot are a sample."""
+
+    def __init__(self, path: Path, image: str | None = None, text: str | None = None) -> None:
+        self.path = path
+        self._endings = tuple(
+            known if ending is None else ("." + ending.lower().removeprefix("."),)
+            for ending, known in ((image, _TAR_IMAGES), (text, _TAR_TEXTS))
+        )
+        self._samples: list[tuple[str, Photo, Photo]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._listed())
+
+    def read(self, rows: Sequence[int]) -> list[Sample]:
+        """The pairs at `rows`."""
+        listed = self._listed()
+        return [Sample(f"{self.path}: {listed[row][0]}", *map(_of_member, listed[row][1:])) for row in rows]
+
+    def _listed(self) -> list[tuple[str, Photo, Photo]]:
+        if self._samples is None:
+            samples = []
+            for key, members in tar_samples(self.path).items():
+                sides = [next((members[e] for e in endings if e in members), None) for endings in self._endings]
+                if sides[0] is None or sides[1] is None:
+                    lacks = ("image", "text")[sides[0] is not None]
+                    expected = self._endings[sides[0] is not None]
+                    raise InputError(
+                        f"{self.path}: {key} has no {lacks}; expected one of {', '.join(expected)} beside "
+                        f"{', '.join(sorted(members))}"
+                    )
+                samples.append((key, sides[0], sides[1]))
+            self._samples = samples
+        return self._samples
+
+
+def _of_member(member: Photo) -> Value:
+    if member.name.lower().endswith(".npy"):
+        try:
+            row = np.load(BytesIO(member.read()), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{member.path}: {member.name} is no .npy array ({error})") from error
+        if row.ndim != 1 or row.dtype.kind not in "fiu":
+            raise InputError(f"{member.path}: {member.name} must be features (d,), got {row.dtype} {row.shape}")
+        return np.asarray(row)
+    if member.name.lower().endswith((".txt", ".json")):
+        return captions_of(member)
+    return member.read()
+
+
+class ParquetShard:
+    """A Parquet file whose columns are the two sides of pairs."""
+
+    def __init__(self, path: Path, image: str | None = None, text: str | None = None) -> None:
+        self.path = path
+        self._asked = image, text
+        self._file: Any = None
+        self._columns: tuple[str, ...] = ()
+        self._cursor: Iterator[tuple[int, Any]] = iter(())
+        self._held: tuple[int, Any] | None = None  # the rows that the cursor is at
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_asked": self._asked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], *state["_asked"])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return int(self._opened().metadata.num_rows)
+
+    def read(self, rows: Sequence[int]) -> list[Sample]:
+        """The pairs at `rows`, which rise; rows after those of the call before are read on."""
+        self._opened()
+        if len(rows) and (self._held is None or rows[0] < self._held[0]):
+            self._cursor, self._held = row_blocks(self._file, self.path, self._columns, rows[0]), None
+        out: list[Sample] = []
+        while len(out) < len(rows):
+            if self._held is None or rows[len(out)] >= self._held[0] + self._held[1].num_rows:
+                self._held = next(self._cursor)
+                continue
+            start, block = self._held
+            end = int(np.searchsorted(rows, start + block.num_rows))
+            places = np.asarray(rows[len(out) : end]) - start
+            sides = [column_values(block.column(c).take(places), self.path, c, start) for c in self._columns]
+            names = (f"{self.path}: row {start + place}" for place in places)
+            out += [Sample(*each) for each in zip(names, *sides, strict=True)]
+        return out
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            self._file = opened_parquet(self.path)
+            known = _IMAGE_NAMES, _TEXT_NAMES
+            self._columns = tuple(
+                column_of(self._file, self.path, asked, names, side)
+                for asked, names, side in zip(self._asked, known, ("image", "text"), strict=True)
+            )
+        return self._file
+
+
+def opened_parquet(path: Path) -> Any:
+    """pyarrow's ParquetFile. InputError where pyarrow is missing, or the file is, or is another one."""
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet files need pyarrow: pip install 'cmr-fast[stream]'") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, arrow.ArrowException) as error:
+        raise InputError(f"{path}: damaged, or no Parquet file ({_first_line(error)})") from error
+
+
+def column_of(file: Any, path: Path, asked: str | None, names: Sequence[str], side: str) -> str:
+    """The column that is asked for, else the first there of `names`. InputError where there is none."""
+    there = file.schema_arrow.names
+    wanted = names if asked is None else (asked,)
+    found = next((name for name in wanted if name in there), None)
+    if found is None:
+        raise InputError(
+            f"{path}: no column for {side}; expected {' or '.join(wanted)}, or {side}=COLUMN, it has {', '.join(there)}"
+        )
+    return str(found)
+
+
+def row_blocks(file: Any, path: Path, columns: Sequence[str], row: int = 0) -> Iterator[tuple[int, Any]]:
+    """Rows from the row group of `row` on, some at a time: the number of their first, and a RecordBatch."""
+    import pyarrow as arrow
+
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    ends = np.cumsum([0, *counts])
+    first = int(np.searchsorted(ends, row, "right")) - 1
+    at = int(ends[first])
+    try:
+        for block in file.iter_batches(_ROWS, row_groups=range(first, len(counts)), columns=list(columns)):
+            yield at, block
+            at += block.num_rows
+    except (OSError, arrow.ArrowException) as error:
+        raise InputError(f"{path}: damaged near row {at} ({_first_line(error)})") from error
+
+
+def column_values(column: Any, path: Path, name: str, start: int) -> list[Any] | np.ndarray:
+    """Values of a column: bytes of photos, tuples of captions, or an array (n, d).
+
+    path, name, start    of an error: the file, the column, and the first row
+    """
+    from pyarrow import types
+
+    kind = column.type
+    where = f"{path}: column {name}, rows from {start} on,"
+    if column.null_count:
+        raise InputError(f"{where} has {column.null_count} missing values")
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as datasets of Hugging Face keep photos
+        return column_values(column.field("bytes"), path, f"{name}.bytes", start)
+    if types.is_fixed_size_binary(kind):
+        return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(len(column), kind.byte_width)
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return list(column.to_pylist())
+    if types.is_string(kind) or types.is_large_string(kind):
+        return [(caption,) for caption in column.to_pylist()]
+    if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
+        if types.is_string(kind.value_type) or types.is_large_string(kind.value_type):
+            return [tuple(captions) for captions in column.to_pylist()]
+        values = column.flatten()
+        if (types.is_floating(values.type) or types.is_integer(values.type)) and not values.null_count:
+            return _rows_of(column, values.to_numpy(zero_copy_only=False), where)
+    raise InputError(f"{where} is {kind}, expected bytes of photos, text, or lists of numbers without missing ones")
+
+
+def _rows_of(column: Any, values: np.ndarray, where: str) -> np.ndarray:
+    widths = np.diff(np.asarray(column.offsets)) if hasattr(column, "offsets") else None
+    if widths is not None and len(np.unique(widths)) > 1:
+        seen = np.unique(widths)
+        raise InputError(f"{where} has lists of {seen[0]} and of {seen[1]} numbers, expected one width")
+    return values.reshape(len(column), -1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
