@@ -117,6 +117,8 @@ class _EmbeddingDistance(Finetune):
         side, ids = ("image", pairs.ids) if back is None else ("a caption of image", pairs.ids[pairs.owner])
         ids = ids if back is None else ids[torch.argsort(back)]
         total, first = torch.zeros((), device=wanted.device), 0
+        counts = 0 if pairs.idle else 1  # of ranks that have no rows their stand-ins count nothing
+        items = int(self.ranks.total(torch.tensor(counts * len(wanted), device=wanted.device)))
         for encode in passes:
             vectors = widened(encode())
             apart = squared(vectors, wanted[first : first + len(vectors)].to(vectors))
@@ -126,10 +128,10 @@ class _EmbeddingDistance(Finetune):
                     "is not finite); expected a finite one: lower lr. A checkpoint, if there is one, holds an earlier "
                     "step"
                 )
-            loss = apart.sum() / len(wanted)
-            backward(loss)
+            loss = counts * apart.sum() / items
+            backward(self.ranks.world * loss)  # the ranks' gradients are averaged
             total, first = total + loss.detach(), first + len(vectors)
-        return total
+        return self.ranks.total(total)
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:
         """Passes over the side that learns, and the rows of their results that restore the order."""
@@ -197,8 +199,9 @@ class Leaf(_EmbeddingDistance):
                 _RawTexts(self.dual), edits=c.edits, tries=c.tries, objective=_apart, dictionary=self._dictionary,
                 seed=int(torch.randint(2**62, ())), dtype=mixed_dtype(device), check=False,
             )  # fmt: skip
-            texts, info = atk(pairs.texts, wanted, return_info=True)
-        changed = torch.tensor(sum(map(bool, info.changes)) / len(texts))
+            numbers = pairs.first + torch.arange(len(pairs.texts))
+            texts, info = atk(pairs.texts, wanted, index=numbers, return_info=True)
+        changed = self.share_of(pairs, [bool(change) for change in info.changes])
         return replace(pairs, texts=texts, seen=wanted), {"changed": changed}
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:

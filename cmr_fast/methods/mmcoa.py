@@ -48,7 +48,7 @@ class Mmcoa(Mat):
         return both, {"changed": changed}
 
     def contrast(self, image: Tensor, text: Tensor, scale: Tensor, of_image: Tensor, of_text: Tensor) -> Tensor:
-        """The mean of the two halves' losses."""
+        """The mean of the two halves' losses, each of all ranks' rows."""
         halves = [x.chunk(2) for x in (image, text, of_image, of_text)]
         losses = [super(Mmcoa, self).contrast(i, t, scale, a, b) for i, t, a, b in zip(*halves, strict=True)]
         return (losses[0] + losses[1]) / 2
