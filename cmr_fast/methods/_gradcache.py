@@ -103,37 +103,43 @@ def contrast(
     ids: tuple[Tensor, Tensor],
     direction: str = "both",
 ) -> Tensor:
-    """InfoNCE over ranks, by `ranks.contrastive`: the loss of the whole batch, or the ranks' own losses' mean.
+    """InfoNCE over ranks, by `ranks.contrastive`: the loss of the whole batch, or the mean of the ranks' own losses.
 
     Parameters
     ----------
     ranks
-        One process has the whole batch.
+        All of which have the same inputs.
     image, text
-        Float (n, d) and (m, d) of this rank's rows.
+        Float (B, d) and (M, d) of the whole batch.
     scale
         1 / temperature.
     ids
-        int64 (n,) and (m,), which image each row belongs to.
+        int64 (B,) and (M,), which image each row belongs to.
     direction
         As of info_nce.
 
     Returns
     -------
     Tensor
-        A scalar, the same on every rank, but for its gradient with ring and local.
+        A scalar, the same on every rank; the mean of the ranks' gradients is the loss's.
     """
-    if ranks.world > 1 and ranks.contrastive == "local":
-        share = ranks.world * len(image) / int(ranks.total(torch.tensor(len(image), device=image.device)))
-        if len(image):
-            loss = share * _whole(image, text, scale, ids, direction)
-        else:
-            loss = 0 * (image.sum() + text.sum() + scale)
-        return _mean_value(ranks, loss)
-    every = [ranks.gather(x) for x in ids]
-    if ranks.world > 1 and ranks.contrastive == "ring" and direction == "both" and _partners(ranks, ids, every):
-        return _mean_value(ranks, distributed_info_nce(image, text, scale, form="ring"))
-    return _whole(ranks.gather(image), ranks.gather(text), scale, (every[0], every[1]), direction)
+    if ranks.world == 1 or ranks.contrastive == "gather":
+        return _whole(image, text, scale, ids, direction)
+    rows = ranks.own(len(image))  # images, and the texts of these
+    mine = rows.start + torch.argsort(ids[0][rows], stable=True)
+    theirs = torch.isin(ids[1], ids[0][rows]).nonzero()[:, 0]
+    theirs = theirs[torch.argsort(ids[1][theirs], stable=True)]
+    own = ids[0][mine], ids[1][theirs]
+    if ranks.contrastive == "ring":
+        # of those that belong together one by one, in even shares
+        partners = len(ids[0].unique()) == len(image) == len(text) and len(image) % ranks.world == 0
+        if direction != "both" or not partners:
+            return _whole(image, text, scale, ids, direction)
+        return _mean_value(ranks, distributed_info_nce(image[mine], text[theirs], scale, form="ring"))
+    if not len(mine):
+        return _mean_value(ranks, 0 * (image.sum() + text.sum() + scale))
+    share = ranks.world * len(mine) / len(image)
+    return _mean_value(ranks, share * _whole(image[mine], text[theirs], scale, own, direction))
 
 
 def _whole(image: Tensor, text: Tensor, scale: Tensor, ids: tuple[Tensor, Tensor], direction: str) -> Tensor:
@@ -144,9 +150,3 @@ def _whole(image: Tensor, text: Tensor, scale: Tensor, ids: tuple[Tensor, Tensor
 def _mean_value(ranks: Ranks, loss: Tensor) -> Tensor:
     """The ranks' mean, with the gradient of this rank's own."""
     return loss + (ranks.total(loss) / ranks.world - loss.detach())
-
-
-def _partners(ranks: Ranks, ids: tuple[Tensor, Tensor], every: list[Tensor]) -> bool:
-    """Whether row i of both sides belongs together and to nothing else, in even shares: what a ring needs."""
-    alike = torch.equal(*ids) and len(ids[0]) * ranks.world == len(every[0]) == len(every[0].unique())
-    return int(ranks.total(torch.tensor(int(alike), device=ids[0].device))) == ranks.world

@@ -9,7 +9,7 @@ replicas, as each rank takes the same step.
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,9 +66,20 @@ class Ranks:
         rows = self.own(count)
         idle = rows.stop == rows.start  # a row that counts nothing keeps this rank's graph like the others'
         taken = slice(0, 1) if idle else rows
-        with _DrawsOfAll(count, taken):
+        with self.draws(count):
             result = function(*(x[taken] for x in inputs))
         return self.gather(result[:0] if idle else result, self.counts(count))
+
+    def draws(self, count: int) -> AbstractContextManager[Any]:
+        """What is drawn here for this rank's rows of `count` is what one process draws for them."""
+        rows = self.own(count)
+        return _DrawsOfAll(count, slice(0, 1) if rows.start == rows.stop else rows)
+
+    def joined(self, values: list[T]) -> list[T]:
+        """The lists of all ranks, one after the other."""
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, values)
+        return [value for rank in every for value in rank]
 
     def gather(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """(n, ...) of every rank -> (N, ...), rank after rank, with the gradient of all of them; n may differ.
@@ -189,7 +200,10 @@ class _Gather(torch.autograd.Function):
 
 
 class _DrawsOfAll(TorchFunctionMode):
-    """Dropout, and torch.rand by row, of `rows` of a batch of `count`: drawn for all, so that ranks draw alike."""
+    """Dropout, and torch.rand by row, of `rows` of a batch of `count`: drawn for all, so that ranks draw alike.
+
+    Attention's dropout is that of torch's unfused form, which a CPU computes; on a GPU ranks draw other masks.
+    """
 
     def __init__(self, count: int, rows: slice) -> None:
         super().__init__()
@@ -203,12 +217,27 @@ class _DrawsOfAll(TorchFunctionMode):
                 return func(self.count, *shape[1:], **kwargs)[self.rows]
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or not p:
             return x
         return x * F.dropout(x.new_ones((self.count, *x.shape[1:])), p)[self.rows]
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if is_causal or enable_gqa or query.is_cuda:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+        return self._dropout(logits.softmax(dim=-1), dropout_p) @ value
 
 
 @lru_cache

@@ -21,7 +21,6 @@ from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.deep import tower_features
 from cmr_fast.errors import InputError
 from cmr_fast.methods._gradcache import contrast, descend
-from cmr_fast.methods._ranks import ONE
 from cmr_fast.methods._settings import check_finite, check_kinds, check_least
 from cmr_fast.methods.method import CaptionRetriever
 from cmr_fast.modalities import Modality
@@ -175,13 +174,7 @@ class Clip(CaptionRetriever):
     def _contrast(self, ids: Tensor, owners: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """InfoNCE of all images and texts of a batch, by the images that they belong to."""
         image, text = (x.float() if x.dtype.itemsize < 4 else x for x in (image, text))  # autocast mixes types
-        if self.ranks.world == 1 or self.ranks.contrastive == "gather":
-            return contrast(ONE, image, text, self.dual.scale, (ids, owners))
-        own = self.ranks.own(len(ids))  # images, and the texts of these
-        theirs = torch.isin(owners, ids[own]).nonzero()[:, 0]
-        theirs = theirs[torch.argsort(owners[theirs], stable=True)]
-        mine = torch.argsort(ids[own], stable=True) + own.start
-        return contrast(self.ranks, image[mine], text[theirs], self.dual.scale, (ids[mine], owners[theirs]))
+        return contrast(self.ranks, image, text, self.dual.scale, (ids, owners))
 
     def _through_heads(
         self, seen: _Seen, batch: CaptionedImages, rows: Tensor, chosen: Tensor
@@ -212,7 +205,10 @@ class Clip(CaptionRetriever):
         ids, mask = self.dual.tokenize(texts)
         order = torch.argsort(mask.sum(dim=1), stable=True)
         parts = [(x.to(device) for x in trimmed(ids[r], mask[r])) for r in order.split(c.chunk or _TEXTS)]
-        return [images, [partial(over, self.dual.encode_text, *part) for part in parts]], order
+        return [images, [partial(over, self._texts_of, *part) for part in parts]], order
+
+    def _texts_of(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return F.normalize(self.dual.text_embedding(ids, mask), dim=1)
 
     def _images_of(self, batch: CaptionedImages, crops: Tensor | None, rows: Tensor) -> Tensor:
         where = self.dual.log_scale

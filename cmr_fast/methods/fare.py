@@ -117,8 +117,11 @@ class _EmbeddingDistance(Finetune):
         side, ids = ("image", pairs.ids) if back is None else ("a caption of image", pairs.ids[pairs.owner])
         ids = ids if back is None else ids[torch.argsort(back)]
         total, first = torch.zeros((), device=wanted.device), 0
-        counts = 0 if pairs.idle else 1  # of ranks that have no rows their stand-ins count nothing
-        items = int(self.ranks.total(torch.tensor(counts * len(wanted), device=wanted.device)))
+        weight = 1.0 / len(wanted)
+        if back is None:  # over ranks each has its own images, one without any a stand-in that counts nothing
+            weight *= 0 if pairs.idle else self.ranks.world
+            own = self.ranks.own(len(ids)) if not pairs.idle else slice(0, 1)
+            wanted, ids = wanted[own], ids[own]
         for encode in passes:
             vectors = widened(encode())
             apart = squared(vectors, wanted[first : first + len(vectors)].to(vectors))
@@ -128,10 +131,10 @@ class _EmbeddingDistance(Finetune):
                     "is not finite); expected a finite one: lower lr. A checkpoint, if there is one, holds an earlier "
                     "step"
                 )
-            loss = counts * apart.sum() / items
-            backward(self.ranks.world * loss)  # the ranks' gradients are averaged
+            loss = weight * apart.sum()
+            backward(loss)
             total, first = total + loss.detach(), first + len(vectors)
-        return self.ranks.total(total)
+        return total if back is not None else self.ranks.total(total) / self.ranks.world
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:
         """Passes over the side that learns, and the rows of their results that restore the order."""
@@ -163,8 +166,7 @@ class Fare(_EmbeddingDistance):
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:
         """Of images."""
-        parts = pairs.pixels.split(self.config.chunk or len(pairs.pixels))
-        return [partial(_raw_image, self.dual, part) for part in parts], None
+        return self.image_passes(pairs, partial(_raw_image, self.dual)), None
 
     @property
     def perturbation(self) -> str:

@@ -123,7 +123,7 @@ def _train(
     fabric, ranks = launched(run)
     if ranks.world > 1 and (reason := kind.one_process):
         raise InputError(f"{kind.name} is trained in one process, got {ranks.world} ranks: {reason}")
-    if ranks.world > 1 and run.strategy == "fsdp":
+    if run.strategy == "fsdp":
         raise InputError(
             "strategy fsdp trains no method yet: a step calls parts of a model, which would be sharded away; expected "
             "ddp, whose ranks hold a replica each"

@@ -13,7 +13,7 @@ is its text; what else is paired with it is MA2T's data (cmr_fast.methods.ma2t).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, pi
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmr_fast.attacks.multimodal.base import ImageTower, summed
 from cmr_fast.attacks.pgd import PGD
@@ -167,6 +168,8 @@ class PairBatch:
     seen
         Embeddings of the texts in evaluation mode, float (M, d), where they are known; in FARE and LEAF what the towers
         said of the clean side before.
+    copies
+        How often each image of the batch is in it.
     first
         Over ranks, the number of the first text among those of the whole batch.
     idle
@@ -178,6 +181,7 @@ class PairBatch:
     owner: Tensor
     ids: Tensor
     seen: Tensor | None = None
+    copies: int = 1
     first: int = 0
     idle: bool = False
 
@@ -277,8 +281,7 @@ class Finetune(CaptionRetriever):
         with _named(f"step {round(progress * c.max_steps) + 1} of {c.max_steps}"):
             pairs, logged = self.attacked(pairs, batch.rows)
             optimizer.zero_grad()
-            with self._own_draws():
-                loss = self._descend(pairs, backward)
+            loss = self._descend(self._joined(pairs), backward)
         optimizer.step()
         if not self.image_alone:
             self.dual.clamp_scale()
@@ -294,12 +297,22 @@ class Finetune(CaptionRetriever):
         share = replace(batch.select(rows), rows=None if batch.rows is None else batch.rows[rows])
         return share, sum(map(len, batch.text[: own.start])), idle
 
-    def _own_draws(self) -> AbstractContextManager[Any]:
-        """Over ranks, what dropout draws for this rank's rows does not move the random state that ranks share."""
-        if self.ranks.world == 1:
-            return nullcontext()
-        device = self.dual.log_scale.device
-        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    def _joined(self, pairs: PairBatch) -> PairBatch:
+        """The texts of the whole batch, as every rank then has them; the pixels stay this rank's."""
+        ranks = self.ranks
+        if ranks.world == 1:
+            return pairs
+        rows, gather = len(pairs.pixels) // pairs.copies, ranks.gather
+        ids, owner, texts, before = [], [], [], 0
+        for copy in range(pairs.copies):
+            here = slice(copy * rows, copy * rows if pairs.idle else (copy + 1) * rows)
+            mine = ((pairs.owner >= here.start) & (pairs.owner < here.stop)).nonzero()[:, 0]
+            ids.append(gather(pairs.ids[here]))
+            owner.append(gather(pairs.owner[mine] - here.start + ranks.own(len(ids[-1])).start + before))
+            texts += ranks.joined([pairs.texts[i] for i in mine.tolist()])
+            before += len(ids[-1])
+        seen = None if pairs.seen is None else gather(pairs.seen[: 0 if pairs.idle else None])
+        return replace(pairs, ids=torch.cat(ids), owner=torch.cat(owner), texts=texts, seen=seen)
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """What a batch is trained on in its place, and what to log of it; rows number the images' noise."""
@@ -307,33 +320,43 @@ class Finetune(CaptionRetriever):
 
     def _descend(self, pairs: PairBatch, backward: Callable[[Tensor], None]) -> Tensor:
         """The gradient of the whole batch's loss: of parts that go through the towers twice, where there is a chunk."""
-        c, device = self.config, self.dual.log_scale.device
-        sides = [[_wide(self.dual.encode_image, part) for part in pairs.pixels.split(c.chunk or len(pairs.pixels))]]
-        back: Tensor | None = None
+        c = self.config
+        sides, back = [self.image_passes(pairs, self.dual.encode_image)], None
         if not self.image_alone:
-            texts, back = self.text_passes(pairs.texts, self.dual.encode_text)
-            sides.append([_wide(encode) for encode in texts])
+            texts, back = self.text_passes(pairs.texts, lambda *x: F.normalize(self.dual.text_embedding(*x), dim=1))
+            sides.append(texts)
 
         def loss_of(image: Tensor, *text: Tensor) -> Tensor:
-            loss = self._loss(pairs, image, self.targets(pairs).to(image) if back is None else text[0][back])
+            parts = image.chunk(pairs.copies)
+            image = torch.cat([self.ranks.gather(part[: 0 if pairs.idle else None]) for part in parts])
+            against = self.targets(pairs).to(image) if back is None else text[0][back]
+            scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
+            loss = self.contrast(image, against, scale, pairs.ids, pairs.ids[pairs.owner])
+            _refuse_broken(loss, image, against, pairs)
             return loss
 
-        return descend(sides, loss_of, backward, device, twice=c.chunk > 0)
-
-    def _loss(self, pairs: PairBatch, image: Tensor, text: Tensor) -> Tensor:
-        """Of the embeddings of a batch, over ranks of this rank's rows of it."""
-        scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
-        if pairs.idle:
-            pairs = replace(pairs, ids=pairs.ids[:0], owner=pairs.owner[:0])
-            image, text = image[:0], text[:0]
-        loss = self.contrast(image, text, scale, pairs.ids, pairs.ids[pairs.owner])
-        _refuse_broken(loss, image, text, pairs)
-        return loss
+        return descend(sides, loss_of, backward, self.dual.log_scale.device, twice=c.chunk > 0)
 
     def contrast(self, image: Tensor, text: Tensor, scale: Tensor, of_image: Tensor, of_text: Tensor) -> Tensor:
         """The loss of embeddings (B, d) and (M, d), by the image numbers (B,) and (M,) that they belong to."""
         direction = "image" if self.image_alone else "both"
         return contrast(self.ranks, image, text, scale, (of_image, of_text), direction)
+
+    def image_passes(self, pairs: PairBatch, encode: Callable[[Tensor], Tensor]) -> list[Callable[[], Tensor]]:
+        """Passes over this rank's images. InputError where ranks would not draw dropout alike."""
+        chunk, ranks = self.config.chunk, self.ranks
+        if ranks.world == 1 or chunk:
+            if ranks.world > 1 and self.config.dropout:
+                raise InputError(
+                    f"over ranks a chunk needs dropout 0, got chunk {chunk}, dropout {self.config.dropout}"
+                )
+            return [_wide(encode, part) for part in pairs.pixels.split(chunk or len(pairs.pixels))]
+
+        def drawn() -> Tensor:
+            with ranks.draws(len(pairs.ids)):
+                return widened(encode(pairs.pixels))
+
+        return [drawn]
 
     def text_passes(
         self, texts: Sequence[str], encode: Callable[[Tensor, Tensor], Tensor]
@@ -343,7 +366,8 @@ class Finetune(CaptionRetriever):
         ids, mask = self.dual.tokenize(texts)
         order = torch.argsort(mask.sum(dim=1), stable=True)
         parts = [[x.to(device) for x in trimmed(ids[r], mask[r])] for r in order.split(self.config.chunk or _TEXTS)]
-        return [partial(encode, *part) for part in parts], torch.argsort(order).to(device)
+        over = partial(self.ranks.over, lambda *part: widened(encode(*part)))
+        return [partial(over, *part) for part in parts], torch.argsort(order).to(device)
 
     def share_of(self, pairs: PairBatch, texts: Sequence[bool]) -> Tensor:
         """The share of a batch's texts, of all ranks, of which it is true."""

@@ -169,7 +169,6 @@ class CaptionRetriever(Method):
     dataset: ClassVar[type[Any]] = CaptionedDataset
     init_arguments: ClassVar[tuple[str, ...]] = ()
     monitor: tuple[str, ...] = ("valid_tr1", "valid_ir1", "valid_rsum")
-    one_process: ClassVar[str] = "dropout in the towers is not drawn alike on all ranks yet"
 
     def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
         """(N, d) embeddings of the images, or (M, d) of all their captions, image by image; on the CPU."""

@@ -44,11 +44,12 @@ class Mmcoa(Mat):
             texts=[*pairs.texts, *texts.texts],
             owner=torch.cat([pairs.owner, pairs.owner + len(pairs.pixels)]),
             ids=pairs.ids.repeat(2),
+            copies=2,
         )
         return both, {"changed": changed}
 
     def contrast(self, image: Tensor, text: Tensor, scale: Tensor, of_image: Tensor, of_text: Tensor) -> Tensor:
-        """The mean of the two halves' losses, each of all ranks' rows."""
+        """The mean of the two halves' losses."""
         halves = [x.chunk(2) for x in (image, text, of_image, of_text)]
         losses = [super(Mmcoa, self).contrast(i, t, scale, a, b) for i, t, a, b in zip(*halves, strict=True)]
         return (losses[0] + losses[1]) / 2

@@ -1,6 +1,7 @@
 """Small trainings that ranks do, each rank a process that torchrun might have started; imported by these processes."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,13 @@ import torch
 from small import ACMR_SMALL, ALPHA, EPS, small_dataset
 
 from cmr_fast.data import load_captions
+from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
+from cmr_fast.methods._ranks import RankLostError
+from cmr_fast.methods.acmr import ACMR
 from cmr_fast.methods.clip import ClipConfig
 from cmr_fast.methods.cmimh import CMIMHConfig
+from cmr_fast.methods.dcmh import DCMHConfig
 from cmr_fast.methods.djsrh import DJSRHConfig
 from cmr_fast.methods.loop import RunConfig, train
 
@@ -81,3 +86,48 @@ def curves(rank, world, port, place, names):
         assert run.rank == rank
         if rank == world - 1:
             torch.save((run.history, run.results), Path(place) / f"{name} on {world}, last rank.pt")
+
+
+def killed(rank, world, port, place):
+    """ACMR, whose last rank is killed as its third epoch begins; the others write down what they raise."""
+    join(rank, world, port)
+    begin = ACMR.begin_round
+
+    def die(self, split, progress):
+        if rank == world - 1 and progress >= 0.5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin(self, split, progress)
+
+    ACMR.begin_round = die
+    try:
+        curve("acmr", place, place / "killed")
+    except RankLostError as error:
+        (place / f"lost {rank}.txt").write_text(str(error))
+
+
+def resumed(rank, world, port, place):
+    """The killed run goes on; beside it one that was not disturbed."""
+    join(rank, world, port)
+    for out in ("killed", "undisturbed"):
+        curve("acmr", place, place / out, resume=True)
+
+
+def refused(rank, world, port, place):
+    """Trainings that ranks may not begin; what each rank raises goes to a file of its own."""
+    join(rank, world, port)
+    plain = replace(ACMR_SMALL, epochs=1)
+    (place / "used").mkdir(exist_ok=True)
+    (place / "used" / "file").touch()
+    cases = {
+        "config": ("acmr", replace(plain, learning_rate=0.01 * (rank + 1)), small_dataset(), {}),
+        "data": ("acmr", plain, small_dataset(seed=rank), {}),
+        "seed": ("acmr", plain, small_dataset(), {"seed": rank}),
+        "fsdp": ("acmr", plain, small_dataset(), {"strategy": "fsdp"}),
+        "dcmh": ("dcmh", DCMHConfig(epochs=1), small_dataset(), {}),
+        "used": ("acmr", plain, small_dataset(), {}),
+    }
+    for case, (method, config, data, changes) in cases.items():
+        try:
+            train(method, config, data, settings(place / case, **changes))
+        except InputError as error:
+            (place / f"{case} {rank}.txt").write_text(str(error))
