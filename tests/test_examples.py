@@ -46,6 +46,14 @@ def test_sqlite_vec_codes(tmp_path):
     assert ours[0] == theirs[0] and distances[0].startswith("[0, ")
 
 
+@pytest.mark.timeout(400)
+def test_train_on_two_ranks(tmp_path):
+    text = output("train_on_two_ranks.py", tmp_path)
+    curves = [tuple(map(float, row)) for row in re.findall(r"([\d.]+) in one process, ([\d.]+) on", text)]
+    assert len(curves) == 3 and curves[2][0] < curves[0][0]
+    assert all(two == pytest.approx(one, rel=1e-4) for one, two in curves)
+
+
 def test_swap_loss(tmp_path):
     text = output("swap_loss.py", tmp_path)
     curves = {

@@ -98,7 +98,11 @@ class Train:
             from cmr_fast.reports.hashing import check_defences
 
             check_defences(dataset, settings, self.source.adversarial, cgat=on_the_fly)
+        if self.run.devices > 1 and (self.source.adversarial or on_the_fly):
+            raise InputError("--adversarial and --defence are of one process, expected --devices 1")
         run = train(self.method, config, dataset, settings)
+        if run.rank:
+            return
         record_source(run.path, self.source.data, options)
         if self.source.adversarial or on_the_fly:
             self._harden(run, dataset, options, on_the_fly)

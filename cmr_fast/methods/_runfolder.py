@@ -154,7 +154,7 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 
 _DESCRIBED = {"method", "config", "run", "data", "versions"}
 _LENGTH = {"epochs", "max_steps"}
-_FREE = {"out", "resume", "device", "threads", "quiet", "checkpoint_seconds"}
+_FREE = {"out", "resume", "device", "devices", "strategy", "threads", "quiet", "checkpoint_seconds"}
 
 
 def describe(kind: "type[Method]", config: Any, dataset: "Dataset", run: "RunConfig") -> dict[str, Any]:

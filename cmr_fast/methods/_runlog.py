@@ -90,6 +90,22 @@ class RunLog:
             _stderr(f"{self.title}: epoch {int(row['epoch'])}/{self.epochs}  {note}")
 
 
+class SilentLog(RunLog):
+    """Of ranks after the first: keeps the rows and writes nothing."""
+
+    def __init__(
+        self, folder: Path, history: list[dict[str, float]], epochs: int, title: str, monitor: str, quiet: bool
+    ) -> None:
+        self.history, self.quiet, self._bar = history, True, None
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """Keep one finished epoch."""
+        self.history.append(row)
+
+
 def _stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

@@ -199,6 +199,10 @@ class ACMR(Retriever):
     def _project(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.image_projector(image), self.text_projector(text)
 
+    def _projected(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a batch, each rank its rows."""
+        return self.ranks.over(self.image_projector, image), self.ranks.over(self.text_projector, text)
+
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, dim) features -> (N, 200) in the common subspace, or (N, C) label distributions if those are compared."""
         projected = self.subspace(modality, features)
@@ -341,7 +345,7 @@ class ACMR(Retriever):
             reversal *= 2 / (1 + math.exp(-10 * progress)) - 1
         scaled = self._scale(batch)
         for _ in range(c.inner_steps):  # lines 1-6
-            image, text = self._project(*scaled)
+            image, text = self._projected(*scaled)
             embedding, terms = self.embedding_loss(image, text, batch.labels)
             loss = embedding
             if c.adversary:
@@ -352,7 +356,7 @@ class ACMR(Retriever):
         logged = {"embedding_loss": embedding} | terms
         if c.adversary:  # lines 7-8
             with torch.no_grad():
-                image, text = self._project(*scaled)
+                image, text = self._projected(*scaled)
             optimizers["modality"].zero_grad()
             loss, logged["modality_accuracy"] = self._adversarial(image, text, reversal=0.0)
             logged["adversarial_loss"] = loss

@@ -9,6 +9,7 @@ these the towers are trained too, at rates of their own. Batch normalisation kee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.deep import tower_features
 from cmr_fast.errors import InputError
+from cmr_fast.methods._gradcache import contrast, descend
 from cmr_fast.methods._settings import check_finite, check_kinds, check_least
 from cmr_fast.methods.method import CaptionRetriever
 from cmr_fast.modalities import Modality
 from cmr_fast.models.clip import TwoTowers, dual_encoder
-from cmr_fast.models.dual import by_length
-from cmr_fast.ops.info_nce import info_nce
+from cmr_fast.models.dual import trimmed
 
 _TEXTS = 64  # that go through a tower at a time
 
@@ -47,6 +48,9 @@ class ClipConfig:
     """So many epochs, the first, train the heads alone; epochs of no more than that leave the towers frozen."""
     batch_size: int = 128
     """Images a batch."""
+    chunk: int = 0
+    """Images, and texts, that go through the towers at once while these are trained, for less memory; the loss is that
+    of the whole batch all the same, at the cost of up to one forward pass more. 0: all of the images, 64 texts."""
     captions: int = 1
     """Captions of an image in a batch, drawn anew each time; 0: all of them."""
     head_lr: float = 5e-4
@@ -67,7 +71,7 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        check_least(self, dim=1, hidden=1, epochs=1, head_epochs=0, batch_size=2, captions=0, frozen_blocks=0)
+        check_least(self, dim=1, hidden=1, epochs=1, head_epochs=0, batch_size=2, chunk=0, captions=0, frozen_blocks=0)
         check_finite(self, "head_lr", "image_lr", "text_lr", "joint_head_lr", "weight_decay")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
@@ -144,20 +148,22 @@ class Clip(CaptionRetriever):
                 group["lr"] = rate
         rows, chosen = self._drawn(batch.text)
         if self._train is not None:
-            image, text = self._through_heads(self._train, batch, rows, chosen)
+            sides = self._through_heads(self._train, batch, rows, chosen)
         else:
             texts = [batch.text[row][which] for row, which in zip(rows.tolist(), chosen.tolist(), strict=True)]
-            image, text = self._through_towers(batch, texts)
-        ids = batch.labels.to(image.device)
-        image, text = (x.float() if x.dtype.itemsize < 4 else x for x in (image, text))  # autocast mixes types
-        loss: Any = info_nce(image, text, self.dual.scale, positives=(ids, ids[rows.to(image.device)]))
+            sides, order = self._through_towers(batch, texts)
+            rows = rows[order]
         for name in rates:
             optimizers[name].zero_grad()
-        backward(loss)
+        device = self.dual.log_scale.device
+        ids = batch.labels.to(device)
+        owners = ids[rows.to(device)]
+        twice = self._train is None and self.config.chunk > 0
+        loss = descend(sides, partial(self._contrast, ids, owners), backward, device, twice)
         for name in rates:
             optimizers[name].step()
         self.dual.clamp_scale()
-        return {"loss": loss.detach(), "scale": self.dual.scale.detach()}
+        return {"loss": loss, "scale": self.dual.scale.detach()}
 
     def _drawn(self, text: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """int64 (M,) each: the row of the batch and which of its captions, by torch's random state."""
@@ -165,13 +171,20 @@ class Clip(CaptionRetriever):
         which = [torch.randperm(len(row))[: count or None] for row in text]
         return torch.repeat_interleave(torch.tensor([len(w) for w in which])), torch.cat(which)
 
+    def _contrast(self, ids: Tensor, owners: Tensor, image: Tensor, text: Tensor) -> Tensor:
+        """InfoNCE of all images and texts of a batch, by the images that they belong to."""
+        image, text = (x.float() if x.dtype.itemsize < 4 else x for x in (image, text))  # autocast mixes types
+        return contrast(self.ranks, image, text, self.dual.scale, (ids, owners))
+
     def _through_heads(
         self, seen: _Seen, batch: CaptionedImages, rows: Tensor, chosen: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[list[Callable[[], Tensor]]]:
         assert batch.rows is not None
         places = batch.rows.cpu()
-        captions = seen.begin[places[rows]] + chosen
-        return self._head("image", seen.image[places]), self._head("text", seen.text[captions])
+        features: dict[Modality, Tensor] = {
+            "image": seen.image[places], "text": seen.text[seen.begin[places[rows]] + chosen],
+        }  # fmt: skip
+        return [[partial(self.ranks.over, partial(self._head, m), x)] for m, x in features.items()]
 
     def _head(self, modality: Modality, features: Tensor) -> Tensor:
         assert isinstance(self.dual, TwoTowers)
@@ -179,11 +192,28 @@ class Clip(CaptionRetriever):
         where = self.dual.log_scale
         return F.normalize(head(features.to(where.device, where.dtype)), dim=1)
 
-    def _through_towers(self, batch: CaptionedImages, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _through_towers(
+        self, batch: CaptionedImages, texts: Sequence[str]
+    ) -> tuple[list[list[Callable[[], Tensor]]], Tensor]:
+        """Passes over images, and over texts of like length; and which text each row of the latter is of."""
+        c, over, device = self.config, self.ranks.over, self.dual.log_scale.device
+        crops = drawn_crops(len(batch)) if c.augment else None
+        images: list[Callable[[], Tensor]] = [
+            partial(over, partial(self._images_of, batch, crops), rows)
+            for rows in torch.arange(len(batch)).split(c.chunk or len(batch))
+        ]
+        ids, mask = self.dual.tokenize(texts)
+        order = torch.argsort(mask.sum(dim=1), stable=True)
+        parts = [(x.to(device) for x in trimmed(ids[r], mask[r])) for r in order.split(c.chunk or _TEXTS)]
+        return [images, [partial(over, self._texts_of, *part) for part in parts]], order
+
+    def _texts_of(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return F.normalize(self.dual.text_embedding(ids, mask), dim=1)
+
+    def _images_of(self, batch: CaptionedImages, crops: Tensor | None, rows: Tensor) -> Tensor:
         where = self.dual.log_scale
-        pixels = batch.pixels().to(where.device, where.dtype)
-        image = self.dual.encode_image(augmented(pixels) if self.config.augment else pixels)
-        return image, by_length(self.dual, texts, self.dual.encode_text, _TEXTS)
+        pixels = batch.select(rows.to(batch.labels.device)).pixels().to(where.device, where.dtype)
+        return self.dual.encode_image(pixels if crops is None else augmented(pixels, crops[rows]))
 
     def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
         """All images or all captions; through the head alone while the towers are frozen and have seen them."""
@@ -201,15 +231,20 @@ class Clip(CaptionRetriever):
         return self._seen[key]
 
 
-def augmented(pixels: Tensor) -> Tensor:
-    """Random crops (a side of 0.75 to 1 of the image) scaled back, half of them flipped, by torch's random state."""
-    count = len(pixels)
+def drawn_crops(count: int) -> Tensor:
+    """(count, 2, 3): random crops (a side of 0.75 to 1 of the image), half of them flipped, by torch's random state."""
     side = 0.75 + 0.25 * torch.rand(count)
     shift = (1 - side)[:, None] * (2 * torch.rand(count, 2) - 1)
     turned = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
     zero = torch.zeros(count)
     rows = [torch.stack([side * turned, zero, shift[:, 0]], dim=1), torch.stack([zero, side, shift[:, 1]], dim=1)]
-    grid = F.affine_grid(torch.stack(rows, dim=1).to(pixels), list(pixels.shape), align_corners=False)
+    return torch.stack(rows, dim=1)
+
+
+def augmented(pixels: Tensor, crops: Tensor | None = None) -> Tensor:
+    """Images (B, 3, H, W) by crops (B, 2, 3), drawn here or before, scaled back to their size."""
+    crops = drawn_crops(len(pixels)) if crops is None else crops
+    grid = F.affine_grid(crops.to(pixels), list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 

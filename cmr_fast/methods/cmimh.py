@@ -16,6 +16,7 @@ h = 1[a >= 0].
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -301,11 +302,12 @@ class CMIMH(Retriever):
         """Raw features (B, Di), (B, Dt) -> the six terms of Eq. 14 unweighted, and the means (B, L) by modality."""
         c = self.config
         inputs = {"image": self.inputs["image"](image), "text": self.inputs["text"](text)}
-        logits = {m: _full(self.encoder[m](x)) for m, x in inputs.items()}
+        over = self.ranks.over  # networks, each rank its rows; draws and losses are of the whole batch
+        logits = {m: _full(over(self.encoder[m], x)) for m, x in inputs.items()}
         means = {m: a.sigmoid() for m, a in logits.items()}
         samples = {m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()}
         terms = {
-            f"reconstruction_{m}": self._squared_error(self.decoder[m](samples[m].to(x.dtype)), x)
+            f"reconstruction_{m}": over(partial(self._squared_error, self.decoder[m]), samples[m].to(x.dtype), x).mean()
             for m, x in inputs.items()
         }
         seen = [means]
@@ -314,7 +316,7 @@ class CMIMH(Retriever):
             seen = [samples, *({m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()} for _ in again)]
         bounds = []
         for values in seen:
-            embedded = {m: _full(self.critic[m](v.to(image.dtype))) for m, v in values.items()}
+            embedded = {m: _full(over(self.critic[m], v.to(image.dtype))) for m, v in values.items()}
             with torch.autocast(image.device.type, enabled=False):
                 bounds.append(js_critic(embedded["image"], embedded["text"], marginals=c.marginals))
         terms["mi"] = torch.stack(bounds).mean()
@@ -401,13 +403,15 @@ class CMIMH(Retriever):
     def _clip(self, *networks: nn.Module) -> None:
         if self.config.clip_norm > 0:
             for network in networks:
+                self.ranks.average(network.parameters())
                 nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_norm)
 
-    def _squared_error(self, decoded: Tensor, target: Tensor) -> Tensor:
-        error = (_full(decoded) - target).square()
+    def _squared_error(self, decoder: nn.Module, samples: Tensor, target: Tensor) -> Tensor:
+        """(B,): of each row."""
+        error = (_full(decoder(samples)) - target).square()
         if self.config.reconstruction == "sum":
-            return error.sum(dim=1).mean()
-        return error.mean() * (self.config.bits if self.config.reconstruction == "bits" else 1)
+            return error.sum(dim=1)
+        return error.mean(dim=1) * (self.config.bits if self.config.reconstruction == "bits" else 1)
 
 
 def partners_first(image: Tensor, text: Tensor) -> float:

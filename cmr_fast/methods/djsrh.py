@@ -17,6 +17,7 @@ is a second AlexNet; here both begin at features. Where this file says "code", i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -175,7 +176,8 @@ class DJSRH(Retriever):
         """Both networks by the whole loss of the batch; labels are not looked at."""
         c = self.config
         target = c.mu * joint_affinity(self._similarity(batch, "image"), self._similarity(batch, "text"), c.beta, c.eta)
-        codes = [torch.tanh(self.alpha * full(self.encode(m, getattr(batch, m)))) for m in MODALITIES]
+        said = (self.ranks.over(partial(self.encode, m), getattr(batch, m)) for m in MODALITIES)
+        codes = [torch.tanh(self.alpha * full(outputs)) for outputs in said]
         losses = reconstruction_losses(codes[0], codes[1], target)
         loss = losses["cross"] + c.lambda1 * losses["image"] + c.lambda2 * losses["text"]
         for optimizer in optimizers.values():

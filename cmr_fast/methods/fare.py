@@ -117,6 +117,11 @@ class _EmbeddingDistance(Finetune):
         side, ids = ("image", pairs.ids) if back is None else ("a caption of image", pairs.ids[pairs.owner])
         ids = ids if back is None else ids[torch.argsort(back)]
         total, first = torch.zeros((), device=wanted.device), 0
+        weight = 1.0 / len(wanted)
+        if back is None:  # over ranks each has its own images, one without any a stand-in that counts nothing
+            weight *= 0 if pairs.idle else self.ranks.world
+            own = self.ranks.own(len(ids)) if not pairs.idle else slice(0, 1)
+            wanted, ids = wanted[own], ids[own]
         for encode in passes:
             vectors = widened(encode())
             apart = squared(vectors, wanted[first : first + len(vectors)].to(vectors))
@@ -126,10 +131,10 @@ class _EmbeddingDistance(Finetune):
                     "is not finite); expected a finite one: lower lr. A checkpoint, if there is one, holds an earlier "
                     "step"
                 )
-            loss = apart.sum() / len(wanted)
+            loss = weight * apart.sum()
             backward(loss)
             total, first = total + loss.detach(), first + len(vectors)
-        return total
+        return total if back is not None else self.ranks.total(total) / self.ranks.world
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:
         """Passes over the side that learns, and the rows of their results that restore the order."""
@@ -161,8 +166,7 @@ class Fare(_EmbeddingDistance):
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:
         """Of images."""
-        parts = pairs.pixels.split(self.config.chunk or len(pairs.pixels))
-        return [partial(_raw_image, self.dual, part) for part in parts], None
+        return self.image_passes(pairs, partial(_raw_image, self.dual)), None
 
     @property
     def perturbation(self) -> str:
@@ -197,8 +201,9 @@ class Leaf(_EmbeddingDistance):
                 _RawTexts(self.dual), edits=c.edits, tries=c.tries, objective=_apart, dictionary=self._dictionary,
                 seed=int(torch.randint(2**62, ())), dtype=mixed_dtype(device), check=False,
             )  # fmt: skip
-            texts, info = atk(pairs.texts, wanted, return_info=True)
-        changed = torch.tensor(sum(map(bool, info.changes)) / len(texts))
+            numbers = pairs.first + torch.arange(len(pairs.texts))
+            texts, info = atk(pairs.texts, wanted, index=numbers, return_info=True)
+        changed = self.share_of(pairs, [bool(change) for change in info.changes])
         return replace(pairs, texts=texts, seen=wanted), {"changed": changed}
 
     def passes(self, pairs: PairBatch) -> tuple[list[Callable[[], Tensor]], Tensor | None]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
+from cmr_fast.methods._ranks import Ranks, alone, facts_of, launched
 from cmr_fast.methods._runfolder import (
     CHECKPOINT,
     CONFIG,
@@ -29,7 +31,7 @@ from cmr_fast.methods._runfolder import (
     same,
     write_json,
 )
-from cmr_fast.methods._runlog import RunLog
+from cmr_fast.methods._runlog import RunLog, SilentLog
 from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_model
 from cmr_fast.methods.method import Classifier, Dataset, Method, Retriever, Run, RunConfig
 from cmr_fast.modalities import Modality
@@ -76,8 +78,10 @@ def train(
     results.json. The random state is set from (seed, epoch) at every epoch, so a run that is killed and resumed ends
     with the weights of one that was not (exactly, on the CPU with the same number of threads).
 
+    Over ranks (`run.devices`, or torchrun) rank 0 alone writes; every rank returns the same results.
+
     Raises InputError for bad settings, a run folder that holds something already, a checkpoint that is damaged or of
-    other settings, and a loss that is no longer finite.
+    other settings, a loss that is no longer finite, and ranks that differ; RankLostError where a rank has ended.
     """
     kind = METHODS[method] if isinstance(method, str) else method
     config = kind.Config() if config is None else config
@@ -116,7 +120,14 @@ def train(
 def _train(
     kind: type[Method], config: Any, dataset: Dataset, run: RunConfig, start: Method | None, notes: Mapping[str, Any]
 ) -> Run:
-    fabric = _fabric(run)
+    fabric, ranks = launched(run)
+    if ranks.world > 1 and (reason := kind.one_process):
+        raise InputError(f"{kind.name} is trained in one process, got {ranks.world} ranks: {reason}")
+    if run.strategy == "fsdp":
+        raise InputError(
+            "strategy fsdp trains no method yet: a step calls parts of a model, which would be sharded away; expected "
+            "ddp, whose ranks hold a replica each"
+        )
     _reseed(run.seed, 0)
     model = kind(config, *(getattr(dataset, name) for name in kind.init_arguments))
     if isinstance(tower := getattr(model, "tower", None), torch.nn.Module):
@@ -128,23 +139,29 @@ def _train(
         except RuntimeError as error:
             raise InputError(f"start: its weights do not fit the config and the data: {error}") from error
     fabric.setup_module(model)
+    model.ranks = ranks
     plain = model.optimizers()
+    for optimizer in plain.values():
+        optimizer.register_step_pre_hook(_averaged_over(ranks))
     optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
 
     folder = Path(run.out)
-    if not run.resume:
-        refuse_used(folder)
-    with disk_errors(folder), forgotten_if_refused(folder, fresh=not run.resume), held(folder):
-        described = describe(kind, config, dataset, run) | dict(notes)
-        return _rounds(fabric, model, optimizers, dataset, run, described)
+    described = describe(kind, config, dataset, run) | dict(notes)
+    with ranks.watched(folder):
+        ranks.refuse_others("training", facts_of(described, model) if ranks.world > 1 else {})
+        if not run.resume:
+            ranks.on_first(lambda: refuse_used(folder))
+        cleared = alone(ranks, lambda: forgotten_if_refused(folder, fresh=not run.resume))
+        with alone(ranks, lambda: disk_errors(folder)), cleared, alone(ranks, lambda: held(folder)):
+            return _rounds(fabric, model, optimizers, dataset, run, described)
 
 
 def _rounds(
     fabric: Any, model: Method, optimizers: dict[str, Any], dataset: Dataset, run: RunConfig, described: dict[str, Any]
 ) -> Run:
     """Every round that is left, the weights of the best one, and its scores."""
-    folder, kind, config = Path(run.out), type(model), model.config
-    claim(folder, described, run.resume, kind)
+    folder, kind, config, ranks = Path(run.out), type(model), model.config, model.ranks
+    ranks.on_first(lambda: claim(folder, described, run.resume, kind))
     weight = next(model.parameters())
     split = model.enlarge(dataset.train).to(weight.device, weight.dtype)
     schedule = _Schedule.of(config, len(split), run)
@@ -152,16 +169,16 @@ def _rounds(
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] | None = None
     planned = schedule.rounds
-    if run.resume and (folder / CHECKPOINT).exists():
+    if run.resume and ranks.on_first((folder / CHECKPOINT).exists):
         state, history, best, before = _restore(folder / CHECKPOINT, model, optimizers, described)
         planned = _Schedule.of(before, len(split), run).rounds
         if planned < schedule.rounds and state.epoch == planned:
             state.done = False
-        write_json(folder / CONFIG, described)
+        ranks.on_first(lambda: write_json(folder / CONFIG, described))
     saved_at = time.monotonic()
     monitor, title = model.monitor[-1], f"{kind.name} on {dataset.name}"
     trouble: str | None = None
-    with RunLog(folder, history, schedule.rounds, title, monitor, run.quiet) as log:
+    with (RunLog if ranks.rank == 0 else SilentLog)(folder, history, schedule.rounds, title, monitor, run.quiet) as log:
         if state.epoch:
             log.say(f"resumed {folder} after epoch {state.epoch}")
         if planned < schedule.rounds:
@@ -183,7 +200,7 @@ def _rounds(
                 scores = dict.fromkeys((*model.observed, *model.monitor), math.nan)
                 if state.epoch % run.eval_every == 0 or last:
                     try:
-                        scores = model.validate(dataset.valid)
+                        scores = ranks.on_first(partial(dict, model.validate(dataset.valid)))
                     except InputError as error:
                         raise InputError(
                             f"{kind.name}: validation after epoch {state.epoch}: {error}. A checkpoint, if there is "
@@ -201,7 +218,7 @@ def _rounds(
             waited = state.epoch - state.best_epoch
             stop_early = dataset.valid is not None and run.patience > 0 and waited >= run.patience
             state.done = last or stop_early
-            if state.done or time.monotonic() - saved_at >= run.checkpoint_seconds:
+            if ranks.rank == 0 and (state.done or time.monotonic() - saved_at >= run.checkpoint_seconds):
                 _save(folder / CHECKPOINT, model, optimizers, state, history, best, described)
                 saved_at = time.monotonic()
 
@@ -221,16 +238,21 @@ def _rounds(
             dict(zip(reversed(model.monitor), state.best_scores, strict=False)) if best is not None else {monitor: None}
         ),
         "train_seconds": sum(row["seconds"] for row in history),
-    } | model.test(dataset)
+    } | ranks.on_first(partial(model.test, dataset))
     if warning := model.trouble(history):
         results["warnings"] = [warning]
     settings = {name: value for name, value in described["run"].items() if name not in _PLACE}
-    save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described | {"run": settings}})
-    write_json(folder / RESULTS, results)
-    return Run(folder, model, history, results)
+
+    def write() -> None:
+        save_model(folder / MODEL, model, {"epoch": state.best_epoch, "run": described | {"run": settings}})
+        write_json(folder / RESULTS, results)
+
+    ranks.on_first(write)
+    return Run(folder, model, history, results, ranks.rank)
 
 
-_PLACE = ("out", "resume", "quiet", "checkpoint_seconds")  # where and how, not what: equal runs write equal models
+# where and how, not what: equal runs write equal models
+_PLACE = ("out", "resume", "quiet", "checkpoint_seconds", "devices", "strategy")
 
 
 def _preset_of_other_data(kind: type[Method], config: Any, data: str) -> str | None:
@@ -278,7 +300,7 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
         raise InputError("refit needs a validation split to find the number of epochs: valid_fraction above 0, got 0")
     folder = Path(run.out)
     if not run.resume:
-        refuse_used(folder)
+        launched(run)[1].on_first(lambda: refuse_used(folder))
     selection = train(kind, config, dataset, replace(run, out=folder / "selection", refit=False))
     if dataset.valid is not None:
         train_split: Any = dataset.train
@@ -443,17 +465,11 @@ def _snapshot(model: Method) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _fabric(run: RunConfig) -> Any:
-    from lightning.fabric import Fabric
+def _averaged_over(ranks: Ranks) -> Callable[..., None]:
+    def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        ranks.average(p for group in optimizer.param_groups for p in group["params"])
 
-    name, _, number = run.device.partition(":")
-    if name not in ("auto", "cpu", "cuda") or (number and not (name == "cuda" and number.isdecimal())):
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {run.device!r}")
-    if name == "cuda" and int(number or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        raise InputError(f"device {run.device} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
-    fabric = Fabric(accelerator=name, devices=[int(number)] if number else 1, precision=run.precision)
-    fabric.launch()
-    return fabric
+    return average
 
 
 def _reseed(seed: int, epoch: int) -> None:

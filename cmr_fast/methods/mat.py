@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, pi
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmr_fast.attacks.multimodal.base import ImageTower, summed
 from cmr_fast.attacks.pgd import PGD
@@ -29,6 +30,7 @@ from cmr_fast.attacks.text.encoder import FlatTexts
 from cmr_fast.attacks.victim import widened
 from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
 from cmr_fast.errors import InputError
+from cmr_fast.methods._gradcache import contrast, descend
 from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
 from cmr_fast.methods.loop import load_model
 from cmr_fast.methods.ma2t import BOTH, AugmentConfig, MorePairs, more_pairs
@@ -36,7 +38,6 @@ from cmr_fast.methods.method import CaptionRetriever, Method
 from cmr_fast.models.clip import TwoTowers, dual_encoder
 from cmr_fast.models.dual import trimmed
 from cmr_fast.models.mlm import MaskedLM
-from cmr_fast.ops.info_nce import info_nce
 
 _TEXTS = 64  # that go through a tower at a time
 
@@ -72,7 +73,7 @@ class FinetuneConfig(AugmentConfig):
     """Of the image tower's blocks the first so many, and what lies before them, keep their weights (ours: none)."""
     chunk: int = 0
     """Images, and texts, that go through the towers at once, for less memory; the loss is that of the whole batch all
-    the same, at the cost of one forward pass more. 0: all of them."""
+    the same, at the cost of up to one forward pass more. 0: all of them."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -167,6 +168,12 @@ class PairBatch:
     seen
         Embeddings of the texts in evaluation mode, float (M, d), where they are known; in FARE and LEAF what the towers
         said of the clean side before.
+    copies
+        How often each image of the batch is in it.
+    first
+        Over ranks, the number of the first text among those of the whole batch.
+    idle
+        Over ranks, whether this rank has no rows: these stand in, and count nothing.
     """
 
     pixels: Tensor
@@ -174,10 +181,13 @@ class PairBatch:
     owner: Tensor
     ids: Tensor
     seen: Tensor | None = None
+    copies: int = 1
+    first: int = 0
+    idle: bool = False
 
-    def positive(self) -> Tensor:
-        """float32 (B, M): texts of the same image, each row summing to 1."""
-        same = (self.ids[:, None] == self.ids[self.owner]).float()
+    def positive(self, of_text: Tensor | None = None) -> Tensor:
+        """float32 (B, M): texts of the same image, each row summing to 1; of_text: (M,), which image each is of."""
+        same = (self.ids[:, None] == (self.ids[self.owner] if of_text is None else of_text)).float()
         return same / same.sum(dim=1, keepdim=True)
 
     def mean_of_own(self, texts: Tensor) -> Tensor:
@@ -261,62 +271,92 @@ class Finetune(CaptionRetriever):
         c, optimizer, where = self.config, optimizers["all"], self.dual.log_scale
         for group in optimizer.param_groups:
             group["lr"] = c.lr * (1 + cos(pi * progress)) / 2
+        batch, first, idle = self._share(batch)
         pixels = batch.pixels() if self._more is None else self._more.pixels(batch)
         texts = [caption for row in batch.text for caption in row]
         owner = torch.repeat_interleave(torch.tensor([len(row) for row in batch.text])).to(where.device)
-        pairs = PairBatch(pixels.to(where.device, where.dtype), texts, owner, batch.labels.to(where.device))
+        pairs = PairBatch(
+            pixels.to(where.device, where.dtype), texts, owner, batch.labels.to(where.device), first=first, idle=idle
+        )
         with _named(f"step {round(progress * c.max_steps) + 1} of {c.max_steps}"):
             pairs, logged = self.attacked(pairs, batch.rows)
             optimizer.zero_grad()
-            loss = self._descend(pairs, backward)
+            loss = self._descend(self._joined(pairs), backward)
         optimizer.step()
         if not self.image_alone:
             self.dual.clamp_scale()
         return {"loss": loss, "scale": self.dual.scale.detach()} | logged
+
+    def _share(self, batch: CaptionedImages) -> tuple[CaptionedImages, int, bool]:
+        """The rows that this rank takes, the number of their first text, and whether it has none: then a stand-in."""
+        if self.ranks.world == 1:
+            return batch, 0, False
+        own = self.ranks.own(len(batch))
+        idle = own.start == own.stop
+        rows = torch.arange(len(batch), device=batch.labels.device)[slice(0, 1) if idle else own]
+        share = replace(batch.select(rows), rows=None if batch.rows is None else batch.rows[rows])
+        return share, sum(map(len, batch.text[: own.start])), idle
+
+    def _joined(self, pairs: PairBatch) -> PairBatch:
+        """The texts of the whole batch, as every rank then has them; the pixels stay this rank's."""
+        ranks = self.ranks
+        if ranks.world == 1:
+            return pairs
+        rows, gather = len(pairs.pixels) // pairs.copies, ranks.gather
+        ids, owner, texts, before = [], [], [], 0
+        for copy in range(pairs.copies):
+            here = slice(copy * rows, copy * rows if pairs.idle else (copy + 1) * rows)
+            mine = ((pairs.owner >= here.start) & (pairs.owner < here.stop)).nonzero()[:, 0]
+            ids.append(gather(pairs.ids[here]))
+            owner.append(gather(pairs.owner[mine] - here.start + ranks.own(len(ids[-1])).start + before))
+            texts += ranks.joined([pairs.texts[i] for i in mine.tolist()])
+            before += len(ids[-1])
+        seen = None if pairs.seen is None else gather(pairs.seen[: 0 if pairs.idle else None])
+        return replace(pairs, ids=torch.cat(ids), owner=torch.cat(owner), texts=texts, seen=seen)
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """What a batch is trained on in its place, and what to log of it; rows number the images' noise."""
         return pairs, {}
 
     def _descend(self, pairs: PairBatch, backward: Callable[[Tensor], None]) -> Tensor:
-        """The gradient of the whole batch's loss: of parts that go through the towers twice, where there is a chunk.
-
-        First without a graph, which gives the loss and its gradient at the embeddings; then each part once more, which
-        takes that gradient on to the weights (Gao et al. 2021, GradCache). Dropout draws the same both times.
-        """
-        c, device = self.config, self.dual.log_scale.device
-        parts = pairs.pixels.split(c.chunk or len(pairs.pixels))
-        passes: list[Callable[[], Tensor]] = [partial(self.dual.encode_image, part) for part in parts]
-        back: Tensor | None = None
+        """The gradient of the whole batch's loss: of parts that go through the towers twice, where there is a chunk."""
+        c = self.config
+        sides, back = [self.image_passes(pairs, self.dual.encode_image)], None
         if not self.image_alone:
-            texts, back = self.text_passes(pairs.texts, self.dual.encode_text)
-            passes += texts
-        state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        with torch.set_grad_enabled(not c.chunk):
-            seen = [widened(encode()) for encode in passes]
-        if c.chunk:
-            torch.clear_autocast_cache()  # weights that were cast without a graph
-            seen = [vectors.requires_grad_() for vectors in seen]
-        image = torch.cat(seen[: len(parts)])
-        text = self.targets(pairs).to(image) if back is None else torch.cat(seen[len(parts) :])[back]
-        scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
-        ids = pairs.ids, pairs.ids[pairs.owner]
-        loss = self.contrast(image, text, scale, *ids)
-        _refuse_broken(loss, image, text, pairs)
-        backward(loss)
-        if c.chunk:
-            torch.set_rng_state(state[0])
-            if state[1] is not None:
-                torch.cuda.set_rng_state(state[1], device)
-            for encode, vectors in zip(passes, seen, strict=True):
-                assert vectors.grad is not None
-                backward((widened(encode()) * vectors.grad).sum())
-        return loss.detach()
+            texts, back = self.text_passes(pairs.texts, lambda *x: F.normalize(self.dual.text_embedding(*x), dim=1))
+            sides.append(texts)
+
+        def loss_of(image: Tensor, *text: Tensor) -> Tensor:
+            parts = image.chunk(pairs.copies)
+            image = torch.cat([self.ranks.gather(part[: 0 if pairs.idle else None]) for part in parts])
+            against = self.targets(pairs).to(image) if back is None else text[0][back]
+            scale = self.dual.scale.detach() if self.image_alone else self.dual.scale
+            loss = self.contrast(image, against, scale, pairs.ids, pairs.ids[pairs.owner])
+            _refuse_broken(loss, image, against, pairs)
+            return loss
+
+        return descend(sides, loss_of, backward, self.dual.log_scale.device, twice=c.chunk > 0)
 
     def contrast(self, image: Tensor, text: Tensor, scale: Tensor, of_image: Tensor, of_text: Tensor) -> Tensor:
         """The loss of embeddings (B, d) and (M, d), by the image numbers (B,) and (M,) that they belong to."""
-        direction: Any = "image" if self.image_alone else "both"
-        return cast(Tensor, info_nce(image, text, scale, positives=(of_image, of_text), direction=direction))
+        direction = "image" if self.image_alone else "both"
+        return contrast(self.ranks, image, text, scale, (of_image, of_text), direction)
+
+    def image_passes(self, pairs: PairBatch, encode: Callable[[Tensor], Tensor]) -> list[Callable[[], Tensor]]:
+        """Passes over this rank's images. InputError where ranks would not draw dropout alike."""
+        chunk, ranks = self.config.chunk, self.ranks
+        if ranks.world == 1 or chunk:
+            if ranks.world > 1 and self.config.dropout:
+                raise InputError(
+                    f"over ranks a chunk needs dropout 0, got chunk {chunk}, dropout {self.config.dropout}"
+                )
+            return [_wide(encode, part) for part in pairs.pixels.split(chunk or len(pairs.pixels))]
+
+        def drawn() -> Tensor:
+            with ranks.draws(len(pairs.ids)):
+                return widened(encode(pairs.pixels))
+
+        return [drawn]
 
     def text_passes(
         self, texts: Sequence[str], encode: Callable[[Tensor, Tensor], Tensor]
@@ -326,7 +366,14 @@ class Finetune(CaptionRetriever):
         ids, mask = self.dual.tokenize(texts)
         order = torch.argsort(mask.sum(dim=1), stable=True)
         parts = [[x.to(device) for x in trimmed(ids[r], mask[r])] for r in order.split(self.config.chunk or _TEXTS)]
-        return [partial(encode, *part) for part in parts], torch.argsort(order).to(device)
+        over = partial(self.ranks.over, lambda *part: widened(encode(*part)))
+        return [partial(over, *part) for part in parts], torch.argsort(order).to(device)
+
+    def share_of(self, pairs: PairBatch, texts: Sequence[bool]) -> Tensor:
+        """The share of a batch's texts, of all ranks, of which it is true."""
+        counted = torch.tensor([sum(texts), len(texts)], device=pairs.ids.device) * (not pairs.idle)
+        true, count = self.ranks.total(counted).tolist()
+        return torch.tensor(true / count)
 
     def targets(self, pairs: PairBatch) -> Tensor:
         """Embeddings of a batch's texts in evaluation mode, without a graph, float32 or wider (M, d)."""
@@ -367,8 +414,11 @@ class MatImg(Finetune):
         dtype, numbers = mixed_dtype(device), torch.arange(len(pairs.pixels)) if rows is None else rows
         with torch.autocast(device.type, enabled=False):  # towers run in 16 bits all the same, objectives do not
             targets = self.targets(pairs)
-            infonce = partial(_infonce, targets, self.dual.scale.detach())
-            guides = pairs.positive().to(targets) if c.away == "infonce" else pairs.mean_of_own(targets)
+            among, of_text = targets, pairs.ids[pairs.owner]
+            if c.away == "infonce":
+                among, of_text = (self.ranks.gather(x[:0] if pairs.idle else x) for x in (targets, of_text))
+            infonce = partial(_infonce, among, self.dual.scale.detach())
+            guides = pairs.positive(of_text).to(targets) if c.away == "infonce" else pairs.mean_of_own(targets)
             atk = PGD(
                 ImageTower(self.dual), c.eps, c.alpha, c.steps, loss=infonce if c.away == "infonce" else _cosine,
                 strict=True, dtype=dtype, seed=int(torch.randint(2**62, ())), check=False, progress=False,
@@ -448,7 +498,7 @@ class Mat(MatImg):
                 found = atk.finish(prepared)
                 texts = [result.text for result in found]
                 seen = atk.embedded(prepared, texts)
-        changed = torch.tensor(sum(bool(result.changes) for result in found) / len(found))
+        changed = self.share_of(pairs, [bool(result.changes) for result in found])
         return replace(pairs, texts=texts, seen=seen), changed
 
     @property
@@ -456,6 +506,11 @@ class Mat(MatImg):
         """Both attacks."""
         words = "1 word" if self.config.words == 1 else f"{self.config.words} words"
         return f"texts by BERT-Attack, {words} ({self.raised}), {super().perturbation}"
+
+
+def _wide(encode: Callable[..., Tensor], *inputs: Any) -> Callable[[], Tensor]:
+    """A pass whose vectors are float32 or wider."""
+    return lambda: widened(encode(*inputs))
 
 
 def _infonce(targets: Tensor, scale: Tensor, outputs: Tensor, positive: Tensor) -> Tensor:

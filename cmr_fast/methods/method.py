@@ -13,7 +13,8 @@ from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
 from cmr_fast.data.images import ImageDataset
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
-from cmr_fast.methods._settings import check_kinds
+from cmr_fast.methods._ranks import ONE, Ranks
+from cmr_fast.methods._settings import check_choices, check_kinds
 from cmr_fast.methods.evaluation import accuracy, caption_results, final_results, recalls, validate
 from cmr_fast.modalities import Modality
 from cmr_fast.models.dual import DualEncoder, by_length
@@ -53,6 +54,10 @@ class Method(nn.Module):
     """Of `RunConfig`, what the paper's training protocol sets otherwise than its defaults: hold-out, patience."""
     preset_protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Of a preset whose runs depart from `protocol`: what they set, in place of it."""
+    one_process: ClassVar[str] = ""
+    """Why it is not trained over ranks, where it is not."""
+    ranks: Ranks = ONE
+    """The processes that share each batch; `step` is called on all of them with the whole batch."""
 
     def __init__(self, config: Any, num_classes: int = 0) -> None:
         super().__init__()
@@ -216,6 +221,14 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["32-true", "64-true", "bf16-mixed", "bf16-true"] = "32-true"
     """Arithmetic of the training steps, by Lightning Fabric's names."""
+    devices: int = 1
+    """Ranks on this machine, a process each, started here; or start them by torchrun, on several machines too. They
+    share every batch: batch_size is of all, and the losses are those of one process."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How ranks hold the model: ddp, a replica each (auto is this); fsdp, which no method can be trained by yet."""
+    contrastive: Literal["gather", "ring", "local"] = "gather"
+    """InfoNCE over ranks: of the whole batch, embeddings gathered or, where each image has one text, passed round a
+    ring (both are the loss of one process); local: each rank's rows among themselves, another loss."""
     resume: bool = False
     """Go on from the run folder's checkpoint; starts afresh where there is none yet."""
     valid_fraction: float = 0.1
@@ -240,10 +253,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_kinds(self)
         as_seed(self.seed)
+        check_choices(self, strategy=("auto", "ddp", "fsdp"), contrastive=("gather", "ring", "local"))
         if not 0 <= self.valid_fraction < 1:
             raise InputError(f"valid_fraction must be at least 0 and below 1, got {self.valid_fraction}")
-        for name in ("patience", "eval_every", "threads", "checkpoint_seconds", "round_steps"):
-            least = 1 if name == "eval_every" else 0
+        for name in ("patience", "eval_every", "threads", "checkpoint_seconds", "round_steps", "devices"):
+            least = 1 if name in ("eval_every", "devices") else 0
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -260,3 +274,5 @@ class Run:
     results: dict[str, Any]
     """What results.json holds. Of a retriever "all" and "topk_hits@50", each with i2t, t2i and average; of one of
     captions "tr" and "ir" with R@K and ranks, and "rsum"; "warnings" where something went wrong without an error."""
+    rank: int = 0
+    """Of this process; the folder is written by rank 0."""

@@ -44,6 +44,7 @@ class Mmcoa(Mat):
             texts=[*pairs.texts, *texts.texts],
             owner=torch.cat([pairs.owner, pairs.owner + len(pairs.pixels)]),
             ids=pairs.ids.repeat(2),
+            copies=2,
         )
         return both, {"changed": changed}
 

@@ -170,6 +170,9 @@ class Scatter(Classifier):
     Config: ClassVar[type] = ScatterConfig
     fixed: ClassVar[str | None] = None
     """The one `perturb` of a trainer that is called what it is."""
+    one_process: ClassVar[str] = (
+        "batch normalisation takes its statistics, and Feature Scattering its transport, from the whole batch"
+    )
     protocol: ClassVar[Mapping[str, Any]] = {"valid_fraction": 0.0, "patience": 0}
     presets: ClassVar[dict[str, Any]] = {
         "small": _SMALL,

@@ -163,6 +163,9 @@ class SSAH(Retriever):
     presets: ClassVar[dict[str, Any]] = {"flickr8k": _FLICKR8K, "wikipedia": _WIKIPEDIA}
     preset_data: ClassVar[dict[str, str]] = {name: name for name in presets}
     init_arguments: ClassVar[tuple[str, ...]] = ("image_shape", "text_dim", "num_classes")
+    one_process: ClassVar[str] = (
+        "a batch is compared with what the networks say of the whole training set, which every rank would repeat"
+    )
 
     def __init__(self, config: SSAHConfig, image_shape: Sequence[int], text_dim: int, num_classes: int) -> None:
         super().__init__(config, math.prod(image_shape), text_dim, num_classes)

@@ -84,7 +84,7 @@ def test_what_frozen_towers_see_is_what_they_give(data, config):
             assert_close(model.embed(modality, data.test), expected, atol=2e-6, rtol=0)
         batch = data.train.select(torch.tensor([5, 2]))
         rows, chosen = model._drawn(batch.text)
-        found = model._through_heads(model._train, batch, rows, chosen)[1]
+        found = model._through_heads(model._train, batch, rows, chosen)[1][0]()
         texts = [batch.text[row][c] for row, c in zip(rows.tolist(), chosen.tolist(), strict=True)]
         assert_close(found, model.dual.encode_text(*model.dual.tokenize(texts)), atol=2e-6, rtol=0)
 
@@ -136,7 +136,7 @@ def test_every_caption_of_an_image_is_its_positive(data, config):
     batch = data.train.select(torch.tensor([0, 3, 7]))
     with torch.no_grad():
         rows, chosen = model._drawn(batch.text)
-        image, text = model._through_heads(model._train, batch, rows, chosen)
+        image, text = (encode() for (encode,) in model._through_heads(model._train, batch, rows, chosen))
         z = model.dual.scale * image @ text.T
         match = (torch.arange(3)[:, None] == rows).float()
         of_images = -(match / match.sum(1, keepdim=True) * z.log_softmax(1)).sum(1).mean()
@@ -150,9 +150,9 @@ def test_every_caption_of_an_image_is_its_positive(data, config):
 def test_other_precisions(data, config, tmp_path, precision, monkeypatch):
     inside = []
 
-    def seen(pixels, original=clip.augmented):
+    def seen(pixels, crops, original=clip.augmented):
         inside.append(torch.is_autocast_enabled("cpu"))
-        return original(pixels)
+        return original(pixels, crops)
 
     monkeypatch.setattr(clip, "augmented", seen)
     run = train("clip", replace(config, epochs=2, head_epochs=1), data, quiet(tmp_path / "run", precision=precision))

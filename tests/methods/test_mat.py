@@ -14,10 +14,11 @@ from cmr_fast.attacks import BertAttack
 from cmr_fast.cli import main
 from cmr_fast.data import EDA, RandAugment
 from cmr_fast.errors import InputError
-from cmr_fast.methods import METHODS, ma2t, mat
+from cmr_fast.methods import METHODS, ma2t
 from cmr_fast.methods.loop import RunConfig, load_model, train
 from cmr_fast.methods.mat import Finetune, Mat, MatImg, Tecoa
 from cmr_fast.models.mlm import MaskedLM
+from cmr_fast.ops.info_nce import info_nce
 from cmr_fast.ops.pgd import pgd_noise
 
 pytest.importorskip("transformers")
@@ -228,7 +229,7 @@ def test_parts_keep_their_gradient_under_autocast_and_their_dropout(config_of, d
     image = torch.cat([model.dual.encode_image(part) for part in pairs.pixels.split(3)])
     passes, back = model.text_passes(pairs.texts, model.dual.encode_text)
     text = torch.cat([encode() for encode in passes])[back]
-    expected = mat.info_nce(image, text, model.dual.scale, positives=(pairs.ids, pairs.ids[pairs.owner]))
+    expected = info_nce(image, text, model.dual.scale, positives=(pairs.ids, pairs.ids[pairs.owner]))
     expected.backward()
     assert_close(loss, expected.detach(), atol=1e-12, rtol=0)
     for key, value in found.items():

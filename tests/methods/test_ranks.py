@@ -1,0 +1,140 @@
+"""Training over ranks: the losses of one process, whoever is killed, and refusals of what would not be that."""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from rank_jobs import FORMS, ON_CAPTIONS, ON_FEATURES, curve, curves, killed, refused, resumed
+
+from cmr_fast.errors import InputError
+from cmr_fast.methods import METHODS
+from cmr_fast.methods.loop import RunConfig, load_model
+
+HERE = Path(__file__).resolve().parent
+WORLDS = (2, 4)
+BY_FOUR = ("clip", "finetune")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def on_ranks(function, world, *arguments):
+    """Processes of `function`, all ended; an error of one is raised here, a kill is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]))
+        started = mp.spawn(function, (world, free_port(), *arguments), nprocs=world, join=False)
+    for process in started.processes:
+        process.join(300)
+        assert process.exitcode in (0, -signal.SIGKILL), (process.exitcode, started.join(0))
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A folder with every run on features, by every number of ranks."""
+    place = tmp_path_factory.mktemp("features")
+    for world in WORLDS:
+        on_ranks(curves, world, str(place), ON_FEATURES)
+    return place
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory, start, mlm):
+    """A folder with every run on captions, by two ranks, and a few by four."""
+    place = tmp_path_factory.mktemp("captions")
+    (place / "towers.txt").write_text(load_model(start).config.towers)
+    (place / "start").symlink_to(start)
+    (place / "mlm").symlink_to(mlm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        forms = [f"{name}+{form}" for name in ("clip", "finetune") for form in FORMS]
+        on_ranks(curves, 2, str(place), (*ON_CAPTIONS, *forms))
+        on_ranks(curves, 4, str(place), BY_FOUR)
+        yield place
+
+
+def same_curve(name, place, world, tolerance=2e-4):
+    alone = place / f"{name.partition('+')[0]} on 1"
+    run = curve(name.partition("+")[0], place, alone, resume=alone.exists())
+    history, results = torch.load(place / f"{name} on {world}, last rank.pt", weights_only=False)
+    assert len(history) == len(run.history)
+    for seen, expected in zip(history, run.history, strict=True):
+        for key in expected.keys() - {"seconds"}:
+            assert seen[key] == pytest.approx(expected[key], rel=tolerance, abs=2e-5), (key, seen["epoch"])
+    return run, results
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ON_FEATURES)
+def test_features_have_the_curve_of_one_process(name, world, features):
+    same_curve(name, features, world)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "world"), [*((name, 2) for name in ON_CAPTIONS), *((name, 4) for name in BY_FOUR)])
+def test_captions_have_the_curve_of_one_process(name, world, captions):
+    """Signs of a pixel's gradient that is nearly 0 differ in the last bit: attacked curves are looser."""
+    same_curve(name, captions, world, 5e-3 if name in ("mat-img", "mat", "mmcoa") else 2e-4)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["clip", "finetune"])
+def test_a_ring_is_exact_and_local_negatives_are_another_loss(name, captions):
+    same_curve(f"{name}+ring", captions, 2)
+    with pytest.raises(AssertionError):
+        same_curve(f"{name}+local", captions, 2)
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_rank_ends_the_run_which_then_goes_on(tmp_path):
+    """On as many ranks to the same bits, on another number to rounding; rank 0 says what happened."""
+    on_ranks(killed, 2, tmp_path)
+    said = (tmp_path / "lost 0.txt").read_text()
+    assert "rank 0 of 2 has lost another rank" in said and "resume goes on from the last checkpoint" in said
+    with pytest.raises(InputError, match="has not ended"):
+        load_model(tmp_path / "killed")
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    on_ranks(resumed, 2, tmp_path)
+    expected = load_model(tmp_path / "undisturbed").state_dict()
+    again = load_model(tmp_path / "killed").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in expected.items())
+    alone = curve("acmr", tmp_path, tmp_path / "alone", resume=True).model.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(alone[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.timeout(900)
+def test_ranks_that_differ_and_what_is_not_of_ranks_are_refused_on_every_rank(tmp_path):
+    on_ranks(refused, 2, tmp_path)
+    wanted = {
+        "config": "every rank must have the same training: config learning_rate is 0.01 on rank 0 and 0.02 on rank 1",
+        "data": "data crc32 is",
+        "seed": "run seed is 0 on rank 0 and 1 on rank 1",
+        "fsdp": "strategy fsdp trains no method yet",
+        "dcmh": "dcmh is trained in one process, got 2 ranks: a batch is compared with",
+        "used": "not empty and would be overwritten",
+    }
+    for case, text in wanted.items():
+        assert {text in (tmp_path / f"{case} {rank}.txt").read_text() for rank in range(2)} == {True}, case
+        assert case == "used" or not (tmp_path / case).exists()
+
+
+def test_flags_of_ranks_are_checked(tmp_path):
+    for changes, text in (
+        ({"devices": 0}, "devices must be at least 1"),
+        ({"strategy": "dp"}, "strategy must be one of auto, ddp, fsdp"),
+        ({"contrastive": "all"}, "contrastive must be one of gather, ring, local"),
+    ):
+        with pytest.raises(InputError, match=text):
+            RunConfig(out=tmp_path, **changes)
+    refused_methods = {name for name in METHODS if METHODS[name].one_process}
+    assert refused_methods == {"dcmh", "ssah", "scatter", "madry", "plain", "random-targeted"}
