@@ -359,6 +359,18 @@ class ShardedIndex:
         """Ray's handles of the actors that hold a shard, one a replica."""
         return [replica.actor for replica in self._pool.shards[shard]]
 
+    def lost(self) -> dict[int, int]:
+        """Shards that do not answer now, whichever replica is asked, and how many codes each holds.
+
+        Raises
+        ------
+        InputError
+            Where a shard's file was changed or is damaged.
+        """
+        return self._asked(
+            None, lambda selected: self._pool.ask("ready", selected.manifest.shards, lambda _: (), True, wait=0.0)
+        )[1]
+
     def refresh(self) -> None:
         """See what other processes added and removed since this index was opened, or changed itself."""
         with self._changing:
