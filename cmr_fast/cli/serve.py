@@ -3,15 +3,18 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from cmr_fast._terminal import busy
+from cmr_fast.cli.attack import CAPTIONS_EPS
 from cmr_fast.cli.codes import open_index
-from cmr_fast.cli.common import DataFlags, check_exists, check_least, refuse_flags
+from cmr_fast.cli.common import DataFlags, check_exists, check_least, load_run, naming, refuse_flags, split_of
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
+    from cmr_fast.serving.galleries import Gallery
     from cmr_fast.serving.searchable import Searchable
 
 
@@ -23,6 +26,8 @@ class Serve(DataFlags):
 
     Example:  cmr-fast serve shards --ray local --replicas 2
 
+    Example:  cmr-fast serve images.cmrx --run runs/clip-flickr8k-seed0
+
     POST /search answers JSON such as {"codes": ["00ff00ff00ff00ff"], "k": 10} by distances and ids; a code is hex,
     base64 or a list of bytes, `radius` and `where` (ids) narrow the search. GET /health is 200 where all of the index
     answers, 503 where some does not; GET /metrics is for Prometheus; GET / is a page to search with.
@@ -32,6 +37,12 @@ class Serve(DataFlags):
 
     index: Positional[Path]
     """Index file or folder of shards, from `cmr-fast index`."""
+    run: Path | None = None
+    """Run whose queries the index answers: captions and images (`train clip`), or rows of its test split."""
+    items: Literal["image", "text"] = "image"
+    """What the index holds: the codes that `cmr-fast encode RUN --modality` this wrote of the database."""
+    eps: float | None = None
+    """Radius of attacked images. None: 2/255 of pixels with captions, of other runs CMLA's share of the range."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 is every one of this machine."""
     port: int = 8000
@@ -54,7 +65,7 @@ class Serve(DataFlags):
 
     def __call__(self) -> None:
         """Run the command."""
-        from cmr_fast.serving import listen, make_app, run, until_stopped
+        from cmr_fast import serving
 
         check_least(
             port=(self.port, 0), replicas=(self.replicas, 1), threads=(self.threads, 1),
@@ -67,10 +78,10 @@ class Serve(DataFlags):
         if self.ray is None:
             refuse_flags({"replicas": self.replicas, "partial": self.partial}, "is for shards over --ray")
         check_exists(self.index)
-        with until_stopped(), ExitStack() as stack:
-            listening = stack.enter_context(listen(self.host, self.port))
+        with serving.until_stopped(), ExitStack() as stack:
+            listening = stack.enter_context(serving.listen(self.host, self.port))
             searched = self._opened(stack)
-            app = make_app(
+            app = serving.make_app(
                 searched, self._gallery(searched), most_bytes=self.most_megabytes << 20,
                 most_requests=self.most_requests,
             )  # fmt: skip
@@ -79,7 +90,7 @@ class Serve(DataFlags):
             shards = f" in {searched.shards} shards" if searched.shards > 1 else ""
             print(f"{self.index}: {searched.count} codes of {searched.bits} bits{shards}", flush=True)
             print(f"http://{place} answers; Ctrl-C stops it", flush=True)
-            run(app, listening)
+            serving.run(app, listening)
         print("stopped")
 
     def _opened(self, stack: ExitStack) -> "Searchable":
@@ -97,8 +108,28 @@ class Serve(DataFlags):
         sharded = ShardedIndex(self.index, replicas=self.replicas or 1, threads=self.threads, timeout=self.timeout)
         return OverShards(stack.enter_context(sharded), self.partial)
 
-    def _gallery(self, searched: "Searchable") -> Any:
-        return None
+    def _gallery(self, searched: "Searchable") -> "Gallery | None":
+        if self.run is None:
+            flags = {"data": self.data, "features": self.features, "options": self.options, "eps": self.eps}
+            refuse_flags(flags, "is for queries and items of a --run")
+            return None
+        from cmr_fast.methods.method import CaptionRetriever, Retriever
+        from cmr_fast.serving.galleries import Captions, Features, check_items
+
+        model = load_run(self.run)
+        gallery: Gallery
+        with busy(f"encoding the {self.items}s of the database"):
+            if isinstance(model, CaptionRetriever):
+                split = split_of(self.captions_of(model, self.run), "database", self.run)
+                eps = CAPTIONS_EPS if self.eps is None else self.eps
+                gallery = Captions(str(self.run), model, split, self.items, eps)
+            else:
+                dataset = self.pairs_of(model, self.run)
+                assert isinstance(model, Retriever)
+                gallery = Features(str(self.run), model, dataset, self.items, self.eps)
+        with naming(the=self.index):
+            check_items(gallery, searched, self.run)
+        return gallery
 
 
 def join_ray(address: str) -> None:

@@ -193,6 +193,10 @@ class Pool:
             answers[call.shard] = answer
         return answers
 
+    def stored(self, value: Any) -> Any:
+        """A reference to a value in Ray's object store, which calls take in place of the value."""
+        return self._ray.put(value)
+
     def close(self) -> None:
         """End the actors; nothing can be asked any more."""
         self._closed = True

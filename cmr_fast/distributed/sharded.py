@@ -26,6 +26,7 @@ from cmr_fast.retrieval.index import HammingIndex, Where, _opened, _pieces
 from cmr_fast.retrieval.metrics import evaluate_histograms
 from cmr_fast.retrieval.result import RetrievalResult
 
+_INLINE = 100_000  # bytes of queries that go along with each call; more are stored once for all shards
 _ATTEMPTS = 5  # of a search that other processes' changes overtake
 
 
@@ -441,7 +442,8 @@ class ShardedIndex:
         rest: Callable[[int], tuple[Any, ...]],
         partial: bool,
     ) -> dict[int, Answer]:
-        return self._pool.ask(method, manifest.shards, lambda n: (rows, *rest(n)), partial)
+        sent = self._pool.stored(rows) if rows.nbytes > _INLINE else rows
+        return self._pool.ask(method, manifest.shards, lambda n: (sent, *rest(n)), partial)
 
 
 class _Selected:

@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from cmr_fast.distributed import OverloadedError, ShardLostError
 from cmr_fast.errors import InputError
+from cmr_fast.ops import pack_codes
+from cmr_fast.serving.galleries import Gallery
 from cmr_fast.serving.requests import Asked, RefusedError, check_size, queries_of, read_json, read_parameters
 from cmr_fast.serving.searchable import Found, Searchable
 
@@ -48,7 +50,9 @@ class Metrics:
             self.requests.labels(outcome)
 
 
-def make_app(index: Searchable, gallery: Any = None, *, most_bytes: int = 8 << 20, most_requests: int = 64) -> FastAPI:
+def make_app(
+    index: Searchable, gallery: Gallery | None = None, *, most_bytes: int = 8 << 20, most_requests: int = 64
+) -> FastAPI:
     """The server's application.
 
     Parameters
@@ -175,7 +179,7 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _answered(index: Searchable, gallery: Any, request: Request, body: bytes) -> dict[str, Any]:
+def _answered(index: Searchable, gallery: Gallery | None, request: Request, body: bytes) -> dict[str, Any]:
     """The JSON that answers a request to search."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     image = body if kind.startswith("image/") else None
@@ -192,7 +196,18 @@ def _answered(index: Searchable, gallery: Any, request: Request, body: bytes) ->
         return _hits(index, queries_of(asked.codes, index.bits), k, asked)
     if gallery is None:
         raise RefusedError(422, "expected codes: the server was started without --run, so that it encodes nothing")
-    return {}
+    if asked.by == "embeddings" and (asked.radius is not None or asked.where is not None):
+        raise RefusedError(422, "radius and where are for codes, got by: embeddings")
+    try:
+        query = gallery.query(asked.text, image, asked.row, asked.modality, asked.attacked)
+    except InputError as error:
+        raise RefusedError(422, str(error)) from error
+    if asked.by == "codes":
+        answer = _hits(index, pack_codes(query.signs, threshold=0.0).numpy(), k, asked)
+    else:
+        distances, ids = gallery.nearest(query, k)
+        answer = {"bits": index.bits, "distances": [distances], "ids": [ids]}
+    return answer | {"query": query.shown}
 
 
 def _hits(index: Searchable, codes: Any, k: int, asked: Asked) -> dict[str, Any]:
