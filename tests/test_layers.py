@@ -19,7 +19,7 @@ FLOORS = (
     ("losses", "retrieval", "data"),  # beside each other: none imports another
     ("attacks", "distributed"),
     ("methods",),
-    ("reports",),
+    ("reports", "serving"),
     ("cli",),
     ("__main__",),
 )

@@ -22,12 +22,12 @@ Your own data:  cmr-fast train acmr --data PATH
 Every command explains itself:  cmr-fast train acmr --help"""
 PLAIN = {"…": "...", "→": "->", "—": "-", "–": "-", "×": "x", "’": "'"}  # noqa: RUF001
 COMMANDS = (
-    *("demo", "augment", "features", "train", "encode", "index", "search"),
+    *("demo", "augment", "features", "train", "encode", "index", "search", "serve"),
     *("dedup", "evaluate", "attack", "report", "study", "reproduce", "doctor"),
 )
-EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"} | dict.fromkeys(
-    ("faiss", "asv", "torchmetrics"), "bench"
-)
+EXTRAS = {"open_clip": "clip", "transformers": "text", "torchattacks": "attacks"}
+EXTRAS |= dict.fromkeys(("faiss", "asv", "torchmetrics"), "bench")
+EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "pydantic", "starlette"), "serve")
 """The extra that brings a package which not every command needs; all others come with `train`."""
 
 

@@ -105,8 +105,11 @@ class Pool:
         files: Sequence[tuple[ShardFile, ...]],
         arguments: Callable[[int], tuple[Any, ...]],
         partial: bool = False,
+        wait: float | None = None,
     ) -> dict[int, Answer]:
         """Each shard's answer, that has files, by its number; shards without an answer are missing where `partial`.
+
+        wait    seconds for lost replicas to come back; None: those of the pool
 
         Raises
         ------
@@ -120,6 +123,7 @@ class Pool:
         self.grow(len(files))
         ray, answers = self._ray, dict[int, Answer]()
         pending: dict[Any, _Call] = {}
+        wait = self._wait if wait is None else wait
         begun = time.monotonic()
 
         def send(call: _Call) -> bool:
@@ -142,7 +146,7 @@ class Pool:
                 return
             if isinstance(error, GoneError):
                 raise error
-            if len(self.shards[call.shard]) > 1 and time.monotonic() - begun < self._wait:
+            if len(self.shards[call.shard]) > 1 and time.monotonic() - begun < wait:
                 time.sleep(_PAUSE)  # Ray is starting them anew
                 call.tried.clear()
                 send(call)
@@ -204,6 +208,10 @@ class Pool:
             return None
         now = time.monotonic()
         return max(0.0, min(self._deadlines(pending).values(), default=now + self._timeout) - now)
+
+    def stored(self, value: Any) -> Any:
+        """A reference to a value in Ray's object store, which calls take in place of the value."""
+        return self._ray.put(value)
 
     def close(self) -> None:
         """End the actors; nothing can be asked any more."""

@@ -26,6 +26,7 @@ from cmr_fast.retrieval.index import HammingIndex, Where, _opened, _pieces
 from cmr_fast.retrieval.metrics import evaluate_histograms
 from cmr_fast.retrieval.result import RetrievalResult
 
+_INLINE = 100_000  # bytes of queries that go along with each call; more are stored once for all shards
 _ATTEMPTS = 5  # of a search that other processes' changes overtake
 
 
@@ -370,6 +371,18 @@ class ShardedIndex:
         """Ray's handles of the actors that hold a shard, one a replica."""
         return [replica.actor for replica in self._pool.shards[shard]]
 
+    def lost(self) -> dict[int, int]:
+        """Shards that do not answer now, whichever replica is asked, and how many codes each holds.
+
+        Raises
+        ------
+        InputError
+            Where a shard's file was changed or is damaged.
+        """
+        return self._asked(
+            None, lambda selected: self._pool.ask("ready", selected.manifest.shards, lambda _: (), True, wait=0.0)
+        )[1]
+
     def refresh(self) -> None:
         """See what other processes added and removed since this index was opened, or changed itself."""
         with self._changing:
@@ -440,7 +453,8 @@ class ShardedIndex:
         rest: Callable[[int], tuple[Any, ...]],
         partial: bool,
     ) -> dict[int, Answer]:
-        return self._pool.ask(method, manifest.shards, lambda n: (rows, *rest(n)), partial)
+        sent = self._pool.stored(rows) if rows.nbytes > _INLINE else rows
+        return self._pool.ask(method, manifest.shards, lambda n: (sent, *rest(n)), partial)
 
 
 class _Selected:
