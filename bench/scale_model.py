@@ -1,13 +1,14 @@
 """What search over 1e9, 1e10 and 1e12 codes of 64 bits takes, from what was measured: `python bench/scale_model.py`.
 
 `--measure FILE` measures how a search over shards grows with their number, on Ray actors of this machine that hold
-few codes each, so that the time is that of sending, answering and merging, not of scanning; needs Ray. Without it the
-model is printed, from that file and others in bench/results, with what it says of the runs that were measured.
+few codes each, so that the time is that of sending, answering and merging, not of scanning; needs Ray, and 0.3 GB of
+memory an actor. Without it the model is printed, from that file and others in bench/results.
 
     one query       n / (M x min(cores x one, bandwidth / 8 bytes)) + call(S) + network
     throughput      M x cores x many / n queries a second, in batches of 256
     machines        M: as many as hold the codes in 0.8 of their memory, a copy of each
-    shards          S: one a machine; call(S) = begun + each x S, fitted to what was measured
+    shards          S: one a machine; call(S) = begun + each x (S - 1): the time of a search over one actor, and the
+                    caller's own processor time for each further one (its actors are on other machines)
 
 `many` and `one` are comparisons a second of a core in batches and for one query alone. Assumed, not measured: a machine
 of 32 cores, 128 GB of memory at 200 GB/s, a disk of 2 GB/s, a network of 10 Gbit/s and 0.2 ms there and back.
@@ -73,25 +74,23 @@ def measure(path: Path, shards: list[int], rounds: int) -> None:
 def constants() -> dict[str, float]:
     """What was measured."""
     scaling = json.loads((RESULTS / "hamming_scaling.json").read_text())["sizes"]
-    rate = {
-        queries: max(
-            r["queries"] * r["codes"] / r["ours_s"] for r in scaling if r["queries"] == queries and r["codes"] == 10**6
-        )
-        for queries in (1, TOGETHER)
-    }
+    largest = max(r["codes"] for r in scaling)  # far beyond any cache
+    rate = {r["queries"]: r["queries"] * r["codes"] / r["ours_s"] for r in scaling if r["codes"] == largest}
     actors = [r for r in json.loads((RESULTS / "sharded_actors.json").read_text())["actors"] if r["queries"] == 1]
-    each, begun = np.polyfit([r["actors"] for r in actors], [r["search_s"] for r in actors], 1)
-    return {"one": rate[1], "many": rate[TOGETHER], "begun": max(float(begun), 0.0), "each": float(each)}
+    each = np.polyfit([r["actors"] for r in actors], [r["search_processor_s"] for r in actors], 1)[0]
+    begun = next(r["search_s"] for r in actors if r["actors"] == 1)
+    return {"one": rate[1], "many": rate[TOGETHER], "begun": begun, "each": float(each)}
 
 
 def model(codes: float, c: dict[str, float]) -> dict[str, float]:
     machines = max(1, int(np.ceil(codes * NBYTES / (0.8 * MEMORY))))
     scan = codes / (machines * min(CORES * c["one"], BANDWIDTH / NBYTES))
-    call = c["begun"] + c["each"] * machines if machines > 1 else 0.0
+    call = c["begun"] + c["each"] * (machines - 1) if machines > 1 else 0.0
     answers = machines * TOGETHER * K * 12 / NETWORK  # of a batch, all into one caller
     return {
         "codes": codes,
         "machines": machines,
+        "cores": machines * CORES,
         "file_GB": codes * NBYTES / 1e9,
         "one_query_s": scan + call + (TRIP if machines > 1 else 0),
         "calls_s": call,

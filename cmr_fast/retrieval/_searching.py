@@ -10,8 +10,10 @@ from cmr_fast.ops import _dispatch, hamming_topk, multi_index
 from cmr_fast.ops._tensors import MAX_K, neighbour_arrays
 from cmr_fast.ops.hamming import LITTLE, plain, topk_of_arrays
 from cmr_fast.retrieval._plan import Hits, SearchPlan, nearest_of, scan_hits
-from cmr_fast.retrieval._segments import Part
+from cmr_fast.retrieval._segments import Part, is_mapped
 from cmr_fast.retrieval._where import Rows, as_mask, chosen, count_of
+
+_STRETCH = 1 << 28  # bytes of codes that are read from a file for all queries, who scan them in groups
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Searched:
         if radius is not None and (hits := self._by_tables(q, radius, threads)) is not None:
             return [nearest_of(hits, min(k, len(self.part)), bits)]
         out = []
-        for part in self.subsets():
+        for part in self.subsets() if self.rows is not None else _stretches(self.part, len(q) * k):
             kept = min(k, len(part))
             if self.plan is not None and self.rows is None:
                 near, places = self.plan.topk(q, part.codes, kept, bits, threads)
@@ -68,6 +70,18 @@ class Searched:
             allowed = as_mask(self.rows, len(part))
         hits = self.plan.range(q, part.codes, radius, threads, allowed)
         return None if hits is None else (hits[0], hits[1], part.ids_of(hits[2]))
+
+
+def _stretches(part: Part, results: int) -> list[Part]:
+    """A part that is mapped, cut up so that its file is read once however many queries there are.
+
+    results    numbers that each stretch gives: beyond what a stretch takes itself, the part stays whole
+    """
+    step = max(1, _STRETCH // part.codes.shape[1])
+    if len(part) <= step or not is_mapped(part.codes) or 12 * results * (len(part) // step + 1) > _STRETCH:
+        return [part]
+    starts = range(0, len(part), step)
+    return [Part(part.codes[start : start + step], part.ids[start : start + step]) for start in starts]
 
 
 def nearest_at_once(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cmr_fast.errors import InputError
-from cmr_fast.retrieval import _indexfile
+from cmr_fast.retrieval import _indexfile, _searching
 from cmr_fast.retrieval import index as module
 from cmr_fast.retrieval.index import HammingIndex
 
@@ -484,6 +484,27 @@ def test_build_from_an_iterator_that_fails_leaves_the_file_before(tmp_path):
             call()
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["index"]
+
+
+@pytest.mark.parametrize("ids", [None, np.random.default_rng(0).permutation(len(TABLE))])
+@pytest.mark.parametrize(("stretch", "first"), [(3, 3000), (300, 3000), (4096, 1365), (8997, 2999)])
+def test_a_mapped_index_is_searched_stretch_by_stretch(tmp_path, monkeypatch, ids, stretch, first):
+    memory = HammingIndex(BITS)
+    memory.add((TABLE & [3, 0, 1]).astype(np.uint8), ids)  # most distances are equal
+    memory.save(tmp_path / "index")
+    mapped, seen, topk = HammingIndex.load(tmp_path / "index"), [], _searching.hamming_topk
+
+    def noted(q, codes, *arguments, **options):
+        seen.append(len(codes))
+        return topk(q, codes, *arguments, **options)
+
+    monkeypatch.setattr(_searching, "hamming_topk", noted)
+    monkeypatch.setattr(_searching, "_STRETCH", stretch)
+    for k, radius in ((1, None), (7, None), (7, 1), (4000, None)):  # 4000: more than a stretch would give is kept whole
+        found, expected = mapped.search(QUERIES[:1], k, radius=radius), memory.search(QUERIES[:1], k, radius=radius)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert seen[0] == first
 
 
 @pytest.mark.parametrize("call", ["save", "to_faiss", "build"])
