@@ -158,12 +158,12 @@ class Ranks:
         except RuntimeError as error:
             if self.world == 1 or not _of_group(error):
                 raise
-            state = (
-                "resume goes on from the last checkpoint" if checkpoint.exists() else "no checkpoint was written yet"
-            )
+            state = "no checkpoint was written yet"
+            if checkpoint.exists():
+                state = "resume goes on from the last checkpoint, with any number of ranks"
             raise RankLostError(
-                f"{checkpoint.parent}: rank {self.rank} of {self.world} has lost another rank, which was killed or has failed; "
-                f"{state}, with any number of ranks"
+                f"{checkpoint.parent}: rank {self.rank} of {self.world} has lost another rank, which was killed or has "
+                f"failed; {state}"
             ) from error
 
 
