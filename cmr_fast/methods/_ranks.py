@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import CHECKPOINT
-
-if TYPE_CHECKING:
-    from cmr_fast.methods.method import RunConfig
 
 T = TypeVar("T")
 _BUCKET = 1 << 23  # gradients are averaged so many numbers at a time
@@ -155,18 +151,19 @@ class Ranks:
                     )
 
     @contextmanager
-    def watched(self, folder: Path) -> Iterator[None]:
+    def watched(self, checkpoint: Path) -> Iterator[None]:
         """A rank that is gone is a RankLostError here, which says how to go on."""
         try:
             yield
         except RuntimeError as error:
             if self.world == 1 or not _of_group(error):
                 raise
-            saved = (folder / CHECKPOINT).exists()
-            state = "resume goes on from the last checkpoint" if saved else "no checkpoint was written yet"
+            state = "no checkpoint was written yet"
+            if checkpoint.exists():
+                state = "resume goes on from the last checkpoint, with any number of ranks"
             raise RankLostError(
-                f"{folder}: rank {self.rank} of {self.world} has lost another rank, which was killed or has failed; "
-                f"{state}, with any number of ranks"
+                f"{checkpoint.parent}: rank {self.rank} of {self.world} has lost another rank, which was killed or has "
+                f"failed; {state}"
             ) from error
 
 
@@ -268,8 +265,8 @@ def facts_of(described: dict[str, Any], model: torch.nn.Module) -> dict[str, Any
 _OF_A_RANK = ("device", "threads", "quiet")
 
 
-def launched(run: "RunConfig") -> tuple[Any, Ranks]:
-    """Fabric, and the ranks: `run.devices` of them, started here, or those that torchrun has started.
+def launched(run: Any) -> tuple[Any, Ranks]:
+    """Fabric, and the ranks: `devices` of a RunConfig, started here, or those that torchrun has started.
 
     Raises InputError for devices that are not there, and where flags and torchrun disagree.
     """

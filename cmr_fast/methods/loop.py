@@ -147,7 +147,7 @@ def _train(
 
     folder = Path(run.out)
     described = describe(kind, config, dataset, run) | dict(notes)
-    with ranks.watched(folder):
+    with ranks.watched(folder / CHECKPOINT):
         ranks.refuse_others("training", facts_of(described, model) if ranks.world > 1 else {})
         if not run.resume:
             ranks.on_first(lambda: refuse_used(folder))

@@ -266,3 +266,21 @@ def test_the_commands(config, tmp_path, capsys):
         assert f"float32 ({rows}, 8)" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--k", "5"]) == 2
     assert "is for mAP" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_parts_have_the_whole_batchs_loss_and_gradient(data, config, chunk):
+    found = []
+    for part in (0, chunk):
+        torch.manual_seed(0)
+        model = Clip(replace(config, epochs=1, head_epochs=0, dropout=0.0, chunk=part, captions=2))
+        model.fit_inputs(data.train)
+        model.double().eval()
+        torch.manual_seed(1)
+        logged = model.step(data.train.select(torch.arange(11)), model.optimizers(), lambda x: x.backward(), 0.5)
+        found.append((logged["loss"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, whole), (again, parts) = found
+    assert_close(again, loss, atol=1e-12, rtol=0)
+    assert whole.keys() == parts.keys() and len(whole) > 10
+    for name, gradient in whole.items():
+        assert_close(parts[name], gradient, atol=1e-10, rtol=1e-8, msg=name)
