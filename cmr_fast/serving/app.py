@@ -161,7 +161,7 @@ def _described() -> dict[str, Any]:
     return {"content": {"application/json": {"schema": Asked.model_json_schema()}, "image/*": image}}
 
 
-def _error(status: int, why: str, headers: Any = None, **more: Any) -> Response:
+def _error(status: int, why: str, headers: Any = None, **more: Any) -> JSONResponse:
     return JSONResponse({"error": why, **more}, status, headers)
 
 

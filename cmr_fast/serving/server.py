@@ -68,4 +68,5 @@ def run(app: Any, listening: socket.socket) -> None:
     settings = uvicorn.Config(
         app, log_level="warning", lifespan="off", server_header=False, timeout_graceful_shutdown=_GRACE
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place
     uvicorn.Server(settings).run(sockets=[listening])  # which hands signals on, once it has stopped

@@ -206,3 +206,20 @@ def test_what_another_process_removes_is_seen_once_its_files_are_gone(cluster, t
         one.add(codes[:3])
         same(reader.search(codes[:4], 5), one.search(codes[:4], 5))
         assert reader.ntotal == 101
+
+
+def test_many_queries_are_stored_once_for_all_shards_and_answered_alike(cluster, tmp_path, monkeypatch):
+    codes = codes_of(0, 300)
+    ShardedIndex.build(tmp_path / "x", codes, shards=2)
+    one = HammingIndex(BITS)
+    one.add(codes)
+    with ShardedIndex(tmp_path / "x") as sharded:
+        stored = []
+        put = sharded._pool.stored
+        monkeypatch.setattr(sharded._pool, "stored", lambda rows: stored.append(len(rows)) or put(rows))
+        for count in (10, 40_000):
+            q = codes_of(1, count)
+            same(sharded.search(q, 2), one.search(q, 2))
+        assert stored == [40_000]
+        same(sharded.range_search(q, 0), one.range_search(q, 0))
+        assert sharded.lost() == {}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ class Answer(NamedTuple):
         return json.loads(self.content)
 
 
-class Server(NamedTuple):
-    process: subprocess.Popen[str]
+class Client:
+    """Asks a server at `address`."""
+
     address: str
-    said: list[str]
 
     def ask(self, path: str, body: object = None, kind: str = "application/json") -> Answer:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -43,6 +44,27 @@ class Server(NamedTuple):
         answer = self.ask(path, body, kind)
         assert answer.status == status, answer
         return answer.json["error"]
+
+
+class Served(Client):
+    """An application in a thread of this process."""
+
+    def __init__(self, app: Any) -> None:
+        import uvicorn
+
+        from cmr_fast.serving import listen
+
+        listening = listen("127.0.0.1", 0)
+        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
+
+
+class Server(Client):
+    """A process that serves."""
+
+    def __init__(self, process: "subprocess.Popen[str]", said: list[str]) -> None:
+        self.process, self.said, self.address = process, said, said[-1].split()[0]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -72,7 +94,7 @@ def serving(folder: Path, *arguments: object) -> Iterator[Server]:
             line = process.stdout.readline()
             assert line, errors.read_text()
             said.append(line.strip())
-        yield Server(process, said[-1].split()[0], said)
+        yield Server(process, said)
     finally:
         process.kill()
         process.wait()

@@ -272,7 +272,7 @@ def test_the_page_searches_by_captions_and_images_clean_and_attacked(browser, of
     field = browser.tell("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
     browser.value("attacked.checked = false; by.value = 'codes'")
     browser.tell("DOM.setFileInputFiles", nodeId=field, files=[str(tmp_path / "photo.png")])
-    browser.until(DONE + " && query.querySelector('img')")
+    browser.until(DONE + " && query.querySelector('img') !== null")
     assert browser.value("hits.querySelector('span').textContent") == "id 7, 0 of 24 bits"
     dropped = base64.b64encode(photo(data, 5)).decode()
     browser.value(
@@ -280,7 +280,9 @@ def test_the_page_searches_by_captions_and_images_clean_and_attacked(browser, of
         "moved.items.add(new File([bytes], 'x.png', {type: 'image/png'}));"
         "document.getElementById('drop').dispatchEvent(new DragEvent('drop', {dataTransfer: moved, cancelable: true}))"
     )
-    browser.until(DONE + " && hits.querySelector('span').textContent == 'id 5, 0 of 24 bits'")
+    expected = of_images.ask("/search", photo(data, 5), "image/png").json
+    browser.until(DONE + f" && query.querySelector('img').src == '{expected['query']['image']}'")
+    assert browser.value("hits.querySelector('span').textContent") == f"id {expected['ids'][0][0]}, 0 of 24 bits"
 
 
 def test_without_a_run_the_page_takes_codes_and_says_what_is_wrong(browser, indexes):
