@@ -137,8 +137,12 @@ def make_app(
         """The image or the caption that an id of the index stands for."""
         if gallery is None or not 0 <= number < gallery.count:
             raise HTTPException(404, "no such item" if gallery else "no items: the server was started without --run")
-        kind, content = await asyncio.to_thread(gallery.item, number)
-        return Response(content, media_type=kind, headers={"Cache-Control": "max-age=3600"})
+        try:
+            kind, content = await asyncio.to_thread(gallery.item, number)
+        except InputError as error:  # a photo that is gone
+            return _error(503, str(error))
+        kept = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
+        return Response(content, media_type=kind, headers=kept)
 
     @app.get("/")
     async def page() -> Response:

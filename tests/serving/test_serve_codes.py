@@ -247,3 +247,19 @@ def test_a_server_that_follows_at_the_same_port_shows_items_of_its_own(index):
     begun = [re.search(r'"begun": "(\w+)"', page)[1] for page in pages]
     assert begun[0] != begun[1]  # browsers keep items by their address, of which this is a part
     assert all("`items/${id}?of=${settings.begun}`" in page for page in pages)
+
+
+def test_an_item_that_cannot_be_read_is_an_error_as_others_are(index):
+    from serving_cases import Served
+
+    from cmr_fast import InputError
+    from cmr_fast.serving import InProcess, make_app
+
+    class Gone:
+        count = 1
+
+        def item(self, number):
+            raise InputError(f"{number}.jpg: cannot be read")
+
+    running = Served(make_app(InProcess(index), Gone()))
+    assert running.refused(503, None, path="/items/0") == "0.jpg: cannot be read"
