@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 class Shard(Protocol):
-    """A file of pairs. It is opened where something is asked of it first."""
+    """A file of pairs."""
 
     path: Path
 
@@ -38,6 +38,9 @@ class Shard(Protocol):
 
     def read(self, rows: Sequence[int]) -> list[Sample]:
         """The pairs at `rows`, which rise."""
+
+    def close(self) -> None:
+        """Let go of the file, until it is read again."""
 
 
 class TarShard:
@@ -58,6 +61,9 @@ class TarShard:
         """The pairs at `rows`."""
         listed = self._listed()
         return [Sample(f"{self.path}: {listed[row][0]}", *map(_of_member, listed[row][1:])) for row in rows]
+
+    def close(self) -> None:
+        """Nothing is open between two calls."""
 
     def _listed(self) -> list[tuple[str, Photo, Photo]]:
         if self._samples is None:
@@ -96,8 +102,9 @@ class ParquetShard:
     def __init__(self, path: Path, image: str | None = None, text: str | None = None) -> None:
         self.path = path
         self._asked = image, text
-        self._file: Any = None
         self._columns: tuple[str, ...] = ()
+        self._rows: int | None = None
+        self._file: Any = None
         self._cursor: Iterator[tuple[int, Any]] = iter(())
         self._held: tuple[int, Any] | None = None  # the rows that the cursor is at
 
@@ -108,11 +115,15 @@ class ParquetShard:
         self.__init__(state["path"], *state["_asked"])  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return int(self._opened().metadata.num_rows)
+        if self._rows is None:
+            self._open()
+            self.close()
+        return int(self._rows or 0)
 
     def read(self, rows: Sequence[int]) -> list[Sample]:
         """The pairs at `rows`, which rise; rows after those of the call before are read on."""
-        self._opened()
+        if self._file is None:
+            self._open()
         if len(rows) and (self._held is None or rows[0] < self._held[0]):
             self._cursor, self._held = row_blocks(self._file, self.path, self._columns, rows[0]), None
         out: list[Sample] = []
@@ -128,15 +139,20 @@ class ParquetShard:
             out += [Sample(*each) for each in zip(names, *sides, strict=True)]
         return out
 
-    def _opened(self) -> Any:
-        if self._file is None:
-            self._file = opened_parquet(self.path)
-            known = _IMAGE_NAMES, _TEXT_NAMES
-            self._columns = tuple(
-                column_of(self._file, self.path, asked, names, side)
-                for asked, names, side in zip(self._asked, known, ("image", "text"), strict=True)
-            )
-        return self._file
+    def close(self) -> None:
+        """Close the file: there may be more of them than a process may have open."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._cursor, self._held = None, iter(()), None
+
+    def _open(self) -> None:
+        self._file = opened_parquet(self.path)
+        self._rows = int(self._file.metadata.num_rows)
+        known = _IMAGE_NAMES, _TEXT_NAMES
+        self._columns = tuple(
+            column_of(self._file, self.path, asked, names, side)
+            for asked, names, side in zip(self._asked, known, ("image", "text"), strict=True)
+        )
 
 
 def opened_parquet(path: Path) -> Any:
@@ -161,6 +177,8 @@ def column_of(file: Any, path: Path, asked: str | None, names: Sequence[str], si
         raise InputError(
             f"{path}: no column for {side}; expected {' or '.join(wanted)}, or {side}=COLUMN, it has {', '.join(there)}"
         )
+    if there.count(found) > 1:
+        raise InputError(f"{path}: {there.count(found)} columns are named {found}, expected one")
     return str(found)
 
 
@@ -201,7 +219,7 @@ def column_values(column: Any, path: Path, name: str, start: int) -> list[Any] |
         return [(caption,) for caption in column.to_pylist()]
     if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
         if types.is_string(kind.value_type) or types.is_large_string(kind.value_type):
-            return [tuple(captions) for captions in column.to_pylist()]
+            return [tuple(caption or "" for caption in captions) for captions in column.to_pylist()]
         values = column.flatten()
         if (types.is_floating(values.type) or types.is_integer(values.type)) and not values.null_count:
             return _rows_of(column, values.to_numpy(zero_copy_only=False), where)

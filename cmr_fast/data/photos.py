@@ -132,10 +132,12 @@ def decode(name: str, data: bytes, size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             photo: Image.Image = opened
+            if opened.format == "EPS":
+                raise ValueError("EPS is a program, which Ghostscript would run")
             if opened.mode.startswith("I"):  # 16 bits: converting clips them to white
-                photo = Image.fromarray((np.asarray(opened).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+                photo = Image.fromarray((np.asarray(opened).clip(0, 65535) >> 8).astype(np.uint8))
             fitted = ImageOps.fit(photo.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         reason = "of no kind that it knows" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{name}: not a photo that Pillow can read ({reason})") from error
     return np.asarray(fitted).transpose(2, 0, 1)

@@ -69,13 +69,17 @@ class StreamBatch(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """Some samples in their final order: the number of the first, where the files are at it, and which they are."""
+    """Some samples in their final order: the number of the first, where the files are at it, and which they are.
+
+    going_on    the file that the next window begins in the middle of, -1 where there is none
+    """
 
     start: int
     place: int  # of a file in the epoch's order
     row: int  # in that file
     shards: np.ndarray
     rows: np.ndarray
+    going_on: int = -1
 
 
 class Stream(IterableDataset[StreamBatch]):
@@ -161,7 +165,9 @@ class Stream(IterableDataset[StreamBatch]):
             turns = (places - begin) // together
             mine = (places >= begin) & ((places - begin) // self.batch % self._world == self._rank)
             mine &= turns % workers == number
-            samples = self._read(window.shards[mine], window.rows[mine])
+            samples = self._read(window.shards[mine], window.rows[mine], window.going_on)
+            for shard in np.setdiff1d(window.shards, window.going_on).tolist():
+                self._shards[shard].close()  # one that went on, of which nothing was read now
             for turn, sample in zip(turns[mine].tolist(), samples, strict=True):
                 if not waiting or waiting[-1][0] != turn:
                     waiting.append((turn, []))
@@ -189,7 +195,8 @@ class Stream(IterableDataset[StreamBatch]):
                 place, row = place + 1, 0
             if held == self._buffer or (place == len(order) and held):
                 mixed = self._drawn(held, epoch, position)
-                yield _Window(position, *first, np.concatenate(shards)[mixed], np.concatenate(rows)[mixed])
+                going_on = int(order[place]) if row else -1
+                yield _Window(position, *first, np.concatenate(shards)[mixed], np.concatenate(rows)[mixed], going_on)
                 position, first, held = position + held, (place, row), 0
                 shards, rows = [], []
         if position == 0:
@@ -201,14 +208,17 @@ class Stream(IterableDataset[StreamBatch]):
             return np.arange(count)
         return np.random.default_rng([self._seed, len(about), *about]).permutation(count)
 
-    def _read(self, shards: np.ndarray, rows: np.ndarray) -> list[Sample]:
-        """Samples in this order, of each file read in the order of its rows."""
+    def _read(self, shards: np.ndarray, rows: np.ndarray, going_on: int) -> list[Sample]:
+        """Samples in this order, of each file read in the order of its rows; one file stays open."""
         out: list[Sample] = [Sample("", b"", b"")] * len(rows)
         order = np.lexsort((rows, shards))
         bounds = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1))
         for start, end in pairwise(bounds.tolist()):
             places = order[start:end]
-            read = self._shards[int(shards[places[0]])].read(rows[places].tolist())
+            shard = int(shards[places[0]])
+            read = self._shards[shard].read(rows[places].tolist())
+            if shard != going_on:
+                self._shards[shard].close()
             for place, sample in zip(places.tolist(), read, strict=True):
                 out[place] = sample
         return out

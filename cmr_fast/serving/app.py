@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from cmr_fast.distributed import OverloadedError, ShardLostError
 from cmr_fast.errors import InputError
@@ -28,6 +29,7 @@ _PAGE = Path(__file__).with_name("page.html")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' data:;"
 _POLICY += " connect-src 'self'"
 _SOON, _LATER = "1", "5"  # seconds, of Retry-After
+_PATIENCE = 60.0  # seconds for a body to come, since it takes the place of a search
 _DROPPED = 16  # times the largest body, which are read and dropped: a client that is cut off sees no answer
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -68,6 +70,7 @@ def make_app(
     """
     app = FastAPI(title="cmr-fast serve", docs_url=None, redoc_url=None)
     metrics, under_way = Metrics(index), 0
+    begun = f"{time.time_ns():x}"  # in addresses of items, which browsers keep: another server has others
     pool = ThreadPoolExecutor(most_requests, "search")
 
     async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
@@ -86,9 +89,9 @@ def make_app(
         metrics.queue.set(under_way)
         try:
             body = await _body(request, most_bytes)
-            begun = time.perf_counter()
+            since = time.perf_counter()
             answer = await in_thread(_answered, index, gallery, request, body)
-            metrics.seconds.observe(time.perf_counter() - begun)
+            metrics.seconds.observe(time.perf_counter() - since)
             metrics.queries.inc(len(answer["ids"]))
             metrics.lost.set(len(answer.get("missing", ())))
             outcome, response = "partial" if answer.get("missing") else "ok", JSONResponse(answer)
@@ -134,13 +137,18 @@ def make_app(
         """The image or the caption that an id of the index stands for."""
         if gallery is None or not 0 <= number < gallery.count:
             raise HTTPException(404, "no such item" if gallery else "no items: the server was started without --run")
-        kind, content = await asyncio.to_thread(gallery.item, number)
-        return Response(content, media_type=kind, headers={"Cache-Control": "max-age=3600"})
+        try:
+            kind, content = await asyncio.to_thread(gallery.item, number)
+        except InputError as error:  # a photo that is gone
+            return _error(503, str(error))
+        kept = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
+        return Response(content, media_type=kind, headers=kept)
 
     @app.get("/")
     async def page() -> Response:
         """The page to search with."""
-        said = {"bits": index.bits, "codes": index.count, "run": gallery.described() if gallery else None}
+        run = gallery.described() if gallery else None
+        said = {"bits": index.bits, "codes": index.count, "run": run, "begun": begun}
         text = _PAGE.read_text("utf-8").replace("{{settings}}", json.dumps(said).replace("<", "\\u003c"))
         return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY})
 
@@ -166,14 +174,20 @@ def _error(status: int, why: str, headers: Any = None, **more: Any) -> JSONRespo
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The request's body. RefusedError 413 where it is longer than `most`."""
+    """The request's body. RefusedError 413 where it is longer than `most`, 408 where it does not come."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= most:
-            parts.append(part)
-        elif size > _DROPPED * most:
-            break
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size <= most:
+                    parts.append(part)
+                elif size > _DROPPED * most:
+                    break
+    except TimeoutError:
+        raise RefusedError(408, f"expected the body in {_PATIENCE:g} s") from None
+    except ClientDisconnect:
+        raise RefusedError(400, "the client went before its body had come") from None
     if size > most:
         raise RefusedError(413, f"expected a body of at most {most} bytes")
     return b"".join(parts)

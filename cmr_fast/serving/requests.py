@@ -91,8 +91,9 @@ def _code(given: Any, bits: int, name: str = "codes") -> bytes:
     nbytes = -(-bits // 8)
     code = b""
     try:
-        if isinstance(given, str):  # a text of both lengths is hex: base64 of 2 or 4 bytes ends in =
-            code = bytes.fromhex(given) if len(given) == 2 * nbytes else binascii.a2b_base64(given, strict_mode=True)
+        if isinstance(given, str):  # hex and base64 are of one length for 2 and 4 bytes, where base64 ends in =
+            hexed = len(given) == 2 * nbytes and not given.endswith("=")
+            code = bytes.fromhex(given) if hexed else binascii.a2b_base64(given, strict_mode=True)
         elif isinstance(given, list) and not any(isinstance(x, bool) for x in given):
             code = bytes(given)
     except (ValueError, TypeError):

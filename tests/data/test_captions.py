@@ -54,6 +54,24 @@ def edited(folder, change):
     file.write_text(json.dumps(data))
 
 
+def test_a_photo_is_never_a_program():
+    eps = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(eps, "EPS")
+    with pytest.raises(InputError, match=r"x: not a photo that Pillow can read \(EPS is a program"):
+        photos.decode("x", eps.getvalue(), 16)
+
+
+def test_what_a_decoder_itself_fails_at_is_no_photo(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Failed to decode frame 0")  # as Pillow's AVIF
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "PNG")
+    with pytest.raises(InputError, match=r"x: not a photo that Pillow can read .*frame 0"):
+        photos.decode("x", file.getvalue(), 16)
+
+
 def test_karpathy_with_restval_and_any_number_of_captions(folder):
     data = load_captions(folder, size=16)
     assert data.name == "five" and isinstance(data, CaptionedDataset)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import tarfile
 
@@ -277,6 +278,44 @@ def test_columns_of_parquet(tmp_path):
     (tmp_path / "0.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"0\.parquet: damaged, or no Parquet file"):
         list(made(tmp_path / "0.parquet"))
+
+
+def test_there_may_be_more_files_than_can_be_open(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import resource
+
+    from pyarrow import parquet
+
+    for n in range(60):
+        parquet.write_table(
+            arrow.table({"image": [[float(n)]] * 3, "text": [f"{n}"] * 3}), tmp_path / f"{n:02}.parquet"
+        )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        for buffer in (2, 16, 500):
+            ranks = [list(stream(tmp_path, batch=2, buffer=buffer, rank=rank, world=2)) for rank in (0, 1)]
+            found = [int(caption) for batches in ranks for batch in batches for (caption,) in batch.text]
+            assert sorted(found) == sorted([*range(60)] * 3)
+            assert all(b.image[:, 0].tolist() == [float(c) for (c,) in b.text] for batches in ranks for b in batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_caption_that_is_missing_in_a_list_and_columns_of_one_name_are_named(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "pairs.parquet"
+    parquet.write_table(arrow.table({"image": [[1.0], [2.0]], "captions": [["a", None], ["b"]]}), path)
+    with pytest.raises(InputError, match="row 0 has an empty caption"):
+        list(stream(path, batch=2))
+    (batch,) = stream(path, batch=2, broken="skip")
+    assert batch.text == (("b",),) and batch.image.tolist() == [[2.0]]
+    columns = [arrow.array([[1.0]]), arrow.array(["a"]), arrow.array(["b"])]
+    parquet.write_table(arrow.table(columns, names=["image", "text", "text"]), path)
+    with pytest.raises(InputError, match="2 columns are named text, expected one"):
+        list(stream(path, batch=2))
 
 
 def test_what_is_no_stream_is_refused(tmp_path):

@@ -71,6 +71,39 @@ def test_a_code_is_hex_or_base64_or_bytes_and_one_needs_no_list(server, index):
     assert three == expected * 3
 
 
+@pytest.mark.parametrize("nbytes", [1, 2, 3, 4, 5, 8])
+def test_hex_and_base64_of_one_length_are_told_apart(nbytes):
+    from cmr_fast.serving.requests import queries_of
+
+    for code in np.random.default_rng(nbytes).integers(0, 256, (50, nbytes), dtype=np.uint8):
+        for text in (bytes(code).hex(), base64.b64encode(code.tobytes()).decode()):
+            np.testing.assert_array_equal(queries_of(text, 8 * nbytes), code[None])
+
+
+def test_a_body_that_does_not_come_leaves_its_place(index, monkeypatch, caplog):
+    from serving_cases import Served
+
+    from cmr_fast.serving import InProcess, app, make_app
+
+    monkeypatch.setattr(app, "_PATIENCE", 0.2)
+    running = Served(make_app(InProcess(index), most_requests=1))
+    host, port = running.address.removeprefix("http://").split(":")
+    head = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\n\r\n{"
+    with socket.create_connection((host, int(port)), timeout=60) as slow:
+        slow.sendall(head)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert running.ask("/search", {"codes": "000000"}).status == 200
+    monkeypatch.setattr(app, "_PATIENCE", 60.0)
+    with socket.create_connection((host, int(port)), timeout=60) as gone:
+        gone.sendall(head)
+    refusals = b'cmr_fast_requests_total{outcome="refused"} 2.0'
+    deadline = time.monotonic() + 60
+    while refusals not in running.ask("/metrics").content:
+        assert time.monotonic() < deadline
+    assert running.ask("/search", {"codes": "000000"}).status == 200
+    assert "Traceback" not in caplog.text  # the failure of a client is none of the server
+
+
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
@@ -203,3 +236,30 @@ def test_what_cannot_be_served_is_refused(index, tmp_path, capsys):
     assert "65535 or less" in refused(capsys, "serve", file, "--port", 70000)
     assert "--replicas is for shards over --ray" in refused(capsys, "serve", file, "--replicas", 2)
     assert "--ray is for a folder of shards" in refused(capsys, "serve", file, "--ray", "local", "--port", 0)
+
+
+def test_a_server_that_follows_at_the_same_port_shows_items_of_its_own(index):
+    from serving_cases import Served
+
+    from cmr_fast.serving import InProcess, make_app
+
+    pages = [Served(make_app(InProcess(index))).ask("/").content.decode() for _ in range(2)]
+    begun = [re.search(r'"begun": "(\w+)"', page)[1] for page in pages]
+    assert begun[0] != begun[1]  # browsers keep items by their address, of which this is a part
+    assert all("`items/${id}?of=${settings.begun}`" in page for page in pages)
+
+
+def test_an_item_that_cannot_be_read_is_an_error_as_others_are(index):
+    from serving_cases import Served
+
+    from cmr_fast import InputError
+    from cmr_fast.serving import InProcess, make_app
+
+    class Gone:
+        count = 1
+
+        def item(self, number):
+            raise InputError(f"{number}.jpg: cannot be read")
+
+    running = Served(make_app(InProcess(index), Gone()))
+    assert running.refused(503, None, path="/items/0") == "0.jpg: cannot be read"
