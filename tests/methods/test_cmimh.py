@@ -464,7 +464,7 @@ def test_reconstruction_in_one_process_is_the_mean_of_all_errors_to_the_last_bit
     model.fit_inputs(data.train)
     inputs = {"image": model.inputs["image"](data.train.image), "text": model.inputs["text"](data.train.text)}
     torch.manual_seed(1)
-    terms, means = model.terms(data.train.image, data.train.text)
+    terms, _ = model.terms(data.train.image, data.train.text)
     torch.manual_seed(1)
     for modality, x in inputs.items():
         samples = sample_bernoulli(model.encoder[modality](x), SMALL.straight_through)
