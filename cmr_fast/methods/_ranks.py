@@ -7,10 +7,12 @@ replicas, as each rank takes the same step.
 """
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -293,6 +295,15 @@ def launched(run: Any) -> tuple[Any, Ranks]:
         raise InputError(f"device must be auto, cpu or cuda with {devices * nodes} ranks, got {run.device}")
     if (name == "cuda" or (name == "auto" and cuda)) and cuda < devices:
         raise InputError(f"{devices} ranks a machine need as many GPUs, torch sees {cuda}; device cpu needs none")
+    if (
+        not TorchElasticEnvironment.detect()
+        and sys.modules["__main__"].__spec__ is None
+        and not os.path.isfile(sys.argv[0])
+    ):
+        raise InputError(
+            f"devices {devices} starts the program anew for each rank, expected a script or a module to run, "
+            f"got {sys.argv[0] or 'none'!r} (python -c, or standard input); torchrun starts ranks as well"
+        )
     fabric = Fabric(
         accelerator=name, devices=devices, num_nodes=nodes, strategy=_replicas(), precision=run.precision
     )  # fmt: skip
@@ -308,7 +319,7 @@ def _replicas() -> Any:
         def setup_module(self, module: Any) -> Any:
             return module
 
-    return Replicas()
+    return Replicas(timeout=timedelta(days=1))  # others wait while rank 0 tests
 
 
 def alone(ranks: Ranks, context: Callable[[], Any]) -> Any:

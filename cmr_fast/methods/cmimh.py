@@ -16,7 +16,6 @@ h = 1[a >= 0].
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -307,7 +306,7 @@ class CMIMH(Retriever):
         means = {m: a.sigmoid() for m, a in logits.items()}
         samples = {m: sample_bernoulli(a, c.straight_through) for m, a in logits.items()}
         terms = {
-            f"reconstruction_{m}": over(partial(self._squared_error, self.decoder[m]), samples[m].to(x.dtype), x).mean()
+            f"reconstruction_{m}": self._squared_error(over(self.decoder[m], samples[m].to(x.dtype)), x)
             for m, x in inputs.items()
         }
         seen = [means]
@@ -406,12 +405,11 @@ class CMIMH(Retriever):
                 self.ranks.average(network.parameters())
                 nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_norm)
 
-    def _squared_error(self, decoder: nn.Module, samples: Tensor, target: Tensor) -> Tensor:
-        """(B,): of each row."""
-        error = (_full(decoder(samples)) - target).square()
+    def _squared_error(self, decoded: Tensor, target: Tensor) -> Tensor:
+        error = (_full(decoded) - target).square()
         if self.config.reconstruction == "sum":
-            return error.sum(dim=1)
-        return error.mean(dim=1) * (self.config.bits if self.config.reconstruction == "bits" else 1)
+            return error.sum(dim=1).mean()
+        return error.mean() * (self.config.bits if self.config.reconstruction == "bits" else 1)
 
 
 def partners_first(image: Tensor, text: Tensor) -> float:

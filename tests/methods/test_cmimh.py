@@ -455,3 +455,18 @@ def test_bad_scores_are_refused():
             js_critic(torch.zeros(image), torch.zeros(text))
     with pytest.raises(InputError, match="marginals must be"):
         js_mutual_information(torch.zeros(3, 3), "none")
+
+
+def test_reconstruction_in_one_process_is_the_mean_of_all_errors_to_the_last_bit():
+    """Of rows first and then of them it would round otherwise, and runs of before could not be made again."""
+    data = small_dataset()
+    model = CMIMH(replace(SMALL, reconstruction="mean"), data.image_dim, data.text_dim, data.num_classes)
+    model.fit_inputs(data.train)
+    inputs = {"image": model.inputs["image"](data.train.image), "text": model.inputs["text"](data.train.text)}
+    torch.manual_seed(1)
+    terms, _ = model.terms(data.train.image, data.train.text)
+    torch.manual_seed(1)
+    for modality, x in inputs.items():
+        samples = sample_bernoulli(model.encoder[modality](x), SMALL.straight_through)
+        expected = (model.decoder[modality](samples.to(x.dtype)) - x).square().mean()
+        assert torch.equal(terms[f"reconstruction_{modality}"], expected)

@@ -4,7 +4,9 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from rank_jobs import FORMS, ON_CAPTIONS, ON_FEATURES, curve, curves, killed, re
 
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
+from cmr_fast.methods._ranks import _replicas
 from cmr_fast.methods.loop import RunConfig, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -138,3 +141,16 @@ def test_flags_of_ranks_are_checked(tmp_path):
             RunConfig(out=tmp_path, **changes)
     refused_methods = {name for name in METHODS if METHODS[name].one_process}
     assert refused_methods == {"dcmh", "ssah", "scatter", "madry", "plain", "random-targeted"}
+
+
+def test_ranks_are_not_started_of_a_program_that_has_no_file(tmp_path):
+    """python -c: what Lightning would start is the file "-c", and the rank that waits for it would be killed."""
+    lines = "from cmr_fast.methods._ranks import launched; from cmr_fast.methods.loop import RunConfig; "
+    lines += f"launched(RunConfig(out={str(tmp_path)!r}, devices=2, device='cpu'))"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "expected a script or a module to run, got '-c'" in done.stderr, done.stderr
+
+
+def test_ranks_wait_longer_for_the_test_split_than_torch_does():
+    """Torch ends a group after half an hour in which a rank was silent."""
+    assert _replicas()._timeout == timedelta(days=1)

@@ -1,5 +1,6 @@
 import csv
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -244,3 +245,16 @@ def test_the_verdict_says_whether_the_gap_stays():
 
 def test_spread_is_mean_and_deviation():
     assert common.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100" and common.spread([0.25]) == "0.250"
+
+
+def _note(folder, number):
+    (folder / f"{number}").touch()
+    if number == 0:
+        raise InputError("the first fails")
+    time.sleep(0.5)
+
+
+def test_a_training_that_fails_leaves_out_those_that_have_not_begun(tmp_path):
+    with pytest.raises(InputError, match="the first fails"):
+        common.in_processes(_note, [(tmp_path, number) for number in range(60)], 2, True)
+    assert len(list(tmp_path.iterdir())) < 30

@@ -168,9 +168,13 @@ def in_processes(function: Callable[..., None], trainings: Sequence[tuple[Any, .
     progress = nullcontext(lambda n: None) if quiet else counting(len(trainings), f"training, {jobs} at a time")
     with progress as advance, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(function, *arguments) for arguments in trainings]
-        for done in as_completed(waiting):
-            done.result()
-            advance(1)
+        try:
+            for done in as_completed(waiting):
+                done.result()
+                advance(1)
+        except BaseException:  # Ctrl-C too: what has not begun is left out
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def changed(config: Any, **values: Any) -> Any:
