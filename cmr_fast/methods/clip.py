@@ -91,6 +91,7 @@ class Clip(CaptionRetriever):
     name: ClassVar[str] = "clip"
     Config: ClassVar[type] = ClipConfig
     presets: ClassVar[dict[str, Any]] = {"frozen": ClipConfig(epochs=8)}
+    contrasts = True
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)

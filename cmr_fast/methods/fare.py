@@ -76,6 +76,7 @@ class _EmbeddingDistance(Finetune):
     """What both share: a copy of the towers as they were, and a loss that is a sum over items."""
 
     side: ClassVar[Literal["image", "text"]]
+    contrasts = False
     image_alone: ClassVar[bool] = True  # the temperature stays
 
     def __init__(self, config: Any) -> None:

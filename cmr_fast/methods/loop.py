@@ -128,6 +128,8 @@ def _train(
             "strategy fsdp trains no method yet: a step calls parts of a model, which would be sharded away; expected "
             "ddp, whose ranks hold a replica each"
         )
+    if run.contrastive != "gather" and not kind.contrasts:
+        raise InputError(f"contrastive {run.contrastive} is for methods that train by InfoNCE, got {kind.name}")
     _reseed(run.seed, 0)
     model = kind(config, *(getattr(dataset, name) for name in kind.init_arguments))
     if isinstance(tower := getattr(model, "tower", None), torch.nn.Module):

@@ -203,6 +203,7 @@ class Finetune(CaptionRetriever):
     name: ClassVar[str] = "finetune"
     Config: ClassVar[type] = FinetuneConfig
     presets: ClassVar[dict[str, Any]] = presets_of(FinetuneConfig)
+    contrasts = True
     keeps_last: ClassVar[bool] = True  # clean validation would take the weights that learned least of the attacks
     image_alone: ClassVar[bool] = False
     """Whether the image tower alone learns, and of the images' side of the loss."""

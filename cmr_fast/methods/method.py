@@ -56,6 +56,8 @@ class Method(nn.Module):
     """Of a preset whose runs depart from `protocol`: what they set, in place of it."""
     one_process: ClassVar[str] = ""
     """Why it is not trained over ranks, where it is not."""
+    contrasts: ClassVar[bool] = False
+    """Whether its loss is InfoNCE, so that `RunConfig.contrastive` says how it goes over ranks."""
     ranks: Ranks = ONE
     """The processes that share each batch; `step` is called on all of them with the whole batch."""
 

@@ -116,6 +116,24 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on(tmp_path):
 
 
 @pytest.mark.timeout(900)
+def test_torchrun_by_hand_ends_with_the_curve_of_one_process(tmp_path):
+    flags = {"data": "shapes", "epochs": 2, "inner-steps": 1, "device": "cpu", "threads": 1, "valid-fraction": 0}
+    train = ["-m", "cmr_fast", "train", "acmr", "--quiet", *(x for n, v in flags.items() for x in (f"--{n}", str(v)))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for out, started_by in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *started_by, *train, "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=paths)
+        assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / out / "metrics.csv").read_text().splitlines() for out in ("one", "two"))
+    assert one[0] == two[0] and len(one) == len(two) == 3
+    seconds = one[0].split(",").index("seconds")
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        numbers = [[float(x or "nan") for i, x in enumerate(row.split(",")) if i != seconds] for row in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=2e-4, abs=2e-5, nan_ok=True)
+
+
+@pytest.mark.timeout(900)
 def test_ranks_that_differ_and_what_is_not_of_ranks_are_refused_on_every_rank(tmp_path):
     on_ranks(refused, 2, tmp_path)
     wanted = {
@@ -139,6 +157,10 @@ def test_flags_of_ranks_are_checked(tmp_path):
     ):
         with pytest.raises(InputError, match=text):
             RunConfig(out=tmp_path, **changes)
+    with pytest.raises(InputError, match="contrastive ring is for methods that train by InfoNCE, got acmr"):
+        curve("acmr", tmp_path, tmp_path / "ring", contrastive="ring")
+    by_info_nce = {name for name in METHODS if METHODS[name].contrasts}
+    assert by_info_nce == {"clip", "finetune", "tecoa", "mat-img", "mat", "mmcoa"}
     refused_methods = {name for name in METHODS if METHODS[name].one_process}
     assert refused_methods == {"dcmh", "ssah", "scatter", "madry", "plain", "random-targeted"}
 
