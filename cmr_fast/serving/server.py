@@ -10,6 +10,7 @@ from typing import Any
 from cmr_fast.errors import InputError
 
 _GRACE = 30  # seconds for requests that are under way at the end
+_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -51,14 +52,18 @@ def _free(host: str, port: int) -> int:
 
 @contextmanager
 def until_stopped() -> Iterator[None]:
-    """SIGTERM ends what is inside as Ctrl-C does, and both end it without an error."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM ends what is inside as Ctrl-C does, and both end it without an error.
+
+    Ctrl-C does so in a background job of a shell as well, which is started with SIGINT ignored.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _STOP}
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(app: Any, listening: socket.socket) -> None:

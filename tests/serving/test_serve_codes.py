@@ -202,9 +202,12 @@ def test_beyond_the_requests_allowed_a_caller_is_told_when_to_come_again(index, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it(index, tmp_path, number):
+    """In a process that ignores SIGINT too, as a shell's background jobs do."""
+    ignoring = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it
     index.save(tmp_path / "db.cmrx")
     with serving(tmp_path, "db.cmrx") as running:
         assert running.said[0] == "db.cmrx: 500 codes of 20 bits"
+        signal.signal(signal.SIGINT, ignoring)
         assert running.stop(number) == 0
     assert (tmp_path / "stderr").read_text() == ""
 
