@@ -78,7 +78,7 @@ def train(
     results.json. The random state is set from (seed, epoch) at every epoch, so a run that is killed and resumed ends
     with the weights of one that was not (exactly, on the CPU with the same number of threads).
 
-    Over ranks (`run.devices`, or torchrun) rank 0 alone writes; every rank returns the same results, but its own seconds.
+    Over ranks (`run.devices`, or torchrun) rank 0 alone writes; every rank returns the same results, but for seconds.
 
     Raises InputError for bad settings, a run folder that holds something already, a checkpoint that is damaged or of
     other settings, a loss that is no longer finite, and ranks that differ; RankLostError where a rank has ended.
