@@ -320,16 +320,37 @@ class ACMR(Retriever):
     def embedding_loss(self, image: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_emb (Eq. 8) of projected features, and its unweighted terms by name."""
         c = self.config
+        loss, terms = self._data_loss(image, text, labels)
+        if c.reg:
+            terms["reg_loss"] = frobenius(self._weights(), squared=c.reg_squared)
+            loss = loss + c.reg * terms["reg_loss"]
+        return loss, terms
+
+    def _data_loss(self, image: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_emb without L_reg."""
+        c = self.config
         terms: dict[str, Tensor] = {}
         if c.terms != "imd":
             terms["imi_loss"] = acmr_triplet(image, text, labels, c.margin, c.triplet_weight, c.triplet_reduction)
         if c.terms != "imi":
             terms["imd_loss"] = self.label_loss(image, text, labels)
-        if c.reg:
-            layers = [m for net in (self.image_projector, self.text_projector) for m in net if isinstance(m, nn.Linear)]
-            terms["reg_loss"] = frobenius([layer.weight for layer in layers], squared=c.reg_squared)
-        weights = {"imi_loss": c.alpha, "imd_loss": c.beta, "reg_loss": c.reg}
-        return sum(weights[name] * value for name, value in terms.items()), terms
+        weights = {"imi_loss": c.alpha, "imd_loss": c.beta}
+        return cast(Tensor, sum(weights[name] * value for name, value in terms.items())), terms
+
+    def _weights(self) -> list[Tensor]:
+        """What L_reg (Eq. 7) is of."""
+        networks = self.image_projector, self.text_projector
+        return [layer.weight for network in networks for layer in network if isinstance(layer, nn.Linear)]
+
+    @torch.no_grad()
+    def _regularize(self) -> Tensor:
+        """Add the gradient of reg L_reg to the weights' gradients, in one pass over each, and return L_reg."""
+        c, weights = self.config, self._weights()
+        norms = torch.stack(torch._foreach_norm(weights))
+        scales = 2 * torch.ones_like(norms) if c.reg_squared else norms.reciprocal().masked_fill(norms == 0, 0)
+        for weight, scale in zip(weights, (c.reg * scales).unbind(), strict=True):
+            cast(Tensor, weight.grad).addcmul_(weight, scale)
+        return (norms.square() if c.reg_squared else norms).sum()
 
     def step(
         self,
@@ -346,12 +367,15 @@ class ACMR(Retriever):
         scaled = self._scale(batch)
         for _ in range(c.inner_steps):  # lines 1-6
             image, text = self._projected(*scaled)
-            embedding, terms = self.embedding_loss(image, text, batch.labels)
+            embedding, terms = self._data_loss(image, text, batch.labels)
             loss = embedding
             if c.adversary:
                 loss = loss + self.adversarial_loss(image, text, reversal)
             optimizers["embedding"].zero_grad()
             backward(loss)
+            if c.reg:  # by hand: autograd would write and then add a tensor of each weight's size
+                terms["reg_loss"] = self._regularize()
+                embedding = embedding.detach() + c.reg * terms["reg_loss"]
             optimizers["embedding"].step()
         logged = {"embedding_loss": embedding} | terms
         if c.adversary:  # lines 7-8
