@@ -4,8 +4,8 @@
 one is lost, `_batches` many callers at once, `sharded` the index that people use.
 """
 
+from cmr_fast.distributed._asking import ShardLostError
 from cmr_fast.distributed._batches import OverloadedError
-from cmr_fast.distributed._pool import ShardLostError
 from cmr_fast.distributed.sharded import PartialHits, PartialNeighbours, ShardedIndex
 
 __all__ = ["OverloadedError", "PartialHits", "PartialNeighbours", "ShardLostError", "ShardedIndex"]

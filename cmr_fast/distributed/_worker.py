@@ -5,6 +5,7 @@ them again. Every answer says how many codes were looked at.
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from cmr_fast.distributed import _line
 from cmr_fast.ops import ranking
 from cmr_fast.retrieval._plan import SearchPlan
 from cmr_fast.retrieval._segments import Part
@@ -35,6 +37,15 @@ class ShardWorker:
         self._files: dict[ShardFile, tuple[_Touched, tuple[Part, ...]]] = {}
         self._plans: WeakKeyDictionary[Part, SearchPlan] = WeakKeyDictionary()
         self._view: tuple[tuple[ShardFile, ...], HammingIndex] = ((), HammingIndex(bits))
+        self._opening = threading.Lock()
+
+    def listen(self, address: str) -> bool:
+        """Answer at a Unix socket too; False where its folder is not on this machine."""
+        try:
+            _line.serve(address, self)
+        except OSError:
+            return False
+        return True
 
     def ready(self, files: Sequence[ShardFile]) -> Answer:
         """Open files, and compare them with their checksums."""
@@ -75,7 +86,10 @@ class ShardWorker:
 
     def _index(self, files: Sequence[ShardFile]) -> HammingIndex:
         """The files as one index; what is held of other states than this one is let go."""
-        files = tuple(files)
+        with self._opening:
+            return self._indexed(tuple(files))
+
+    def _indexed(self, files: tuple[ShardFile, ...]) -> HammingIndex:
         held, index = self._view
         now = {file: self._files[file] for file in files if file in self._files and self._same(file)}
         if held == files and len(now) == len(files):

@@ -453,8 +453,9 @@ class ShardedIndex:
         rest: Callable[[int], tuple[Any, ...]],
         partial: bool,
     ) -> dict[int, Answer]:
-        sent = self._pool.stored(rows) if rows.nbytes > _INLINE else rows
-        return self._pool.ask(method, manifest.shards, lambda n: (sent, *rest(n)), partial)
+        small = rows.nbytes <= _INLINE
+        sent = rows if small else self._pool.stored(rows)
+        return self._pool.ask(method, manifest.shards, lambda n: (sent, *rest(n)), partial, small=small)
 
 
 class _Selected:
