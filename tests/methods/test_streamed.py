@@ -11,11 +11,12 @@ import torch
 from pair_shards import write_shards
 
 from cmr_fast.cli import main
-from cmr_fast.data import load_captions, stream, stream_captions
+from cmr_fast.data import load_captions, stream, stream_captions, streamed
 from cmr_fast.data._stream_shards import TarShard
 from cmr_fast.data.streamed import _Batch
 from cmr_fast.data.streams import Stream
 from cmr_fast.errors import InputError
+from cmr_fast.methods._ranks import Ranks
 from cmr_fast.methods.acmr import ACMRConfig
 from cmr_fast.methods.clip import Clip, ClipConfig
 from cmr_fast.methods.loop import RunConfig, load_model, train
@@ -95,6 +96,21 @@ def test_batches_are_the_streams_stretches_wherever_a_round_begins(kind, pairs, 
                 assert torch.equal(batch.image.pixels()[row], pairs.train.image[label])
 
 
+def test_a_rank_decodes_its_own_photos_alone(shards, held, monkeypatch):
+    decoded = []
+    decode = streamed._decoded
+    monkeypatch.setattr(streamed, "_decoded", lambda size, sample: decoded.append(sample.name) or decode(size, sample))
+    split = made(shards, held).train
+    whole = batches_of(split, range(4))
+    decoded.clear()
+    for rank in range(2):
+        share = streamed.Share(lambda count, rank=rank: Ranks(rank, 2).own(count), list)
+        mine = list(split.batches(range(4), 4, 14, 3, [], share))
+        assert len(decoded) == len(set(decoded)) == sum(Ranks(0, 2).counts(n)[0] for n in (14, 14, 14, 6)) == 24
+        assert [batch.text for _, batch in mine] == [batch.text for _, batch in whole]
+        decoded.clear()
+
+
 def test_a_dual_encoder_is_trained_on_a_stream(shards, held, config, tmp_path):
     long = replace(config, epochs=25, head_epochs=24, captions=0, image_lr=1e-4, text_lr=1e-4)
     run = train("clip", long, made(shards, held, valid=held), settings(tmp_path / "run", round_steps=0, patience=0))
@@ -109,13 +125,13 @@ def test_heads_alone_see_what_the_frozen_towers_say(shards, held, config, tmp_pa
     split = made(shards, held).train
     ((_, batch),) = batches_of(split, range(1))
     losses, kept = [], []
-    for streamed in (True, False):
+    for by_stream in (True, False):
         torch.manual_seed(0)
         model = Clip(replace(config, dropout=0.0, captions=0))
         model.fit_inputs(None)
         whole = replace(batch, image=batch.image.pixels(), rows=None)
-        model.begin_round(split if streamed else whole, 0.0)
-        taken = batch if streamed else whole.select(torch.arange(len(whole)))
+        model.begin_round(split if by_stream else whole, 0.0)
+        taken = batch if by_stream else whole.select(torch.arange(len(whole)))
         losses.append(model.step(taken, model.optimizers(), lambda loss: loss.backward(), 0.0)["loss"])
         kept.append(model.dual.state_dict())
     torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
