@@ -147,13 +147,13 @@ def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
 
 def load_captioned_images(data: str, options: Mapping[str, Any]) -> "CaptionedDataset":
     """Read images with captions; with the option `test`, which names what they are tested on, as a stream."""
-    from cmr_fast.data import load_captions, stream_captions
-    from cmr_fast.data.streams import is_pattern
+    from cmr_fast.data import captions, load_captions, stream_captions
+    from cmr_fast.data.streamed import is_shards
 
     if "test" in options and not isinstance(options["test"], int):
         with busy(f"reading {data}"):
             return stream_captions(data, **options)
-    if is_pattern(data) or Path(data).suffix.lower() == ".parquet":
+    if is_shards(data) and not captions.holds(Path(data)):
         raise InputError(
             f"{data}: shards of pairs are streamed by `cmr-fast train`, and need --test DATA: what is measured on"
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cmr_fast.data.captions import CAPTION_NAMES, PHOTO_SUFFIXES, captions_of
+from cmr_fast.data.captions import CAPTION_NAMES, PHOTO_SUFFIXES, captions_in
 from cmr_fast.data.photos import Photo, tar_samples
 from cmr_fast.errors import InputError
 
@@ -17,8 +17,8 @@ _TAR_IMAGES, _TAR_TEXTS = (*PHOTO_SUFFIXES, ".image.npy"), (".txt", ".json", ".t
 _IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "image_bytes", "img", "image_features", "image_embedding")
 _TEXT_NAMES = (*CAPTION_NAMES, "captions", "txt", "text_features", "text_embedding")
 
-# a photo's file or where it lies, captions, a row of features or of codes
-Value = bytes | Photo | tuple[str, ...] | np.ndarray
+# a photo's file or where it lies, captions or why there are none, a row of features or of codes
+Value = bytes | Photo | tuple[str, ...] | InputError | np.ndarray
 
 
 class Sample(NamedTuple):
@@ -104,7 +104,11 @@ def _of_member(member: Photo, photos: bool) -> Value:
             raise InputError(f"{member.path}: {member.name} must be features (d,), got {row.dtype} {row.shape}")
         return np.asarray(row)
     if member.name.lower().endswith((".txt", ".json")):
-        return captions_of(member)
+        data = member.read()
+        try:
+            return captions_in(member, data)
+        except InputError as error:
+            return error
     return member.read() if photos else member
 
 

@@ -57,7 +57,7 @@ class StreamedImages:
         self._shards = tuple(make(file, image, text) for file in files)
         self._buffer, self._asked = buffer, (image, text)
         self._captions: int | None = None
-        for _, _, sample in self._reader(0).samples():
+        for _, _, sample in self._reader(None, buffer=1).samples():
             if not isinstance(sample.image, bytes | Photo) or isinstance(sample.text, np.ndarray | bytes | Photo):
                 seen = [_kind(side) for side in (sample.image, sample.text)]
                 raise InputError(f"{sample.name} is {seen[0]} and {seen[1]}; expected a photo and captions")
@@ -144,10 +144,10 @@ class StreamedImages:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _reader(self, seed: int | None) -> Stream:
+    def _reader(self, seed: int | None, buffer: int | None = None) -> Stream:
         return Stream(
-            self._shards, 1, size=self.size, shuffle=seed is not None, seed=seed or 0, buffer=self._buffer, rank=0,
-            world=1, drop_last=False, broken=self.broken,
+            self._shards, 1, size=self.size, shuffle=seed is not None, seed=seed or 0,
+            buffer=buffer or self._buffer, rank=0, world=1, drop_last=False, broken=self.broken,
         )  # fmt: skip
 
     def _drawn(
@@ -326,8 +326,7 @@ def stream_captions(
     image, text, buffer
         As of `cmr_fast.data.stream`.
     broken : {"refuse", "skip"}
-        What to do with photos that cannot be decoded and captions without words. "skip" leaves them out and counts
-        them in the log.
+        As of `cmr_fast.data.stream`: "skip" leaves broken pairs out and counts them in the log.
 
     Returns
     -------

@@ -267,6 +267,8 @@ class Stream(IterableDataset[StreamBatch]):
 
 def value_of(name: str, value: Value, size: int) -> np.ndarray | tuple[str, ...]:
     """A side of a pair as it is trained on. InputError for a photo that is none, and a caption without words."""
+    if isinstance(value, InputError):
+        raise value
     if isinstance(value, bytes | Photo):
         return decode(name, value if isinstance(value, bytes) else value.read(), size)
     if not isinstance(value, np.ndarray):
@@ -329,7 +331,8 @@ def stream(
     drop_last : bool
         Leave out a last global batch that is not whole, so that all ranks have as many batches.
     broken : {"refuse", "skip"}
-        What to do with photos that cannot be decoded and captions without words. "skip" leaves them out of their batch.
+        What to do with photos that cannot be decoded and captions that are no text or have no words. "skip" leaves
+        them out of their batch.
 
     Returns
     -------

@@ -234,6 +234,14 @@ def test_samples_without_a_side_or_a_word_are_named(tmp_path):
     with pytest.raises(InputError, match=r"0\.tar: a has no caption"):
         list(made(tmp_path))
     assert list(made(tmp_path, broken="skip")) == []
+    for ending, text in (("txt", b"\xff\xfe"), ("json", b"{")):
+        write_tar(
+            tmp_path / "0.tar", [("a.png", photo(0)), (f"a.{ending}", text), ("b.png", photo(1)), ("b.txt", b"b")]
+        )
+        with pytest.raises(InputError, match=rf"a\.{ending} is no caption"):
+            list(made(tmp_path))
+        (batch,) = made(tmp_path, broken="skip", shuffle=False)
+        assert batch.text == (("b",),) and batch.skipped == (f"{tmp_path / '0.tar'}: a",)
     write_tar(tmp_path / "0.tar", [])
     with pytest.raises(InputError, match="no pair in any of 1 files"):
         list(made(tmp_path))
