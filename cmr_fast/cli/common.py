@@ -146,9 +146,17 @@ def load_pairs(data: str, options: Mapping[str, Any]) -> "PairedDataset":
 
 
 def load_captioned_images(data: str, options: Mapping[str, Any]) -> "CaptionedDataset":
-    """Read images with captions."""
-    from cmr_fast.data import load_captions
+    """Read images with captions; with the option `test`, which names what they are tested on, as a stream."""
+    from cmr_fast.data import captions, load_captions, stream_captions
+    from cmr_fast.data.streamed import is_shards
 
+    if "test" in options and not isinstance(options["test"], int):
+        with busy(f"reading {data}"):
+            return stream_captions(data, **options)
+    if is_shards(data) and not captions.holds(Path(data)):
+        raise InputError(
+            f"{data}: shards of pairs are streamed by `cmr-fast train`, and need --test DATA: what is measured on"
+        )
     _check_regular(data)
     with busy(f"reading {data}"):
         return load_captions(data, **options)
@@ -176,9 +184,17 @@ def _check_regular(data: str) -> None:
 
 def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
     """Note in a run folder where its data came from, so that later commands find them."""
-    where = str(Path(data).resolve()) if Path(data).exists() else data
+    held_out = {name: _absolute(options[name]) for name in ("test", "valid") if isinstance(options.get(name), str)}
     with write_aside(run / SOURCE) as aside:
-        aside.write_text(json.dumps({"data": where, "options": dict(options)}) + "\n")
+        aside.write_text(json.dumps({"data": _absolute(data), "options": {**options, **held_out}}) + "\n")
+
+
+def _absolute(data: str) -> str:
+    from cmr_fast.data.streams import is_pattern
+
+    if Path(data).exists():
+        return str(Path(data).resolve())
+    return str(Path(data).expanduser().absolute()) if is_pattern(data) else data
 
 
 def load_run(trained: Path) -> "Method":
@@ -202,6 +218,7 @@ def folder_of(trained: Path) -> Path:
 
 def split_of(dataset: "PairedDataset | CaptionedDataset", split: str, trained: Path) -> Any:
     """The pairs (or captioned images) of a split; train and valid as the run at `trained` divided them."""
+    from cmr_fast.data.streamed import StreamedImages
     from cmr_fast.methods._runfolder import read_run
 
     if split in ("train", "valid") and dataset.valid is None:
@@ -209,6 +226,8 @@ def split_of(dataset: "PairedDataset | CaptionedDataset", split: str, trained: P
         if run is not None and run["valid_fraction"] > 0:
             dataset = dataset.hold_out(run["valid_fraction"], run["seed"])
     pairs = getattr(dataset, split)
+    if isinstance(pairs, StreamedImages):
+        raise InputError(f"{dataset.name}: the {split} split is a stream, expected one that is held: test or valid")
     if pairs is None:
         raise InputError(f"{dataset.name}: has no {split} split, and {trained} held none out")
     return pairs

@@ -32,7 +32,14 @@ class TrainingData(DataFlags):
     """What to train on."""
 
     data: str = "shapes"
-    """`shapes` (built in), a folder or file of a known layout, or a name under $CMR_FAST_DATA."""
+    """`shapes` (built in), a folder or file of a known layout, or a name under $CMR_FAST_DATA. With --test: shards of
+    photos with captions that memory need not hold, a folder of .tar or .parquet files or a pattern: 'shards/*.tar'."""
+    test: str | None = None
+    """Stream the shards that --data names, and test on this: the test split of a data set of images with captions, or
+    other shards. Options of the stream are --options buffer=4096 (samples mixed with each other), size=128,
+    image=COLUMN, text=COLUMN, broken=skip (see help(cmr_fast.data.stream_captions))."""
+    valid: str | None = None
+    """Of a stream: the data set whose validation split is chosen by, or shards. None: that of --test, if it has one."""
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
     preset: str = "default"
@@ -70,8 +77,8 @@ class Train:
         bits = getattr(self.config, "bits", None)
         if bits is not None and bits > MAX_BITS:
             raise InputError(f"--bits must be at most {MAX_BITS}, got {bits}")
-        options = self.source.loader_options()
         kind = METHODS[self.method]
+        options = self._data_options(kind)
         load: Callable[[str, Mapping[str, Any]], Any] = load_pairs
         if reads_captions(kind):
             load = load_captioned_images
@@ -115,6 +122,15 @@ class Train:
         else:
             assert isinstance(dataset, PairedDataset)
             _print_retriever(run, dataset, self.config.epochs)
+
+    def _data_options(self, kind: Any) -> dict[str, Any]:
+        """The loader's options, of a stream what it is tested on among them."""
+        held_out = {"test": self.source.test, "valid": self.source.valid}
+        if not reads_captions(kind):
+            refuse_flags(held_out, f"is for methods on images with captions; {self.method} holds its data")
+        if self.source.test is None:
+            refuse_flags(held_out, "is for a stream, which has --test too")
+        return {name: value for name, value in held_out.items() if value is not None} | self.source.loader_options()
 
     def _refuse_idle_flags(self) -> None:
         """InputError for settings of a defence that is not asked for."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cmr_fast.data.captions import CAPTION_NAMES, PHOTO_SUFFIXES, captions_of
+from cmr_fast.data.captions import CAPTION_NAMES, PHOTO_SUFFIXES, captions_in
 from cmr_fast.data.photos import Photo, tar_samples
 from cmr_fast.errors import InputError
 
@@ -17,7 +17,8 @@ _TAR_IMAGES, _TAR_TEXTS = (*PHOTO_SUFFIXES, ".image.npy"), (".txt", ".json", ".t
 _IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "image_bytes", "img", "image_features", "image_embedding")
 _TEXT_NAMES = (*CAPTION_NAMES, "captions", "txt", "text_features", "text_embedding")
 
-Value = bytes | tuple[str, ...] | np.ndarray  # a photo's file, captions, a row of features or of codes
+# a photo's file or where it lies, captions or why there are none, a row of features or of codes
+Value = bytes | Photo | tuple[str, ...] | InputError | np.ndarray
 
 
 class Sample(NamedTuple):
@@ -36,8 +37,8 @@ class Shard(Protocol):
     def __len__(self) -> int:
         """Pairs in it."""
 
-    def read(self, rows: Sequence[int]) -> list[Sample]:
-        """The pairs at `rows`, which rise."""
+    def read(self, rows: Sequence[int], *, photos: bool = True) -> list[Sample]:
+        """The pairs at `rows`, which rise; without `photos` those of a tar are left there, as a `Photo`."""
 
     def close(self) -> None:
         """Let go of the file, until it is read again."""
@@ -53,17 +54,22 @@ class TarShard:
             for ending, known in ((image, _TAR_IMAGES), (text, _TAR_TEXTS))
         )
         self._samples: list[tuple[str, Photo, Photo]] | None = None
+        self._rows: int | None = None
 
     def __len__(self) -> int:
-        return len(self._listed())
+        return len(self._listed()) if self._rows is None else self._rows
 
-    def read(self, rows: Sequence[int]) -> list[Sample]:
-        """The pairs at `rows`."""
+    def read(self, rows: Sequence[int], *, photos: bool = True) -> list[Sample]:
+        """The pairs at `rows`; without `photos` these are left where they lie."""
         listed = self._listed()
-        return [Sample(f"{self.path}: {listed[row][0]}", *map(_of_member, listed[row][1:])) for row in rows]
+        return [
+            Sample(f"{self.path}: {listed[row][0]}", *(_of_member(member, photos) for member in listed[row][1:]))
+            for row in rows
+        ]
 
     def close(self) -> None:
-        """Nothing is open between two calls."""
+        """Forget what it holds but how many: the names of all files together may not fit into memory."""
+        self._samples = None
 
     def _listed(self) -> list[tuple[str, Photo, Photo]]:
         if self._samples is None:
@@ -78,11 +84,17 @@ class TarShard:
                         f"{', '.join(sorted(members))}"
                     )
                 samples.append((key, sides[0], sides[1]))
-            self._samples = samples
+            self._samples, self._rows = samples, _as_before(self.path, self._rows, len(samples))
         return self._samples
 
 
-def _of_member(member: Photo) -> Value:
+def _as_before(path: Path, before: int | None, count: int) -> int:
+    if before not in (None, count):
+        raise InputError(f"{path}: had {before} pairs when it was first listed and has {count} now; it was changed")
+    return count
+
+
+def _of_member(member: Photo, photos: bool) -> Value:
     if member.name.lower().endswith(".npy"):
         try:
             row = np.load(BytesIO(member.read()), allow_pickle=False)
@@ -92,8 +104,12 @@ def _of_member(member: Photo) -> Value:
             raise InputError(f"{member.path}: {member.name} must be features (d,), got {row.dtype} {row.shape}")
         return np.asarray(row)
     if member.name.lower().endswith((".txt", ".json")):
-        return captions_of(member)
-    return member.read()
+        data = member.read()
+        try:
+            return captions_in(member, data)
+        except InputError as error:
+            return error
+    return member.read() if photos else member
 
 
 class ParquetShard:
@@ -120,8 +136,8 @@ class ParquetShard:
             self.close()
         return int(self._rows or 0)
 
-    def read(self, rows: Sequence[int]) -> list[Sample]:
-        """The pairs at `rows`, which rise; rows after those of the call before are read on."""
+    def read(self, rows: Sequence[int], *, photos: bool = True) -> list[Sample]:
+        """The pairs at `rows`, which rise, always with photos; rows after those of the call before are read on."""
         if self._file is None:
             self._open()
         if len(rows) and (self._held is None or rows[0] < self._held[0]):
@@ -147,7 +163,7 @@ class ParquetShard:
 
     def _open(self) -> None:
         self._file = opened_parquet(self.path)
-        self._rows = int(self._file.metadata.num_rows)
+        self._rows = _as_before(self.path, self._rows, int(self._file.metadata.num_rows))
         known = _IMAGE_NAMES, _TEXT_NAMES
         self._columns = tuple(
             column_of(self._file, self.path, asked, names, side)

@@ -380,7 +380,11 @@ def _webdataset(shards: Sequence[Path]) -> list[Item]:
 
 def captions_of(member: Photo) -> tuple[str, ...]:
     """The captions in a .txt (one a line) or .json of a tar. InputError where there is none."""
-    data = member.read()
+    return captions_in(member, member.read())
+
+
+def captions_in(member: Photo, data: bytes) -> tuple[str, ...]:
+    """As `captions_of`, of a member that was read."""
     try:
         if not member.name.endswith(".json"):
             return tuple(line for line in data.decode("utf-8").splitlines() if line.strip())

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -165,6 +165,19 @@ def decoded(photos: Iterable[tuple[str, bytes]], count: int, size: int) -> Tenso
     return torch.from_numpy(images)
 
 
+class Store(Protocol):
+    """What gives a set of photos by row."""
+
+    def digest(self, rows: Iterable[int], places: bool = False) -> str:
+        """Of the size in pixels and the photos' names and lengths; with `places` of where and when as well."""
+
+    def read(self, rows: Sequence[int]) -> np.ndarray:
+        """uint8 (n, 3, size, size), the first error raised."""
+
+    def fill(self, rows: Sequence[int]) -> list[InputError | None]:
+        """Decode what is not decoded yet: what is wrong with each row."""
+
+
 class Photos:
     """N photos of one size, decoded by threads when their pixels are first asked for, and then kept in a file.
 
@@ -184,7 +197,14 @@ class Photos:
     def __init__(self, files: Sequence[Photo], size: int, cache: str | None = None) -> None:
         self.files, self.size = tuple(files), check_count("size", size, least=16)
         self._rows = torch.arange(len(self.files))
-        self._store = _Store(self.files, self.size, cache)
+        self._store: Store = _Store(self.files, self.size, cache)
+
+    @classmethod
+    def held_by(cls, store: "Store", files: Sequence[Photo], size: int) -> "Photos":
+        """Photos whose pixels something else gives than a file in the user's cache."""
+        photos = object.__new__(cls)
+        photos.files, photos.size, photos._rows, photos._store = tuple(files), size, torch.arange(len(files)), store
+        return photos
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -12,6 +12,7 @@ Every reader lists every file, but reads the bytes of a tar for its own samples 
 the columns, and decodes its own photos.
 """
 
+import glob
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from cmr_fast.data._stream_shards import (
     opened_parquet,
     row_blocks,
 )
-from cmr_fast.data.photos import decode
+from cmr_fast.data.photos import Photo, decode
 from cmr_fast.errors import InputError
 from cmr_fast.ops._tensors import as_integer, as_seed
 
@@ -141,6 +142,29 @@ class Stream(IterableDataset[StreamBatch]):
             raise InputError("state is of other files, or of another seed, buffer or shuffle: the order is another one")
         self._begin = self._last = dict(state)
 
+    def seek(self, epoch: int, position: int) -> None:
+        """Begin at a pair of an epoch, by its place in the order; counts the pairs of the files before it."""
+        epoch, position = as_integer(epoch, "epoch", 0), as_integer(position, "position", 0)
+        start = row = position // self._buffer * self._buffer
+        order, place = self._drawn(len(self._shards), epoch), 0
+        while place < len(order) and row >= len(self._shards[order[place]]):
+            row -= len(self._shards[order[place]])
+            place += 1
+        self._begin = self._last = self._state(epoch, _Window(start, place, row, *_start()[3:5]), position)
+
+    def samples(self) -> Iterator[tuple[int, int, Sample]]:
+        """The rest of the epoch pair by pair, for whoever reads alone: file, row, and the pair, its photo unread."""
+        for window in self._windows():
+            kept = slice(max(0, self._begin["position"] - window.start), None)
+            shards, rows = window.shards[kept], window.rows[kept]
+            samples = self._read(shards, rows, window.going_on, photos=False)
+            self._let_go(window)
+            yield from zip(shards.tolist(), rows.tolist(), samples, strict=True)
+
+    def _let_go(self, window: _Window) -> None:
+        for shard in np.setdiff1d(window.shards, window.going_on).tolist():
+            self._shards[shard].close()  # one that went on, of which nothing was read now
+
     def __iter__(self) -> Iterator[StreamBatch]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -166,8 +190,7 @@ class Stream(IterableDataset[StreamBatch]):
             mine = (places >= begin) & ((places - begin) // self.batch % self._world == self._rank)
             mine &= turns % workers == number
             samples = self._read(window.shards[mine], window.rows[mine], window.going_on)
-            for shard in np.setdiff1d(window.shards, window.going_on).tolist():
-                self._shards[shard].close()  # one that went on, of which nothing was read now
+            self._let_go(window)
             for turn, sample in zip(turns[mine].tolist(), samples, strict=True):
                 if not waiting or waiting[-1][0] != turn:
                     waiting.append((turn, []))
@@ -208,7 +231,7 @@ class Stream(IterableDataset[StreamBatch]):
             return np.arange(count)
         return np.random.default_rng([self._seed, len(about), *about]).permutation(count)
 
-    def _read(self, shards: np.ndarray, rows: np.ndarray, going_on: int) -> list[Sample]:
+    def _read(self, shards: np.ndarray, rows: np.ndarray, going_on: int, photos: bool = True) -> list[Sample]:
         """Samples in this order, of each file read in the order of its rows; one file stays open."""
         out: list[Sample] = [Sample("", b"", b"")] * len(rows)
         order = np.lexsort((rows, shards))
@@ -216,7 +239,7 @@ class Stream(IterableDataset[StreamBatch]):
         for start, end in pairwise(bounds.tolist()):
             places = order[start:end]
             shard = int(shards[places[0]])
-            read = self._shards[shard].read(rows[places].tolist())
+            read = self._shards[shard].read(rows[places].tolist(), photos=photos)
             if shard != going_on:
                 self._shards[shard].close()
             for place, sample in zip(places.tolist(), read, strict=True):
@@ -228,7 +251,8 @@ class Stream(IterableDataset[StreamBatch]):
         skipped = []
         for sample in samples:
             try:
-                kept.append((sample.name, *(self._value(sample.name, x) for x in (sample.image, sample.text))))
+                sides = (value_of(sample.name, side, self._size) for side in (sample.image, sample.text))
+                kept.append((sample.name, *sides))
             except InputError:
                 if self._broken == "refuse":
                     raise
@@ -236,18 +260,22 @@ class Stream(IterableDataset[StreamBatch]):
         names, image, text = zip(*kept, strict=True) if kept else ((), (), ())
         return StreamBatch(_joined(image, names), _joined(text, names), names, state, tuple(skipped))
 
-    def _value(self, name: str, value: Value) -> np.ndarray | tuple[str, ...]:
-        if isinstance(value, bytes):
-            return decode(name, value, self._size)
-        if isinstance(value, tuple):
-            fault = next(filter(None, map(caption_fault, value)), None) if value else "no caption"
-            if fault is not None:
-                raise InputError(f"{name} has {fault}; expected words, or broken='skip'")
-        return value
-
     def _state(self, epoch: int, window: _Window, position: int) -> dict[str, int]:
         where = {"position": position, "start": window.start, "place": window.place, "row": window.row}
         return {"version": _VERSION, "digest": self._digest, "epoch": epoch, **where}
+
+
+def value_of(name: str, value: Value, size: int) -> np.ndarray | tuple[str, ...]:
+    """A side of a pair as it is trained on. InputError for a photo that is none, and a caption without words."""
+    if isinstance(value, InputError):
+        raise value
+    if isinstance(value, bytes | Photo):
+        return decode(name, value if isinstance(value, bytes) else value.read(), size)
+    if not isinstance(value, np.ndarray):
+        fault = next(filter(None, map(caption_fault, value)), None) if value else "no caption"
+        if fault is not None:
+            raise InputError(f"{name} has {fault}; expected words, or broken='skip'")
+    return value
 
 
 def _start() -> _Window:
@@ -287,7 +315,7 @@ def stream(
     Parameters
     ----------
     path : path, or sequence of paths
-        A .tar or .parquet file, several of one kind, or a folder of them.
+        A .tar or .parquet file, several of one kind, a folder of them, or a pattern: "shards/*.tar".
     batch : int
         Pairs of a batch of one rank.
     size : int
@@ -303,7 +331,8 @@ def stream(
     drop_last : bool
         Leave out a last global batch that is not whole, so that all ranks have as many batches.
     broken : {"refuse", "skip"}
-        What to do with photos that cannot be decoded and captions without words. "skip" leaves them out of their batch.
+        What to do with photos that cannot be decoded and captions that are no text or have no words. "skip" leaves
+        them out of their batch.
 
     Returns
     -------
@@ -346,9 +375,14 @@ def stream(
 
 def stream_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The files of a stream in the order of their names, or as they are given. InputError unless of one kind."""
-    given = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(each) for each in path]
     files: list[Path] = []
-    for each in given:
+    for each in [Path(path)] if isinstance(path, str | os.PathLike) else map(Path, path):
+        if is_pattern(each):
+            matching = sorted(Path(name) for name in glob.glob(str(each.expanduser())))
+            if not matching:
+                raise InputError(f"{each}: no file matches, expected .tar or .parquet files")
+            files += matching
+            continue
         if not each.exists():
             raise InputError(f"{each}: not found")
         inside = sorted(f for f in each.iterdir() if f.suffix.lower() in (TAR, PARQUET)) if each.is_dir() else [each]
@@ -359,6 +393,11 @@ def stream_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     if len(kinds) != 1 or not kinds <= {TAR, PARQUET}:
         raise InputError(f"expected .tar or .parquet files, of one kind, got {', '.join(sorted(kinds)) or 'none'}")
     return files
+
+
+def is_pattern(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a pattern of names; one that lies there is none."""
+    return glob.has_magic(os.fspath(path)) and not Path(path).exists()
 
 
 def count_rows(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> int:

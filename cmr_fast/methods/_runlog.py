@@ -19,10 +19,18 @@ class RunLog:
 
     history: the rows of the epochs already done; metrics.csv is cut back to exactly these.
     monitor: the column that is shown beside the losses.
+    samples: of a stream, how many the training goes through; the bar then counts these.
     """
 
     def __init__(
-        self, folder: Path, history: list[dict[str, float]], epochs: int, title: str, monitor: str, quiet: bool
+        self,
+        folder: Path,
+        history: list[dict[str, float]],
+        epochs: int,
+        title: str,
+        monitor: str,
+        quiet: bool,
+        samples: int = 0,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -33,6 +41,7 @@ class RunLog:
             aside.write_text(_csv_rows(history, with_header=True))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(history) + 1)
         self._bar: Any = None
+        self._each = samples / epochs if samples else 1  # of the bar, an epoch
         self._last_line = time.monotonic()
 
     def __enter__(self) -> "RunLog":
@@ -49,7 +58,8 @@ class RunLog:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.epochs, completed=len(self.history), note="")
+            self._task = self._bar.add_task(self.title, total=round(self._each * self.epochs), note="")
+            self.within(len(self.history))
         return self
 
     def __exit__(
@@ -62,7 +72,7 @@ class RunLog:
     def within(self, epochs: float) -> None:
         """How far the training is, between the ends of epochs."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=epochs)
+            self._bar.update(self._task, completed=round(self._each * epochs) if self._each > 1 else epochs)
 
     def epoch(self, row: dict[str, float]) -> None:
         """Record one finished epoch."""
@@ -83,8 +93,11 @@ class RunLog:
     def _show(self, row: dict[str, float]) -> None:
         shown = [name for name in row if name.endswith("loss") or name == self.monitor]
         note = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
+        if "samples" in row:
+            note = f"samples {row['samples']:,}  " + (f"skipped {row['skipped']:,}  " if row["skipped"] else "") + note
         if self._bar is not None:
-            self._bar.update(self._task, completed=int(row["epoch"]), note=note)
+            self.within(int(row["epoch"]))
+            self._bar.update(self._task, note=note)
         elif time.monotonic() - self._last_line >= LINE_SECONDS or row["epoch"] in (1, self.epochs):
             self._last_line = time.monotonic()
             _stderr(f"{self.title}: epoch {int(row['epoch'])}/{self.epochs}  {note}")
@@ -94,7 +107,14 @@ class SilentLog(RunLog):
     """Of ranks after the first: keeps the rows and writes nothing."""
 
     def __init__(
-        self, folder: Path, history: list[dict[str, float]], epochs: int, title: str, monitor: str, quiet: bool
+        self,
+        folder: Path,
+        history: list[dict[str, float]],
+        epochs: int,
+        title: str,
+        monitor: str,
+        quiet: bool,
+        samples: int = 0,
     ) -> None:
         self.history, self.quiet, self._bar = history, True, None
 

@@ -3,8 +3,9 @@
     minimise InfoNCE(f(x), g(t)), both directions halved        every caption of an image is a positive of it
 
 In the first `head_epochs` the pretrained towers stay as they are, so what they see in each image and caption is
-computed once, kept in the user's cache, and only the heads are trained on it: seconds an epoch. In the epochs after
-these the towers are trained too, at rates of their own. Batch normalisation keeps its stored statistics throughout.
+computed once, kept in the user's cache, and only the heads are trained on it: seconds an epoch; of a stream, which is
+not held, it is computed batch by batch. In the epochs after these the towers are trained too, at rates of their own.
+Batch normalisation keeps its stored statistics throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.data.deep import tower_features
+from cmr_fast.data.streamed import StreamedImages
 from cmr_fast.errors import InputError
 from cmr_fast.methods._gradcache import contrast, descend
 from cmr_fast.methods._settings import check_finite, check_kinds, check_least
@@ -127,9 +129,9 @@ class Clip(CaptionRetriever):
         share = _cosine((progress - begin) / (1 - begin))
         return {"heads": c.joint_head_lr * share, "image": c.image_lr * share, "text": c.text_lr * share}
 
-    def begin_round(self, split: CaptionedImages, progress: float) -> None:
-        """Before an epoch of the heads alone: have the towers see everything once."""
-        if "image" not in self._rates(progress):
+    def begin_round(self, split: CaptionedImages | StreamedImages, progress: float) -> None:
+        """Before an epoch of the heads alone: have the towers see everything once, unless it is a stream."""
+        if "image" not in self._rates(progress) and not isinstance(split, StreamedImages):
             self._train = self._recall(split)
         else:
             self._train = None
@@ -148,18 +150,19 @@ class Clip(CaptionRetriever):
             for group in optimizers[name].param_groups:
                 group["lr"] = rate
         rows, chosen = self._drawn(batch.text)
+        frozen = "image" not in rates
         if self._train is not None:
             sides = self._through_heads(self._train, batch, rows, chosen)
         else:
             texts = [batch.text[row][which] for row, which in zip(rows.tolist(), chosen.tolist(), strict=True)]
-            sides, order = self._through_towers(batch, texts)
+            sides, order = self._through_towers(batch, texts, frozen)
             rows = rows[order]
         for name in rates:
             optimizers[name].zero_grad()
         device = self.dual.log_scale.device
         ids = batch.labels.to(device)
         owners = ids[rows.to(device)]
-        twice = self._train is None and self.config.chunk > 0
+        twice = not frozen and self.config.chunk > 0
         loss = descend(sides, partial(self._contrast, ids, owners), backward, device, twice)
         for name in rates:
             optimizers[name].step()
@@ -194,27 +197,42 @@ class Clip(CaptionRetriever):
         return F.normalize(head(features.to(where.device, where.dtype)), dim=1)
 
     def _through_towers(
-        self, batch: CaptionedImages, texts: Sequence[str]
+        self, batch: CaptionedImages, texts: Sequence[str], frozen: bool = False
     ) -> tuple[list[list[Callable[[], Tensor]]], Tensor]:
         """Passes over images, and over texts of like length; and which text each row of the latter is of."""
         c, over, device = self.config, self.ranks.over, self.dual.log_scale.device
-        crops = drawn_crops(len(batch)) if c.augment else None
+        crops = drawn_crops(len(batch)) if c.augment and not frozen else None
         images: list[Callable[[], Tensor]] = [
-            partial(over, partial(self._images_of, batch, crops), rows)
+            partial(over, partial(self._images_of, batch, crops, frozen), rows)
             for rows in torch.arange(len(batch)).split(c.chunk or len(batch))
         ]
         ids, mask = self.dual.tokenize(texts)
         order = torch.argsort(mask.sum(dim=1), stable=True)
         parts = [(x.to(device) for x in trimmed(ids[r], mask[r])) for r in order.split(c.chunk or _TEXTS)]
-        return [images, [partial(over, self._texts_of, *part) for part in parts]], order
+        return [images, [partial(over, partial(self._texts_of, frozen), *part) for part in parts]], order
 
-    def _texts_of(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _texts_of(self, frozen: bool, ids: Tensor, mask: Tensor) -> Tensor:
+        if frozen:
+            return self._head("text", self._as_they_are("text", ids, mask))
         return F.normalize(self.dual.text_embedding(ids, mask), dim=1)
 
-    def _images_of(self, batch: CaptionedImages, crops: Tensor | None, rows: Tensor) -> Tensor:
+    def _images_of(self, batch: CaptionedImages, crops: Tensor | None, frozen: bool, rows: Tensor) -> Tensor:
         where = self.dual.log_scale
         pixels = batch.select(rows.to(batch.labels.device)).pixels().to(where.device, where.dtype)
+        if frozen:
+            return self._head("image", self._as_they_are("image", pixels))
         return self.dual.encode_image(pixels if crops is None else augmented(pixels, crops[rows]))
+
+    @torch.no_grad()
+    def _as_they_are(self, modality: Modality, *inputs: Tensor) -> Tensor:
+        """What a frozen tower sees, in eval mode."""
+        assert isinstance(self.dual, TwoTowers)
+        tower = self.dual.image_tower if modality == "image" else self.dual.text_tower
+        training = tower.training
+        tower.eval()
+        seen = (self.dual.image_features if modality == "image" else self.dual.text_features)(*inputs)
+        tower.train(training)
+        return seen
 
     def embed(self, modality: Modality, split: CaptionedImages) -> Tensor:
         """All images or all captions; through the head alone while the towers are frozen and have seen them."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmr_fast.data.streamed import Share, StreamedDataset, StreamedImages
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods._ranks import Ranks, alone, facts_of, launched
@@ -52,6 +53,10 @@ __all__ = [
 ]
 
 
+STREAMED_ROUND = 1000
+"""Steps of a round of a stream, at most, unless round_steps says otherwise."""
+
+
 @dataclass
 class _State:
     """Everything beside tensors that a resumed run needs."""
@@ -70,7 +75,8 @@ def train(
 
     method   a name of METHODS or a Method class
     config   the method's Config, or None for its defaults
-    dataset  a PairedDataset; an ImageDataset for a classifier
+    dataset  a PairedDataset; an ImageDataset for a classifier; for methods on captions a CaptionedDataset, or a
+             StreamedDataset, whose training pairs are read from shards while they are trained on
     start    a trained model of the method whose weights (and input scaling) to go on from, instead of random ones
     notes    what else config.json says of the training, by a name; a run is resumed with the same notes alone
 
@@ -94,6 +100,8 @@ def train(
     if start is not None and (type(start) is not kind or run.refit):
         seen = "refit" if run.refit else type(start).__name__
         raise InputError(f"start must be a trained {kind.__name__}, and is for a training without refit; got {seen}")
+    if isinstance(dataset, StreamedDataset):
+        _check_streamed(dataset, run)
     if run.refit:
         return _refit(kind, config, dataset, run)
     rows, held_rows = len(dataset.train), 0
@@ -166,21 +174,23 @@ def _rounds(
     ranks.on_first(lambda: claim(folder, described, run.resume, kind))
     weight = next(model.parameters())
     split = model.enlarge(dataset.train).to(weight.device, weight.dtype)
-    schedule = _Schedule.of(config, len(split), run)
+    schedule = _Schedule.of(config, split, run)
     state = _State()
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] | None = None
     planned = schedule.rounds
     if run.resume and ranks.on_first((folder / CHECKPOINT).exists):
         state, history, best, before = _restore(folder / CHECKPOINT, model, optimizers, described)
-        planned = _Schedule.of(before, len(split), run).rounds
+        planned = _Schedule.of(before, split, run).rounds
         if planned < schedule.rounds and state.epoch == planned:
             state.done = False
         ranks.on_first(lambda: write_json(folder / CONFIG, described))
     saved_at = time.monotonic()
     monitor, title = model.monitor[-1], f"{kind.name} on {dataset.name}"
     trouble: str | None = None
-    with (RunLog if ranks.rank == 0 else SilentLog)(folder, history, schedule.rounds, title, monitor, run.quiet) as log:
+    samples = schedule.samples(schedule.rounds, len(split)) if isinstance(split, StreamedImages) else 0
+    kind_of_log = RunLog if ranks.rank == 0 else SilentLog
+    with kind_of_log(folder, history, schedule.rounds, title, monitor, run.quiet, samples) as log:
         if state.epoch:
             log.say(f"resumed {folder} after epoch {state.epoch}")
         if planned < schedule.rounds:
@@ -195,7 +205,7 @@ def _rounds(
         while not state.done:
             started = time.perf_counter()
             state.epoch += 1
-            means = _round(fabric, model, optimizers, split, schedule, run.seed, state.epoch, log.within)
+            means = _round(fabric, model, optimizers, split, schedule, run.seed, state.epoch, log.within, log.say)
             row = {"epoch": state.epoch} | means
             last = state.epoch == schedule.rounds
             if dataset.valid is not None:
@@ -240,6 +250,7 @@ def _rounds(
             dict(zip(reversed(model.monitor), state.best_scores, strict=False)) if best is not None else {monitor: None}
         ),
         "train_seconds": sum(row["seconds"] for row in history),
+        **({"skipped": sum(row["skipped"] for row in history)} if "skipped" in history[0] else {}),
     } | ranks.on_first(partial(model.test, dataset))
     if warning := model.trouble(history):
         results["warnings"] = [warning]
@@ -315,12 +326,20 @@ def _refit(kind: type[Method], config: Any, dataset: Dataset, run: RunConfig) ->
     return train(kind, config, dataset, replace(run, valid_fraction=0.0, refit=False, resume=True))
 
 
+def _check_streamed(dataset: StreamedDataset, run: RunConfig) -> None:
+    """InputError for what cannot be done with a stream."""
+    if run.refit:
+        raise InputError(f"{dataset.name}: a stream takes no validation pairs in, expected a run without refit")
+    if dataset.valid is None and run.valid_fraction > 0:
+        dataset.hold_out(run.valid_fraction, run.seed)
+
+
 @dataclass(frozen=True)
 class _Schedule:
     """How a training is cut into rounds: after each it is logged, validated and may be saved.
 
-    Of methods that count epochs a round is one. Of those that count steps it is `every` batches, which may begin and
-    end within a pass over the data.
+    Of methods that count epochs a round is one. Of those that count steps, and of streams, it is `every` batches, which
+    may begin and end within a pass over the data.
     """
 
     batch_size: int
@@ -331,29 +350,39 @@ class _Schedule:
     by_steps: bool
 
     @classmethod
-    def of(cls, config: Any, rows: int, run: RunConfig) -> "_Schedule":
+    def of(cls, config: Any, split: Any, run: RunConfig) -> "_Schedule":
+        rows, streamed = len(split), isinstance(split, StreamedImages)
         per_pass = max(1, rows // config.batch_size + (rows % config.batch_size > 1))
-        by_steps = hasattr(config, "max_steps")
+        by_steps = streamed or hasattr(config, "max_steps")
         if run.round_steps and not by_steps:
-            raise InputError(f"round_steps is for methods that count steps, expected 0, got {run.round_steps}")
-        every = (run.round_steps or per_pass) if by_steps else per_pass
-        return cls(
-            config.batch_size, per_pass, every, config.max_steps if by_steps else config.epochs * every, by_steps
-        )
+            raise InputError(
+                f"round_steps is for methods that count steps and for streams, expected 0, got {run.round_steps}"
+            )
+        most = STREAMED_ROUND if streamed else per_pass
+        every = (run.round_steps or min(per_pass, most)) if by_steps else per_pass
+        total = config.max_steps if hasattr(config, "max_steps") else config.epochs * per_pass
+        return cls(config.batch_size, per_pass, every, total, by_steps)
 
     @property
     def rounds(self) -> int:
         return math.ceil(self.total / self.every)
 
-    def batches(self, rows: int, seed: int, number: int) -> Iterator[tuple[int, Tensor]]:
+    def steps(self, number: int) -> range:
+        """The steps of round `number`, from 1."""
+        return range((number - 1) * self.every, min(number * self.every, self.total))
+
+    def samples(self, number: int, rows: int) -> int:
+        """How many pairs of a split of so many have been gone through after round `number`."""
+        done, place = divmod(self.steps(number).stop, self.per_pass)
+        return done * min(rows, self.per_pass * self.batch_size) + place * self.batch_size
+
+    def rows(self, rows: int, seed: int, number: int) -> Iterator[tuple[int, Tensor]]:
         """(step from 0 over the whole training, rows of the split) of round `number`, from 1."""
-        first = (number - 1) * self.every
         if not self.by_steps:  # by the random state, which the round began with
-            for place, batch in enumerate(self._kept(torch.randperm(rows))):
-                yield first + place, batch
+            yield from zip(self.steps(number), self._kept(torch.randperm(rows)), strict=True)
             return
         order: list[Tensor] = []
-        for step in range(first, min(first + self.every, self.total)):
+        for step in self.steps(number):
             done, place = divmod(step, self.per_pass)
             if not order or place == 0:
                 order = self._kept(torch.randperm(rows, generator=torch.Generator().manual_seed(_mixed(seed, done, 1))))
@@ -365,24 +394,29 @@ class _Schedule:
 
 def _round(
     fabric: Any, model: Method, optimizers: dict[str, Any], split: Any, schedule: _Schedule, seed: int, number: int,
-    advance: Callable[[float], None],
+    advance: Callable[[float], None], say: Callable[[str], None],
 ) -> dict[str, float]:  # fmt: skip
     """An epoch, or so many steps; returns the mean of each logged scalar."""
     _reseed(seed, number)
     model.train()
     model.begin_round(split, (number - 1) * schedule.every / schedule.total)
     sums: dict[str, Tensor] = {}
+    left_out: list[str] = []
     count = 0
     # the true precisions need no context: networks and data have the dtype, and Fabric's would change torch's default
     mixed = "mixed" in str(fabric._precision.precision)
-    for step, rows in schedule.batches(len(split), seed, number):
+    for step, batch in _batches(split, schedule, seed, number, left_out, model.ranks):
         with fabric.autocast() if mixed else nullcontext():
-            batch = split.select(rows.to(split.labels.device))
             logged = model.step(batch, optimizers, fabric.backward, step / schedule.total)
         count += 1
         advance((step + 1) / schedule.every)
         for name, value in logged.items():
             sums[name] = sums[name] + value if name in sums else value
+    if not count:
+        raise InputError(
+            f"{model.name}: epoch {number} has no batch with two whole pairs, {len(left_out)} were left out, "
+            f"{left_out[0]} first"
+        )
     means = {name: float(value) / count for name, value in sums.items()}
     wrong = [name for name, value in means.items() if not math.isfinite(value)]
     wrong += [
@@ -393,7 +427,24 @@ def _round(
             f"{model.name}: {wrong[0]} is no longer finite in epoch {number}; a checkpoint, if there is one, holds an "
             "earlier epoch. Expected finite losses: lower the learning rate or the weight of that term"
         )
+    if isinstance(split, StreamedImages):
+        means |= {"samples": schedule.samples(number, len(split)), "skipped": len(left_out)}
+        if left_out:
+            say(f"epoch {number}: left out {', '.join(left_out[:3])}{' and more' if len(left_out) > 3 else ''}")
     return means
+
+
+def _batches(
+    split: Any, schedule: _Schedule, seed: int, number: int, left_out: list[str], ranks: Ranks
+) -> Iterator[tuple[int, Any]]:
+    """(step, batch) of a round; `left_out` gets the names of broken pairs of a stream."""
+    if isinstance(split, StreamedImages):
+        share = Share(ranks.own, ranks.joined) if ranks.world > 1 else None
+        size = schedule.batch_size
+        yield from split.batches(schedule.steps(number), schedule.per_pass, size, seed, left_out, share)
+        return
+    for step, rows in schedule.rows(len(split), seed, number):
+        yield step, split.select(rows.to(split.labels.device))
 
 
 def load_model(path: str | os.PathLike[str]) -> Method:

@@ -29,6 +29,7 @@ from cmr_fast.attacks.text.bert import BertAttack
 from cmr_fast.attacks.text.encoder import FlatTexts
 from cmr_fast.attacks.victim import widened
 from cmr_fast.data.captions import CaptionedDataset, CaptionedImages
+from cmr_fast.data.streamed import StreamedImages
 from cmr_fast.errors import InputError
 from cmr_fast.methods._gradcache import contrast, descend
 from cmr_fast.methods._settings import check_choices, check_finite, check_kinds, check_least
@@ -233,8 +234,12 @@ class Finetune(CaptionRetriever):
                 raise InputError(f"{name} is {taken[name]!r} in {config.start}, which this begins with; got {given!r}")
         return replace(config, **taken)
 
-    def enlarge(self, train: CaptionedImages) -> CaptionedImages:
-        """The first captions, and MA2T's pairs where they are asked for."""
+    def enlarge(self, train: Any) -> Any:
+        """The first captions, and MA2T's pairs where they are asked for. InputError for these of a stream."""
+        if isinstance(train, StreamedImages):
+            if self.config.augments:
+                raise InputError("augmented pairs are of images that are held, expected none with a stream")
+            return train.first(self.config.captions)
         self._more = more_pairs(train, self.config, self.config.captions)
         return self._more.split
 

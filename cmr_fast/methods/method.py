@@ -21,7 +21,7 @@ from cmr_fast.models.dual import DualEncoder, by_length
 from cmr_fast.ops._tensors import as_seed
 
 _IMAGES = 64  # that go through a tower at a time
-Dataset = PairedDataset | CaptionedDataset | ImageDataset
+Dataset = PairedDataset | CaptionedDataset | ImageDataset  # a StreamedDataset is a CaptionedDataset
 
 
 class Method(nn.Module):
@@ -240,8 +240,8 @@ class RunConfig:
     eval_every: int = 1
     """Epochs (of a method that counts steps: rounds) between validations."""
     round_steps: int = 0
-    """Of a method that counts steps: how many make a round, after which it is logged, validated and may be saved. 0:
-    one pass over the training split."""
+    """Of a method that counts steps, and of a stream: how many make a round, after which it is logged, validated and
+    may be saved. 0: one pass over the training split; of a stream at most 1,000 steps."""
     refit: bool = False
     """Once the best epoch is known, train anew that long on train and validation together, and keep that model. The
     first training is then in the run folder's `selection`."""

@@ -73,6 +73,11 @@ def made(folder, batch=3, **options):
     return stream(folder, **{"batch": batch, "size": 16, "buffer": 6, **options})
 
 
+def test_a_pattern_names_files(folder):
+    one = made(folder / "[02].*", shuffle=False)
+    assert numbers_of(one) == [0, 1, 2, 3, 4, *range(5, 12)]
+
+
 def test_without_shuffle_the_order_is_that_of_the_files(folder):
     batches = list(made(folder, shuffle=False))
     assert numbers_of(batches) == list(range(TOTAL))
@@ -128,6 +133,26 @@ def test_resumed_at_every_batch_the_order_is_the_undisturbed_one(folder, batch, 
     for before in batches:
         next(walked)
         assert reader.state_dict() == before.state
+
+
+@pytest.mark.parametrize("buffer", [1, 6, 100])
+def test_seek_begins_at_any_pair(folder, buffer):
+    """By place in the order alone, in a reader that has read nothing."""
+    for epoch in range(2):
+        reader = made(folder, buffer=buffer, batch=1)
+        reader.set_epoch(epoch)
+        whole = list(reader)
+        for position in range(TOTAL + 1):
+            other = made(folder, buffer=buffer, batch=1)
+            other.seek(epoch, position)
+            assert numbers_of(other) == numbers_of(whole[position:])
+            if position:
+                other.seek(epoch, position)
+                assert other.state_dict()["position"] == whole[position - 1].state["position"]
+            pairs = [(file, row, sample.text) for file, row, sample in other.samples()]
+            starts = np.cumsum([0, *COUNTS])
+            assert [starts[file] + row for file, row, _ in pairs] == [int(text) for _, _, (text,) in pairs]
+            assert [text for _, _, text in pairs] == [batch.text[0] for batch in whole[position:]]
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -209,6 +234,14 @@ def test_samples_without_a_side_or_a_word_are_named(tmp_path):
     with pytest.raises(InputError, match=r"0\.tar: a has no caption"):
         list(made(tmp_path))
     assert list(made(tmp_path, broken="skip")) == []
+    for ending, text in (("txt", b"\xff\xfe"), ("json", b"{")):
+        write_tar(
+            tmp_path / "0.tar", [("a.png", photo(0)), (f"a.{ending}", text), ("b.png", photo(1)), ("b.txt", b"b")]
+        )
+        with pytest.raises(InputError, match=rf"a\.{ending} is no caption"):
+            list(made(tmp_path))
+        (batch,) = made(tmp_path, broken="skip", shuffle=False)
+        assert batch.text == (("b",),) and batch.skipped == (f"{tmp_path / '0.tar'}: a",)
     write_tar(tmp_path / "0.tar", [])
     with pytest.raises(InputError, match="no pair in any of 1 files"):
         list(made(tmp_path))
@@ -322,6 +355,7 @@ def test_what_is_no_stream_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in {
         tmp_path / "none": "none: not found",
+        tmp_path / "*.tar": "*.tar: no file matches",
         tmp_path / "empty": "expected .tar or .parquet files in it, found none",
         tmp_path: "expected .tar or .parquet files in it, found none",
     }.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from small import ACMR_SMALL, ALPHA, EPS, small_dataset
 
-from cmr_fast.data import load_captions
+from cmr_fast.data import load_captions, stream_captions
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
 from cmr_fast.methods._ranks import RankLostError
@@ -22,6 +22,7 @@ from cmr_fast.methods.loop import RunConfig, train
 
 ON_FEATURES = ("acmr", "cmimh", "cmimh-samples", "djsrh")
 ON_CAPTIONS = ("clip", "clip-chunk", "finetune", "finetune-chunk", "mat-img", "mat", "mmcoa", "fare", "leaf")
+ON_STREAMS = ("clip-stream", "clip-stream-chunk", "finetune-stream")
 FORMS = ("ring", "local")
 ATTACKED = ("mat-img", "mat", "mmcoa", "fare", "leaf")
 
@@ -39,6 +40,9 @@ def job(name, place):
         }
         return method, configs[name], small_dataset()
     data = load_captions("shapes", count=60)
+    if "stream" in name:  # shards of these, some photos broken
+        held = place / "held"
+        data = stream_captions(place / "shards", test=held, valid=held, size=32, buffer=20, broken="skip")
     chunk = {"chunk": 5} if name.endswith("chunk") else {}
     if method == "clip":
         towers = (place / "towers.txt").read_text()

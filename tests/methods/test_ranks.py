@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from rank_jobs import FORMS, ON_CAPTIONS, ON_FEATURES, curve, curves, killed, refused, resumed
+from pair_shards import write_shards
+from rank_jobs import FORMS, ON_CAPTIONS, ON_FEATURES, ON_STREAMS, curve, curves, killed, refused, resumed
 
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
@@ -64,6 +65,18 @@ def captions(tmp_path_factory, start, mlm):
         yield place
 
 
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory, start, data):
+    """A folder with every run on shards, by two ranks; photos of three pairs are broken."""
+    place = tmp_path_factory.mktemp("streams")
+    (place / "towers.txt").write_text(load_model(start).config.towers)
+    (place / "start").symlink_to(start)
+    write_shards(place / "shards", data.train, (13, 20, 15), broken=(1, 7, 40))
+    write_shards(place / "held", data.test, (12,))
+    on_ranks(curves, 2, str(place), ON_STREAMS)
+    return place
+
+
 def same_curve(name, place, world):
     alone = place / f"{name.partition('+')[0]} on 1"
     run = curve(name.partition("+")[0], place, alone, resume=alone.exists())
@@ -86,6 +99,13 @@ def test_features_have_the_curve_of_one_process(name, world, features):
 @pytest.mark.parametrize(("name", "world"), [*((name, 2) for name in ON_CAPTIONS), *((name, 4) for name in BY_FOUR)])
 def test_captions_have_the_curve_of_one_process(name, world, captions):
     same_curve(name, captions, world)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ON_STREAMS)
+def test_streams_have_the_curve_of_one_process(name, streams):
+    run, _ = same_curve(name, streams, 2)
+    assert run.results["skipped"] >= 3, "what one rank cannot decode no rank trains on"
 
 
 @pytest.mark.timeout(900)
