@@ -91,6 +91,7 @@ class Clip(CaptionRetriever):
     name: ClassVar[str] = "clip"
     Config: ClassVar[type] = ClipConfig
     presets: ClassVar[dict[str, Any]] = {"frozen": ClipConfig(epochs=8)}
+    whole: ClassVar[str] = ""
     contrasts = True
 
     def __init__(self, config: ClipConfig) -> None:
@@ -228,7 +229,7 @@ class Clip(CaptionRetriever):
         key = split.fingerprint()
         if key not in self._seen:
             counts = torch.tensor([len(row) for row in split.text])
-            self._seen[key] = _Seen(*tower_features(self.dual, split), counts.cumsum(0) - counts)
+            self._seen[key] = _Seen(*tower_features(self.unsharded().dual, split), counts.cumsum(0) - counts)
         return self._seen[key]
 
 
