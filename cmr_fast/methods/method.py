@@ -239,8 +239,8 @@ class RunConfig:
     """Ranks on this machine, a process each, started here; or start them by torchrun, on several machines too. They
     share every batch: batch_size is of all, and the losses are those of one process."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How ranks hold the model: ddp, a replica each (auto is this); fsdp, of clip and finetune: each a share of the
-    towers' weights, gradients and optimizer state."""
+    """How ranks hold the model: ddp, a replica each (auto is this); fsdp, of clip and finetune: each its share of
+    the towers' weights, gradients and optimizer state."""
     contrastive: Literal["gather", "ring", "local"] = "gather"
     """InfoNCE over ranks: of the whole batch, embeddings gathered or, where each image has one text, passed round a
     ring (both are the loss of one process); local: each rank's rows among themselves, another loss."""
