@@ -26,7 +26,7 @@ def shard(towers: list[nn.Module], ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # a second, which other trainings are spared
     from torch.distributed.fsdp import fully_shard
 
-    # that nothing may write into what a tower returns, which nothing here does
+    # it warns of writing into what a tower returns, which nothing here does
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(towers[0].parameters()).device.type, (ranks.world,))
     for tower in towers:
@@ -59,12 +59,12 @@ def whole(value: Tensor) -> Tensor:
 
 
 def gathered(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """All of them whole and in the CPU's memory, on rank 0; none on the others, which must ask for it too."""
+    """All of them whole, on rank 0; none on the others, which must ask for it too."""
     kept = {}
     for name, value in tensors.items():
-        value = whole(value)
+        value = whole(value).cpu() if is_cut(value) else value
         if ranks.rank == 0:
-            kept[name] = value.cpu()
+            kept[name] = value
     return kept
 
 

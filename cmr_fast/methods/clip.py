@@ -91,7 +91,7 @@ class Clip(CaptionRetriever):
     name: ClassVar[str] = "clip"
     Config: ClassVar[type] = ClipConfig
     presets: ClassVar[dict[str, Any]] = {"frozen": ClipConfig(epochs=8)}
-    whole: ClassVar[str] = ""
+    replicas_only: ClassVar[str] = ""
     contrasts = True
 
     def __init__(self, config: ClipConfig) -> None:

@@ -76,7 +76,7 @@ class _EmbeddingDistance(Finetune):
     """What both share: a copy of the towers as they were, and a loss that is a sum over items."""
 
     side: ClassVar[Literal["image", "text"]]
-    whole: ClassVar[str] = ATTACKS
+    replicas_only: ClassVar[str] = ATTACKS
     contrasts = False
     image_alone: ClassVar[bool] = True  # the temperature stays
 

@@ -124,7 +124,7 @@ def _train(
     fabric, ranks = launched(run)
     if ranks.world > 1 and (reason := kind.one_process):
         raise InputError(f"{kind.name} is trained in one process, got {ranks.world} ranks: {reason}")
-    if run.strategy == "fsdp" and (reason := kind.whole):
+    if run.strategy == "fsdp" and (reason := kind.replicas_only):
         raise InputError(f"strategy fsdp does not train {kind.name}, expected ddp, a replica a rank: {reason}")
     if run.contrastive != "gather" and not kind.contrasts:
         raise InputError(f"contrastive {run.contrastive} is for methods that train by InfoNCE, got {kind.name}")

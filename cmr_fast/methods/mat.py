@@ -204,7 +204,7 @@ class Finetune(CaptionRetriever):
     name: ClassVar[str] = "finetune"
     Config: ClassVar[type] = FinetuneConfig
     presets: ClassVar[dict[str, Any]] = presets_of(FinetuneConfig)
-    whole: ClassVar[str] = ""
+    replicas_only: ClassVar[str] = ""
     contrasts = True
     keeps_last: ClassVar[bool] = True  # clean validation would take the weights that learned least of the attacks
     image_alone: ClassVar[bool] = False
@@ -412,7 +412,7 @@ class MatImg(Finetune):
     name: ClassVar[str] = "mat-img"
     Config: ClassVar[type] = MatImgConfig
     presets: ClassVar[dict[str, Any]] = presets_of(MatImgConfig)
-    whole: ClassVar[str] = ATTACKS
+    replicas_only: ClassVar[str] = ATTACKS
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Images away from their texts (Eq. 5, or the maximum of Eq. 3)."""

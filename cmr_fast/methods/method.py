@@ -58,7 +58,7 @@ class Method(nn.Module):
     """Of a preset whose runs depart from `protocol`: what they set, in place of it."""
     one_process: ClassVar[str] = ""
     """Why it is not trained over ranks, where it is not."""
-    whole: ClassVar[str] = "its networks are small beside what ranks would have to send each other"
+    replicas_only: ClassVar[str] = "its networks are small enough for a replica on each rank"
     """Why strategy fsdp does not shard it over ranks, where it does not."""
     contrasts: ClassVar[bool] = False
     """Whether its loss is InfoNCE, so that `RunConfig.contrastive` says how it goes over ranks."""

@@ -240,7 +240,7 @@ def test_flags_of_ranks_are_checked(tmp_path):
         curve("acmr", tmp_path, tmp_path / "ring", contrastive="ring")
     with pytest.raises(InputError, match="strategy fsdp does not train acmr"):
         curve("acmr", tmp_path, tmp_path / "fsdp", strategy="fsdp")
-    assert {name for name in METHODS if not METHODS[name].whole} == {"clip", "finetune"}
+    assert {name for name in METHODS if not METHODS[name].replicas_only} == {"clip", "finetune"}
     by_info_nce = {name for name in METHODS if METHODS[name].contrasts}
     assert by_info_nce == {"clip", "finetune", "tecoa", "mat-img", "mat", "mmcoa"}
     refused_methods = {name for name in METHODS if METHODS[name].one_process}
