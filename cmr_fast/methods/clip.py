@@ -93,6 +93,7 @@ class Clip(CaptionRetriever):
     name: ClassVar[str] = "clip"
     Config: ClassVar[type] = ClipConfig
     presets: ClassVar[dict[str, Any]] = {"frozen": ClipConfig(epochs=8)}
+    replicas_only: ClassVar[str] = ""
     contrasts = True
 
     def __init__(self, config: ClipConfig) -> None:
@@ -246,7 +247,7 @@ class Clip(CaptionRetriever):
         key = split.fingerprint()
         if key not in self._seen:
             counts = torch.tensor([len(row) for row in split.text])
-            self._seen[key] = _Seen(*tower_features(self.dual, split), counts.cumsum(0) - counts)
+            self._seen[key] = _Seen(*tower_features(self.unsharded().dual, split), counts.cumsum(0) - counts)
         return self._seen[key]
 
 

@@ -24,7 +24,7 @@ from cmr_fast.attacks.victim import widened
 from cmr_fast.data.captions import CaptionedImages
 from cmr_fast.errors import InputError
 from cmr_fast.methods._settings import check_choices, check_least
-from cmr_fast.methods.mat import Finetune, FinetuneConfig, PairBatch, PgdConfig, mixed_dtype, presets_of
+from cmr_fast.methods.mat import ATTACKS, Finetune, FinetuneConfig, PairBatch, PgdConfig, mixed_dtype, presets_of
 from cmr_fast.models.clip import TwoTowers
 from cmr_fast.models.dual import DualEncoder, by_length, trimmed
 
@@ -76,6 +76,7 @@ class _EmbeddingDistance(Finetune):
     """What both share: a copy of the towers as they were, and a loss that is a sum over items."""
 
     side: ClassVar[Literal["image", "text"]]
+    replicas_only: ClassVar[str] = ATTACKS
     contrasts = False
     image_alone: ClassVar[bool] = True  # the temperature stays
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ from cmr_fast.methods._runfolder import (
     write_json,
 )
 from cmr_fast.methods._runlog import RunLog, SilentLog
+from cmr_fast.methods._shards import gathered, is_cut, is_sharded, like, shard, state_like, whole
 from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_model
-from cmr_fast.methods.method import Classifier, Dataset, Method, Retriever, Run, RunConfig
+from cmr_fast.methods.method import CaptionRetriever, Classifier, Dataset, Method, Retriever, Run, RunConfig
 from cmr_fast.modalities import Modality
 
 __all__ = [
@@ -131,11 +132,8 @@ def _train(
     fabric, ranks = launched(run)
     if ranks.world > 1 and (reason := kind.one_process):
         raise InputError(f"{kind.name} is trained in one process, got {ranks.world} ranks: {reason}")
-    if run.strategy == "fsdp":
-        raise InputError(
-            "strategy fsdp trains no method yet: a step calls parts of a model, which would be sharded away; expected "
-            "ddp, whose ranks hold a replica each"
-        )
+    if run.strategy == "fsdp" and (reason := kind.replicas_only):
+        raise InputError(f"strategy fsdp does not train {kind.name}, expected ddp, a replica a rank: {reason}")
     if run.contrastive != "gather" and not kind.contrasts:
         raise InputError(f"contrastive {run.contrastive} is for methods that train by InfoNCE, got {kind.name}")
     _reseed(run.seed, 0)
@@ -150,15 +148,16 @@ def _train(
             raise InputError(f"start: its weights do not fit the config and the data: {error}") from error
     fabric.setup_module(model)
     model.ranks = ranks
-    plain = model.optimizers()
-    for optimizer in plain.values():
-        optimizer.register_step_pre_hook(_averaged_over(ranks))
-    optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
-
     folder = Path(run.out)
     described = describe(kind, config, dataset, run) | dict(notes)
     with ranks.watched(folder / CHECKPOINT):
         ranks.refuse_others("training", facts_of(described, model) if ranks.world > 1 else {})
+        if run.strategy == "fsdp" and ranks.world > 1:
+            shard(cast(CaptionRetriever, model).dual.towers(), ranks)
+        plain = model.optimizers()
+        for optimizer in plain.values():
+            optimizer.register_step_pre_hook(_averaged_over(ranks))
+        optimizers = dict(zip(plain, _as_tuple(fabric.setup_optimizers(*plain.values())), strict=True))
         if not run.resume:
             ranks.on_first(lambda: refuse_used(folder))
         cleared = alone(ranks, lambda: forgotten_if_refused(folder, fresh=not run.resume))
@@ -230,7 +229,10 @@ def _rounds(
             waited = state.epoch - state.best_epoch
             stop_early = dataset.valid is not None and run.patience > 0 and waited >= run.patience
             state.done = last or stop_early
-            if ranks.rank == 0 and (state.done or time.monotonic() - saved_at >= run.checkpoint_seconds):
+            due = state.done or time.monotonic() - saved_at >= run.checkpoint_seconds
+            if is_sharded(model):  # all ranks gather what rank 0 writes
+                due = ranks.on_first(partial(bool, due))
+            if due and (ranks.rank == 0 or is_sharded(model)):
                 _save(folder / CHECKPOINT, model, optimizers, state, history, best, described)
                 saved_at = time.monotonic()
 
@@ -239,6 +241,7 @@ def _rounds(
         model.load_state_dict(best)
     else:
         state.best_epoch = state.epoch
+    model = model.unsharded()
     results = {
         "method": kind.name,
         "data": dataset.name,
@@ -420,7 +423,9 @@ def _round(
     means = {name: float(value) / count for name, value in sums.items()}
     wrong = [name for name, value in means.items() if not math.isfinite(value)]
     wrong += [
-        f"parameter {name}" for name, value in model.named_parameters() if not wrong and not value.isfinite().all()
+        f"parameter {name}"
+        for name, value in model.named_parameters()
+        if not wrong and not whole(value.detach().isfinite().all())
     ]
     if wrong:
         raise InputError(
@@ -484,6 +489,7 @@ def _save(
     best: dict[str, Tensor] | None,
     described: dict[str, Any],
 ) -> None:
+    """Write the checkpoint; of a sharded model all ranks gather it, and rank 0 writes."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in (best or {}).items()}
     rest = {}
@@ -491,7 +497,8 @@ def _save(
         values, rest[name] = checkpoint.flatten_optimizer(f"optimizer.{name}", optimizer.state_dict())
         tensors |= values
     meta = {"described": described, "state": asdict(state), "history": history, "optimizers": rest}
-    checkpoint.save(path, "checkpoint", tensors, meta)
+    if tensors := gathered(tensors, model.ranks):
+        checkpoint.save(path, "checkpoint", tensors, meta)
 
 
 def _restore(
@@ -501,13 +508,13 @@ def _restore(
     same(path, meta["described"], described, type(model), longer=meta["state"].get("done", False))
     if set(meta["state"]) != {f.name for f in fields(_State)}:
         raise InputError(f"{path}: written by another version of cmr_fast, expected one of this version; begin anew")
-    model.load_state_dict(_under("model.", tensors))
+    held = model.state_dict()
+    model.load_state_dict(like(held, _under("model.", tensors)))
     for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(
-            checkpoint.unflatten_optimizer(f"optimizer.{name}", tensors, meta["optimizers"][name])
-        )
+        stored = checkpoint.unflatten_optimizer(f"optimizer.{name}", tensors, meta["optimizers"][name])
+        optimizer.load_state_dict(state_like(optimizer, stored))
     before = _config_from(type(model), meta["described"]["config"], path)
-    return _State(**meta["state"]), meta["history"], _under("best.", tensors) or None, before
+    return _State(**meta["state"]), meta["history"], like(held, _under("best.", tensors)) or None, before
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -520,7 +527,7 @@ def _snapshot(model: Method) -> dict[str, Tensor]:
 
 def _averaged_over(ranks: Ranks) -> Callable[..., None]:
     def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        ranks.average(p for group in optimizer.param_groups for p in group["params"])
+        ranks.average(p for group in optimizer.param_groups for p in group["params"] if not is_cut(p))
 
     return average
 

@@ -41,6 +41,7 @@ from cmr_fast.models.dual import trimmed
 from cmr_fast.models.mlm import MaskedLM
 
 _TEXTS = 64  # that go through a tower at a time
+ATTACKS = "its attacks call the towers as often as a rank's own rows ask for, and sharded ones need all ranks"
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Finetune(CaptionRetriever):
     name: ClassVar[str] = "finetune"
     Config: ClassVar[type] = FinetuneConfig
     presets: ClassVar[dict[str, Any]] = presets_of(FinetuneConfig)
+    replicas_only: ClassVar[str] = ""
     contrasts = True
     keeps_last: ClassVar[bool] = True  # clean validation would take the weights that learned least of the attacks
     image_alone: ClassVar[bool] = False
@@ -356,7 +358,9 @@ class Finetune(CaptionRetriever):
                 raise InputError(
                     f"over ranks a chunk needs dropout 0, got chunk {chunk}, dropout {self.config.dropout}"
                 )
-            return [_wide(encode, part) for part in pairs.pixels.split(chunk or len(pairs.pixels))]
+            most = pairs.copies * max(ranks.counts(len(pairs.ids) // pairs.copies))
+            passes = -(-most // (chunk or most))  # as many on every rank, which sharded towers need
+            return [_wide(encode, part) for part in pairs.pixels.tensor_split(passes)]
 
         def drawn() -> Tensor:
             with ranks.draws(len(pairs.ids)):
@@ -413,6 +417,7 @@ class MatImg(Finetune):
     name: ClassVar[str] = "mat-img"
     Config: ClassVar[type] = MatImgConfig
     presets: ClassVar[dict[str, Any]] = presets_of(MatImgConfig)
+    replicas_only: ClassVar[str] = ATTACKS
 
     def attacked(self, pairs: PairBatch, rows: Tensor | None = None) -> tuple[PairBatch, dict[str, Tensor]]:
         """Images away from their texts (Eq. 5, or the maximum of Eq. 3)."""

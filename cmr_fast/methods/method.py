@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
 from cmr_fast.methods._ranks import ONE, Ranks
 from cmr_fast.methods._settings import check_choices, check_kinds
+from cmr_fast.methods._shards import is_sharded, unsharded
 from cmr_fast.methods.evaluation import accuracy, caption_results, final_results, recalls, validate
 from cmr_fast.modalities import Modality
 from cmr_fast.models.dual import DualEncoder, by_length
@@ -22,6 +23,7 @@ from cmr_fast.ops._tensors import as_seed
 
 _IMAGES = 64  # that go through a tower at a time
 Dataset = PairedDataset | CaptionedDataset | ImageDataset  # a StreamedDataset is a CaptionedDataset
+M = TypeVar("M", bound="Method")
 
 
 class Method(nn.Module):
@@ -56,6 +58,8 @@ class Method(nn.Module):
     """Of a preset whose runs depart from `protocol`: what they set, in place of it."""
     one_process: ClassVar[str] = ""
     """Why it is not trained over ranks, where it is not."""
+    replicas_only: ClassVar[str] = "its networks are small enough for a replica on each rank"
+    """Why strategy fsdp does not shard it over ranks, where it does not."""
     contrasts: ClassVar[bool] = False
     """Whether its loss is InfoNCE, so that `RunConfig.contrastive` says how it goes over ranks."""
     ranks: Ranks = ONE
@@ -91,6 +95,14 @@ class Method(nn.Module):
 
     def fit_inputs(self, train: Any) -> None:
         """Learn input statistics from the training split alone and keep them as buffers."""
+
+    def unsharded(self: M) -> M:
+        """The model itself; where its towers are sharded a new one with the whole weights, on all ranks at once."""
+        if not is_sharded(self):
+            return self
+        with torch.random.fork_rng(devices=[]):
+            fresh = type(self)(self.config, *(getattr(self, name) for name in self.init_arguments))
+        return unsharded(self, fresh)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimizers, by the name that `step` uses."""
@@ -227,7 +239,8 @@ class RunConfig:
     """Ranks on this machine, a process each, started here; or start them by torchrun, on several machines too. They
     share every batch: batch_size is of all, and the losses are those of one process."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How ranks hold the model: ddp, a replica each (auto is this); fsdp, which no method can be trained by yet."""
+    """How ranks hold the model: ddp, a replica each (auto is this); fsdp, of clip and finetune: each its share of
+    the towers' weights, gradients and optimizer state."""
     contrastive: Literal["gather", "ring", "local"] = "gather"
     """InfoNCE over ranks: of the whole batch, embeddings gathered or, where each image has one text, passed round a
     ring (both are the loss of one process); local: each rank's rows among themselves, another loss."""

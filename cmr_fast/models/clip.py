@@ -171,6 +171,10 @@ class TwoTowers(DualEncoder):
         towers = {"image": self.image_tower, "text": self.text_tower}
         return {n: [p for p in tower.parameters() if p.requires_grad] for n, tower in towers.items()} | {"heads": heads}
 
+    def towers(self) -> list[nn.Module]:
+        """Both, without the heads."""
+        return [self.image_tower.network, self.text_tower.network]
+
     def freeze_blocks(self, count: int) -> None:
         """Keep the weights of the image tower's first `count` blocks, and of what lies before them.
 
@@ -261,6 +265,11 @@ class OpenClip(DualEncoder):
             "heads": [self.log_scale],
         }
 
+    def towers(self) -> list[nn.Module]:
+        """The image tower, and of the text's the network and the words' vectors."""
+        text = [getattr(self.text, name, None) for name in ("transformer", "token_embedding")]
+        return [self.model.visual, *(part for part in text if part is not None)]
+
     def image_embedding(self, normalised: Tensor) -> Tensor:
         """open_clip's own."""
         return cast(Tensor, self.model.encode_image(normalised))
@@ -340,6 +349,10 @@ class TransformersClip(DualEncoder):
         image = [*self.model.vision_model.parameters(), *self.model.visual_projection.parameters()]
         text = [*self.model.text_model.parameters(), *self.model.text_projection.parameters()]
         return {"image": image, "text": text, "heads": [self.log_scale]}
+
+    def towers(self) -> list[nn.Module]:
+        """Both, without the projections."""
+        return [self.model.vision_model, self.model.text_model]
 
     def image_embedding(self, normalised: Tensor) -> Tensor:
         """transformers' own."""

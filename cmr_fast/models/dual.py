@@ -67,6 +67,10 @@ class DualEncoder(nn.Module):
         """The parameters to train: of "image" and "text", the towers, and of "heads", the temperature with them."""
         raise NotImplementedError
 
+    def towers(self) -> list[nn.Module]:
+        """The networks below the embeddings, each called as a module and by no part of it: what may be sharded."""
+        raise NotImplementedError
+
     def image_embedding(self, normalised: Tensor) -> Tensor:
         """(N, 3, H, W) pixels less their mean, over their deviation -> (N, d), of any length."""
         raise NotImplementedError

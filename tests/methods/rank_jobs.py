@@ -1,29 +1,35 @@
 """Small trainings that ranks do, each rank a process that torchrun might have started; imported by these processes."""
 
+import copy
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from small import ACMR_SMALL, ALPHA, EPS, small_dataset
 
 from cmr_fast.data import load_captions, stream_captions
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
-from cmr_fast.methods._ranks import RankLostError
+from cmr_fast.methods._ranks import RankLostError, Ranks
+from cmr_fast.methods._shards import is_cut, shard, whole
 from cmr_fast.methods.acmr import ACMR
-from cmr_fast.methods.clip import ClipConfig
+from cmr_fast.methods.clip import Clip, ClipConfig
 from cmr_fast.methods.cmimh import CMIMHConfig
 from cmr_fast.methods.dcmh import DCMHConfig
 from cmr_fast.methods.djsrh import DJSRHConfig
 from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.models.clip import dual_encoder
 
 ON_FEATURES = ("acmr", "cmimh", "cmimh-samples", "djsrh")
 ON_CAPTIONS = ("clip", "clip-chunk", "finetune", "finetune-chunk", "mat-img", "mat", "mmcoa", "fare", "leaf")
 ON_STREAMS = ("clip-stream", "clip-stream-chunk", "finetune-stream")
 FORMS = ("ring", "local")
+SHARDED = ("clip", "clip-chunk", "finetune", "finetune-chunk")
 ATTACKED = ("mat-img", "mat", "mmcoa", "fare", "leaf")
 
 
@@ -89,7 +95,8 @@ def curves(rank, world, port, place, names):
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # Lightning says how many ranks there are
     for name in names:
         form = name.partition("+")[2] or "gather"
-        run = curve(name, Path(place), Path(place) / f"{name} on {world}", contrastive=form)
+        changes = {"strategy": "fsdp"} if form == "fsdp" else {"contrastive": form}
+        run = curve(name, Path(place), Path(place) / f"{name} on {world}", **changes)
         assert run.rank == rank
         if rank == world - 1:
             torch.save((run.history, run.results), Path(place) / f"{name} on {world}, last rank.pt")
@@ -117,6 +124,79 @@ def resumed(rank, world, port, place):
     join(rank, world, port)
     for out in ("killed", "undisturbed"):
         curve("acmr", place, place / out, resume=True)
+
+
+def crossing(rank, world, port, place):
+    """clip by each strategy, cut off as its third epoch begins; of the sharded one by a kill of the last rank."""
+    join(rank, world, port)
+    begin, strategy = Clip.begin_round, "ddp"
+
+    def die(self, split, progress):
+        if progress >= 0.5:
+            if strategy == "fsdp" and rank == world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if strategy == "ddp":
+                raise KeyboardInterrupt
+        begin(self, split, progress)
+
+    Clip.begin_round = die
+    with suppress(KeyboardInterrupt):
+        curve("clip", place, place / "ddp", strategy=strategy)
+    strategy = "fsdp"
+    try:
+        curve("clip", place, place / "fsdp", strategy=strategy)
+    except RankLostError as error:
+        (place / f"lost {rank}.txt").write_text(str(error))
+
+
+def crossed(rank, world, port, place):
+    """Both go on by either strategy, beside one that was not disturbed; how much this rank holds of the towers."""
+    join(rank, world, port)
+    step, held = Clip.step, []
+
+    def weigh(self, batch, optimizers, *rest):
+        logged = step(self, batch, optimizers, *rest)
+        held.clear()
+        for optimizer in (optimizers["image"], optimizers["text"]):
+            for p, state in optimizer.state.items():
+                kept = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                held.append([p.numel(), *(x.to_local().numel() for x in kept)])
+        return logged
+
+    for out, strategy in (("ddp", "fsdp"), ("fsdp to ddp", "ddp"), ("fsdp", "fsdp")):
+        curve("clip", place, place / out, strategy=strategy, resume=True)
+    Clip.step = weigh
+    curve("clip", place, place / "undisturbed", strategy="fsdp")
+    torch.save(torch.tensor(held).sum(dim=0), place / f"held {rank}.pt")
+
+
+def of_libraries(rank, world, port, place):
+    """A step of SGD of models of open_clip and transformers, sharded, beside that of a replica; what differs most."""
+    join(rank, world, port)
+    dist.init_process_group("gloo")
+    import open_clip
+
+    open_clip.add_model_config(place)
+    apart = {}
+    for name in (
+        *(f"open_clip/{file.stem}" for file in sorted(place.glob("*.json"))),
+        f"transformers/{place / 'clip'}",
+    ):
+        torch.manual_seed(0)
+        replica = dual_encoder(name).requires_grad_(True)
+        sharded = copy.deepcopy(replica)
+        shard(sharded.towers(), Ranks(rank, world))
+        cut = [is_cut(p) for p in sharded.parameters()]
+        pixels = torch.rand(4, 3, 32, 32)[2 * rank : 2 * rank + 2]
+        for model in (sharded, replica):
+            for texts in (["two cats", "a dog"], ["a red ball"]):  # each gathers the tower anew
+                loss = (model.encode_image(pixels).sum(dim=0) * model.encode_text(*model.tokenize(texts))).sum()
+                ((rank + 1) * model.scale * loss).backward()
+            Ranks(rank, world).average(p for p in model.parameters() if not is_cut(p))
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        pairs = zip(map(whole, sharded.state_dict().values()), replica.state_dict().values(), strict=True)
+        apart[name] = max(float((a - b).abs().max()) for a, b in pairs), sum(cut), len(cut)
+    torch.save(apart, place / f"apart {rank}.pt")
 
 
 def refused(rank, world, port, place):

@@ -1,5 +1,7 @@
 """Training over ranks: the losses of one process, whoever is killed, and refusals of what would not be that."""
 
+import csv
+import json
 import os
 import shutil
 import signal
@@ -13,7 +15,21 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from pair_shards import write_shards
-from rank_jobs import FORMS, ON_CAPTIONS, ON_FEATURES, ON_STREAMS, curve, curves, killed, refused, resumed
+from rank_jobs import (
+    FORMS,
+    ON_CAPTIONS,
+    ON_FEATURES,
+    ON_STREAMS,
+    SHARDED,
+    crossed,
+    crossing,
+    curve,
+    curves,
+    killed,
+    of_libraries,
+    refused,
+    resumed,
+)
 
 from cmr_fast.errors import InputError
 from cmr_fast.methods import METHODS
@@ -22,7 +38,8 @@ from cmr_fast.methods.loop import RunConfig, load_model
 
 HERE = Path(__file__).resolve().parent
 WORLDS = (2, 4)
-BY_FOUR = ("clip", "finetune")
+SMALL_CLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+BY_FOUR = ("clip", "finetune", "finetune-chunk+fsdp")
 
 
 def free_port():
@@ -60,6 +77,7 @@ def captions(tmp_path_factory, start, mlm):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         forms = [f"{name}+{form}" for name in ("clip", "finetune") for form in FORMS]
+        forms += [f"{name}+fsdp" for name in SHARDED]
         on_ranks(curves, 2, str(place), (*ON_CAPTIONS, *forms))
         on_ranks(curves, 4, str(place), BY_FOUR)
         yield place
@@ -88,6 +106,11 @@ def same_curve(name, place, world):
     return run, results
 
 
+def losses_of(run):
+    with (run / "metrics.csv").open() as rows:
+        return [float(row["loss"]) for row in csv.DictReader(rows)]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", ON_FEATURES)
@@ -114,6 +137,64 @@ def test_a_ring_is_exact_and_local_negatives_are_another_loss(name, captions):
     same_curve(f"{name}+ring", captions, 2)
     with pytest.raises(AssertionError):
         same_curve(f"{name}+local", captions, 2)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_towers_have_the_curve_of_one_process_and_whole_tensors_on_disk(name, captions):
+    run, results = same_curve(f"{name}+fsdp", captions, 2)
+    assert results["rsum"] == pytest.approx(run.results["rsum"], abs=4)
+    sharded = load_model(captions / f"{name}+fsdp on 2").state_dict()
+    for key, value in run.model.state_dict().items():
+        torch.testing.assert_close(sharded[key], value, rtol=0, atol=1e-3, msg=key)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_by_the_other_strategy_and_ranks_hold_half_of_the_towers(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "towers.txt").write_text(load_model(start).config.towers)
+    on_ranks(crossing, 2, tmp_path)
+    assert "rank 0 of 2 has lost another rank" in (tmp_path / "lost 0.txt").read_text()
+    for out in ("ddp", "fsdp"):
+        with pytest.raises(InputError, match="has not ended"):
+            load_model(tmp_path / out)
+    for copy in ("ddp", "one"):
+        shutil.copytree(tmp_path / "fsdp", tmp_path / f"fsdp to {copy}")
+    on_ranks(crossed, 2, tmp_path)
+    curve("clip", tmp_path, tmp_path / "fsdp to one", resume=True)
+
+    expected = load_model(tmp_path / "undisturbed").state_dict()
+    again = load_model(tmp_path / "fsdp").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in expected.items())
+    losses = losses_of(tmp_path / "undisturbed")
+    for out in ("ddp", "fsdp to ddp", "fsdp to one"):
+        assert losses_of(tmp_path / out) == pytest.approx(losses, rel=2e-4), out
+
+    held = [torch.load(tmp_path / f"held {rank}.pt") for rank in range(2)]
+    (whole,) = {int(sums[0]) for sums in held}
+    assert [int(sum(kept)) for kept in zip(*(sums[1:] for sums in held), strict=True)] == [whole] * 4
+    assert all(0.45 * whole < kept < 0.55 * whole for sums in held for kept in sums[1:].tolist())
+
+
+@pytest.mark.timeout(900)
+def test_models_of_libraries_are_sharded_where_their_own_code_calls_them(tmp_path):
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16}
+    configs = {"plain": {}, "custom": {"custom_text": True}}
+    for name, extra in configs.items():
+        config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text} | extra
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    config = transformers.CLIPConfig(
+        text_config=SMALL_CLIP, vision_config=SMALL_CLIP | {"image_size": 32, "patch_size": 16}, projection_dim=8
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    on_ranks(of_libraries, 2, tmp_path)
+    for rank in range(2):
+        apart = torch.load(tmp_path / f"apart {rank}.pt")
+        assert len(apart) == 3
+        for name, (most, cut, parameters) in apart.items():
+            assert most < 1e-5 and 0.75 * parameters < cut < parameters, (name, most, cut, parameters)
 
 
 @pytest.mark.timeout(900)
@@ -159,7 +240,7 @@ def test_ranks_that_differ_and_what_is_not_of_ranks_are_refused_on_every_rank(tm
         "config": "every rank must have the same training: config learning_rate is 0.01 on rank 0 and 0.02 on rank 1",
         "data": "data crc32 is",
         "seed": "run seed is 0 on rank 0 and 1 on rank 1",
-        "fsdp": "strategy fsdp trains no method yet",
+        "fsdp": "strategy fsdp does not train acmr, expected ddp, a replica a rank: its networks are small",
         "dcmh": "dcmh is trained in one process, got 2 ranks: a batch is compared with",
         "used": "not empty and would be overwritten",
     }
@@ -178,6 +259,9 @@ def test_flags_of_ranks_are_checked(tmp_path):
             RunConfig(out=tmp_path, **changes)
     with pytest.raises(InputError, match="contrastive ring is for methods that train by InfoNCE, got acmr"):
         curve("acmr", tmp_path, tmp_path / "ring", contrastive="ring")
+    with pytest.raises(InputError, match="strategy fsdp does not train acmr"):
+        curve("acmr", tmp_path, tmp_path / "fsdp", strategy="fsdp")
+    assert {name for name in METHODS if not METHODS[name].replicas_only} == {"clip", "finetune"}
     by_info_nce = {name for name in METHODS if METHODS[name].contrasts}
     assert by_info_nce == {"clip", "finetune", "tecoa", "mat-img", "mat", "mmcoa"}
     refused_methods = {name for name in METHODS if METHODS[name].one_process}

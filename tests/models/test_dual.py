@@ -395,7 +395,7 @@ def test_a_clip_of_transformers(tmp_path, monkeypatch):
 
 def test_subclasses_say_what_is_theirs():
     base = DualEncoder((0.5,) * 3, (0.5,) * 3)
-    for call in (base.load, base.parts, lambda: base.tokens(["a"])):
+    for call in (base.load, base.parts, base.towers, lambda: base.tokens(["a"])):
         with pytest.raises(NotImplementedError):
             call()
     with pytest.raises(InputError, match="temperature"):
