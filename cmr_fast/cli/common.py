@@ -1,6 +1,5 @@
 """What several commands share: the data flags, and opening runs, data sets and files. Imports wait in functions."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from cmr_fast.data.images import ImageDataset
     from cmr_fast.data.pairs import PairedDataset
     from cmr_fast.methods.loop import Method
-
-SOURCE = "data.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ class DataFlags:
 
 def _recorded(trained: Path) -> dict[str, Any]:
     """What `record_source` noted of the run at `trained`."""
-    from cmr_fast.methods._runfolder import read_json
+    from cmr_fast.methods._runfolder import SOURCE, read_json
 
     recorded = folder_of(trained) / SOURCE
     return read_json(recorded, data=str | None, options=dict) if recorded.is_file() else {"data": None, "options": {}}
@@ -182,21 +179,6 @@ def _check_regular(data: str) -> None:
         raise InputError(f"{data}: is a device, FIFO or socket, expected a data file or folder")
 
 
-def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
-    """Note in a run folder where its data came from, so that later commands find them."""
-    held_out = {name: _absolute(options[name]) for name in ("test", "valid") if isinstance(options.get(name), str)}
-    with write_aside(run / SOURCE) as aside:
-        aside.write_text(json.dumps({"data": _absolute(data), "options": {**options, **held_out}}) + "\n")
-
-
-def _absolute(data: str) -> str:
-    from cmr_fast.data.streams import is_pattern
-
-    if Path(data).exists():
-        return str(Path(data).resolve())
-    return str(Path(data).expanduser().absolute()) if is_pattern(data) else data
-
-
 def load_run(trained: Path) -> "Method":
     """The model of a run folder or model file."""
     from cmr_fast.methods.loop import load_model
@@ -277,7 +259,7 @@ def _is_run(folder: Path) -> bool:
 
 def _run_of(path: Path) -> Path | None:
     """The run folder of which a file that is there or is to be is one that training writes."""
-    from cmr_fast.methods._runfolder import CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS
+    from cmr_fast.methods._runfolder import CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS, SOURCE
 
     for place in (path, Path(os.path.realpath(path))):
         for name in (CHECKPOINT, CONFIG, LOCK, METRICS, MODEL, RESULTS, SOURCE):

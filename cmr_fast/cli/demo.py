@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmr_fast._terminal import busy, new_table, show
-from cmr_fast.cli.common import record_source
 from cmr_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ def demo(out: Path, *, seed: int = 0, epochs: int | None = None, count: int | No
     """
     from cmr_fast.data import load, save_pairs
     from cmr_fast.methods import METHODS
+    from cmr_fast.methods._runfolder import record_source
     from cmr_fast.methods.loop import RunConfig, train
     from cmr_fast.ops._tensors import as_seed
     from cmr_fast.reports.retrieval import print_results, write_report

@@ -56,7 +56,10 @@ class Reproduce:
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: is a file, expected a folder to write")
         check_folder(out)
-        reproduce(
-            self.paper, self.data, out, tables=self.table, figures=self.figure, seeds=self.seeds or seeds,
-            quiet=self.quiet, **options,
-        )  # fmt: skip
+        try:
+            reproduce(
+                self.paper, self.data, out, tables=self.table, figures=self.figure, seeds=self.seeds or seeds,
+                quiet=self.quiet, **options,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("go on with the same command: what is finished is kept") from None

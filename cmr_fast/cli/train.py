@@ -16,7 +16,6 @@ from cmr_fast.cli.common import (
     load_pairs,
     makes_codes,
     reads_captions,
-    record_source,
     refuse_flags,
 )
 from cmr_fast.errors import InputError
@@ -110,6 +109,8 @@ class Train:
         run = train(self.method, config, dataset, settings)
         if run.rank:
             return
+        from cmr_fast.methods._runfolder import record_source
+
         record_source(run.path, self.source.data, options)
         if self.source.adversarial or on_the_fly:
             self._harden(run, dataset, options, on_the_fly)
@@ -147,6 +148,7 @@ class Train:
         return Path(str(self.run.out).replace("<data>", data).replace("<seed>", str(self.run.seed)))
 
     def _harden(self, run: "Run", dataset: Any, options: dict[str, Any], on_the_fly: bool) -> None:
+        from cmr_fast.methods._runfolder import record_source
         from cmr_fast.methods.method import Retriever
         from cmr_fast.reports import hashing
 

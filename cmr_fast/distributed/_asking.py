@@ -192,8 +192,8 @@ class Asking:
             raise ShardLostError(
                 call.shard,
                 f"shard {call.shard} of {len(self._files)} ({rows} codes) does not answer, nor does a replica "
-                f"({len(replicas)} of it): {call.why}; Ray starts it anew, so ask again, or with partial=True go "
-                "without it",
+                f"({len(replicas)} of it): {call.why}; Ray starts it anew, so ask again, or go without it "
+                "(partial=True, --partial)",
             )
 
     def _deadlines(self) -> dict[Any, float]:

@@ -1,4 +1,4 @@
-"""A Unix socket from a caller to an actor on the caller's own machine: a call by it costs a tenth of one by Ray.
+"""A Unix socket from a caller to an actor on the caller's own machine: a call by it costs a quarter of one by Ray.
 
 Ray places actors, starts lost ones anew, and carries calls between machines. The socket lies in a folder that only the
 caller's user may enter. Whatever goes wrong with it, the call is made by Ray instead, which knows what became of the

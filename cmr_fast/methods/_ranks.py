@@ -6,6 +6,7 @@ mean of the ranks' gradients is then that of one process, whatever lies below or
 replicas, as each rank takes the same step.
 """
 
+import logging
 import os
 import sys
 import zlib
@@ -272,6 +273,23 @@ def launched(run: Any) -> tuple[Any, Ranks]:
 
     Raises InputError for devices that are not there, and where flags and torchrun disagree.
     """
+    with _hushed(run.quiet):
+        return _launched(run)
+
+
+@contextmanager
+def _hushed(quiet: bool) -> Iterator[None]:
+    """Lightning tells what it begins with; not to one who asked for quiet."""
+    log = logging.getLogger("lightning.fabric")
+    before = log.level
+    log.setLevel(logging.WARNING if quiet else before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _launched(run: Any) -> tuple[Any, Ranks]:
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -30,6 +30,22 @@ RESULTS = "results.json"
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 LOCK = ".lock"
+SOURCE = "data.json"
+
+
+def record_source(run: Path, data: str, options: Mapping[str, Any]) -> None:
+    """Note in a run folder where its data came from, so that later commands find them."""
+    held_out = {name: _absolute(options[name]) for name in ("test", "valid") if isinstance(options.get(name), str)}
+    with write_aside(run / SOURCE) as aside:
+        aside.write_text(json.dumps({"data": _absolute(data), "options": {**options, **held_out}}) + "\n")
+
+
+def _absolute(data: str) -> str:
+    from cmr_fast.data.streams import is_pattern
+
+    if Path(data).exists():
+        return str(Path(data).resolve())
+    return str(Path(data).expanduser().absolute()) if is_pattern(data) else data
 
 
 def claim(folder: Path, described: dict[str, Any], resume: bool, kind: "type[Method]") -> None:

@@ -139,3 +139,9 @@ def test_bad_settings_are_named(options, message):
 def test_a_bad_index_is_named():
     with pytest.raises(InputError, match=r"index must be integers \(2,\)"):
         CharacterAttack(victim())(["a dog", "a man"], index=[1])
+
+
+def test_one_letter_which_blanks_leave_as_it_is_is_attacked():
+    (moved,) = CharacterAttack(victim(), edits=1, seed=0)(["a"])
+    assert moved != "a"
+    assert (embed(victim(), moved) - embed(victim(), "a")).norm() > 0

@@ -130,10 +130,61 @@ def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):
         common.Item("Table 1", "first", missing),
         common.Item("Table 2", "second", lambda study: [common.Section("second", ("a",), [["b"]])]),
     ]
-    common.make(common.Study("", tmp_path, 1, False), "title", items, "note")
+    common.make(common.Study("", tmp_path, 1, False), "title", items, items, "note")
     text = (tmp_path / "README.md").read_text()
     assert "Not made: it needs Pascal Sentence's features." in text and "| b |" in text
     assert "not made: it needs Pascal" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"nothing was made\. Table 1: it needs Pascal"):
+        common.make(common.Study("", tmp_path, 1, True), "title", items[:1], items, "note")
+
+
+def test_a_report_keeps_what_was_made_before_in_the_papers_order(tmp_path):
+    def table(cell):
+        return lambda study: [common.Section("title", ("a",), [[cell]])]
+
+    def missing(study):
+        raise common.Missing("it is not there any more")
+
+    every = [common.Item("Table 1", "first", table("one")), common.Item("Table 2", "second", table("two"))]
+    common.make(common.Study("x", tmp_path, 3, True), "title", every[1:], every, "note")
+    common.make(common.Study("x", tmp_path, 1, True), "title", every[:1], every, "note")
+    text = (tmp_path / "README.md").read_text()
+    assert text.index("## Table 1. title") < text.index("| one |") < text.index("Made of x, 1 seed.")
+    assert text.index("Made of x, 1 seed.") < text.index("## Table 2. title") < text.index("| two |")
+    assert "Made of x, 3 seeds." in text
+    again = [common.Item("Table 1", "first", table("anew")), common.Item("Table 2", "second", missing)]
+    common.make(common.Study("x", tmp_path, 1, True), "title", again, again, "note")
+    text = (tmp_path / "README.md").read_text()
+    assert "| anew |" in text and "| one |" not in text and "| two |" in text
+    assert (
+        "| anew |" not in (tmp_path / "index.html").read_text()
+        and "<td>anew</td>" in (tmp_path / "index.html").read_text()
+    )
+
+
+def test_other_commands_know_the_data_of_a_run(pairs, tmp_path, capsys):
+    reproduce("acmr", pairs, tmp_path / "out", tables=[5], seeds=1, quiet=True)
+    assert main(["evaluate", str(tmp_path / "out" / "runs" / "own-6-default-seed0")]) == 0
+    assert "own" in capsys.readouterr().out
+
+
+def test_the_order_of_the_terms_is_told_with_its_error():
+    def runs(*values):
+        return [{"all": {"average": value}} for value in values]
+
+    parts = dict.fromkeys(
+        ("imi only", "imi only, alpha 10, lambda 1", "imd only", "full, no adversary"), runs(0.2, 0.3)
+    )
+    told = acmr.order(parts | {"full": runs(0.24, 0.36)})
+    assert "+0.050 over 'imd only' (standard error 0.010)" in told
+    assert "One seed" not in told
+    told = acmr.order({name: found[:1] for name, found in (parts | {"full": runs(0.24, 0.36)}).items()})
+    assert "+0.040 over 'imd only'" in told and "One seed cannot tell" in told
+
+
+def test_what_a_preset_changes_of_the_paper_is_named():
+    told = acmr.departures("wikipedia")
+    assert "beta 10.0 (0.1)" in told and "inner_steps 1 (5)" in told and "dim" not in told
 
 
 def test_bad_requests_are_refused(pairs, tmp_path, capsys):

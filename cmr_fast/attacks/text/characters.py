@@ -134,7 +134,8 @@ class CharacterAttack(TextAttack):
         counts = [len(some) for some in texts]
         rows = torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)).to(clean.device)
         vectors = self.texts([text for some in texts for text in some])
-        self._refuse_deaf(clean, vectors)
+        if len({" ".join(text.split()) for some in texts for text in some}) > 1:  # blanks alone change no token
+            self._refuse_deaf(clean, vectors)
         values = self.objective(vectors, clean[rows], None if images is None else images[rows])
         return list(values.cpu().split(counts))
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmr_fast.data import load
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.methods import METHODS
 from cmr_fast.methods.baselines import BASELINES
@@ -63,7 +62,7 @@ def reproduce(
 ) -> None:
     """Make CMIMH's tables and figures, as of `cmr_fast.reports.reproduce.reproduce`."""
     items = chosen(ITEMS, tables, figures)
-    make(Study(data, out, seeds, quiet, jobs), "CMIMH: the paper's tables and figures", items, NOTE)
+    make(Study(data, out, seeds, quiet, jobs), "CMIMH: the paper's tables and figures", items, ITEMS, NOTE)
 
 
 def settings_of(dataset: PairedDataset) -> tuple[str, CMIMHConfig]:
@@ -131,9 +130,7 @@ def total_correlation(means: Tensor, steps: int = 300, rows: int = 5000) -> floa
 
 
 def _dataset(study: Study) -> PairedDataset:
-    if "dataset" not in study.cache:
-        study.cache["dataset"] = load(study.data)
-    dataset: PairedDataset = study.cache["dataset"]
+    dataset = study.load()
     if len(dataset.image_shape) > 1:
         raise Missing("it needs features; these are pixels")
     return dataset

@@ -19,11 +19,14 @@ from typing import Any, cast
 
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting
+from cmr_fast.data import load
+from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import described_data, write_json
+from cmr_fast.methods._runfolder import described_data, read_json, record_source, write_json
 from cmr_fast.methods.method import Dataset, RunConfig
 
 SCORES = "scores.json"
+SECTIONS = "sections.json"
 
 
 class Missing(Exception):
@@ -70,7 +73,10 @@ def chosen(items: Sequence[Item], tables: Sequence[int], figures: Sequence[int])
 
 @dataclass(frozen=True)
 class Training:
-    """One training and what is measured of it: `measure(run, dataset)`, a function that processes can hand over."""
+    """One training and what is measured of it: `measure(run, dataset)`, a function that processes can hand over.
+
+    `source` is the data's path or name and its loader's options, where the data set is one as it was loaded.
+    """
 
     name: str
     method: str
@@ -79,6 +85,7 @@ class Training:
     measure: Callable[[Any, Any], dict[str, Any]]
     seed: int
     run: Mapping[str, Any]
+    source: tuple[str, Mapping[str, Any]] | None = None
 
     def folder(self, out: Path) -> Path:
         """OUT/runs/NAME-seedN."""
@@ -103,17 +110,28 @@ class Study:
     quiet: bool
     jobs: int = 1
     cache: dict[str, Any] = field(default_factory=dict)
+    _loaded: list[tuple[PairedDataset, dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise InputError(f"jobs must be 1 or more, got {self.jobs}")
+
+    def load(self, **options: Any) -> PairedDataset:
+        """The data set, or it with other options of its loader; runs on it say so in their folders."""
+        for dataset, before in self._loaded:
+            if before == options:
+                return dataset
+        dataset = load(self.data, **options)
+        self._loaded.append((dataset, options))
+        return dataset
 
     def trainings(
         self, name: str, method: str, config: Any, dataset: Dataset, measure: Callable[[Any, Any], dict[str, Any]],
         **run: Any,
     ) -> list[Training]:  # fmt: skip
         """A setting once a seed."""
-        return [Training(name, method, config, dataset, measure, seed, run) for seed in range(self.seeds)]
+        source = next(((self.data, options) for known, options in self._loaded if known is dataset), None)
+        return [Training(name, method, config, dataset, measure, seed, run, source) for seed in range(self.seeds)]
 
     def scores(self, trainings: Sequence[Training]) -> list[dict[str, Any]]:
         """Of each training what was measured; those that are not there yet are made, `jobs` at a time.
@@ -125,8 +143,8 @@ class Study:
         if self.jobs > 1 and len(missing) > 1:
             in_processes(_train, [(training, self.out, 1) for training in missing], self.jobs, self.quiet)
         else:
-            for training in missing:
-                self.say(f"{training.folder(self.out).name} ...")
+            for number, training in enumerate(missing, 1):
+                self.say(f"{number} of {len(missing)}: {training.folder(self.out).name} ...")
                 _train(training, self.out)
         return [cast(dict[str, Any], self._kept(training)) for training in trainings]
 
@@ -158,6 +176,8 @@ def _train(training: Training, out: Path, threads: int = 0) -> None:
     folder = training.folder(out)
     run = RunConfig(out=folder, seed=training.seed, quiet=True, resume=True, threads=threads, **training.run)
     done = train(training.method, training.config, training.dataset, run)
+    if training.source is not None:
+        record_source(folder, *training.source)
     write_json(folder / SCORES, {"what": _described(training), "scores": training.measure(done, training.dataset)})
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
@@ -191,19 +211,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def make(study: Study, title: str, items: Sequence[Item], note: str) -> None:
-    """Make the items, say of each what was found or is missing, and write the report after every one."""
-    sections: list[Section] = []
+def make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item], note: str) -> None:
+    """Make the items, say of each what was found or is missing, and write the report after every one.
+
+    The report holds what was made before as well, in the paper's order. InputError where none of the items can be made.
+    """
+    kept: dict[str, Any] = {}
+    if (study.out / SECTIONS).is_file():
+        kept = read_json(study.out / SECTIONS, items=dict)["items"]
+    reasons = []
     for item in items:
         study.say(f"{item.name}: {item.title}")
         try:
             parts = list(item.make(study))
+            made = f"{study.data}, {study.seeds} {'seed' if study.seeds == 1 else 'seeds'}."
+            parts[-1] = replace(parts[-1], notes=[*parts[-1].notes, f"Made of {made}"])
         except Missing as missing:
             study.say(f"  not made: {missing}")
+            reasons.append(f"{item.name}: {missing}")
+            if any(part["rows"] or part["figures"] for part in kept.get(item.name, [])):
+                continue
             parts = [Section(item.title, notes=[f"Not made: {missing}."])]
-        sections += [replace(part, title=f"{item.name}. {part.title}") for part in parts]
+        kept[item.name] = [asdict(replace(part, title=f"{item.name}. {part.title}")) for part in parts]
+        sections = [Section(**part) for known in every for part in kept.get(known.name, [])]
         write_sections(study.out, title, sections, note)
+        write_json(study.out / SECTIONS, {"items": kept})
     study.say(f"\nReport: {study.out / 'index.html'}")
+    if len(reasons) == len(items):
+        raise InputError(f"nothing was made. {'; '.join(reasons)}")
 
 
 def write_sections(out: Path, title: str, sections: Sequence[Section], note: str) -> None:

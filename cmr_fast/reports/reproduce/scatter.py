@@ -365,7 +365,13 @@ def reproduce(
     items = chosen(ITEMS, tables, figures)
     study = Robustness(data, out, seeds, quiet, size, jobs)
     _claim(study)
-    make(study, f"Feature Scattering on {study.images.name}: the rebuttal's tables and figure", items, _protocol(study))
+    make(
+        study,
+        f"Feature Scattering on {study.images.name}: the rebuttal's tables and figure",
+        items,
+        ITEMS,
+        _protocol(study),
+    )
 
 
 def _claim(study: Robustness) -> None:
