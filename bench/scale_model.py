@@ -49,7 +49,7 @@ def measure(path: Path, shards: list[int], rounds: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             ShardedIndex.build(f"{folder}/x", codes, shards=count)
             with ShardedIndex(f"{folder}/x", threads=1) as index:
-                for replica in (shard[0] for shard in index._pool.shards):
+                for (replica,) in index._pool.shards:
                     replica.apart, replica.offer = True, None  # by Ray, as between machines
                 for queries in (1, TOGETHER):
                     q = codes[:queries]

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cmr_fast.distributed._line import Line
+from cmr_fast.distributed._line import MOST, Line
 from cmr_fast.distributed._worker import Answer
 from cmr_fast.errors import InputError
 from cmr_fast.retrieval._shards import GoneError, ShardFile
@@ -34,7 +34,7 @@ class Replica:
     doubted: float = 0.0  # when it failed last
     answered: bool = False  # before, it is being started, which no timeout is for
     line: Line | None = None
-    offer: tuple[Any, str] | None = None  # Ray's reference to whether it listens, and where
+    offer: Any = None  # Ray's reference to where it listens
     apart: bool = False  # on another machine
 
 
@@ -50,7 +50,7 @@ class _Call:
 
 
 class Asking:
-    """A call of each shard that has files, as of `Pool.ask`: small ones by lines where there are, the others by Ray."""
+    """A call of each shard that has files, as of `Pool.ask`: by lines where it may be, the others by Ray."""
 
     def __init__(
         self,
@@ -61,10 +61,11 @@ class Asking:
         *,
         partial: bool,
         wait: float,
-        small: bool,
+        direct: bool,
     ) -> None:
         self._pool, self._method, self._files, self._arguments = pool, method, files, arguments
-        self._partial, self._wait, self._small = partial, wait, small
+        self._partial, self._wait, self._direct = partial, wait, direct
+        self._turn = pool.turn()
         self._by_line: list[tuple[_Call, Line]] = []
         self._by_ray: dict[Any, _Call] = {}
         self._answers: dict[int, Answer] = {}
@@ -83,8 +84,8 @@ class Asking:
                 else:
                     self._next_of_ray(arrived)
         finally:
-            for _, line in self._by_line:  # an answer that comes yet is known by its number, and thrown away
-                line.give_back()
+            for _, line in self._by_line:
+                line.give_back(answered=False)
         return self._answers
 
     def _replica(self, call: _Call) -> Replica:
@@ -96,16 +97,18 @@ class Asking:
         left = [number for number in range(len(replicas)) if number not in call.tried]
         if not left:
             return False
-        turn, now = self._pool.turn(), time.monotonic()
-        call.replica = min(left, key=lambda n: (now - replicas[n].doubted < _DOUBT, (n + turn) % len(replicas)))
+        now = time.monotonic()
+        call.replica = min(left, key=lambda n: (now - replicas[n].doubted < _DOUBT, (n + self._turn) % len(replicas)))
         call.sent = now
-        line = self._pool.line(replicas[call.replica]) if self._small else None
+        arguments = self._arguments(call.shard)
+        direct = self._direct and sum(getattr(each, "nbytes", 0) for each in arguments) <= MOST
+        line = self._pool.line(replicas[call.replica]) if direct else None
         if line is None:
             self._send_by_ray(call)
             return True
         self._by_line.append((call, line))
         with suppress(OSError):  # it is closed then, as `_receive` finds
-            line.send(self._method, (self._files[call.shard], *self._arguments(call.shard)))
+            line.send(self._method, (self._files[call.shard], *arguments))
         return True
 
     def _send_by_ray(self, call: _Call) -> None:
@@ -113,9 +116,8 @@ class Asking:
         self._by_ray[method.remote(self._files[call.shard], *self._arguments(call.shard))] = call
 
     def _receive(self, call: _Call, line: Line) -> None:
-        timeout = self._pool.timeout
         try:
-            found = line.receive(None if timeout is None else max(0.0, call.sent + timeout - time.monotonic()))
+            found = line.receive()
         except TimeoutError:
             self._failed(call, self._no_answer())
         except (EOFError, OSError):  # of the line, not of the actor
@@ -179,6 +181,8 @@ class Asking:
         call.tried.add(call.replica)
         call.why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         replicas[call.replica].doubted = time.monotonic()
+        if self._pool.closed:
+            raise InputError("this ShardedIndex was closed while it was searched") from None
         if self._send(call):
             return
         if isinstance(error, GoneError):

@@ -2,12 +2,19 @@
 
 Ray places actors, starts lost ones anew, and carries calls between machines. The socket lies in a folder that only the
 caller's user may enter. Whatever goes wrong with it, the call is made by Ray instead, which knows what became of the
-actor.
+actor. A call fits into the socket's buffer, and a line on which an answer was not waited for is closed, so that neither
+end ever waits for the other to read.
 """
 
+import socket
+import struct
 import threading
+import traceback
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
+
+MOST = 1 << 16
+"""Bytes of a call's arrays, at most; a socket's buffer holds three times as many."""
 
 
 def serve(address: str, target: object) -> None:
@@ -27,54 +34,68 @@ def _accept(listener: Listener, target: object) -> None:
 
 def _answer(connection: Any, target: object) -> None:
     while True:
-        number, method, arguments = connection.recv()
+        method, arguments = connection.recv()
         try:
             found = getattr(target, method)(*arguments)
         except Exception as error:
+            error.add_note(f"in the actor:\n{traceback.format_exc()}")
             found = error
-        connection.send((number, found))
+        connection.send(found)
 
 
 class Line:
-    """The caller's end. One call at a time: `take` it, `send`, `receive`, `give_back`."""
+    """The caller's end. One call at a time: `take` it, `send`, `receive`, `give_back`.
 
-    def __init__(self, address: str) -> None:
+    timeout     seconds after which a call that does not get on counts as lost; None waits
+    """
+
+    def __init__(self, address: str, timeout: float | None) -> None:
         self._connection: Connection[Any, Any] = Client(address, "AF_UNIX")
+        self._timeout = timeout
         self._lock = threading.Lock()
-        self._number = 0
         self.broken = False
+        if timeout is not None:
+            limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+            with socket.socket(fileno=self._connection.fileno()) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+                one.detach()
 
     def take(self) -> bool:
-        """Whether nobody else is using it."""
-        return not self.broken and self._lock.acquire(blocking=False)
+        """Whether it is whole and nobody else is using it."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        if self.broken:
+            self._lock.release()
+        return not self.broken
 
-    def give_back(self) -> None:
-        """End a call, answered or not."""
+    def give_back(self, answered: bool = True) -> None:
+        """End a call; without its answer the line is closed."""
+        if not answered:
+            self._close()
         self._lock.release()
 
     def send(self, method: str, arguments: tuple[Any, ...]) -> None:
         """Begin a call; OSError where the actor is gone."""
-        self._number += 1
         try:
-            self._connection.send((self._number, method, arguments))
+            self._connection.send((method, arguments))
         except BaseException:  # perhaps a part of it was sent
-            self.close()
+            self._close()
             raise
 
-    def receive(self, timeout: float | None) -> Any:
-        """What the call returned or raised; EOFError or OSError: the actor is gone; TimeoutError after `timeout`."""
+    def receive(self) -> Any:
+        """What the call returned or raised; EOFError, OSError: the actor is gone; TimeoutError: it does not answer."""
         try:
-            while True:
-                if not self._connection.poll(timeout):
-                    raise TimeoutError
-                number, found = self._connection.recv()
-                if number == self._number:  # others are of calls that were given up
-                    return found
+            if not self._connection.poll(self._timeout):
+                raise TimeoutError
+            return self._connection.recv()
+        except BlockingIOError:  # it stopped in the middle of its answer
+            self._close()
+            raise TimeoutError from None
         except BaseException:
-            self.close()
+            self._close()
             raise
 
-    def close(self) -> None:
-        """End it for good."""
+    def _close(self) -> None:
         self.broken = True
         self._connection.close()

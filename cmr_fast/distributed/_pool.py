@@ -5,8 +5,11 @@ one before; until it is there, another replica does.
 """
 
 import itertools
+import os
+import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +38,11 @@ def ray_module() -> Any:
     return ray
 
 
+def _removed(folder: str, process: int) -> None:
+    if os.getpid() == process:  # not a child that was forked
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Pool:
     """Actors for the shards 0, 1, 2 and so on; more are begun as shards are."""
 
@@ -53,13 +61,16 @@ class Pool:
         self._folder, self._bits, self._mmap, self._threads = str(folder.resolve()), bits, mmap, threads
         self._replicas, self.timeout, self.wait = replicas, timeout, wait
         self._turn = itertools.count()
-        self._closed = False
-        self._sockets = tempfile.TemporaryDirectory(prefix="cmr_fast-")
+        self.closed = False
+        self._sockets = tempfile.mkdtemp(prefix="cmr_fast-")
+        self._sweep = weakref.finalize(self, _removed, self._sockets, os.getpid())
         self._lines = threading.Lock()
         self.shards: list[list[Replica]] = []
 
     def grow(self, shards: int) -> None:
         """Begin actors until there are so many shards."""
+        if len(self.shards) >= shards:
+            return
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         alive = [node for node in self.ray.nodes() if node["Alive"]]
@@ -82,12 +93,12 @@ class Pool:
         arguments: Callable[[int], tuple[Any, ...]],
         partial: bool = False,
         wait: float | None = None,
-        small: bool = False,
+        direct: bool = False,
     ) -> dict[int, Answer]:
         """Each shard's answer, that has files, by its number; shards without an answer are missing where `partial`.
 
         wait    seconds for lost replicas to come back; None: those of the pool
-        small   the arguments are few bytes, and none is a reference of Ray's: actors of this machine get them directly
+        direct  arguments and answers are few bytes, no reference of Ray's among them: a line may carry them
 
         Raises
         ------
@@ -96,25 +107,25 @@ class Pool:
         GoneError
             Where the files of a shard are gone, for each of its replicas.
         """
-        if self._closed:
+        if self.closed:
             raise InputError("this ShardedIndex was closed; open the folder again")
         self.grow(len(files))
         return Asking(
-            self, method, files, arguments, partial=partial, wait=self.wait if wait is None else wait, small=small
+            self, method, files, arguments, partial=partial, wait=self.wait if wait is None else wait, direct=direct
         ).answered()
 
     def line(self, replica: Replica) -> Line | None:
         """The replica's line, taken, where there is one and nobody else is using it."""
         with self._lines:
-            if replica.offer is not None and self.ray.wait([replica.offer[0]], timeout=0)[0]:
-                listens, address = replica.offer
-                replica.offer = None
+            if replica.offer is not None and self.ray.wait([replica.offer], timeout=0)[0]:
+                listens, replica.offer = replica.offer, None
                 try:
-                    if self.ray.get(listens):
-                        replica.line = Line(address)
-                    else:
-                        replica.apart = True
-                except (self.ray.exceptions.RayError, OSError):
+                    address = self.ray.get(listens)
+                    replica.apart = address is None
+                    replica.line = None if address is None else Line(address, self.timeout)
+                except OSError:
+                    replica.apart = True
+                except self.ray.exceptions.RayError:
                     pass  # lost meanwhile
             line = replica.line
         return line if line is not None and line.take() else None
@@ -124,11 +135,10 @@ class Pool:
         with self._lines:
             if replica.apart or replica.offer is not None or (replica.line is not None and not replica.line.broken):
                 return
-            address = str(Path(self._sockets.name) / str(next(self._turn)))
-            replica.offer = replica.actor.listen.remote(address), address
+            replica.offer = replica.actor.listen.remote(self._sockets)
 
     def turn(self) -> int:
-        """A number that rises with each call, so that replicas take turns."""
+        """A number that rises with each question, so that replicas take turns."""
         return next(self._turn)
 
     def stored(self, value: Any) -> Any:
@@ -137,10 +147,7 @@ class Pool:
 
     def close(self) -> None:
         """End the actors; nothing can be asked any more."""
-        self._closed = True
+        self.closed = True
         for replica in itertools.chain.from_iterable(self.shards):
             self.ray.kill(replica.actor, no_restart=True)
-            if replica.line is not None:
-                replica.line.close()
-        self.shards = []
-        self._sockets.cleanup()
+        self._sweep()

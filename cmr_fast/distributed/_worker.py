@@ -38,14 +38,18 @@ class ShardWorker:
         self._plans: WeakKeyDictionary[Part, SearchPlan] = WeakKeyDictionary()
         self._view: tuple[tuple[ShardFile, ...], HammingIndex] = ((), HammingIndex(bits))
         self._opening = threading.Lock()
+        self._address: str | None = None
 
-    def listen(self, address: str) -> bool:
-        """Answer at a Unix socket too; False where its folder is not on this machine."""
-        try:
-            _line.serve(address, self)
-        except OSError:
-            return False
-        return True
+    def listen(self, folder: str) -> str | None:
+        """Answer at a Unix socket of this folder too: its address; None where the folder is not on this machine."""
+        if self._address is None:
+            address = f"{folder}/{os.getpid()}"
+            try:
+                _line.serve(address, self)
+            except OSError:
+                return None
+            self._address = address
+        return self._address
 
     def ready(self, files: Sequence[ShardFile]) -> Answer:
         """Open files, and compare them with their checksums."""

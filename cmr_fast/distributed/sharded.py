@@ -453,9 +453,10 @@ class ShardedIndex:
         rest: Callable[[int], tuple[Any, ...]],
         partial: bool,
     ) -> dict[int, Answer]:
-        small = rows.nbytes <= _INLINE
-        sent = rows if small else self._pool.stored(rows)
-        return self._pool.ask(method, manifest.shards, lambda n: (sent, *rest(n)), partial, small=small)
+        inline = rows.nbytes <= _INLINE
+        sent = rows if inline else self._pool.stored(rows)
+        direct = inline and method == "search"  # hits within a radius may be many
+        return self._pool.ask(method, manifest.shards, lambda n: (sent, *rest(n)), partial, direct=direct)
 
 
 class _Selected:

@@ -415,7 +415,7 @@ def _round(
         advance((step + 1) / schedule.every)
         for name, value in logged.items():
             sums[name] = sums[name] + value if name in sums else value
-    if not count:
+    if not count and number == 1:
         raise InputError(
             f"{model.name}: epoch {number} has no batch with two whole pairs, {len(left_out)} were left out, "
             f"{left_out[0]} first"

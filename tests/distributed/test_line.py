@@ -2,16 +2,21 @@
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmr_fast import HammingIndex
+from cmr_fast import HammingIndex, InputError
 from cmr_fast.distributed import ShardedIndex, ShardLostError, _line
+from cmr_fast.distributed._worker import ShardWorker
 
 
 class Target:
@@ -27,24 +32,23 @@ class Target:
 
 
 @pytest.fixture
-def line(tmp_path):
+def target(tmp_path):
     _line.serve(str(tmp_path / "s"), Target())
-    made = _line.Line(str(tmp_path / "s"))
-    yield made
-    made.close()
+    return str(tmp_path / "s")
 
 
-def called(line, method, *arguments, timeout=30.0):
+def called(line, method, *arguments):
     assert line.take()
     try:
         line.send(method, arguments)
-        return line.receive(timeout)
+        return line.receive()
     finally:
         line.give_back()
 
 
-def test_calls_are_answered_one_after_the_other(line):
-    for x in (0, 3, np.arange(50_000)):
+def test_calls_are_answered_one_after_the_other(target):
+    line = _line.Line(target, 30.0)
+    for x in (0, 3, np.arange(500_000)):
         assert np.array_equal(called(line, "double", x), 2 * x)
     assert line.take()
     assert not line.take()
@@ -52,26 +56,46 @@ def test_calls_are_answered_one_after_the_other(line):
     assert called(line, "double", 1) == 2
 
 
-def test_what_the_target_raises_comes_back(line):
+def test_what_the_target_raises_comes_back_with_where(target):
+    line = _line.Line(target, None)
     found = called(line, "refuse", "no such code")
     assert isinstance(found, ValueError)
     assert str(found) == "no such code"
+    assert "in refuse" in found.__notes__[0]
     assert isinstance(called(line, "absent"), AttributeError)
     assert called(line, "double", 1) == 2
 
 
-def test_the_answer_of_a_call_that_was_given_up_is_no_other_calls_answer(line):
+def test_a_line_whose_answer_was_not_waited_for_is_closed_and_the_target_takes_another(target):
+    line = _line.Line(target, None)
     assert line.take()
-    line.send("double", (5,))
-    line.give_back()
-    assert called(line, "double", 7) == 14
-
-
-def test_an_answer_that_does_not_come_ends_the_line(line):
-    with pytest.raises(TimeoutError):
-        called(line, "late", 5.0, 1, timeout=0.05)
+    line.send("double", (np.zeros(500_000),))  # more than the socket holds: the target waits for a reader
+    line.give_back(answered=False)
     assert line.broken
     assert not line.take()
+    assert called(_line.Line(target, 30.0), "double", 7) == 14
+
+
+def test_an_answer_that_does_not_come_ends_the_line(target):
+    line = _line.Line(target, 0.05)
+    with pytest.raises(TimeoutError):
+        called(line, "late", 5.0, 1)
+    assert line.broken
+    assert not line.take()
+
+
+def test_an_answer_that_stops_in_the_middle_is_none(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        line = _line.Line(str(tmp_path / "s"), 0.3)
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(struct.pack("!i", 1000) + b"0123456789")
+            line.take()
+            with pytest.raises(TimeoutError):
+                line.receive()
+            assert line.broken
 
 
 def test_a_line_to_a_process_that_died_raises_and_is_broken(tmp_path):
@@ -86,20 +110,24 @@ def test_a_line_to_a_process_that_died_raises_and_is_broken(tmp_path):
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        line = _line.Line(str(tmp_path / "s"))
+        line = _line.Line(str(tmp_path / "s"), 30.0)
         line.take()
         line.send("sleep", (60,))
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises((EOFError, OSError)):
-            line.receive(30.0)
+            line.receive()
         assert line.broken
         with pytest.raises(OSError, match="closed"):
             line.send("sleep", (60,))
 
 
-def test_an_address_that_cannot_be_is_refused(tmp_path):
-    with pytest.raises(OSError, match="No such file"):
-        _line.serve(str(tmp_path / "absent" / "s"), Target())
+def test_a_worker_listens_once_and_nowhere_that_is_not_there(tmp_path):
+    worker = ShardWorker(str(tmp_path), 64)
+    assert worker.listen(str(tmp_path / "absent")) is None
+    address = worker.listen(str(tmp_path))
+    assert worker.listen(str(tmp_path)) == address
+    assert len(list(tmp_path.iterdir())) == 1
+    assert isinstance(called(_line.Line(address, 30.0), "absent"), AttributeError)
 
 
 @pytest.fixture
@@ -113,7 +141,7 @@ def ray(monkeypatch):
 
 
 @pytest.mark.timeout(400)
-def test_searches_go_by_lines_once_actors_listen_and_by_ray_while_one_is_started_anew(ray, tmp_path):
+def test_searches_go_by_lines_once_actors_listen_and_by_ray_while_one_is_started_anew(ray, tmp_path, monkeypatch):
     codes = np.random.default_rng(0).integers(0, 256, (200, 8), dtype=np.uint8)
     ShardedIndex.build(tmp_path / "x", codes, shards=2)
     one = HammingIndex(64)
@@ -132,12 +160,17 @@ def test_searches_go_by_lines_once_actors_listen_and_by_ray_while_one_is_started
 
     with ShardedIndex(tmp_path / "x", replicas=1) as sharded:
         lines = until_both_have_lines(sharded)
-        before = [line._number for line in lines]
+        sent = []
+        monkeypatch.setattr(
+            _line.Line, "send", lambda line, *call, send=_line.Line.send: (sent.append(line), send(line, *call))
+        )
         sharded.search(codes[:3], 5)
-        sharded.range_search(codes[:3], 8)
-        assert [line._number for line in lines] == [n + 2 for n in before]
-        sharded.search(np.tile(codes, (80, 1)), 5)  # 128 kB of queries are stored once for all: by Ray
-        assert [line._number for line in lines] == [n + 2 for n in before]
+        sharded.search(codes[:3], 5, where=np.arange(200))
+        assert sent == [*lines, *lines]
+        sharded.range_search(codes[:3], 8)  # hits may be many: by Ray
+        sharded.search(np.tile(codes, (60, 1)), 5)  # 96 kB of queries: too many for a socket's buffer
+        sharded.search(np.tile(codes, (80, 1)), 5)  # 128 kB: stored once for all
+        assert sent == [*lines, *lines]
         ray.kill(sharded.actors(0)[0], no_restart=False)
         anew = lines
         for _ in range(600):
@@ -149,3 +182,46 @@ def test_searches_go_by_lines_once_actors_listen_and_by_ray_while_one_is_started
                 break
         assert anew[0] is not lines[0]
         assert anew[1] is lines[1]
+        folder = Path(sharded._pool._sockets)
+        child = os.fork()
+        if not child:
+            sharded._pool._sweep()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert folder.is_dir(), "a child that ends leaves its parent's sockets"
+    assert not folder.exists()
+
+
+@pytest.mark.timeout(400)
+def test_an_actor_that_stands_still_is_named_in_time_and_a_closed_index_says_so(ray, tmp_path):
+    codes = np.random.default_rng(0).integers(0, 256, (400_000, 8), dtype=np.uint8)
+    ShardedIndex.build(tmp_path / "x", codes, shards=2)
+    with ShardedIndex(tmp_path / "x", timeout=2.0) as sharded:
+        sharded.search(codes[:3], 5)
+        pid = ray.get(sharded.actors(0)[0].ready.remote(sharded._manifest.shards[0])).found
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for where in (None, np.ones(400_000, bool)):
+                found = sharded.search(codes[:3], 5, where=where, partial=True)
+                assert found.missing == (0,)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until, errors = time.monotonic() + 60, []
+
+        def ask():
+            while time.monotonic() < until:
+                try:
+                    sharded.search(codes[:3], 5)
+                except ShardLostError:
+                    pass
+                except InputError as error:
+                    errors.append(str(error))
+                    return
+
+        askers = [threading.Thread(target=ask) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        time.sleep(1)
+    for asker in askers:
+        asker.join()
+    assert len(errors) == 3 and all("closed" in error for error in errors)

@@ -207,6 +207,17 @@ def test_broken_pairs_are_named_or_left_out_and_counted(pairs, held, config, tmp
         train("clip", short, made(whole, held, broken="skip"), settings(tmp_path / "nothing", round_steps=0))
 
 
+def test_a_round_of_which_nothing_is_whole_is_logged_and_the_training_goes_on(pairs, held, config, tmp_path):
+    folder = write_shards(tmp_path / "shards", pairs.train, (16,), broken=range(5))
+    run = train("clip", config, made(folder, held, broken="skip"), settings(tmp_path / "run", round_steps=1))
+    assert [row["samples"] for row in run.history] == [14, 16, 30, 32, 46, 48, 62, 64]
+    assert run.results["skipped"] == 4 * 5
+    empty = [number for number, row in enumerate(run.history) if "loss" not in row]
+    assert empty and all(number % 2 for number in empty), "the last two of a pass alone can be too few"
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        assert [number for number, row in enumerate(csv.DictReader(file)) if row["loss"] == ""] == empty
+
+
 def test_nothing_is_held_but_a_window_and_a_few_batches(pairs, held, tmp_path, monkeypatch):
     """Not the photos, not the names of files that are done with; 48 pairs in 24 files, windows of 6, 2 at a time."""
     folder = write_shards(tmp_path / "shards", pairs.train, (2,) * 24)

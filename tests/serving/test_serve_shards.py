@@ -1,6 +1,7 @@
 """`cmr-fast serve --ray` on a cluster of this machine: answers of one index, and what is said of a lost shard."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -63,7 +64,12 @@ def test_a_lost_shard_is_an_error_that_names_it_or_a_partial_answer_that_says_so
         for each in (client, partial):
             assert each.ask("/search", body).json == listed(one_of(CODES), CODES[:4], 6)
             assert each.ask("/health").status == 200
+        pid = ray.get(sharded.actors(2)[0].ready.remote(sharded._manifest.shards[2])).found
         ray.kill(sharded.actors(2)[0], no_restart=True)
+        for _ in range(600):  # until its process is gone it may answer yet
+            if not os.path.exists(f"/proc/{pid}"):
+                break
+            time.sleep(0.1)
         lost = client.ask("/search", body)
         assert lost.status == 503 and lost.json["shard"] == 2 and lost.headers["Retry-After"] == "5"
         assert lost.json["error"].startswith("shard 2 of 3 (100 codes) does not answer")
