@@ -45,6 +45,8 @@ def small(monkeypatch):
     monkeypatch.setattr(cmimh, "LONG", (8, 12))
     short = DJSRHConfig(epochs=1, image_hidden=8, text_hidden=8)
     monkeypatch.setattr(METHODS["djsrh"], "all_presets", classmethod(lambda cls: {"default": short}))
+    printed = replace(SMALL_CODES, inputs="raw", reconstruction="sum")
+    monkeypatch.setattr(METHODS["cmimh"], "all_presets", classmethod(lambda cls: {"paper": printed}))
 
 
 def table(out, name):
@@ -241,11 +243,27 @@ def test_cmimhs_tables_and_figures(pairs, tmp_path, monkeypatch):
         assert f"## {name}" in page
     assert "Not made" not in page and len(trained) == len(set(trained))
     tasks = table(out, "table-3")
-    assert {"I2I, CMIMH", "T2T, DJSRH", "I2T, random"} <= set(tasks)
+    assert {"I2I, CMIMH", "T2T, DJSRH", "I2T, random", "T2I, CMIMH, preset paper (as printed)"} <= set(tasks)
     assert tasks["I2T, CMIMH"][2:] == ["0.8068", "0.8193", "0.8292"]  # the paper's
     store = json.loads((out / "runs" / "own-45-default-8bits-seed0" / "scores.json").read_text())["scores"]
     assert tasks["T2T, CMIMH"][0] == f"{store['mAP@1k']['t2t']:.3f}"
     assert (out / "figure-2.png").exists() and sum(store["histogram"]["image"]) == pytest.approx(1)
+
+
+def test_a_printed_setting_that_diverges_is_said_and_the_table_made(pairs, tmp_path, monkeypatch):
+    train = loop.train
+
+    def diverging(method, config, data, run):
+        if "paper" in run.out.name:
+            raise InputError("cmimh: mi is no longer finite in epoch 1")
+        return train(method, config, data, run)
+
+    monkeypatch.setattr(loop, "train", diverging)
+    reproduce("cmimh", pairs, tmp_path / "out", tables=[3], seeds=1, quiet=True)
+    assert "(as printed) is not measured: cmimh: mi is no longer finite" in (tmp_path / "out" / "README.md").read_text()
+    assert {name for name in table(tmp_path / "out", "table-3") if "CMIMH" in name} == {
+        f"{task}, CMIMH" for task in ("I2T", "T2I", "I2I", "T2T")
+    }
 
 
 def test_cmimhs_protocol_says_what_differs_at_long_codes_and_from_djsrh(pairs, tmp_path, monkeypatch):
