@@ -280,7 +280,10 @@ def launched(run: Any) -> tuple[Any, Ranks]:
 @contextmanager
 def _hushed(quiet: bool) -> Iterator[None]:
     """Lightning tells what it begins with; not to one who asked for quiet."""
-    log = logging.getLogger("lightning.fabric")
+    import lightning.fabric  # noqa: F401  # which chooses the logger when it is imported
+    from lightning_utilities.core import rank_zero
+
+    log = cast(logging.Logger, rank_zero.log)
     before = log.level
     log.setLevel(logging.WARNING if quiet else before)
     try:

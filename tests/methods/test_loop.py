@@ -4,6 +4,8 @@ import math
 import multiprocessing
 import random
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -473,3 +475,14 @@ def test_a_minimal_method_runs(tmp_path):
     run = train(Minimal, None, small_dataset(), quick(tmp_path / "run"))
     assert not run.model.training
     assert run.history[1]["loss"] < run.history[0]["loss"]
+
+
+def test_quiet_is_quiet_from_the_first_import_on(tmp_path):
+    code = (
+        "from cmr_fast.data import load; from cmr_fast.methods.acmr import ACMRConfig; "
+        "from cmr_fast.methods.loop import RunConfig, train; "
+        f"run = RunConfig(out={str(tmp_path / 'run')!r}, quiet=True, precision='bf16-mixed', device='cpu'); "
+        "train('acmr', ACMRConfig(epochs=1, dim=8, image_hidden=8, text_hidden=8), load('shapes', count=60), run)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
