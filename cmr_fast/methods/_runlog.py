@@ -106,16 +106,7 @@ class RunLog:
 class SilentLog(RunLog):
     """Of ranks after the first: keeps the rows and writes nothing."""
 
-    def __init__(
-        self,
-        folder: Path,
-        history: list[dict[str, float]],
-        epochs: int,
-        title: str,
-        monitor: str,
-        quiet: bool,
-        samples: int = 0,
-    ) -> None:
+    def __init__(self, folder: Path, history: list[dict[str, float]], *_: object) -> None:
         self.history, self.quiet, self._bar = history, True, None
 
     def __exit__(self, *error: object) -> None:
