@@ -17,17 +17,18 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from cmr_fast._files import write_aside
 from cmr_fast.data import load
-from cmr_fast.data.pairs import PairedDataset, Pairs
+from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.methods.baselines import CCAITQ, PCASign, Random
-from cmr_fast.methods.cmimh import CMIMH, CMIMHConfig, Inputs
-from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_model, validate
+from cmr_fast.methods.cmimh import CMIMH, CMIMHConfig
+from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_model
 from cmr_fast.methods.loop import RunConfig, train
+from cmr_fast.methods.tuned_itq import TunedCCAITQ, tune
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "cmimh_wikipedia"
 TEXTS = {"lda": "SIFT / LDA (128-d, 10-d)", "tfidf": "SIFT / tf-idf (128-d, 1000-d)"}
@@ -45,16 +46,6 @@ RECONSTRUCTION = {16: 1.0, 32: 1.0, 64: 2.0}
 # Table IV's rows: I_JS, D_SKL, L_ind, L_bal
 ABLATION = ("1000", "0100", "1011", "0111", "1100", "1110", "1101", "1111")
 SWITCHES = ("lambda_mi", "lambda_skl", "lambda_ind", "lambda_bal")
-
-# CCA-ITQ's grid: input scaling, PCA before CCA (0: none), scaling after it, ridge, variates, power of the correlations
-GRID = {
-    "inputs": ("standard", "hellinger"),
-    "pca_dim": (0, 50),
-    "scale": ("each", "global"),
-    "ridge": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-    "dim": (None, 7),
-    "weight": (0.5, 1.0),
-}
 
 
 def measured(model: Any, data: PairedDataset) -> dict[str, Any]:
@@ -84,35 +75,6 @@ def run_cmimh(data: PairedDataset, config: CMIMHConfig, seed: int) -> dict[str, 
         )
         done = train("cmimh", config, data, run)
     return measured(done.model, data) | {"seconds": done.results["train_seconds"]}
-
-
-def tune_cca_itq(data: PairedDataset) -> dict[str, Any]:
-    """The best of GRID at 32 bits on a held-out fifth of the training split."""
-    held = data.hold_out(0.2, 0)
-    assert held.valid is not None
-    best: tuple[float, dict[str, Any]] = (-1.0, {})
-    for values in itertools.product(*GRID.values()):
-        options = dict(zip(GRID, values, strict=True))
-        fitted, valid = cca_itq(held.train, [held.valid], 32, 0, options)
-        score = validate(fitted, valid[0])["valid_map"]
-        if score > best[0]:
-            best = (score, options)
-    return best[1]
-
-
-def cca_itq(
-    train: Pairs, others: list[Pairs], bits: int, seed: int, options: dict[str, Any]
-) -> tuple[CCAITQ, list[Pairs]]:
-    """CCA-ITQ behind the same input stage as CMIMH; the other splits are returned in that stage's features."""
-    options = dict(options)
-    kind, pca_dim = options.pop("inputs"), options.pop("pca_dim")
-    stages = {m: Inputs(kind, getattr(train, m).shape[1], pca_dim) for m in ("image", "text")}
-    for modality, stage in stages.items():
-        stage.fit(getattr(train, modality))
-    mapped = [
-        Pairs(stages["image"](p.image), stages["text"](cast(torch.Tensor, p.text)), p.labels) for p in (train, *others)
-    ]
-    return CCAITQ(bits, **options, seed=seed).fit(mapped[0]), mapped[1:]
 
 
 def plan(seeds: int, ablation_seeds: int) -> list[dict[str, Any]]:
@@ -146,10 +108,9 @@ def work(job: dict[str, Any], data: PairedDataset, found: dict[str, Any]) -> dic
     if method == "CCA-ITQ":
         return measured(CCAITQ(bits, seed=seed).fit(data.train), data)
     if method == "CCA-ITQ, tuned":
-        options = found["tuned"].setdefault(job["text"], None) or tune_cca_itq(data)
-        found["tuned"][job["text"]] = options
-        fitted, (test,) = cca_itq(data.train, [data.query], bits, seed, options)
-        return measured(fitted, replace(data, train=test, query=test, database=test))
+        settings = found["tuned"].get(job["text"]) or tune(data)
+        found["tuned"][job["text"]] = settings
+        return measured(TunedCCAITQ(bits, settings, seed=seed).fit(data.train), data)
     if method == "CMIMH, defaults":
         return run_cmimh(data, replace(PRINTED, bits=bits, epochs=CHOSEN[job["text"]].epochs), seed)
     chosen = CHOSEN[job["text"]]
