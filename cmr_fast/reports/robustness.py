@@ -14,6 +14,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def attack_all(
     surrogate: Model | None = None,
     keep: Path | None = None,
     title: str = "attacking",
+    quiet: bool = False,
 ) -> dict[str, Outcome]:
     """Every attack of `names`.
 
@@ -141,6 +143,8 @@ def attack_all(
         model, other images or settings is made anew.
     title
         Of the progress bar.
+    quiet
+        No progress on the terminal.
 
     Returns
     -------
@@ -167,7 +171,8 @@ def attack_all(
     checksums = [0, 0] if keep is None else [_checksum(model, x, y, settings, other) for other in (None, surrogate)]
     result: dict[str, Outcome] = {}
     passes = {name: _passes(name, len(x), settings) for name in names}
-    with counting(sum(passes.values()), title) as advance, going_on(keep, result):
+    progress = nullcontext(lambda n: None) if quiet else counting(sum(passes.values()), title)
+    with progress as advance, going_on(keep, result):
         for name in names:
             file = None if keep is None else keep / f"{name}.json"
             checksum = checksums[registry.read(name).transfer]

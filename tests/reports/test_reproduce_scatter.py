@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -178,6 +179,21 @@ def test_trainings_side_by_side_are_those_one_after_the_other(out, tmp_path):
     jobs = Job(OURS, 0), Job(OURS, 0, (("batch_size", 40),))
     for here, there in zip(models(out, *jobs), models(tmp_path, *jobs), strict=True):
         assert all(torch.allclose(v, there.state_dict()[n], atol=1e-3) for n, v in here.state_dict().items())
+
+
+def test_attacks_side_by_side_are_those_one_after_the_other(out, tmp_path, monkeypatch):
+    shutil.copytree(out / "runs", tmp_path / "runs")
+    study = scatter.Robustness("shapes", tmp_path, 1, True, SIZE, 2)
+    victims, surrogates, transfers = [Job(PLAIN, 0), Job(OURS, 0)], [Job(PLAIN, 1), Job(OURS, 1)], ["transfer-pgd20"]
+    study.attack(victims, SIZE.white)
+    study.attack([Job(OURS, 0)], transfers, surrogates)
+    monkeypatch.setattr(robustness, "_run", lambda *a: pytest.fail("attacked again"))
+    before = study_of(out)
+    wanted = [(job, SIZE.white, None) for job in victims] + [(Job(OURS, 0), transfers, other) for other in surrogates]
+    for job, names, other in wanted:
+        ours, theirs = study.attacked(job, names, other), before.attacked(job, names, other)
+        for name in names:
+            assert torch.equal(ours[name].right, theirs[name].right) and ours[name].runs == theirs[name].runs
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -182,12 +182,14 @@ def _train(training: Training, out: Path, threads: int = 0) -> None:
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
-def in_processes(function: Callable[..., None], trainings: Sequence[tuple[Any, ...]], jobs: int, quiet: bool) -> None:
-    """function(*arguments) of each training in processes, `jobs` at a time, with progress unless quiet."""
-    jobs = min(jobs, len(trainings))
-    progress = nullcontext(lambda n: None) if quiet else counting(len(trainings), f"training, {jobs} at a time")
+def in_processes(
+    function: Callable[..., None], calls: Sequence[tuple[Any, ...]], jobs: int, quiet: bool, doing: str = "training"
+) -> None:
+    """function(*arguments) of each call in processes, `jobs` at a time, with progress unless quiet."""
+    jobs = min(jobs, len(calls))
+    progress = nullcontext(lambda n: None) if quiet else counting(len(calls), f"{doing}, {jobs} at a time")
     with progress as advance, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(function, *arguments) for arguments in trainings]
+        waiting = [pool.submit(function, *arguments) for arguments in calls]
         try:
             for done in as_completed(waiting):
                 done.result()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cmr_fast.data import ImageDataset, load_images
 from cmr_fast.errors import InputError
@@ -175,12 +176,29 @@ class Robustness(Study):
 
     def attacked(self, job: Job, names: Sequence[str], surrogate: Job | None = None) -> dict[str, Outcome]:
         """What attacks leave of a job's model; those that are there are not run again."""
-        keep = self.out / "attacks" / job.name
         other = None if surrogate is None else self.model(surrogate)
         return attack_all(
-            self.model(job), self.x, self.y, names, self.settings, surrogate=other,
-            keep=keep if surrogate is None else keep / surrogate.name, title=f"attacking {job.name}",
+            self.model(job), self.x, self.y, names, self.settings, surrogate=other, keep=self.kept(job, surrogate),
+            title=f"attacking {job.name}", quiet=self.quiet,
         )  # fmt: skip
+
+    def kept(self, job: Job, surrogate: Job | None = None) -> Path:
+        """The folder of a job's finished attacks, of those crafted on a surrogate one within."""
+        folder = self.out / "attacks" / job.name
+        return folder if surrogate is None else folder / surrogate.name
+
+    def attack(self, jobs: Sequence[Job], names: Sequence[str], surrogates: Sequence[Job | None] = (None,)) -> None:
+        """Train the jobs, and run the attacks that are not there yet, `self.jobs` models at a time on a processor."""
+        self.make([*jobs, *(surrogate for surrogate in surrogates if surrogate is not None)])
+        wanted = dict.fromkeys((job, surrogate, name) for job in jobs for surrogate in surrogates for name in names)
+        missing = [one for one in wanted if not (self.kept(*one[:2]) / f"{one[2]}.json").exists()]
+        if self.jobs > 1 and len(missing) > 1 and self.device == "cpu":
+            models: dict[Job | None, Method] = {job: self.model(job) for one in missing for job in one[:2] if job}
+            calls = [
+                (models[job], self.x, self.y, name, self.settings, self.kept(job, other), models.get(other))
+                for job, other, name in missing
+            ]
+            in_processes(_attack, calls, self.jobs, self.quiet, "attacking")
 
 
 def _train(job: Job, images: ImageDataset, size: Scale, out: Path, quiet: bool, threads: int = 0) -> None:
@@ -189,6 +207,13 @@ def _train(job: Job, images: ImageDataset, size: Scale, out: Path, quiet: bool, 
         threads=threads, **Scatter.protocol,
     )  # fmt: skip
     train(Scatter, job.config(size), images, run)
+
+
+def _attack(
+    model: Method, x: Tensor, y: Tensor, name: str, settings: Settings, keep: Path, surrogate: Method | None
+) -> None:
+    torch.set_num_threads(1)
+    attack_all(model, x, y, [name], settings, surrogate=surrogate, keep=keep, quiet=True)
 
 
 def percent(values: Sequence[float]) -> str:
@@ -206,8 +231,8 @@ def _lowest(outcomes: Sequence[Outcome]) -> str:
 
 def white_box(study: Robustness) -> list[Section]:
     """§2, and the tables' other rows."""
-    study.make([job for row in ROWS for job in study.victims(row)])
     rows, names = [], study.size.white
+    study.attack([job for row in ROWS for job in study.victims(row)], names)
     for row in ROWS:
         found = [study.attacked(job, names) for job in study.victims(row)]
         worst = percent([float(worst_case(outcomes).double().mean()) for outcomes in found])
@@ -228,8 +253,9 @@ def white_box(study: Robustness) -> list[Section]:
 
 def black_box(study: Robustness) -> list[Section]:
     """§1: crafted on an undefended network, and on one trained as the victim with another seed."""
-    study.make([*study.victims(OURS), study.surrogate(PLAIN), study.surrogate(OURS)])
     transfers, rows = study.size.transfers, []
+    surrogates = [study.surrogate(PLAIN), study.surrogate(OURS)]
+    study.attack(study.victims(OURS), [f"transfer-{attack}" for attack in transfers], surrogates)
     for name, row in (("undefended", PLAIN), ("siamese", OURS)):
         names = [f"transfer-{attack}" for attack in transfers]
         found = [study.attacked(job, names, study.surrogate(row)) for job in study.victims(OURS)]
@@ -242,11 +268,11 @@ def black_box(study: Robustness) -> list[Section]:
 
 def loss_plot(study: Robustness) -> list[Section]:
     """§3: the loss of PGD from 20 random starts."""
-    study.make([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)[:1]])
     steps, starts, rows = study.size.steps, study.size.starts, []
+    name = f"pgd{steps}x{starts}"
+    study.attack([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)[:1]], [name])
     bands: dict[str, np.ndarray] = {}
     for row in (PLAIN, MADRY, OURS):
-        name = f"pgd{steps}x{starts}"
         curves = np.asarray(study.attacked(study.victims(row)[0], [name])[name].curves)
         if not curves.size:  # every image was wrong before the attack
             continue
@@ -268,8 +294,8 @@ def loss_plot(study: Robustness) -> list[Section]:
 
 def local_search(study: Robustness) -> list[Section]:
     """§4: without gradients."""
-    study.make([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)])
     names, rows = ("clean", "local-search-pixels", "local-search"), []
+    study.attack([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)], names)
     for row in (PLAIN, MADRY, OURS):
         found = [study.attacked(job, names) for job in study.victims(row)]
         few = [[o[name].right[: study.size.few].double().mean().item() for o in found] for name in names]
@@ -284,8 +310,8 @@ def local_search(study: Robustness) -> list[Section]:
 
 def batch_size(study: Robustness) -> list[Section]:
     """Batch size, reviewer 3."""
-    study.make([job for size in study.size.batch_sizes for job in study.victims(OURS, batch_size=size)])
     sizes, name = study.size.batch_sizes, f"pgd{study.size.steps}"
+    study.attack([job for size in sizes for job in study.victims(OURS, batch_size=size)], [name])
     found = {n: [study.attacked(j, [name])[name].accuracy for j in study.victims(OURS, batch_size=n)] for n in sizes}
     caption = f"Batch size: accuracy of Feature Scattering under PGD-{study.size.steps} (rebuttal, reviewer 3)"
     lines = {"ours": {n: float(np.mean(found[n])) for n in sizes}}
@@ -298,8 +324,8 @@ def batch_size(study: Robustness) -> list[Section]:
 
 def smoothing(study: Robustness) -> list[Section]:
     """Label smoothing of both trainings, reviewer 3."""
-    study.make([job for row in (OURS, MADRY) for s in study.size.smoothings for job in study.victims(row, smoothing=s)])
     values, name, rows = study.size.smoothings, f"pgd{study.size.steps}", []
+    study.attack([job for row in (OURS, MADRY) for s in values for job in study.victims(row, smoothing=s)], [name])
     lines: dict[str, Mapping[float, float]] = {}
     for row in (OURS, MADRY):
         found = {s: [study.attacked(j, [name])[name].accuracy for j in study.victims(row, smoothing=s)] for s in values}
