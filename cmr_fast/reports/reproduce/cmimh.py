@@ -267,7 +267,7 @@ def table_2(study: Study) -> list[Section]:
 
 
 def table_3(study: Study) -> list[Section]:
-    """mAP@1000 of the four tasks beside other methods; but for the printed setting at 64 bits beside the paper's lengths."""
+    """mAP@1000 of the four tasks beside other methods, at 64 bits as well but for the printed setting."""
     rows = []
     _train_together(study, [(bits, {}) for bits in EVERY])
     methods, notes = [*RIVALS, "djsrh", "cmimh", PRINTED], [_protocol(study, max(EVERY), djsrh=True)]
