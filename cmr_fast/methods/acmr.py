@@ -24,7 +24,11 @@ SIMILARITIES = ("cosine", "ip", "labels")
 
 @dataclass(frozen=True)
 class ACMRConfig:
-    """ACMR's settings. A field that names no section is one on which the paper is silent; it was set by validation."""
+    """ACMR's settings. A field that names no section is one on which the paper is silent.
+
+    Its value is ours, the same for all data; of the data at hand validation chooses the similarity (where it is `auto`)
+    and the epoch.
+    """
 
     epochs: int = 200
     """Passes over the training split (Fig. 5 plots 200); validation may stop earlier."""
@@ -40,7 +44,8 @@ class ACMRConfig:
     """Hidden units of the modality classifier, f -> 50 -> 2 (4.1.2)."""
     alpha: float = 1.0
     """Weight of the inter-modal invariance loss (Eq. 8), from 4.1.2's grid by validation on Wikipedia, as beta is. The
-    losses here are means; the paper's sums over triplets were best with alpha and beta in [0.01, 0.1] (4.3.4)."""
+    losses here are means; the paper has sums over triplets, and alpha and beta best in [0.01, 0.1] on deep features
+    (4.3.4, whose text has the two the other way round than Eq. 8)."""
     beta: float = 10.0
     """Weight of the intra-modal discrimination loss (Eq. 8)."""
     terms: Literal["full", "imi", "imd"] = "full"
@@ -52,7 +57,7 @@ class ACMRConfig:
     adversary_schedule: Literal["constant", "ganin"] = "constant"
     """constant as in the paper; ganin multiplies by 2 / (1 + exp(-10 progress)) - 1, as the authors' code does."""
     classifier_rate: float = 0.05
-    """lambda of Algorithm 1, line 8 (4.1.2): the modality classifier's learning rate over the projectors'."""
+    """lambda of Algorithm 1, line 8 (4.1.2): the modality classifier's learning rate over the image side's."""
     triplet_weight: float = 0.05
     """lambda of Eq. 4-5 (4.1.2): weight of the hinge on irrelevant pairs."""
     margin: float = 10.0
@@ -115,8 +120,9 @@ class ACMRConfig:
             )
 
 
-# As printed where something is: triplets summed (Eq. 4-5), alpha and beta from the region of 4.3.4, the subspace itself
-# compared, though 4.1.3 does not say by what.
+# As printed where something is: triplets summed (Eq. 4-5), one point of 4.3.4's region of alpha and beta (of deep
+# features; 4.1.2 chose a pair a data set), the subspace itself compared, though 4.1.3 does not say by what. Rate,
+# margin, dropout, scaling and weight of L_reg are ours.
 _PAPER = ACMRConfig(alpha=0.1, beta=0.1, triplet_reduction="sum", similarity="cosine", reg=1.0)
 
 # Chosen by validation mAP on held-out fifths of the training split (bench/experiments/acmr_wikipedia.py); what is not

@@ -60,12 +60,15 @@ def table(out, name):
 def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["reproduce", "acmr", "--data", pairs, "--table", "5", "--seeds", "2", "--out", str(out)]) == 0
-    rows = table(out, "table-5")
-    assert rows["paper: full"][:3] == ["0.509", "0.431", "0.470"]
+    assert table(out, "table-5.-the-paper")["Pascal Sentences, full"] == ["0.535", "0.486", "0.511"]
+    rows = table(out, "table-5.-the-terms")
     stores = [out / "runs" / f"own-6-default-seed{seed}" / "scores.json" for seed in (0, 1)]
     runs = [json.loads(store.read_text())["scores"] for store in stores]
     mean = sum(run["all"]["i2t"] for run in runs) / 2
     assert rows["full"][0].startswith(f"{mean:.3f} ± ")
+    assert rows["full"][8] == " ".join(str(run["best_epoch"]) for run in runs)
+    assert rows[acmr.PLAIN][6] == "-" and float(rows["full"][6].split()[0]) <= 1
+    assert rows[acmr.LONG][6::2] == ["-", "30 30"]  # nothing held out, the last weights
     assert "Table 5" in (out / "README.md").read_text() and "<table>" in (out / "index.html").read_text()
     assert acmr._protocol("wikipedia") == (  # of its rows' preset alone
         "Epochs are chosen by validation mAP. wikipedia: a share of 0.2 held out, patience 6."
@@ -73,7 +76,7 @@ def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(("paper", "number", "name"), [("acmr", 5, "table-5"), ("cmimh", 3, "table-3")])
+@pytest.mark.parametrize(("paper", "number", "name"), [("acmr", 5, "table-5.-the-terms"), ("cmimh", 3, "table-3")])
 def test_trainings_side_by_side_give_the_table_of_those_one_after_the_other(pairs, tmp_path, paper, number, name):
     tables = []
     for jobs in (1, 2):
@@ -83,7 +86,7 @@ def test_trainings_side_by_side_give_the_table_of_those_one_after_the_other(pair
     one, other = tables
     assert one.keys() == other.keys() and one.pop("") == other.pop("")
     for row, cells in one.items():
-        numbers, same = ([float(cell or "nan") for cell in x] for x in (cells, other[row]))
+        numbers, same = ([float(cell.strip("-") or "nan") for cell in x] for x in (cells, other[row]))
         assert numbers == pytest.approx(same, abs=0.02, nan_ok=True), row  # sums of another number of threads
     assert len(list((tmp_path / "2" / "runs").glob("*/scores.json"))) == len(list((tmp_path / "1" / "runs").iterdir()))
 
@@ -96,14 +99,14 @@ def test_no_job_is_refused_before_data_are_read(tmp_path):
 def test_what_is_there_is_not_made_again_and_other_settings_are_refused(pairs, tmp_path, monkeypatch):
     out = tmp_path / "out"
     reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
-    before = table(out, "table-5")
+    before = table(out, "table-5.-the-terms")
 
     def refuse(*_, **__):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("cmr_fast.methods.loop.train", refuse)
     reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
-    assert table(out, "table-5") == before
+    assert table(out, "table-5.-the-terms") == before
     monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", replace(SMALL, epochs=3)))
     with pytest.raises(InputError, match="other settings or data"):
         reproduce("acmr", pairs, out, tables=[5], seeds=1, quiet=True)
@@ -172,23 +175,65 @@ def test_other_commands_know_the_data_of_a_run(pairs, tmp_path, capsys):
     assert "own" in capsys.readouterr().out
 
 
-def test_the_order_of_the_terms_is_told_with_its_error():
-    def runs(*values):
-        return [{"all": {"average": value}} for value in values]
+def runs(*values, told=0.9, probe=0.99):
+    """Runs of these mAP(all), a tenth higher by the other convention."""
+    return [
+        {"all": {"average": value}, "topk_hits@50": {"average": value + 0.1},
+         "modality": {"classifier_accuracy": told, "probe_accuracy": probe}}
+        for value in values
+    ]  # fmt: skip
 
-    parts = dict.fromkeys(
-        ("imi only", "imi only, alpha 10, lambda 1", "imd only", "full, no adversary"), runs(0.2, 0.3)
+
+def test_the_order_of_the_terms_is_of_the_papers_rows_alone_with_its_error_and_seeds():
+    found = {"imd only": runs(0.2, 0.3), "full": runs(0.24, 0.36), acmr.PLAIN: runs(0.1, 0.1)}
+    told = acmr.order(found)
+    assert "'imd only': mAP(all) +0.0500 ± 0.0100 (+0.0400 +0.0600), mAP@50 hits +0.0500 ± 0.0100" in told
+    assert "no adversary" not in told and "One seed" not in told
+    told = acmr.order({name: rows[:1] for name, rows in found.items()})
+    assert "'imd only': mAP(all) +0.0400, mAP@50 hits +0.0400." in told and "One seed cannot tell" in told
+
+
+def test_an_adversary_is_judged_beside_its_like_without_one():
+    found = {
+        "full": runs(0.24, 0.36), acmr.PLAIN: runs(0.2, 0.3), "full, 30 epochs, slow": runs(0.2, 0.3, told=0.8),
+        acmr.LONG: runs(0.3, 0.3, probe=1.0), "imd only": runs(0.0, 0.0, probe=0.0),
+    }  # fmt: skip
+    told = acmr.adversaries(found)
+    assert "'full': D is right on 0.900, a fresh probe on 0.990 (0.990 without); mAP(all) +0.0500" in told
+    assert (
+        "'full, 30 epochs, slow': D is right on 0.800, a fresh probe on 0.990 (1.000 without); mAP(all) -0.0500" in told
     )
-    told = acmr.order(parts | {"full": runs(0.24, 0.36)})
-    assert "+0.050 over 'imd only' (standard error 0.010)" in told
-    assert "One seed" not in told
-    told = acmr.order({name: found[:1] for name, found in (parts | {"full": runs(0.24, 0.36)}).items()})
-    assert "+0.040 over 'imd only'" in told and "One seed cannot tell" in told
+    assert "In none of these rows" in told and "imd" not in told
+    told = acmr.adversaries(found | {"full": runs(0.24, 0.36, probe=0.9)})
+    assert "A fresh probe does worse (by 0.02) than without an adversary in: full." in told
+
+
+def test_what_the_paper_prints_stands_apart_and_says_where_it_is_not_its_own_mean():
+    section = acmr._paper("title", acmr.DEEP)
+    assert section.rows[1] == ["Multimodal DBN", "0.204", "0.183", "0.194"] and len(section.rows) == 10
+    assert section.notes[1:] == ["ACMR's printed average 0.546 is not the mean of its row, 0.554."]
+    assert "Bimodal-AE's printed average 0.458" in acmr._paper("title", acmr.TABLE_3["Pascal Sentences"]).notes[1]
+    assert len(acmr._paper("title", acmr.SHALLOW).notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("bonus", None),
+        ("pascal-sentence", "Pascal Sentences"),
+        ("nuswide10k", "NUS-WIDE-10k"),
+        ("nus_wide", "NUS-WIDE-10k"),
+    ],
+)
+def test_data_are_the_papers_by_a_word_of_their_name(name, theirs):
+    assert acmr.paper_of(name) == theirs
 
 
 def test_what_a_preset_changes_of_the_paper_is_named():
     told = acmr.departures("wikipedia")
     assert "beta 10.0 (0.1)" in told and "inner_steps 1 (5)" in told and "dim" not in told
+    told = acmr.printed()
+    assert "alpha 0.1 and beta 0.1" in told and "the rate 0.0002, margin 10" in told and "1/m is left out" in told
 
 
 def test_bad_requests_are_refused(pairs, tmp_path, capsys):
@@ -223,6 +268,8 @@ def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, mon
     drawn = {path.name for path in out.glob("*.png")}
     assert {"figure-4-a.png", "figure-4-b.png", "figure-4-c.png", "figure-5.png", "figure-6-alpha.png"} <= drawn
     assert len(trained) == len(set(trained)), "a setting that items share is trained once"
+    assert "(a) and (b) are of 'imi only, alpha 10, lambda 1'" in page
+    assert {"own-6-default-terms-imi-alpha-10.0-triplet-weight-1.0-adversary-0.0-seed0"} <= set(trained)
     steps = table(out, "figure-6.-inner")
     assert list(steps) == ["inner_steps", "1", "2"]
     curves = table(out, "figure-3")
