@@ -247,10 +247,11 @@ def _terms(study: Study, dataset: PairedDataset, title: str, variants: Mapping[s
         if variants[name].get("adversary") == 0:
             told[0] = "-"
         rows.append([*_row(name, runs), *told, " ".join(str(run["best_epoch"]) for run in runs)])
+    fixed = " Rows of 30 epochs train on all pairs that long and keep the last weights." if LONG in variants else ""
     text_rate = f", the text projector's {base.text_rate:g} times that" if base.text_rate != 1 else ""
     notes = [
         f"Images of {dataset.image_dim} features, texts of {dataset.text_dim}. Preset {preset}; what a row changes is "
-        f"in its name. {_protocol(preset)} Rows of 30 epochs train on all pairs that long and keep the last weights.",
+        f"in its name. {_protocol(preset)}{fixed}",
         departures(preset),
         f"D is right: the modality classifier's accuracy on the queries, 0.5 at chance, below it where D has not "
         f"followed the projectors; -: it is not trained. Its rate is {base.classifier_rate:g} (Algorithm 1's lambda) "
