@@ -7,14 +7,17 @@ An item is a table or figure of a paper. Its function gets the study (runs, data
 import csv
 import html
 import json
+import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 from cmr_fast._files import write_aside
@@ -188,7 +191,8 @@ def in_processes(
     """function(*arguments) of each call in processes, `jobs` at a time, with progress unless quiet."""
     jobs = min(jobs, len(calls))
     progress = nullcontext(lambda n: None) if quiet else counting(len(calls), f"{doing}, {jobs} at a time")
-    with progress as advance, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with progress as advance, ProcessPoolExecutor(jobs, spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         waiting = [pool.submit(function, *arguments) for arguments in calls]
         try:
             for done in as_completed(waiting):
@@ -197,6 +201,17 @@ def in_processes(
         except BaseException:  # Ctrl-C too: what has not begun is left out
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with(parent: int) -> None:
+    """End this process where its parent was killed: it would train on for nobody, and hold the run's folder."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def changed(config: Any, **values: Any) -> Any:

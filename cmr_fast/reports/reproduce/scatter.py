@@ -98,8 +98,8 @@ SCALES = {
     "small": Scale(
         {**_SMALL_NET, "epochs": 12}, train=10000, images=500, few=50,
         white=("clean", "fgsm-random", "pgd20", "cw20", "pgd100x5", "cw100x5", "apgd-t"),
-        transfers=("pgd20", "pgd100", "cw20", "cw100"), steps=100, starts=20, batch_sizes=tuple(PAPER_BATCH_SIZE),
-        smoothings=(0.0, 0.2, 0.5, 0.8), precision="bf16-mixed",
+        transfers=("pgd20", "pgd100", "cw20", "cw100"), steps=100, starts=20, batch_sizes=(40, 60, 80),
+        smoothings=(0.0, 0.5, 0.8), precision="bf16-mixed",
     ),
     "paper": Scale(
         {}, train=None, images=10000, few=1000,
