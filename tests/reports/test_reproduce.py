@@ -373,16 +373,6 @@ def test_total_correlation_is_near_nothing_for_independent_bits_and_large_for_co
     assert abs(cmimh.total_correlation(bits)) < 0.3 < 1.5 < cmimh.total_correlation(copies)
 
 
-def test_the_verdict_says_whether_the_gap_stays():
-    def runs(probe, score):
-        return [{"modality": {"probe_accuracy": probe}, "all": {"average": score}}]
-
-    found = {"imi only": runs(0.5, 0.1), "full": runs(0.99, 0.3), "full, no adversary": runs(0.99, 0.3)}
-    assert "the gap stays" in acmr.verdict(found)
-    found["full, D's rate 20 times that"] = runs(0.7, 0.32)
-    assert "hides the modality" in acmr.verdict(found) and "+0.020" in acmr.verdict(found)
-
-
 def test_spread_is_mean_and_deviation():
     assert common.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100" and common.spread([0.25]) == "0.250"
 
