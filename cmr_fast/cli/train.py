@@ -42,8 +42,8 @@ class TrainingData(DataFlags):
     features: str | None = None
     """Text features, where the data set has several (Wikipedia: lda, tfidf). None: the first."""
     preset: str = "default"
-    """Settings to start from, which the flags below then change: `default`, `paper` (as printed, as far as it is), or made for
-    a data set (see Presets above). It sets the method's config, and what its protocol says of the run."""
+    """Settings to start from, which the flags below then change: `default`, `paper` (as printed, as far as it is), or
+    made for a data set (see Presets above). It sets the method's config, and what its protocol says of the run."""
     adversarial: tuple[int, ...] = ()
     """Of a hashing method: after the training, fine-tune it on so many adversarial samples of CMLA as well, in a run of
     its own for each number and one on none for comparison, and attack every one anew. None: no such training."""
