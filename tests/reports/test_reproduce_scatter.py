@@ -196,6 +196,25 @@ def test_attacks_side_by_side_are_those_one_after_the_other(out, tmp_path, monke
             assert torch.equal(ours[name].right, theirs[name].right) and ours[name].runs == theirs[name].runs
 
 
+def test_the_loss_plot_attacks_its_first_images_and_quiet_says_nothing(out, tmp_path, monkeypatch):
+    shutil.copytree(out / "runs", tmp_path / "runs")
+    seen, said, attack, counting = [], [], scatter.attack_all, robustness.counting
+
+    def attacked(model, x, y, *rest, **options):
+        seen.append(x)
+        return attack(model, x, y, *rest, **options)
+
+    monkeypatch.setattr(scatter, "attack_all", attacked)
+    monkeypatch.setattr(robustness, "counting", lambda total, what: said.append(what) or counting(total, what))
+    monkeypatch.setattr(scatter, "PLOTTED", 5)
+    study = study_of(tmp_path)
+    (section,) = scatter.loss_plot(study)
+    assert len(seen) == 3 and all(torch.equal(x, study.x[:5]) for x in seen)
+    assert "over those of 5 images" in section.notes[0] and not said
+    scatter.Robustness("shapes", tmp_path, 1, False, SIZE, 1).attacked(Job(PLAIN, 0), ["pgd3x2"])
+    assert said == ["attacking plain-seed0"]
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(scatter.SCALES, "tiny", SIZE)
     folder = tmp_path / "out"

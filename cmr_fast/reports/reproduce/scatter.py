@@ -183,8 +183,7 @@ class Robustness(Study):
         other = None if surrogate is None else self.model(surrogate)
         return attack_all(
             self.model(job), self.x[:images], self.y[:images], names, self.settings, surrogate=other,
-            keep=self.kept(job, surrogate),
-            title=f"attacking {job.name}", quiet=self.quiet,
+            keep=self.kept(job, surrogate), title=f"attacking {job.name}", quiet=self.quiet,
         )  # fmt: skip
 
     def kept(self, job: Job, surrogate: Job | None = None) -> Path:
@@ -295,9 +294,9 @@ def loss_plot(study: Robustness) -> list[Section]:
     head = ["network", f"loss at step {steps}, mean", "deviation over starts", "of the rise in the last fifth"]
     note = (
         f"The mean cross entropy over those of {min(PLOTTED, len(study.x))} images that are right without an attack, "
-        f"from {starts} random starts, seed 0 "
-        "of each training; the band is from the lowest start to the highest. The rebuttal says that it rises "
-        "consistently and plateaus quickly, with relatively small variance, and prints no number."
+        f"from {starts} random starts, seed 0 of each training; the band is from the lowest start to the highest. The "
+        "rebuttal says that it rises consistently and plateaus quickly, with relatively small variance, and prints no "
+        "number."
     )
     return [Section(caption, head, rows, [note], [("loss-starts.png", caption)])]
 
