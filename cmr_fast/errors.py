@@ -1,4 +1,4 @@
-"""The one exception that every public function raises for bad input."""
+"""The exception that every public function raises for bad input, and its kind for trainings that diverge."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it as one line; anything else that escapes is a bug and keeps its traceback.
     """
+
+
+class DivergedError(InputError):
+    """A training's loss, weights or embeddings are no longer finite: its settings do not fit the data."""

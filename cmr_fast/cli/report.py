@@ -145,11 +145,6 @@ class Report(DataFlags):
 
 
 def _names(runs: tuple[Path, ...]) -> list[str]:
-    """Folder names, with their parents' where two are the same."""
-    folders = [folder_of(path.resolve()) for path in runs]
-    short = [folder.name for folder in folders]
-    longer = [f"{folder.parent.name}-{folder.name}" for folder in folders]
-    for names in (short, longer):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{number + 1}-{name}" for number, name in enumerate(short)]
+    from cmr_fast.reports.page import folder_names
+
+    return folder_names([folder_of(path) for path in runs])

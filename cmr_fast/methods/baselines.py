@@ -136,14 +136,13 @@ class SemanticMatching(Baseline):
 
     def fit(self, train: Pairs) -> Self:
         """Learn from the training pairs and their labels. InputError as in `Baseline`."""
-        labels = train.labels.cpu()
-        targets = F.one_hot(labels) if labels.ndim == 1 else labels
-        self._targets = targets.double() / targets.sum(1, keepdim=True).clamp(min=1)
+        self._targets = label_distributions(train.labels)
         return super().fit(train)
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (image, text) from centred features (N, d_image) and (N, d_text)."""
-        fitted = {m: self._regression(x) for m, x in zip(MODALITIES, (image, text), strict=True)}
+        sides = zip(MODALITIES, (image, text), strict=True)
+        fitted = {m: softmax_regression(x, self._targets, self.penalty) for m, x in sides}
         self.bias = {m: bias for m, (_, bias) in fitted.items()}
         return fitted["image"][0], fitted["text"][0]
 
@@ -151,22 +150,30 @@ class SemanticMatching(Baseline):
         """(N, D) raw features -> float32 (N, classes), label distributions. InputError as in `Baseline`."""
         return (super().encode(modality, features).double() + self.bias[modality]).softmax(dim=1).float()
 
-    def _regression(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        classes = self._targets.shape[1]
-        weight = x.new_zeros(x.shape[1], classes, requires_grad=True)
-        bias = x.new_zeros(classes, requires_grad=True)
-        solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
 
-        def closure() -> Tensor:
-            solver.zero_grad()
-            loss = F.cross_entropy(x @ weight + bias, self._targets, reduction="sum")
-            loss = (loss + self.penalty / 2 * weight.square().sum()) / len(x)
-            torch.autograd.backward(loss)
-            return loss
+def label_distributions(labels: Tensor) -> Tensor:
+    """Class ids (N,) or multi-hot rows (N, C) -> float64 (N, C): a row y as y / sum(y), one without labels nothing."""
+    labels = labels.cpu()
+    targets = F.one_hot(labels) if labels.ndim == 1 else labels
+    return targets.double() / targets.sum(1, keepdim=True).clamp(min=1)
 
-        with torch.enable_grad():
-            solver.step(closure)
-        return weight.detach(), bias.detach()
+
+def softmax_regression(x: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weights (D, C) and bias (C,) that fit x (N, D) to distributions (N, C), `penalty` times |W|^2 / 2 added."""
+    weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)
+    bias = x.new_zeros(targets.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, targets, reduction="sum")
+        loss = (loss + penalty / 2 * weight.square().sum()) / len(x)
+        torch.autograd.backward(loss)
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return weight.detach(), bias.detach()
 
 
 class CCAITQ(Baseline):

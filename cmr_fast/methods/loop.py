@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmr_fast.data.streamed import Share, StreamedDataset, StreamedImages
-from cmr_fast.errors import InputError
+from cmr_fast.errors import DivergedError, InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods._ranks import Ranks, alone, facts_of, launched
 from cmr_fast.methods._runfolder import (
@@ -88,7 +88,8 @@ def train(
     Over ranks (`run.devices`, or torchrun) rank 0 alone writes; every rank returns the same results, but for seconds.
 
     Raises InputError for bad settings, a run folder that holds something already, a checkpoint that is damaged or of
-    other settings, a loss that is no longer finite, and ranks that differ; RankLostError where a rank has ended.
+    other settings, and ranks that differ; DivergedError, its kind, for a loss that is no longer finite; RankLostError
+    where a rank has ended.
     """
     kind = METHODS[method] if isinstance(method, str) else method
     config = kind.Config() if config is None else config
@@ -213,7 +214,7 @@ def _rounds(
                     try:
                         scores = ranks.on_first(partial(dict, model.validate(dataset.valid)))
                     except InputError as error:
-                        raise InputError(
+                        raise DivergedError(
                             f"{kind.name}: validation after epoch {state.epoch}: {error}. A checkpoint, if there is "
                             "one, holds an earlier epoch; where embeddings are not finite, lower the learning rate"
                         ) from error
@@ -428,7 +429,7 @@ def _round(
         if not wrong and not whole(value.detach().isfinite().all())
     ]
     if wrong:
-        raise InputError(
+        raise DivergedError(
             f"{model.name}: {wrong[0]} is no longer finite in epoch {number}; a checkpoint, if there is one, holds an "
             "earlier epoch. Expected finite losses: lower the learning rate or the weight of that term"
         )

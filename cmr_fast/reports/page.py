@@ -43,6 +43,17 @@ def write_page(
         )  # fmt: skip
 
 
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """Names that tell folders apart: their own, with their parents' where two are the same, else with numbers."""
+    whole = [folder.resolve() for folder in folders]
+    short = [folder.name for folder in whole]
+    longer = [f"{folder.parent.name}-{folder.name}" for folder in whole]
+    for names in (short, longer):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number + 1}-{name}" for number, name in enumerate(short)]
+
+
 _FIGURE = '<figure><img src="{file}" alt="{caption}"><figcaption>{caption}</figcaption></figure>\n'
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>cmr-fast report</title>

@@ -16,14 +16,14 @@ from cmr_fast.errors import InputError
 from cmr_fast.methods._runfolder import CONFIG, read_json, read_run
 from cmr_fast.methods.evaluation import averaged, encode_all, evaluate_many
 from cmr_fast.reports import figures
-from cmr_fast.reports.page import write_page
+from cmr_fast.reports.page import folder_names, write_page
 
 if TYPE_CHECKING:
     from cmr_fast.data.pairs import PairedDataset
     from cmr_fast.retrieval.metrics import RetrievalResult
 
 CUT = 50
-TSNE_POINTS = 1000
+TSNE_POINTS, TSNE_LEAST = 1000, 5
 _CHEAP_CCA = 2048  # CCA takes an eigendecomposition of each feature covariance
 
 
@@ -190,11 +190,11 @@ def write_report(
     scores: list[Score] = []
     pages: list[tuple[str, str]] = []  # (file, caption)
     groups: dict[str, list[int]] = {}
-    for number, (_, _, dataset) in enumerate(runs):
-        groups.setdefault(dataset.name, []).append(number)
+    for number, data in enumerate(_data_names([dataset for _, _, dataset in runs])):
+        groups.setdefault(data, []).append(number)
     for data, members in groups.items():
-        dataset = runs[members[0]][2]
-        group = [score(names[i], runs[i][1], runs[i][2]) for i in members]
+        dataset = replace(runs[members[0]][2], name=data)
+        group = [score(names[i], runs[i][1], replace(runs[i][2], name=data)) for i in members]
         means = _over_seeds(group, [runs[i] for i in members])
         if with_baselines:
             models = [runs[i][1] for i in members]
@@ -259,20 +259,25 @@ def draw_run(
         file = f"losses{suffix}.png"
         figures.plot_losses(out / file, f"Training of {name}, {dataset.name}", history["epoch"].tolist(), panels)
         drawn.append((file, f"Losses and validation mAP by epoch (ACMR, Fig. 5), {name}"))
-    if min(tsne_points, len(dataset.query)) >= 5:
-        rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:tsne_points])
-        how = "subspace" if hasattr(model, "subspace") else "encode"
-        points = {m: encode_all(model, m, getattr(dataset.query, m), how).numpy()[rows] for m in ("image", "text")}
-        if not model.binary and model.metric == "cosine":
-            points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
-        elif model.binary:
-            points = {m: np.where(x >= 0, 1.0, -1.0) for m, x in points.items()}
-        labels = None if dataset.query.multi_label else dataset.query.labels.numpy()[rows]
+    shown = min(tsne_points, len(dataset.query))
+    if shown >= TSNE_LEAST:
         file = f"tsne{suffix}.png"
-        title = f"t-SNE of {name}, {dataset.name}"
-        figures.plot_tsne(out / file, title, points["image"], points["text"], labels, dataset.class_names)
-        drawn.append((file, f"t-SNE of {len(rows)} query pairs in the common space (ACMR, Fig. 4), {name}"))
+        draw_tsne(out / file, f"t-SNE of {name}, {dataset.name}", model, dataset, shown)
+        drawn.append((file, f"t-SNE of {shown} query pairs in the common space (ACMR, Fig. 4), {name}"))
     return drawn
+
+
+def draw_tsne(path: Path, title: str, model: Any, dataset: "PairedDataset", shown: int) -> None:
+    """t-SNE of `shown` query pairs, drawn by lot, where the model ranks them; of codes as signs."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(dataset.query))[:shown])
+    how = "subspace" if hasattr(model, "subspace") else "encode"
+    points = {m: encode_all(model, m, getattr(dataset.query, m), how).numpy()[rows] for m in ("image", "text")}
+    if not model.binary and model.metric == "cosine":
+        points = {m: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for m, x in points.items()}
+    elif model.binary:
+        points = {m: np.where(x >= 0, 1.0, -1.0) for m, x in points.items()}
+    labels = None if dataset.query.multi_label else dataset.query.labels.numpy()[rows]
+    figures.plot_tsne(path, title, points["image"], points["text"], labels, dataset.class_names)
 
 
 def read_history(run: Path) -> dict[str, np.ndarray]:
@@ -319,15 +324,37 @@ def write_index(out: Path, scores: Sequence[Score], pages: Sequence[tuple[str, s
 
 
 def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
-    """Short names: method, bits, seed; the folder's name too where two would be the same."""
+    """Short names: method, bits, seed; where two would be the same the folder's name, with its parent's if need be."""
     names = []
     for path, model in runs:
         run = read_run(path if path.is_dir() else path.parent)
         seed = None if run is None else run["seed"]
         bits = _bits(model)
         names.append(model.name.upper() + (f", {bits} bits" if bits else "") + (f", seed {seed}" if seed else ""))
-    folders = [path.name if path.is_dir() else path.parent.name for path, _ in runs]
+    folders = folder_names([path if path.is_dir() else path.parent for path, _ in runs])
     return [n if names.count(n) == 1 else f"{n} ({folder})" for n, folder in zip(names, folders, strict=True)]
+
+
+def _data_names(datasets: "Sequence[PairedDataset]") -> list[str]:
+    """The data sets' names, one for what is the same to rank; where others share it with sizes, and then a number."""
+
+    def size(values: Any) -> str:
+        return "x".join(map(str, getattr(values, "shape", ())[1:]))
+
+    ranked = []
+    for d in datasets:
+        sizes = f"images of {size(d.query.image)} and texts of {size(d.query.text)}"
+        ranked.append((d.name, sizes, d.query.fingerprint(), d.database.fingerprint()))
+    labels: dict[tuple[Any, ...], str] = {}
+    for one in ranked:
+        name, sizes = one[:2]
+        several = len({other[1] for other in ranked if other[0] == name}) > 1
+        labels[one] = f"{name}, {sizes}" if several else name
+    for shared in set(labels.values()):
+        same = [one for one, label in labels.items() if label == shared]
+        if len(same) > 1:
+            labels |= {one: f"{shared} ({number})" for number, one in enumerate(same, 1)}
+    return [labels[one] for one in ranked]
 
 
 def _bits(model: Any) -> int | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small import ACMR_SMALL, KILLED_EPOCHS, small_dataset, train_small
 
-from cmr_fast.errors import InputError
+from cmr_fast.errors import DivergedError, InputError
 from cmr_fast.methods import METHODS, checkpoint
 from cmr_fast.methods.acmr import ACMR
 from cmr_fast.methods.grid import grid_search
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
             return logged
 
     folder = tmp_path / "run"
-    with pytest.raises(InputError, match="imd_loss is no longer finite in epoch 4"):
+    with pytest.raises(DivergedError, match="imd_loss is no longer finite in epoch 4"):
         train(Exploding, ACMR_SMALL, small_dataset(), quick(folder))
     tensors, meta = checkpoint.load(folder / "checkpoint.safetensors", "checkpoint")
     assert meta["state"]["epoch"] == 3 and all(value.isfinite().all() for value in tensors.values())

@@ -1,9 +1,11 @@
 import csv
 import json
+import math
 import multiprocessing
 import os
+import signal
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,16 @@ import torch
 from cmr_fast.cli import main
 from cmr_fast.data import load, save_pairs
 from cmr_fast.data.pairs import PairedDataset, Pairs
-from cmr_fast.errors import InputError
+from cmr_fast.errors import DivergedError, InputError
 from cmr_fast.methods import METHODS, loop
+from cmr_fast.methods._runfolder import held
 from cmr_fast.methods.acmr import ACMRConfig
 from cmr_fast.methods.baselines import CCAITQ
 from cmr_fast.methods.cmimh import CMIMHConfig
 from cmr_fast.methods.djsrh import DJSRHConfig
 from cmr_fast.methods.evaluation import evaluate_model
 from cmr_fast.methods.tuned_itq import TunedCCAITQ
+from cmr_fast.ops._dispatch import choose_threads
 from cmr_fast.reports.reproduce import acmr, cmimh, common, reproduce
 
 SMALL = ACMRConfig(
@@ -41,13 +45,21 @@ def pairs(tmp_path):
     return str(tmp_path / "own.npz")
 
 
+@pytest.fixture
+def with_valid(pairs, tmp_path):
+    """The same with 15 of the training pairs as a validation split of its own."""
+    data = load(pairs)
+    valid, train = (data.train.select(torch.arange(*rows)) for rows in ((0, 15), (15, 45)))
+    save_pairs(tmp_path / "split.npz", replace(data, name="split", train=train, valid=valid))
+    return str(tmp_path / "split.npz")
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(acmr, "settings_of", lambda dataset: ("default", SMALL))
     monkeypatch.setattr(cmimh, "settings_of", lambda dataset: ("default", SMALL_CODES))
-    monkeypatch.setattr(cmimh, "SHORT", (8, 12))
-    monkeypatch.setattr(cmimh, "LONG", (8, 12))
-    monkeypatch.setattr(cmimh, "EVERY", (8, 12))
+    for lengths in ("SHORT", "LONG", "EVERY"):
+        monkeypatch.setattr(cmimh, lengths, (8, 12, 16))
     short = DJSRHConfig(epochs=1, image_hidden=8, text_hidden=8)
     monkeypatch.setattr(METHODS["djsrh"], "all_presets", classmethod(lambda cls: {"default": short}))
     printed = replace(SMALL_CODES, inputs="raw", reconstruction="sum")
@@ -73,7 +85,7 @@ def test_a_table_from_the_command_line_with_the_papers_numbers_beside(pairs, tmp
     assert rows[acmr.PLAIN][6] == "-" and float(rows["full"][6].split()[0]) <= 1
     assert rows[acmr.LONG][6::2] == ["-", "30 30"]  # nothing held out, the last weights
     assert "Table 5" in (out / "README.md").read_text() and "<table>" in (out / "index.html").read_text()
-    assert acmr._protocol("wikipedia") == (  # of its rows' preset alone
+    assert acmr._protocol(load(pairs), "wikipedia") == (  # of its rows' preset alone
         "Epochs are chosen by validation mAP. wikipedia: a share of 0.2 held out, patience 6."
     )
     capsys.readouterr()
@@ -119,51 +131,101 @@ def test_scores_of_other_data_under_the_same_name_are_not_taken(pairs, tmp_path)
     data = load(pairs)
     other = replace(data, train=Pairs(data.train.image + 1, data.train.text, data.train.labels))
     fewer = replace(data, query=data.query.select(torch.arange(20)))
-    study = common.Study(pairs, tmp_path / "out", 1, True)
+    relabelled = replace(data, query=Pairs(data.query.image, data.query.text, data.query.labels.flip(0)))
+    study = common.Study("acmr", pairs, tmp_path / "out", 1, True)
 
     def scores(dataset, n):
         return study.scores(study.trainings("one", "acmr", SMALL, dataset, lambda run, dataset: {"n": n}))
 
     assert scores(data, 1) == [{"n": 1}]
     assert scores(load(pairs), 2) == [{"n": 1}]
-    for changed in (other, fewer):
+    for changed in (other, fewer, relabelled):
         assert changed.name == data.name
         with pytest.raises(InputError, match="other settings or data"):
             scores(changed, 2)
 
 
-def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):
-    def missing(study):
-        raise common.Missing("it needs Pascal Sentence's features")
+@dataclass
+class Bare(common.Study):
+    """A study without data."""
 
+    def described(self):
+        return {"paper": self.paper, "data": self.data}
+
+
+def study_in(out, data="x", seeds=1, paper="acmr", quiet=True):
+    return Bare(paper, data, out, seeds, quiet)
+
+
+def making(cell):
+    return lambda study: [common.Section("title", ("a",), [[cell]])]
+
+
+def refusing(error):
+    def make(study):
+        raise error
+
+    return make
+
+
+def test_what_is_missing_is_said_and_the_rest_goes_on(tmp_path, capsys):
     items = [
-        common.Item("Table 1", "first", missing),
-        common.Item("Table 2", "second", lambda study: [common.Section("second", ("a",), [["b"]])]),
+        common.Item("Table 1", "first", refusing(common.Missing("it needs Pascal Sentence's features"))),
+        common.Item("Table 2", "second", making("b")),
     ]
-    common.make(common.Study("", tmp_path, 1, False), "title", items, items, "note")
+    common.make(study_in(tmp_path, quiet=False), "title", items, items, "note")
     text = (tmp_path / "README.md").read_text()
     assert "Not made: it needs Pascal Sentence's features." in text and "| b |" in text
     assert "not made: it needs Pascal" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"nothing was made\. Table 1: it needs Pascal"):
-        common.make(common.Study("", tmp_path, 1, True), "title", items[:1], items, "note")
+        common.make(study_in(tmp_path), "title", items[:1], items, "note")
+
+
+def test_what_one_item_is_refused_for_leaves_the_others_and_fails_in_the_end(tmp_path):
+    error = InputError("runs/one: holds a run of other settings or data")
+    items = [
+        common.Item("Table 1", "first", making("kept")), common.Item("Table 2", "second", refusing(error)),
+        common.Item("Table 3", "third", making("made")),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"not everything was made\. Table 2: runs/one: holds a run of other settings"):
+        common.make(study_in(tmp_path), "title", items, items, "note")
+    text = (tmp_path / "README.md").read_text()
+    assert "| kept |" in text and "| made |" in text and "Not made: runs/one: holds a run" in text
+    again = [common.Item("Table 1", "first", refusing(error))]
+    with pytest.raises(InputError, match=r"nothing was made\. Table 1: runs/one"):
+        common.make(study_in(tmp_path), "title", again, items, "note")
+    assert "| kept |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_folder_is_of_one_paper_and_data_and_of_one_process_at_a_time(tmp_path):
+    items = [common.Item("Table 1", "first", making("one"))]
+    common.make(study_in(tmp_path / "out"), "title", items, items, "note")
+    before = (tmp_path / "out" / "README.md").read_text()
+    for other in ({"paper": "cmimh"}, {"data": "y"}):
+        with pytest.raises(InputError, match="another paper, other data or another scale"):
+            common.make(study_in(tmp_path / "out", **other), "title", items, items, "note")
+    with held(tmp_path / "out"), pytest.raises(InputError, match="in use, process"):
+        common.make(study_in(tmp_path / "out"), "title", items, items, "note")
+    assert (tmp_path / "out" / "README.md").read_text() == before
+    for name in ("README.md", "index.html", "config.json"):
+        (tmp_path / name[:3]).mkdir()
+        (tmp_path / name[:3] / name).write_text("mine")
+        with pytest.raises(InputError, match=f"holds a {name} of something else"):
+            common.make(study_in(tmp_path / name[:3]), "title", items, items, "note")
+        assert [path.name for path in (tmp_path / name[:3]).iterdir()] == [name]
 
 
 def test_a_report_keeps_what_was_made_before_in_the_papers_order(tmp_path):
-    def table(cell):
-        return lambda study: [common.Section("title", ("a",), [[cell]])]
-
-    def missing(study):
-        raise common.Missing("it is not there any more")
-
-    every = [common.Item("Table 1", "first", table("one")), common.Item("Table 2", "second", table("two"))]
-    common.make(common.Study("x", tmp_path, 3, True), "title", every[1:], every, "note")
-    common.make(common.Study("x", tmp_path, 1, True), "title", every[:1], every, "note")
+    missing = refusing(common.Missing("it is not there any more"))
+    every = [common.Item("Table 1", "first", making("one")), common.Item("Table 2", "second", making("two"))]
+    common.make(study_in(tmp_path, seeds=3), "title", every[1:], every, "note")
+    common.make(study_in(tmp_path), "title", every[:1], every, "note")
     text = (tmp_path / "README.md").read_text()
     assert text.index("## Table 1. title") < text.index("| one |") < text.index("Made of x, 1 seed.")
     assert text.index("Made of x, 1 seed.") < text.index("## Table 2. title") < text.index("| two |")
     assert "Made of x, 3 seeds." in text
-    again = [common.Item("Table 1", "first", table("anew")), common.Item("Table 2", "second", missing)]
-    common.make(common.Study("x", tmp_path, 1, True), "title", again, again, "note")
+    again = [common.Item("Table 1", "first", making("anew")), common.Item("Table 2", "second", missing)]
+    common.make(study_in(tmp_path), "title", again, again, "note")
     text = (tmp_path / "README.md").read_text()
     assert "| anew |" in text and "| one |" not in text and "| two |" in text
     assert (
@@ -266,6 +328,7 @@ def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, mon
     assert (
         "Not the paper's data: it has VGG's fc7" in page
         and "| linear heads, InfoNCE |" in page
+        and "| semantic matching, tuned |" in page
         and "Not made: it is of Wikipedia" in page
     )
     drawn = {path.name for path in out.glob("*.png")}
@@ -296,11 +359,14 @@ def test_cmimhs_tables_and_figures(pairs, tmp_path, monkeypatch):
     assert "Not made" not in page and len(trained) == len(set(trained))
     tasks = table(out, "table-3")
     assert {"I2I, CMIMH", "T2T, DJSRH", "I2T, random"} <= set(tasks) and not any("printed" in name for name in tasks)
-    assert tasks["I2T, CMIMH"][2:] == ["0.8068", "0.8193", "0.8292"]  # the paper's
+    assert tasks["I2T, CMIMH"][3:] == ["0.8068", "0.8193", "0.8292"]  # the paper's
+    for file in out.glob("table-*.csv"):
+        with open(file, newline="") as text:
+            assert len({len(row) for row in csv.reader(text)}) == 1, file
     store = json.loads((out / "runs" / "own-45-default-8bits-seed0" / "scores.json").read_text())["scores"]
     assert tasks["T2T, CMIMH"][0] == f"{store['mAP@1k']['t2t']:.3f}"
     assert (out / "figure-2.png").exists() and sum(store["histogram"]["image"]) == pytest.approx(1)
-    settings = json.loads((out / "tuned-cca-itq-45.json").read_text())["settings"]
+    settings = json.loads((out / "tuned-cca-itq.json").read_text())["settings"]
     data = load(pairs)
     best = cmimh.measure(TunedCCAITQ(8, settings).fit(data.train), data)
     assert tasks["I2T, CCA-ITQ, tuned"][0] == f"{best['mAP@1k']['i2t']:.3f}"
@@ -312,39 +378,62 @@ def test_cmimhs_tables_and_figures(pairs, tmp_path, monkeypatch):
 
 def test_where_a_preset_was_made_for_the_data_the_printed_setting_stands_beside_it(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(cmimh, "settings_of", lambda dataset: ("wikipedia", SMALL_CODES))
-    monkeypatch.setattr(cmimh, "EVERY", (8, 12, 16))
+    monkeypatch.setattr(cmimh, "EVERY", (8, 12, 16, 20))
     reproduce("cmimh", pairs, tmp_path / "out", tables=[3], seeds=1, quiet=True)
     tasks = table(tmp_path / "out", "table-3")
     store = json.loads((tmp_path / "out" / "runs" / "own-45-paper-12bits-seed0" / "scores.json").read_text())["scores"]
     printed = tasks["T2I, CMIMH, preset paper (as printed)"]
-    assert printed[1:3] == [f"{store['mAP@1k']['t2i']:.3f}", ""]
+    assert (printed[1], printed[3]) == (f"{store['mAP@1k']['t2i']:.3f}", "")
 
 
 def test_a_printed_setting_that_diverges_is_said_and_the_table_made(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(cmimh, "settings_of", lambda dataset: ("wikipedia", SMALL_CODES))
-    train = loop.train
+    train, broken = loop.train, ["paper-12bits"]
 
     def diverging(method, config, data, run):
-        if "paper" in run.out.name:
-            raise InputError("cmimh: mi is no longer finite in epoch 1")
+        if any(name in run.out.name for name in broken):
+            raise DivergedError("cmimh: mi is no longer finite in epoch 1")
         return train(method, config, data, run)
 
     monkeypatch.setattr(loop, "train", diverging)
     reproduce("cmimh", pairs, tmp_path / "out", tables=[3], seeds=1, quiet=True)
-    assert "(as printed) is not measured: cmimh: mi is no longer finite" in (tmp_path / "out" / "README.md").read_text()
-    assert {name for name in table(tmp_path / "out", "table-3") if "CMIMH" in name} == {
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "(as printed) is not measured at 12 bits: cmimh: mi is no longer finite" in page
+    cells = table(tmp_path / "out", "table-3")["I2T, CMIMH, preset paper (as printed)"]
+    assert float(cells[0]) > 0 and cells[1] == "" and float(cells[2]) > 0
+    broken[:] = ["paper"]
+    reproduce("cmimh", pairs, tmp_path / "none", tables=[3], seeds=1, quiet=True)
+    assert {name for name in table(tmp_path / "none", "table-3") if "CMIMH" in name} == {
         f"{task}, CMIMH" for task in ("I2T", "T2I", "I2I", "T2T")
     }
+    (tmp_path / "out" / "runs" / "own-45-paper-8bits-seed0" / "scores.json").write_text("{")
+    with pytest.raises(InputError, match=r"scores\.json: damaged"):  # not for divergence, so it is no row that lacks
+        reproduce("cmimh", pairs, tmp_path / "out", tables=[3], seeds=1, quiet=True)
+
+
+def test_where_the_data_have_a_validation_split_each_table_says_how_epochs_were_chosen(with_valid, tmp_path, capsys):
+    reproduce("acmr", with_valid, tmp_path / "acmr", tables=[5], seeds=1, quiet=True)
+    rows = table(tmp_path / "acmr", "table-5.-the-terms")
+    assert rows[acmr.LONG][8] == "30", "the last weights, with a validation split beside"
+    run = tmp_path / "acmr" / "runs" / "split-6-default-valid-fraction-0.0-epochs-30-adversary-0.0-seed0"
+    assert json.loads((run / "config.json").read_text())["data"].get("valid") is None
+    assert "default: the split of the data, patience 20" in (tmp_path / "acmr" / "README.md").read_text()
+    assert main(["evaluate", str(run)]) == 0, "the run knows its data"
+    told = cmimh._protocol(common.Study("cmimh", with_valid, tmp_path, 1, True), djsrh=True)
+    assert "without labels" in told and "DJSRH, preset default, keeps the epoch of the best labelled validation" in told
+    capsys.readouterr()
 
 
 def test_cmimhs_protocol_says_what_differs_at_long_codes_and_from_djsrh(pairs, tmp_path, monkeypatch):
-    study = common.Study(pairs, tmp_path, 1, True)
-    assert "DJSRH trains on all pairs; CMIMH holds a share of 0.1 out" in cmimh._protocol(study, djsrh=True)
+    study = common.Study("cmimh", pairs, tmp_path, 1, True)
+    told = cmimh._protocol(study, djsrh=True)
+    assert "DJSRH, preset default, trains on all pairs; CMIMH holds a share of 0.1 out" in told
     assert "DJSRH" not in cmimh._protocol(study) and "double" not in cmimh._protocol(study, 128)
     means = replace(SMALL_CODES, reconstruction="mean")
     monkeypatch.setattr(cmimh, "settings_of", lambda dataset: ("wikipedia", means))
     assert "counts double, first changed so after a look at test" in cmimh._protocol(study, 64)
-    assert "double" not in cmimh._protocol(study) and "DJSRH" not in cmimh._protocol(study, djsrh=True)
+    told = cmimh._protocol(study, djsrh=True)
+    assert "double" not in told and "DJSRH, preset default, trains on all pairs." in told
     assert cmimh._of_length(means, 64).reconstruction_weight == 2 * cmimh._of_length(means, 48).reconstruction_weight
 
 
@@ -386,8 +475,60 @@ def _note(folder, number):
 
 def test_a_training_that_fails_leaves_out_those_that_have_not_begun(tmp_path):
     with pytest.raises(InputError, match="the first fails"):
-        common.in_processes(_note, [(tmp_path, number) for number in range(60)], 2, True)
+        common.Pool(2).run(_note, [(tmp_path, number) for number in range(60)], True)
     assert len(list(tmp_path.iterdir())) < 30
+
+
+def _note_threads(file):
+    file.write_text(f"{torch.get_num_threads()} {choose_threads()}")
+
+
+def _be_killed(folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_has_one_thread_and_one_that_is_killed_is_said(tmp_path):
+    common.Pool(2).run(_note_threads, [(tmp_path / "0",), (tmp_path / "1",)], True)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["1 1", "1 1"]
+    with pytest.raises(InputError, match="one of 2 processes was killed, as for lack of memory"):
+        common.Pool(2).run(_be_killed, [(tmp_path,), (tmp_path,)], True)
+
+
+def test_scores_without_a_number_are_nan_again(pairs, tmp_path):
+    study = common.Study("acmr", pairs, tmp_path / "out", 1, True)
+    given = {"probe": [float("nan"), 0.5], "n": {"epoch": 2}}
+    (found,) = study.scores(study.trainings("one", "acmr", SMALL, study.load(), lambda run, dataset: given))
+    assert math.isnan(found["probe"][0]) and found["probe"][1] == 0.5 and found["n"] == {"epoch": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "presets"),
+    [
+        ("wikipedia", (128, 10), ("wikipedia", "wikipedia", "wikipedia")),
+        ("wikipedia", (128, 1000), ("wikipedia-tfidf", "wikipedia-tfidf", "default")),
+        ("wikipedia-vgg", (4096, 10), ("default", "default", "default")),
+        ("wikipedia-other", (128, 300), ("default", "default", "default")),
+        ("flickr8k-24", (1000, 7000), ("default", "flickr8k", "flickr8k")),
+        ("flickr8k", (1280, 384), ("default", "default", "default")),  # a file of the user's
+        ("own", (128, 10), ("default", "default", "default")),
+    ],
+)
+def test_a_preset_is_taken_for_the_features_that_it_was_made_for(name, dims, presets):
+    labels = torch.arange(4) % 2
+    pairs = Pairs(torch.zeros(4, dims[0]), torch.zeros(4, dims[1]), labels)
+    data = PairedDataset(name, pairs, pairs, pairs)
+    assert tuple(common.preset_for(METHODS[method], data) for method in ("acmr", "cmimh", "djsrh")) == presets
+
+
+def test_table_2_without_the_file_of_tf_idf_has_its_other_half(tmp_path, monkeypatch):
+    labels = torch.arange(40) % 4
+    generator = torch.Generator().manual_seed(0)
+    parts = Pairs(torch.rand(40, 128, generator=generator), torch.rand(40, 10, generator=generator), labels)
+    save_pairs(tmp_path / "wikipedia.npz", PairedDataset("wikipedia", parts, parts, parts))
+    monkeypatch.setattr(acmr.ACMR, "all_presets", classmethod(lambda cls: {"default": SMALL, "paper": SMALL}))
+    reproduce("acmr", str(tmp_path / "wikipedia.npz"), tmp_path / "out", tables=[2], seeds=1, quiet=True)
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| ACMR, default" in page and "tf-idf 1,000-d (not in the paper)\n\nNot made: " in page
 
 
 def _say_and_stay(folder, number):
@@ -396,7 +537,7 @@ def _say_and_stay(folder, number):
 
 
 def _two_that_stay(folder):
-    common.in_processes(_say_and_stay, [(folder, 0), (folder, 1)], 2, True)
+    common.Pool(2).run(_say_and_stay, [(folder, 0), (folder, 1)], True)
 
 
 @pytest.mark.timeout(180)

@@ -143,18 +143,17 @@ def test_a_study_goes_on_and_is_made_once(out, monkeypatch):
     monkeypatch.setattr(robustness, "_run", lambda *a: pytest.fail("attacked again"))
     scatter.reproduce("shapes", out, (), (), 1, True, scale=SIZE)
     assert (out / "README.md").read_text() == before
-    with pytest.raises(InputError, match="study of other data or another scale"):
+    with pytest.raises(InputError, match="other data or another scale"):
         scatter.reproduce("shapes", out, (), (), 1, True, scale=replace(SIZE, train=59))
 
 
-def test_other_images_under_the_same_name_and_number_are_refused(tmp_path):
-    scatter._claim(study_of(tmp_path))
-    scatter._claim(study_of(tmp_path))
-    study = study_of(tmp_path)
-    train = study.images.train
-    study.images = replace(study.images, train=Images(train.image.flip(3), train.labels))
-    with pytest.raises(InputError, match="study of other data"):
-        scatter._claim(study)
+def test_a_study_is_described_by_all_its_images(tmp_path):
+    before, study = study_of(tmp_path), study_of(tmp_path)
+    assert before.described() == study.described()
+    for part in ("train", "test"):
+        images = getattr(before.images, part)
+        study.images = replace(before.images, **{part: Images(images.image.flip(3), images.labels)})
+        assert study.described() != before.described()
 
 
 def test_nothing_is_held_out_and_the_last_weights_are_kept(out):

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -123,6 +124,28 @@ def test_data_sets_get_figures_of_their_own(tmp_path):
     assert [(s.name, s.data) for s in scores] == [("CCA (first set)", "first set"), ("CCA (second)", "second")]
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"precision-scope-first-set.png", "precision-scope-second.png", "tsne-cca-second.png"} <= names
+
+
+def test_runs_of_one_name_and_other_features_are_told_apart(tmp_path):
+    data, runs = dataset(), []
+    parts = {split: getattr(data, split) for split in ("train", "query", "database")}
+    wider = replace(data, **{n: Pairs(part.image, part.text.repeat(1, 2), part.labels) for n, part in parts.items()})
+    relabelled = replace(data, query=Pairs(data.query.image, data.query.text, data.query.labels.flip(0)))
+    for study, data_of_run in (("a", data), ("b", data), ("c", wider), ("d", relabelled)):
+        (tmp_path / study).mkdir()
+        runs.append((run_folder(tmp_path / study / "run-seed0"), CCA(4).fit(data_of_run.train), data_of_run))
+    scores = write_report(runs, tmp_path / "out", tsne_points=10)
+    first, wide = "tiny, images of 6 and texts of 5 (1)", "tiny, images of 6 and texts of 10"
+    assert [(s.name, s.data) for s in scores if "run" in s.name] == [
+        ("CCA (a-run-seed0)", first), ("CCA (b-run-seed0)", first), ("CCA (c-run-seed0)", wide),
+        ("CCA (d-run-seed0)", "tiny, images of 6 and texts of 5 (2)"),
+    ]  # fmt: skip
+    of_baseline = {s.data: s.numbers() for s in scores if s.name == "semantic matching"}
+    assert len(set(of_baseline.values())) == 3, "of each data set its own"
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {f"tsne-cca-{study}-run-seed0.png" for study in "abcd"} <= names
+    with open(tmp_path / "out" / "precision-scope-tiny-images-of-6-and-texts-of-5-1.csv", newline="") as file:
+        assert {"CCA (a-run-seed0)", "CCA (b-run-seed0)"} <= {row["model"] for row in csv.DictReader(file)}
 
 
 def test_history_keeps_gaps_and_refuses_what_is_no_number(tmp_path):

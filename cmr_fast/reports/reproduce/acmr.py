@@ -4,23 +4,36 @@ Every row is one training a seed; a setting that several items share is trained 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cmr_fast.data.pairs import PairedDataset
+from cmr_fast.errors import InputError
 from cmr_fast.methods.acmr import ACMR, ACMRConfig
 from cmr_fast.methods.baselines import CCA, LinearHeads, Random, SemanticMatching
-from cmr_fast.methods.evaluation import encode_all, final_results
+from cmr_fast.methods.evaluation import final_results
 from cmr_fast.methods.loop import load_model
-from cmr_fast.modalities import MODALITIES
+from cmr_fast.methods.method import RunConfig
+from cmr_fast.methods.tuned_semantic import MAPS, PENALTIES, TunedSemanticMatching, tune
 from cmr_fast.reports import figures
-from cmr_fast.reports.reproduce.common import Item, Missing, Section, Study, Training, changed, chosen, make, spread
-from cmr_fast.reports.retrieval import draw_curves, loss_panels, read_history, score
+from cmr_fast.reports.reproduce.common import (
+    Item,
+    Missing,
+    Section,
+    Study,
+    Training,
+    changed,
+    chosen,
+    make,
+    preset_for,
+    spread,
+)
+from cmr_fast.reports.retrieval import TSNE_LEAST, TSNE_POINTS, draw_curves, draw_tsne, loss_panels, read_history, score
 
 CONVENTIONS = ("all", "topk_hits@50")
 WAYS = ("i2t", "t2i", "average")
@@ -68,13 +81,12 @@ def reproduce(
 ) -> None:
     """Make ACMR's tables and figures, as of `cmr_fast.reports.reproduce.reproduce`."""
     items = chosen(ITEMS, tables, figures)
-    make(Study(data, out, seeds, quiet, jobs), "ACMR: the paper's tables and figures", items, ITEMS, NOTE)
+    make(Study("acmr", data, out, seeds, quiet, jobs), "ACMR: the paper's tables and figures", items, ITEMS, NOTE)
 
 
 def settings_of(dataset: PairedDataset) -> tuple[str, ACMRConfig]:
     """The preset that was made for the data set, else the default: its name and config."""
-    of_wikipedia = dataset.name.startswith("wikipedia") and dataset.image_dim == 128
-    name = "default" if not of_wikipedia else "wikipedia" if dataset.text_dim == 10 else "wikipedia-tfidf"
+    name = preset_for(ACMR, dataset)
     config: ACMRConfig = ACMR.all_presets()[name]
     return name, config
 
@@ -86,15 +98,16 @@ def _measured(run: Any, dataset: PairedDataset) -> dict[str, Any]:
 def _trainings(
     study: Study, dataset: PairedDataset, changes: Mapping[str, Any] | None = None, preset: str | None = None
 ) -> list[Training]:
-    """A preset with some settings changed, one a seed; `valid_fraction` among them is the run's."""
+    """A preset with some settings changed, one a seed; `valid_fraction` among them is the run's (0: no choice)."""
     name, base = settings_of(dataset)
     if preset is not None:
         name, base = preset, ACMR.all_presets()[preset]
     of_config, run = dict(changes or {}), ACMR.run_settings(name)
     if "valid_fraction" in of_config:
         run["valid_fraction"] = of_config.pop("valid_fraction")
-    config = changed(base, **of_config)
-    return study.trainings(_name(dataset, name, changes), "acmr", config, dataset, _measured, **run)
+    config, title = changed(base, **of_config), _name(dataset, name, changes)
+    trained_on = dataset if run.get("valid_fraction") != 0 else study.unvalidated(dataset)
+    return study.trainings(title, "acmr", config, trained_on, _measured, **run)
 
 
 def _runs(study: Study, trainings: Mapping[str, Sequence[Training]]) -> dict[str, list[dict[str, Any]]]:
@@ -129,6 +142,9 @@ def _comparison(study: Study, dataset: PairedDataset, title: str, *, paper: bool
     heads = [LinearHeads(seed=seed).fit(dataset.train) for seed in range(study.seeds)]
     rows.append(_row("linear heads, InfoNCE", [final_results(model, dataset) for model in heads]))
     rows.append(_row("semantic matching", [final_results(SemanticMatching().fit(dataset.train), dataset)]))
+    settings = study.tuned(f"semantic-matching-{dataset.text_dim}", dataset, tune)
+    tuned = TunedSemanticMatching(settings).fit(dataset.train)
+    rows.append(_row("semantic matching, tuned", [final_results(tuned, dataset)]))
     name, _ = settings_of(dataset)
     ours = {"default": _trainings(study, dataset, preset="default")}
     if name != "default":
@@ -145,14 +161,22 @@ def _comparison(study: Study, dataset: PairedDataset, title: str, *, paper: bool
     words = (
         f"{len(dataset.train)} training pairs, {len(dataset.query)} queries, {len(dataset.database)} in the database."
     )
-    notes = [words, _protocol(name, "default", *(["paper"] if paper else []))]
+    chosen_by = "the data's validation split" if dataset.valid is not None else "a held-out fifth of the training pairs"
+    told = " and ".join(f"{kind} and {penalty:g} for {m}s" for m, (kind, penalty) in settings.items())
+    words += (
+        " Semantic matching: a softmax regression a modality, standardised inputs, penalty 1; tuned: the input map "
+        f"({', '.join(MAPS)}) and the penalty ({PENALTIES[0]:g} to {PENALTIES[-1]:g}) of each modality by mAP(all) of "
+        f"{chosen_by}, here {told}."
+    )
+    notes = [words, _protocol(dataset, name, "default", *(["paper"] if paper else []))]
     return Section(title, HEAD, rows, [*notes, printed()] if paper else notes)
 
 
-def _protocol(*presets: str) -> str:
+def _protocol(dataset: PairedDataset, *presets: str) -> str:
     def said(name: str) -> str:
-        run = {"valid_fraction": 0.1, "patience": 20} | ACMR.run_settings(name)
-        return f"{name}: a share of {run['valid_fraction']} held out, patience {run['patience']}"
+        run = asdict(RunConfig(out=Path(), **ACMR.run_settings(name)))
+        share = f"a share of {run['valid_fraction']} held out"
+        return f"{name}: {share if dataset.valid is None else 'the split of the data'}, patience {run['patience']}"
 
     return "Epochs are chosen by validation mAP. " + "; ".join(said(n) for n in dict.fromkeys(presets)) + "."
 
@@ -174,16 +198,20 @@ def table_2(study: Study) -> list[Section]:
     dataset = study.load()
     if not dataset.name.startswith("wikipedia"):
         raise Missing("it is of Wikipedia; give --data the folder of its files, or your features, named wikipedia...")
-    if dataset.image_dim != 128:
+    if not _shallow(dataset):
         words = f"{dataset.image_dim}-d images, {dataset.text_dim}-d texts beside VGG's fc7 and 3,000 words"
-        ours = _comparison(study, dataset, f"Wikipedia, deep features ({words})")
+        ours = _comparison(study, dataset, f"Wikipedia, your features ({words})")
         return [ours, _paper("The paper, Wikipedia, deep features", DEEP)]
     sections = [_comparison(study, dataset, "Wikipedia, shallow features (SIFT 128-d, LDA 10-d)")]
     sections.append(_paper("The paper, Wikipedia, shallow features", SHALLOW))
     title = "Wikipedia, SIFT 128-d, tf-idf 1,000-d (not in the paper)"
-    sections.append(_comparison(study, study.load(features="tfidf"), title, paper=False))
+    sections.append(_of_tfidf(study, title, partial(_comparison, study, paper=False)))
     needs = "Its deep half needs VGG's fc7 (4096-d) and 3,000 words of every pair: one .npz, see docs/data.md."
     return [*sections, Section("Wikipedia, deep features", notes=[f"Not made: {needs}"])]
+
+
+def _shallow(dataset: PairedDataset) -> bool:
+    return preset_for(ACMR, dataset) == "wikipedia"
 
 
 def table_3(study: Study) -> list[Section]:
@@ -209,7 +237,7 @@ def paper_of(name: str) -> str | None:
 
 
 PLAIN, LONG = "full, no adversary", "full, 30 epochs, no adversary"
-FIXED = {"valid_fraction": 0.0, "epochs": 30}  # all pairs, the last weights
+FIXED = {"valid_fraction": 0.0, "epochs": 30}  # the last weights
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "imi only": {"terms": "imi"},
     "imi only, alpha 10, lambda 1": {"terms": "imi", "alpha": 10.0, "triplet_weight": 1.0},
@@ -231,10 +259,20 @@ def table_5(study: Study) -> list[Section]:
     sections = [_terms(study, dataset, title, VARIANTS), _paper("The paper's terms of the objective", TABLE_5)]
     words = "Of which features is unsaid; its full row is neither of Table 2's. It has no row without the adversary."
     sections[1] = replace(sections[1], notes=[*sections[1].notes, words])
-    if dataset.name.startswith("wikipedia") and dataset.text_dim == 10:
-        tfidf = study.load(features="tfidf")
-        sections.append(_terms(study, tfidf, "Some of it on tf-idf, 1,000-d", {name: VARIANTS[name] for name in FEWER}))
+    if _shallow(dataset):
+        fewer = {name: VARIANTS[name] for name in FEWER}
+        title = "Some of it on tf-idf, 1,000-d"
+        sections.append(_of_tfidf(study, title, lambda data, title: _terms(study, data, title, fewer)))
     return sections
+
+
+def _of_tfidf(study: Study, title: str, made_of: Callable[[PairedDataset, str], Section]) -> Section:
+    """A section of Wikipedia with the other texts, where their file lies beside LDA's."""
+    try:
+        tfidf = study.load(features="tfidf")
+    except InputError as error:
+        return Section(title, notes=[f"Not made: {error}."])
+    return made_of(tfidf, title)
 
 
 def _terms(study: Study, dataset: PairedDataset, title: str, variants: Mapping[str, Mapping[str, Any]]) -> Section:
@@ -247,11 +285,13 @@ def _terms(study: Study, dataset: PairedDataset, title: str, variants: Mapping[s
         if variants[name].get("adversary") == 0:
             told[0] = "-"
         rows.append([*_row(name, runs), *told, " ".join(str(run["best_epoch"]) for run in runs)])
-    fixed = " Rows of 30 epochs train on all pairs that long and keep the last weights." if LONG in variants else ""
+    fixed = (
+        " Rows of 30 epochs hold nothing out, train that long and keep the last weights." if LONG in variants else ""
+    )
     text_rate = f", the text projector's {base.text_rate:g} times that" if base.text_rate != 1 else ""
     notes = [
         f"Images of {dataset.image_dim} features, texts of {dataset.text_dim}. Preset {preset}; what a row changes is "
-        f"in its name. {_protocol(preset)}{fixed}",
+        f"in its name. {_protocol(dataset, preset)}{fixed}",
         departures(preset),
         f"D is right: the modality classifier's accuracy on the queries, 0.5 at chance, below it where D has not "
         f"followed the projectors; -: it is not trained. Its rate is {base.classifier_rate:g} (Algorithm 1's lambda) "
@@ -357,6 +397,8 @@ def figure_3(study: Study) -> list[Section]:
 def figure_4(study: Study) -> list[Section]:
     """t-SNE of the query split after three trainings."""
     dataset = study.load()
+    if len(dataset.query) < TSNE_LEAST:
+        raise Missing(f"t-SNE needs {TSNE_LEAST} query pairs, there are {len(dataset.query)}")
     term = "imi only, alpha 10, lambda 1"
     panels: dict[str, dict[str, Any]] = {
         f"a, {term}, without adversary": {**VARIANTS[term], "adversary": 0.0},
@@ -367,15 +409,9 @@ def figure_4(study: Study) -> list[Section]:
     study.scores([_trainings(study, dataset, changes)[0] for changes in panels.values()])
     for name, changes in panels.items():
         _, model = _model(study, dataset, changes)
-        rows = torch.arange(len(dataset.query))[:1000]
-        points = {m: encode_all(model, m, getattr(dataset.query, m), "subspace")[rows] for m in MODALITIES}
-        if model.metric == "cosine":
-            points = {m: torch.nn.functional.normalize(x) for m, x in points.items()}
-        labels = None if dataset.query.multi_label else dataset.query.labels[rows].numpy()
-        file = f"figure-4-{name[0]}.png"
-        image, text = (points[m].numpy() for m in MODALITIES)
-        figures.plot_tsne(study.out / file, f"{name}, {dataset.name}", image, text, labels, dataset.class_names)
-        pages.append((file, f"t-SNE of {len(rows)} query pairs: {name}"))
+        file, shown = f"figure-4-{name[0]}.png", min(TSNE_POINTS, len(dataset.query))
+        draw_tsne(study.out / file, f"{name}, {dataset.name}", model, dataset, shown)
+        pages.append((file, f"t-SNE of {shown} query pairs: {name}"))
     words = f"The first seed's models. (a) and (b) are of {term!r}: by the preset's the space collapses on Wikipedia."
     return [Section("The common space", notes=[words], figures=pages)]
 

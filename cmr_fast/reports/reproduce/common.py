@@ -1,35 +1,41 @@
 """What the papers' reports share: which items to make, runs that are not made twice, and the page.
 
 An item is a table or figure of a paper. Its function gets the study (runs, data, seeds) and gives sections; it raises
-`Missing` where the data at hand cannot make it, and the report then says what it needs and goes on.
+`Missing` where the data at hand cannot make it, and the report then says what it needs and goes on. After another
+`InputError` the other items are made as well, and the command fails in the end.
 """
 
 import csv
 import html
 import json
+import math
 import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
+import torch
+
 from cmr_fast._files import write_aside
 from cmr_fast._terminal import counting
 from cmr_fast.data import load
 from cmr_fast.data.pairs import PairedDataset
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import described_data, read_json, record_source, write_json
-from cmr_fast.methods.method import Dataset, RunConfig
+from cmr_fast.methods._runfolder import CONFIG, described_data, held, read_json, record_source, write_json
+from cmr_fast.methods.method import Dataset, Method, RunConfig
 
 SCORES = "scores.json"
 SECTIONS = "sections.json"
+STUDY = "study.json"
 
 
 class Missing(Exception):
@@ -101,12 +107,13 @@ class Study:
 
     Attributes
     ----------
-    data, out, seeds, quiet, jobs
+    paper, data, out, seeds, quiet, jobs
         As of `reproduce`.
     cache
         Whatever items share, such as data sets that were read.
     """
 
+    paper: str
     data: str
     out: Path
     seeds: int
@@ -118,6 +125,7 @@ class Study:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise InputError(f"jobs must be 1 or more, got {self.jobs}")
+        self.pool = Pool(self.jobs)
 
     def load(self, **options: Any) -> PairedDataset:
         """The data set, or it with other options of its loader; runs on it say so in their folders."""
@@ -127,6 +135,29 @@ class Study:
         dataset = load(self.data, **options)
         self._loaded.append((dataset, options))
         return dataset
+
+    def unvalidated(self, dataset: PairedDataset) -> PairedDataset:
+        """The data set without its validation split: trainings on it choose no epoch."""
+        if dataset.valid is None:
+            return dataset
+        rest = replace(dataset, valid=None)
+        self._loaded += [(rest, options) for known, options in self._loaded if known is dataset]
+        return rest
+
+    def tuned(self, name: str, dataset: PairedDataset, tune: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """What `tune` chooses for these data; kept in a file, as it takes long on wide features."""
+        file, what = self.out / f"tuned-{name}.json", data_of(dataset)
+        if file.is_file() and (kept := read_json(file, data=dict, settings=dict))["data"] == what:
+            settings: dict[str, Any] = kept["settings"]
+            return settings
+        settings = tune(dataset, quiet=self.quiet)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"data": what, "settings": settings})
+        return settings
+
+    def described(self) -> dict[str, Any]:
+        """What a folder of this study is for; another's is refused."""
+        return {"paper": self.paper, "data": data_of(self.load())}
 
     def trainings(
         self, name: str, method: str, config: Any, dataset: Dataset, measure: Callable[[Any, Any], dict[str, Any]],
@@ -144,7 +175,7 @@ class Study:
         wanted = {training.folder(self.out): training for training in trainings}
         missing = [training for training in wanted.values() if self._kept(training) is None]
         if self.jobs > 1 and len(missing) > 1:
-            in_processes(_train, [(training, self.out, 1) for training in missing], self.jobs, self.quiet)
+            self.pool.run(_train, [(training, self.out, 1) for training in missing], self.quiet)
         else:
             for number, training in enumerate(missing, 1):
                 self.say(f"{number} of {len(missing)}: {training.folder(self.out).name} ...")
@@ -155,10 +186,10 @@ class Study:
         folder = training.folder(self.out)
         if not (folder / SCORES).is_file():
             return None
-        kept = json.loads((folder / SCORES).read_text())
+        kept = read_json(folder / SCORES, what=dict, scores=dict)
         if kept["what"] != _described(training):
             raise InputError(f"{folder}: holds a run of other settings or data; expected another --out")
-        scores: dict[str, Any] = kept["scores"]
+        scores: dict[str, Any] = _with_nan(kept["scores"])
         return scores
 
     def say(self, text: str) -> None:
@@ -169,8 +200,35 @@ class Study:
 
 def _described(training: Training) -> Any:
     """Config, data and run as JSON has them."""
-    config, data = asdict(training.config), described_data(training.dataset)
+    config, data = asdict(training.config), data_of(training.dataset)
     return json.loads(json.dumps({"config": config, "data": data, "run": dict(training.run)}))
+
+
+def data_of(dataset: Dataset) -> dict[str, Any]:
+    """The name, every split's size and checksum: scores are of the test split as much as of what was trained on."""
+    splits = {name: getattr(dataset, name, None) for name in ("valid", "query", "database", "test")}
+    sums = {f"crc32 of {name}": split.fingerprint() for name, split in splits.items() if split is not None}
+    return described_data(dataset) | sums
+
+
+def _with_nan(scores: Any) -> Any:
+    """What `write_json` wrote, NaN as it was."""
+    if isinstance(scores, dict):
+        return {name: _with_nan(value) for name, value in scores.items()}
+    if isinstance(scores, list):
+        return [_with_nan(value) for value in scores]
+    return math.nan if scores is None else scores
+
+
+def preset_for(kind: type[Method], dataset: PairedDataset) -> str:
+    """The preset of a method that was made for these features, else "default"."""
+    name = "default"
+    if dataset.name.startswith("wikipedia"):  # SIFT with LDA's topics or tf-idf
+        dims = dataset.image_dim, dataset.text_dim
+        name = {(128, 10): "wikipedia", (128, 1000): "wikipedia-tfidf"}.get(dims, name)
+    elif dataset.name == "flickr8k-24":  # with words; on sentence vectors the preset's input map is refused
+        name = "flickr8k"
+    return name if name in kind.presets else "default"
 
 
 def _train(training: Training, out: Path, threads: int = 0) -> None:
@@ -185,26 +243,49 @@ def _train(training: Training, out: Path, threads: int = 0) -> None:
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
-def in_processes(
-    function: Callable[..., None], calls: Sequence[tuple[Any, ...]], jobs: int, quiet: bool, doing: str = "training"
-) -> None:
-    """function(*arguments) of each call in processes, `jobs` at a time, with progress unless quiet."""
-    jobs = min(jobs, len(calls))
-    progress = nullcontext(lambda n: None) if quiet else counting(len(calls), f"{doing}, {jobs} at a time")
-    spawn = get_context("spawn")
-    with progress as advance, ProcessPoolExecutor(jobs, spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        waiting = [pool.submit(function, *arguments) for arguments in calls]
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                advance(1)
-        except BaseException:  # Ctrl-C too: what has not begun is left out
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+class Pool:
+    """Processes of one thread each, begun when they are first needed and kept until `close`."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._executor: ProcessPoolExecutor | None = None
+
+    def run(
+        self, function: Callable[..., None], calls: Sequence[tuple[Any, ...]], quiet: bool, doing: str = "training"
+    ) -> None:
+        """function(*arguments) of each call, `jobs` at a time, with progress unless quiet.
+
+        InputError where a process was killed, as for lack of memory.
+        """
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(self.jobs, get_context("spawn"), _begin, (os.getpid(),))
+        title = f"{doing}, {min(self.jobs, len(calls))} at a time"
+        with nullcontext(lambda n: None) if quiet else counting(len(calls), title) as advance:
+            waiting = [self._executor.submit(function, *arguments) for arguments in calls]
+            try:
+                for done in as_completed(waiting):
+                    done.result()
+                    advance(1)
+            except BaseException as error:  # Ctrl-C too: what has not begun is left out
+                self.close(wait=False)
+                if isinstance(error, BrokenProcessPool):
+                    raise InputError(
+                        f"{doing}: one of {self.jobs} processes was killed, as for lack of memory; what is finished is "
+                        "kept: go on with fewer jobs"
+                    ) from error
+                raise
+
+    def close(self, wait: bool = True) -> None:
+        """End the processes."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=wait, cancel_futures=True)
+            self._executor = None
 
 
-def _end_with(parent: int) -> None:
-    """End this process where its parent was killed: it would train on for nobody, and hold the run's folder."""
+def _begin(parent: int) -> None:
+    """One thread. And end with a parent that is killed: this would train on for nobody, and hold the run's folder."""
+    torch.set_num_threads(1)
+    os.environ["CMR_FAST_THREADS"] = "1"
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -231,31 +312,62 @@ def spread(values: Sequence[float]) -> str:
 def make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item], note: str) -> None:
     """Make the items, say of each what was found or is missing, and write the report after every one.
 
-    The report holds what was made before as well, in the paper's order. InputError where none of the items can be made.
+    The report holds what was made before as well, in the paper's order.
+
+    Raises
+    ------
+    InputError
+        Where the folder is of another study or of something else, or in use; where none of the items can be made; and
+        in the end, where one was refused for more than data that are missing.
     """
+    described = study.described()
+    with held(study.out), closing(study.pool):
+        _claim(study.out, described)
+        _make(study, title, items, every, note)
+
+
+def _claim(out: Path, described: Mapping[str, Any]) -> None:
+    """InputError where the folder is not this study's; else it says from now on that it is."""
+    if (out / STUDY).is_file():
+        if read_json(out / STUDY) != json.loads(json.dumps(described)):
+            raise InputError(
+                f"{out}: holds a study of another paper, other data or another scale (or of an earlier version); "
+                "expected another folder"
+            )
+        return
+    for name in (CONFIG, "README.md", "index.html"):
+        if (out / name).exists():
+            raise InputError(f"{out}: holds a {name} of something else, expected a folder for the report alone")
+    write_json(out / STUDY, described)
+
+
+def _make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item], note: str) -> None:
     kept: dict[str, Any] = {}
     if (study.out / SECTIONS).is_file():
         kept = read_json(study.out / SECTIONS, items=dict)["items"]
-    reasons = []
+    missing: list[str] = []
+    refused: list[str] = []
     for item in items:
         study.say(f"{item.name}: {item.title}")
         try:
             parts = list(item.make(study))
             made = f"{study.data}, {study.seeds} {'seed' if study.seeds == 1 else 'seeds'}."
             parts[-1] = replace(parts[-1], notes=[*parts[-1].notes, f"Made of {made}"])
-        except Missing as missing:
-            study.say(f"  not made: {missing}")
-            reasons.append(f"{item.name}: {missing}")
+        except (Missing, InputError) as error:
+            study.say(f"  not made: {error}")
+            (missing if isinstance(error, Missing) else refused).append(f"{item.name}: {error}")
             if any(part["rows"] or part["figures"] for part in kept.get(item.name, [])):
                 continue
-            parts = [Section(item.title, notes=[f"Not made: {missing}."])]
+            parts = [Section(item.title, notes=[f"Not made: {error}."])]
         kept[item.name] = [asdict(replace(part, title=f"{item.name}. {part.title}")) for part in parts]
         sections = [Section(**part) for known in every for part in kept.get(known.name, [])]
         write_sections(study.out, title, sections, note)
         write_json(study.out / SECTIONS, {"items": kept})
     study.say(f"\nReport: {study.out / 'index.html'}")
-    if len(reasons) == len(items):
-        raise InputError(f"nothing was made. {'; '.join(reasons)}")
+    if len(missing) + len(refused) == len(items):
+        raise InputError(f"nothing was made. {'; '.join([*refused, *missing])}")
+    if refused:
+        raise InputError(f"not everything was made. {'; '.join(refused)}")
 
 
 def write_sections(out: Path, title: str, sections: Sequence[Section], note: str) -> None:

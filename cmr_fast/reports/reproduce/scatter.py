@@ -20,13 +20,13 @@ from torch import Tensor
 
 from cmr_fast.data import ImageDataset, load_images
 from cmr_fast.errors import InputError
-from cmr_fast.methods._runfolder import RESULTS, described_data, read_json, write_json
+from cmr_fast.methods._runfolder import RESULTS
 from cmr_fast.methods.loop import load_model, train
 from cmr_fast.methods.method import Method, RunConfig
 from cmr_fast.methods.scatter import Scatter, ScatterConfig
 from cmr_fast.reports import figures
 from cmr_fast.reports.outcomes import Outcome, worst_case
-from cmr_fast.reports.reproduce.common import Item, Section, Study, chosen, in_processes, make
+from cmr_fast.reports.reproduce.common import Item, Section, Study, chosen, data_of, make
 from cmr_fast.reports.robustness import Settings, attack_all, pixels_of
 
 PLAIN, MADRY, RANDOM, OURS = "plain", "Madry", "random targets", "Feature Scattering"
@@ -136,7 +136,7 @@ class Robustness(Study):
     """The runs and attacks of one folder."""
 
     def __init__(self, data: str, out: Path, seeds: int, quiet: bool, size: Scale, jobs: int) -> None:
-        super().__init__(data, out, seeds, quiet, jobs)
+        super().__init__("scatter", data, out, seeds, quiet, jobs)
         images = load_images(data)
         as_authors = {"augment": False} if images.name == "svhn" else {}
         self.size = replace(size, changes={**size.changes, **as_authors})
@@ -146,6 +146,11 @@ class Robustness(Study):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.x, self.y = (part.to(self.device) for part in pixels_of(self.images.test, size.images))
         self.settings = Settings(images=size.images, few=size.few)
+
+    def described(self) -> dict[str, Any]:
+        """What a folder of this study is for; another's is refused."""
+        data = data_of(self.images) | {"num_classes": self.images.num_classes}
+        return {"paper": self.paper, "data": data, "scale": repr(self.size)}
 
     def victims(self, row: str, **changes: Any) -> list[Job]:
         """A row once a seed."""
@@ -162,7 +167,7 @@ class Robustness(Study):
         missing = [job for job in dict.fromkeys(jobs) if not (self.out / "runs" / job.name / RESULTS).exists()]
         if self.jobs > 1 and len(missing) > 1:
             calls = [(job, self.images, self.size, self.out, True, 1) for job in missing]
-            in_processes(_train, calls, self.jobs, self.quiet)
+            self.pool.run(_train, calls, self.quiet)
         else:
             for job in missing:
                 _train(job, self.images, self.size, self.out, self.quiet)
@@ -206,7 +211,7 @@ class Robustness(Study):
                 (models[job], x, y, name, self.settings, self.kept(job, other), models.get(other))
                 for job, other, name in missing
             ]
-            in_processes(_attack, calls, self.jobs, self.quiet, "attacking")
+            self.pool.run(_attack, calls, self.quiet, "attacking")
 
 
 def _train(job: Job, images: ImageDataset, size: Scale, out: Path, quiet: bool, threads: int = 0) -> None:
@@ -220,7 +225,6 @@ def _train(job: Job, images: ImageDataset, size: Scale, out: Path, quiet: bool, 
 def _attack(
     model: Method, x: Tensor, y: Tensor, name: str, settings: Settings, keep: Path, surrogate: Method | None
 ) -> None:
-    torch.set_num_threads(1)
     attack_all(model, x, y, [name], settings, surrogate=surrogate, keep=keep, quiet=True)
 
 
@@ -280,24 +284,33 @@ def loss_plot(study: Robustness) -> list[Section]:
     name = f"pgd{steps}x{starts}"
     study.attack([job for row in (PLAIN, MADRY, OURS) for job in study.victims(row)[:1]], [name], images=PLOTTED)
     bands: dict[str, np.ndarray] = {}
+    wrong = []
     for row in (PLAIN, MADRY, OURS):
         curves = np.asarray(study.attacked(study.victims(row)[0], [name], images=PLOTTED)[name].curves)
         if not curves.size:  # every image was wrong before the attack
+            wrong.append(row)
             continue
         bands[row] = curves
         last, late = curves[:, -1], (curves[:, -1] - curves[:, steps * 4 // 5]).mean()
-        rows.append(
-            [row, f"{last.mean():.3f}", f"{last.std(ddof=1):.4f}", f"{late / (last - curves[:, 0]).mean():.1%}"]
-        )
+        rise = (last - curves[:, 0]).mean()
+        share = f"{late / rise:.1%}" if rise > 0 else "it does not rise"
+        rows.append([row, f"{last.mean():.3f}", f"{last.std(ddof=1):.4f}", share])
     caption = f"Loss against step of PGD over {starts} random starts (rebuttal §3)"
     figures.plot_bands(study.out / "loss-starts.png", caption, bands, "step", "cross entropy")
-    head = ["network", f"loss at step {steps}, mean", "deviation over starts", "of the rise in the last fifth"]
+    head = [
+        "network",
+        f"loss before step {steps}, mean",
+        "deviation over starts",
+        "share of the rise in the last fifth",
+    ]
     note = (
         f"The mean cross entropy over those of {min(PLOTTED, len(study.x))} images that are right without an attack, "
         f"from {starts} random starts, seed 0 of each training; the band is from the lowest start to the highest. The "
         "rebuttal says that it rises consistently and plateaus quickly, with relatively small variance, and prints no "
         "number."
     )
+    if wrong:
+        note += f" Every one of these images is wrong before the attack, so there is no loss, for: {', '.join(wrong)}."
     return [Section(caption, head, rows, [note], [("loss-starts.png", caption)])]
 
 
@@ -399,7 +412,6 @@ def reproduce(
     size = SCALES[scale] if isinstance(scale, str) else scale
     items = chosen(ITEMS, tables, figures)
     study = Robustness(data, out, seeds, quiet, size, jobs)
-    _claim(study)
     make(
         study,
         f"Feature Scattering on {study.images.name}: the rebuttal's tables and figure",
@@ -409,24 +421,11 @@ def reproduce(
     )
 
 
-def _claim(study: Robustness) -> None:
-    """InputError where the folder is of another study; else it says from now on which one it holds."""
-    file, images = study.out / "study.json", study.images
-    data = described_data(images) | {"num_classes": images.num_classes}
-    described = {"data": data, "scale": repr(study.size)}
-    if file.exists():
-        if read_json(file, data=dict | list, scale=str) != described:
-            raise InputError(f"{study.out}: holds a study of other data or another scale; expected another folder")
-        return
-    study.out.mkdir(parents=True, exist_ok=True)
-    write_json(file, described)
-
-
 def _protocol(study: Robustness) -> str:
     images, config = study.images, Job(OURS, 0).config(study.size)
     return (
         f"WRN-{config.depth}-{config.width}, {config.epochs} epochs of {len(images.train)} images, batch "
         f"{config.batch_size}, schedule {config.schedule}; nothing is held out and the last weights are kept, as the "
-        f"authors do; {len(images.test)} test images, L-inf ball of {config.eps * 255:.3g}/255; {study.seeds} seed(s). "
+        f"authors do; {len(images.test)} test images, L-inf ball of {config.eps * 255:.3g}/255. "
         "The paper: WRN-28-10, 200 epochs of 50,000 images, all 10,000 test images of CIFAR-10."
     )
