@@ -9,4 +9,4 @@ class InputError(ValueError):
 
 
 class DivergedError(InputError):
-    """A training's loss, weights or embeddings are no longer finite: its settings do not fit the data."""
+    """A training's losses or weights are no longer finite: its settings do not fit the data."""

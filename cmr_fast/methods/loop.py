@@ -214,7 +214,7 @@ def _rounds(
                     try:
                         scores = ranks.on_first(partial(dict, model.validate(dataset.valid)))
                     except InputError as error:
-                        raise DivergedError(
+                        raise InputError(
                             f"{kind.name}: validation after epoch {state.epoch}: {error}. A checkpoint, if there is "
                             "one, holds an earlier epoch; where embeddings are not finite, lower the learning rate"
                         ) from error

@@ -336,7 +336,7 @@ def _names(runs: Sequence[tuple[Path, Any]]) -> list[str]:
 
 
 def _data_names(datasets: "Sequence[PairedDataset]") -> list[str]:
-    """The data sets' names, one for what is the same to rank; where others share it with sizes, and then a number."""
+    """One label for all that is the same to rank: the name, with sizes and then a number where others share it."""
 
     def size(values: Any) -> str:
         return "x".join(map(str, getattr(values, "shape", ())[1:]))

@@ -207,6 +207,9 @@ def test_a_folder_is_of_one_paper_and_data_and_of_one_process_at_a_time(tmp_path
     with held(tmp_path / "out"), pytest.raises(InputError, match="in use, process"):
         common.make(study_in(tmp_path / "out"), "title", items, items, "note")
     assert (tmp_path / "out" / "README.md").read_text() == before
+    (tmp_path / "out" / "study.json").unlink()
+    with pytest.raises(InputError, match="holds a report of an earlier version"):
+        common.make(study_in(tmp_path / "out"), "title", items, items, "note")
     for name in ("README.md", "index.html", "config.json"):
         (tmp_path / name[:3]).mkdir()
         (tmp_path / name[:3] / name).write_text("mine")
@@ -419,7 +422,10 @@ def test_where_the_data_have_a_validation_split_each_table_says_how_epochs_were_
     assert json.loads((run / "config.json").read_text())["data"].get("valid") is None
     assert "default: the split of the data, patience 20" in (tmp_path / "acmr" / "README.md").read_text()
     assert main(["evaluate", str(run)]) == 0, "the run knows its data"
-    told = cmimh._protocol(common.Study("cmimh", with_valid, tmp_path, 1, True), djsrh=True)
+    study = common.Study("cmimh", with_valid, tmp_path, 1, True)
+    (printed,), (ours,) = (cmimh._trainings(study, 8, printed=printed) for printed in (True, False))
+    assert printed.dataset.valid is None and ours.dataset.valid is not None and printed.source == ours.source
+    told = cmimh._protocol(study, djsrh=True)
     assert "without labels" in told and "DJSRH, preset default, keeps the epoch of the best labelled validation" in told
     capsys.readouterr()
 
@@ -476,7 +482,9 @@ def _note(folder, number):
 def test_a_training_that_fails_leaves_out_those_that_have_not_begun(tmp_path):
     with pytest.raises(InputError, match="the first fails"):
         common.Pool(2).run(_note, [(tmp_path, number) for number in range(60)], True)
-    assert len(list(tmp_path.iterdir())) < 30
+    begun = len(list(tmp_path.iterdir()))
+    time.sleep(1.2)
+    assert len(list(tmp_path.iterdir())) == begun < 30, "and none of them runs on"
 
 
 def _note_threads(file):
@@ -490,8 +498,22 @@ def _be_killed(folder):
 def test_a_process_has_one_thread_and_one_that_is_killed_is_said(tmp_path):
     common.Pool(2).run(_note_threads, [(tmp_path / "0",), (tmp_path / "1",)], True)
     assert [(tmp_path / name).read_text() for name in "01"] == ["1 1", "1 1"]
-    with pytest.raises(InputError, match="one of 2 processes was killed, as for lack of memory"):
-        common.Pool(2).run(_be_killed, [(tmp_path,), (tmp_path,)], True)
+    pool = common.Pool(2)
+    with pytest.raises(common.KilledError, match="one of 2 processes was killed, as for lack of memory"):
+        pool.run(_be_killed, [(tmp_path,), (tmp_path,)], True)
+    pool.run(_note_threads, [(tmp_path / "2",)], True)  # anew
+    (worker,) = pool._executor._processes
+    os.kill(worker, signal.SIGKILL)  # while it has nothing to do
+    while alive(worker):
+        time.sleep(0.05)
+    with pytest.raises(common.KilledError):
+        for _ in range(100):  # until the executor has seen it
+            pool.run(_note_threads, [(tmp_path / "3",)], True)
+            time.sleep(0.05)
+    killed = common.Item("Table 1", "first", refusing(common.KilledError("killed")))
+    rest = common.Item("Table 2", "second", refusing(AssertionError("would be killed as well")))
+    with pytest.raises(common.KilledError):
+        common.make(study_in(tmp_path / "out"), "title", [killed, rest], [killed, rest], "note")
 
 
 def test_scores_without_a_number_are_nan_again(pairs, tmp_path):
@@ -499,6 +521,7 @@ def test_scores_without_a_number_are_nan_again(pairs, tmp_path):
     given = {"probe": [float("nan"), 0.5], "n": {"epoch": 2}}
     (found,) = study.scores(study.trainings("one", "acmr", SMALL, study.load(), lambda run, dataset: given))
     assert math.isnan(found["probe"][0]) and found["probe"][1] == 0.5 and found["n"] == {"epoch": 2}
+    assert common.spread(found["probe"]) == "nan"
 
 
 @pytest.mark.parametrize(

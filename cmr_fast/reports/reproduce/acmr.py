@@ -71,6 +71,7 @@ TABLE_5 = {
     "Pascal Sentences, imi only": (0.289, 0.274, 0.282), "Pascal Sentences, imd only": (0.533, 0.453, 0.493),
     "Pascal Sentences, full": (0.535, 0.486, 0.511),
 }  # fmt: skip
+GRID_OF_MATCHING = {"inputs": MAPS, "penalty": PENALTIES}
 GRID = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)
 STEPS = (1, 2, 3, 4, 5, 6)
 SEVEN = 7  # dimensions of CCA's row
@@ -142,7 +143,7 @@ def _comparison(study: Study, dataset: PairedDataset, title: str, *, paper: bool
     heads = [LinearHeads(seed=seed).fit(dataset.train) for seed in range(study.seeds)]
     rows.append(_row("linear heads, InfoNCE", [final_results(model, dataset) for model in heads]))
     rows.append(_row("semantic matching", [final_results(SemanticMatching().fit(dataset.train), dataset)]))
-    settings = study.tuned(f"semantic-matching-{dataset.text_dim}", dataset, tune)
+    settings = study.tuned(f"semantic-matching-{dataset.text_dim}", dataset, tune, GRID_OF_MATCHING)
     tuned = TunedSemanticMatching(settings).fit(dataset.train)
     rows.append(_row("semantic matching, tuned", [final_results(tuned, dataset)]))
     name, _ = settings_of(dataset)
@@ -267,7 +268,7 @@ def table_5(study: Study) -> list[Section]:
 
 
 def _of_tfidf(study: Study, title: str, made_of: Callable[[PairedDataset, str], Section]) -> Section:
-    """A section of Wikipedia with the other texts, where their file lies beside LDA's."""
+    """A section of Wikipedia with the other texts, or why they cannot be had: their file is not beside LDA's, say."""
     try:
         tfidf = study.load(features="tfidf")
     except InputError as error:

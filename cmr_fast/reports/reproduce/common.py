@@ -42,6 +42,10 @@ class Missing(Exception):
     """The data at hand cannot make this item; the message says what it needs."""
 
 
+class KilledError(InputError):
+    """A process was killed, as for lack of memory: what comes next would be, too."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the report: words, a table, its notes, (file, caption) of figures."""
@@ -144,15 +148,20 @@ class Study:
         self._loaded += [(rest, options) for known, options in self._loaded if known is dataset]
         return rest
 
-    def tuned(self, name: str, dataset: PairedDataset, tune: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        """What `tune` chooses for these data; kept in a file, as it takes long on wide features."""
-        file, what = self.out / f"tuned-{name}.json", data_of(dataset)
-        if file.is_file() and (kept := read_json(file, data=dict, settings=dict))["data"] == what:
-            settings: dict[str, Any] = kept["settings"]
-            return settings
+    def tuned(
+        self, name: str, dataset: PairedDataset, tune: Callable[..., dict[str, Any]], grid: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What `tune` chooses of its grid for these data; kept in a file, as it takes long on wide features."""
+        file = self.out / f"tuned-{name}.json"
+        what = json.loads(json.dumps({"data": data_of(dataset), "grid": dict(grid)}))
+        if file.is_file():
+            kept = read_json(file, settings=dict)
+            settings: dict[str, Any] = kept.pop("settings")
+            if kept == what:
+                return settings
         settings = tune(dataset, quiet=self.quiet)
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"data": what, "settings": settings})
+        write_json(file, what | {"settings": settings})
         return settings
 
     def described(self) -> dict[str, Any]:
@@ -212,7 +221,7 @@ def data_of(dataset: Dataset) -> dict[str, Any]:
 
 
 def _with_nan(scores: Any) -> Any:
-    """What `write_json` wrote, NaN as it was."""
+    """What `write_json` wrote, with NaN for numbers that JSON has none for."""
     if isinstance(scores, dict):
         return {name: _with_nan(value) for name, value in scores.items()}
     if isinstance(scores, list):
@@ -255,28 +264,29 @@ class Pool:
     ) -> None:
         """function(*arguments) of each call, `jobs` at a time, with progress unless quiet.
 
-        InputError where a process was killed, as for lack of memory.
+        After an error what has not begun is left out and what runs is waited for. KilledError where a process was.
         """
         if self._executor is None:
             self._executor = ProcessPoolExecutor(self.jobs, get_context("spawn"), _begin, (os.getpid(),))
         title = f"{doing}, {min(self.jobs, len(calls))} at a time"
         with nullcontext(lambda n: None) if quiet else counting(len(calls), title) as advance:
-            waiting = [self._executor.submit(function, *arguments) for arguments in calls]
             try:
+                waiting = [self._executor.submit(function, *arguments) for arguments in calls]
                 for done in as_completed(waiting):
                     done.result()
                     advance(1)
-            except BaseException as error:  # Ctrl-C too: what has not begun is left out
-                self.close(wait=False)
-                if isinstance(error, BrokenProcessPool):
-                    raise InputError(
-                        f"{doing}: one of {self.jobs} processes was killed, as for lack of memory; what is finished is "
-                        "kept: go on with fewer jobs"
-                    ) from error
+            except BrokenProcessPool as error:
+                self.close()
+                raise KilledError(
+                    f"{doing}: one of {self.jobs} processes was killed, as for lack of memory; what is finished is "
+                    "kept: go on with fewer jobs"
+                ) from error
+            except BaseException as error:
+                self.close(wait=isinstance(error, Exception))
                 raise
 
     def close(self, wait: bool = True) -> None:
-        """End the processes."""
+        """End the processes, after what they run."""
         if self._executor is not None:
             self._executor.shutdown(wait=wait, cancel_futures=True)
             self._executor = None
@@ -304,7 +314,9 @@ def changed(config: Any, **values: Any) -> Any:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds; of one the value."""
+    """Mean ± standard deviation over seeds; of one the value; nan where one has none."""
+    if any(math.isnan(value) for value in values):
+        return "nan"
     mean = f"{statistics.mean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
@@ -317,8 +329,8 @@ def make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item],
     Raises
     ------
     InputError
-        Where the folder is of another study or of something else, or in use; where none of the items can be made; and
-        in the end, where one was refused for more than data that are missing.
+        Where the folder is of another study or of something else, or in use; where none of the items can be made; where
+        a process was killed; and in the end, where one was refused for more than data that are missing.
     """
     described = study.described()
     with held(study.out), closing(study.pool):
@@ -335,6 +347,10 @@ def _claim(out: Path, described: Mapping[str, Any]) -> None:
                 "expected another folder"
             )
         return
+    if (out / SECTIONS).exists() or (out / "runs").exists():
+        raise InputError(
+            f"{out}: holds a report of an earlier version, which is not gone on with; expected another folder"
+        )
     for name in (CONFIG, "README.md", "index.html"):
         if (out / name).exists():
             raise InputError(f"{out}: holds a {name} of something else, expected a folder for the report alone")
@@ -353,6 +369,8 @@ def _make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item]
             parts = list(item.make(study))
             made = f"{study.data}, {study.seeds} {'seed' if study.seeds == 1 else 'seeds'}."
             parts[-1] = replace(parts[-1], notes=[*parts[-1].notes, f"Made of {made}"])
+        except KilledError:
+            raise
         except (Missing, InputError) as error:
             study.say(f"  not made: {error}")
             (missing if isinstance(error, Missing) else refused).append(f"{item.name}: {error}")

@@ -168,6 +168,8 @@ class Robustness(Study):
         if self.jobs > 1 and len(missing) > 1:
             calls = [(job, self.images, self.size, self.out, True, 1) for job in missing]
             self.pool.run(_train, calls, self.quiet)
+            if self.device == "cuda":
+                self.pool.close()  # the attacks, in this process, need the memory that idle ones would keep
         else:
             for job in missing:
                 _train(job, self.images, self.size, self.out, self.quiet)
