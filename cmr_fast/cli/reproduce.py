@@ -36,7 +36,8 @@ class Reproduce:
     """Of scatter. tiny: WRN-10-1, 600 training images, minutes, which show that everything runs and nothing else;
     small: WRN-10-1, 12 epochs of 10,000 images, for a CPU; paper: WRN-28-10, 200 epochs, for a GPU."""
     jobs: int = 1
-    """Trainings at a time, a process each with one thread; 1: one after the other, with all threads."""
+    """Trainings at a time, a process each with one thread: as many as cores at most. 1: one after the other, with all
+    threads."""
     out: Path | None = None
     """The folder of runs and report. None: runs/reproduce-PAPER."""
     quiet: bool = False

@@ -49,7 +49,7 @@ class Baseline:
             raise InputError(f"{self.name} needs at least 2 training pairs, got {len(train)}")
         centred, inverse = {}, {}
         for modality in MODALITIES:
-            features = _as_features(getattr(train, modality), modality)
+            features = as_features(getattr(train, modality), modality)
             self.mean[modality] = features.mean(dim=0)
             centred[modality] = features - self.mean[modality]
             variance = centred[modality].square().mean(dim=0)
@@ -72,7 +72,7 @@ class Baseline:
             raise InputError(f"modality must be one of {MODALITIES}, got {modality!r}")
         if not self.projection:
             raise InputError(f"{self.name} is not fitted: call fit(train) first")
-        features = _as_features(features, modality)
+        features = as_features(features, modality)
         if features.shape[1] != len(self.mean[modality]):
             raise InputError(f"{modality} features must be {len(self.mean[modality])} wide, got {features.shape[1]}")
         return ((features - self.mean[modality]) @ self.projection[modality]).float()
@@ -330,12 +330,12 @@ class FSH(Baseline):
 
     def fit(self, train: Pairs) -> Self:
         """Learn from the training pairs, rows at unit length; labels are not looked at. InputError as in `Baseline`."""
-        image, text = (F.normalize(_as_features(getattr(train, m), m)) for m in MODALITIES)
+        image, text = (F.normalize(as_features(getattr(train, m), m)) for m in MODALITIES)
         return super().fit(Pairs(image, text, train.labels))
 
     def encode(self, modality: Modality, features: Tensor) -> Tensor:
         """(N, D) raw features -> float32 (N, bits). InputError as in `Baseline`."""
-        return super().encode(modality, F.normalize(_as_features(features, modality)))
+        return super().encode(modality, F.normalize(as_features(features, modality)))
 
     def learn(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (image, text) from centred features (N, d_image) and (N, d_text)."""
@@ -528,7 +528,8 @@ def _check_bits(bits: int) -> int:
     return as_integer(bits, "bits", 1, MAX_BITS)
 
 
-def _as_features(values: object, modality: str) -> Tensor:
+def as_features(values: object, modality: str) -> Tensor:
+    """Features (N, dim) as float64 on the CPU. InputError for anything else than such a tensor."""
     if not isinstance(values, Tensor) or values.ndim != 2:
         seen = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"{modality} must be features (N, dim) in a tensor, got {seen}")

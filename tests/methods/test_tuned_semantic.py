@@ -54,7 +54,37 @@ def test_maps_that_the_features_do_not_allow_are_left_out_and_a_split_of_the_dat
     assert len(seen) == len(PENALTIES) ** 2
 
 
+def test_a_map_that_held_out_pairs_rule_out_is_not_chosen(data):
+    text = data.train.text.clone()
+    text[data.hold_out(0.2, 0).valid.rows[0]] = -1e-6
+    negative = replace(data, train=replace(data.train, text=text))
+    assert tune(negative, quiet=True)["text"][0] == "standard"
+    TunedSemanticMatching(tune(negative, quiet=True)).fit(negative.train)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("standard", "image needs an input scaling and a penalty, got 'standard'"),
+        (("standard", -1.0), "penalty must be"),
+        (("standard", float("nan")), "penalty must be"),
+        (("standard", "1"), "penalty must be"),
+    ],
+)
+def test_bad_settings_are_refused(setting, message):
+    with pytest.raises(InputError, match=message):
+        TunedSemanticMatching({"image": setting, "text": ("standard", 1.0)})
+
+
 def test_refuses(data):
+    fitted = TunedSemanticMatching({"image": ("chi2", 1.0), "text": ("standard", 1.0)}).fit(data.train)
+    for modality in ("image", "text"):
+        with pytest.raises(InputError, match=f"{modality} features must be .* wide, got 99"):
+            fitted.encode(modality, torch.zeros(2, 99))
+        with pytest.raises(InputError, match="in a tensor, got"):
+            fitted.encode(modality, [[1.0]])
+    with pytest.raises(InputError, match="modality must be one of"):
+        fitted.encode("audio", data.query.image)
     with pytest.raises(InputError, match="settings must name image, text, got image"):
         TunedSemanticMatching({"image": ("standard", 1.0)})
     with pytest.raises(InputError, match="not fitted"):

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,8 +202,11 @@ def test_a_folder_is_of_one_paper_and_data_and_of_one_process_at_a_time(tmp_path
     items = [common.Item("Table 1", "first", making("one"))]
     common.make(study_in(tmp_path / "out"), "title", items, items, "note")
     before = (tmp_path / "out" / "README.md").read_text()
-    for other in ({"paper": "cmimh"}, {"data": "y"}):
-        with pytest.raises(InputError, match="another paper, other data or another scale"):
+    for other, seen in (
+        ({"paper": "cmimh"}, "its paper is 'acmr', asked for 'cmimh'"),
+        ({"data": "y"}, "its data is 'x'"),
+    ):
+        with pytest.raises(InputError, match=f"holds another study, {seen}"):
             common.make(study_in(tmp_path / "out", **other), "title", items, items, "note")
     with held(tmp_path / "out"), pytest.raises(InputError, match="in use, process"):
         common.make(study_in(tmp_path / "out"), "title", items, items, "note")
@@ -259,6 +263,14 @@ def test_the_order_of_the_terms_is_of_the_papers_rows_alone_with_its_error_and_s
     assert "no adversary" not in told and "One seed" not in told
     told = acmr.order({name: rows[:1] for name, rows in found.items()})
     assert "'imd only': mAP(all) +0.0400, mAP@50 hits +0.0400." in told and "One seed cannot tell" in told
+
+
+def test_rows_that_are_ranked_by_other_things_say_so():
+    found = {"full": [{"similarity": "cosine"}] * 2, "imi only": [{"similarity": "ip"}, {"similarity": "labels"}]}
+    assert acmr._ranked({"full": found["full"]}) == "Pairs are ranked by cosine."
+    assert "differs between rows" in acmr._ranked(found) and "full: cosine; imi only: ip or labels." in acmr._ranked(
+        found
+    )
 
 
 def test_an_adversary_is_judged_beside_its_like_without_one():
@@ -337,7 +349,7 @@ def test_every_figure_and_the_tables_that_these_data_permit(pairs, tmp_path, mon
     drawn = {path.name for path in out.glob("*.png")}
     assert {"figure-4-a.png", "figure-4-b.png", "figure-4-c.png", "figure-5.png", "figure-6-alpha.png"} <= drawn
     assert len(trained) == len(set(trained)), "a setting that items share is trained once"
-    assert "(a) and (b) are of 'imi only, alpha 10, lambda 1'" in page
+    assert "(a) and (b) are of 'imi only, alpha 10, triplet weight 1'" in page
     assert {"own-6-default-terms-imi-alpha-10.0-triplet-weight-1.0-adversary-0.0-seed0"} <= set(trained)
     steps = table(out, "figure-6.-inner")
     assert list(steps) == ["inner_steps", "1", "2"]
@@ -410,7 +422,9 @@ def test_a_printed_setting_that_diverges_is_said_and_the_table_made(pairs, tmp_p
         f"{task}, CMIMH" for task in ("I2T", "T2I", "I2I", "T2T")
     }
     (tmp_path / "out" / "runs" / "own-45-paper-8bits-seed0" / "scores.json").write_text("{")
-    with pytest.raises(InputError, match=r"scores\.json: damaged"):  # not for divergence, so it is no row that lacks
+    with pytest.raises(
+        InputError, match=r"scores\.json: damaged.*; without this file it is made again"
+    ):  # not for divergence, so it is no row that lacks
         reproduce("cmimh", pairs, tmp_path / "out", tables=[3], seeds=1, quiet=True)
 
 
@@ -420,7 +434,8 @@ def test_where_the_data_have_a_validation_split_each_table_says_how_epochs_were_
     assert rows[acmr.LONG][8] == "30", "the last weights, with a validation split beside"
     run = tmp_path / "acmr" / "runs" / "split-6-default-valid-fraction-0.0-epochs-30-adversary-0.0-seed0"
     assert json.loads((run / "config.json").read_text())["data"].get("valid") is None
-    assert "default: the split of the data, patience 20" in (tmp_path / "acmr" / "README.md").read_text()
+    page = (tmp_path / "acmr" / "README.md").read_text()
+    assert "default: the split of the data, patience 20" in page and "Pairs are ranked by " in page
     assert main(["evaluate", str(run)]) == 0, "the run knows its data"
     study = common.Study("cmimh", with_valid, tmp_path, 1, True)
     (printed,), (ours,) = (cmimh._trainings(study, 8, printed=printed) for printed in (True, False))
@@ -489,6 +504,21 @@ def test_a_training_that_fails_leaves_out_those_that_have_not_begun(tmp_path):
 
 def _note_threads(file):
     file.write_text(f"{torch.get_num_threads()} {choose_threads()}")
+
+
+def _run_on(folder, number):
+    (folder / f"{number}").touch()
+    time.sleep(2)
+
+
+def test_what_a_process_was_handed_does_not_begin_after_ctrl_c(tmp_path):
+    timer = threading.Timer(6, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        common.Pool(1).run(_run_on, [(tmp_path, number) for number in range(60)], True)
+    begun = len(list(tmp_path.iterdir()))
+    time.sleep(2.5)
+    assert len(list(tmp_path.iterdir())) == begun
 
 
 def _be_killed(folder):

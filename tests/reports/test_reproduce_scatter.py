@@ -143,7 +143,7 @@ def test_a_study_goes_on_and_is_made_once(out, monkeypatch):
     monkeypatch.setattr(robustness, "_run", lambda *a: pytest.fail("attacked again"))
     scatter.reproduce("shapes", out, (), (), 1, True, scale=SIZE)
     assert (out / "README.md").read_text() == before
-    with pytest.raises(InputError, match="other data or another scale"):
+    with pytest.raises(InputError, match="holds another study, its data's crc32"):
         scatter.reproduce("shapes", out, (), (), 1, True, scale=replace(SIZE, train=59))
 
 

@@ -155,7 +155,7 @@ class Study:
         file = self.out / f"tuned-{name}.json"
         what = json.loads(json.dumps({"data": data_of(dataset), "grid": dict(grid)}))
         if file.is_file():
-            kept = read_json(file, settings=dict)
+            kept = _read_kept(file, settings=dict)
             settings: dict[str, Any] = kept.pop("settings")
             if kept == what:
                 return settings
@@ -195,7 +195,7 @@ class Study:
         folder = training.folder(self.out)
         if not (folder / SCORES).is_file():
             return None
-        kept = read_json(folder / SCORES, what=dict, scores=dict)
+        kept = _read_kept(folder / SCORES, what=dict, scores=dict)
         if kept["what"] != _described(training):
             raise InputError(f"{folder}: holds a run of other settings or data; expected another --out")
         scores: dict[str, Any] = _with_nan(kept["scores"])
@@ -218,6 +218,13 @@ def data_of(dataset: Dataset) -> dict[str, Any]:
     splits = {name: getattr(dataset, name, None) for name in ("valid", "query", "database", "test")}
     sums = {f"crc32 of {name}": split.fingerprint() for name, split in splits.items() if split is not None}
     return described_data(dataset) | sums
+
+
+def _read_kept(file: Path, **kinds: Any) -> dict[str, Any]:
+    try:
+        return read_json(file, **kinds)
+    except InputError as error:
+        raise InputError(f"{error}; without this file it is made again") from error
 
 
 def _with_nan(scores: Any) -> Any:
@@ -264,7 +271,8 @@ class Pool:
     ) -> None:
         """function(*arguments) of each call, `jobs` at a time, with progress unless quiet.
 
-        After an error what has not begun is left out and what runs is waited for. KilledError where a process was.
+        After an error what has not begun is left out and what runs is waited for; Ctrl-C ends it. KilledError where a
+        process was killed.
         """
         if self._executor is None:
             self._executor = ProcessPoolExecutor(self.jobs, get_context("spawn"), _begin, (os.getpid(),))
@@ -281,14 +289,19 @@ class Pool:
                     f"{doing}: one of {self.jobs} processes was killed, as for lack of memory; what is finished is "
                     "kept: go on with fewer jobs"
                 ) from error
-            except BaseException as error:
-                self.close(wait=isinstance(error, Exception))
+            except Exception:
+                self.close()
+                raise
+            except BaseException:  # Ctrl-C: what a process has been handed already would begin now
+                for process in self._executor._processes.values():
+                    process.terminate()
+                self.close()
                 raise
 
-    def close(self, wait: bool = True) -> None:
+    def close(self) -> None:
         """End the processes, after what they run."""
         if self._executor is not None:
-            self._executor.shutdown(wait=wait, cancel_futures=True)
+            self._executor.shutdown(cancel_futures=True)
             self._executor = None
 
 
@@ -341,11 +354,11 @@ def make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item],
 def _claim(out: Path, described: Mapping[str, Any]) -> None:
     """InputError where the folder is not this study's; else it says from now on that it is."""
     if (out / STUDY).is_file():
-        if read_json(out / STUDY) != json.loads(json.dumps(described)):
-            raise InputError(
-                f"{out}: holds a study of another paper, other data or another scale (or of an earlier version); "
-                "expected another folder"
-            )
+        before, now = read_json(out / STUDY), json.loads(json.dumps(described))
+        for name in sorted({*before, *now}, key=lambda name: name != "paper"):
+            if before.get(name) != now.get(name):
+                seen = _differing(before.get(name), now.get(name), name)
+                raise InputError(f"{out}: holds another study, {seen}; expected another folder")
         return
     if (out / SECTIONS).exists() or (out / "runs").exists():
         raise InputError(
@@ -355,6 +368,18 @@ def _claim(out: Path, described: Mapping[str, Any]) -> None:
         if (out / name).exists():
             raise InputError(f"{out}: holds a {name} of something else, expected a folder for the report alone")
     write_json(out / STUDY, described)
+
+
+def _differing(before: Any, now: Any, name: str) -> str:
+    """The first thing that differs, of what was and what is asked for."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        part = next(
+            part
+            for part in sorted({*before, *now}, key=lambda part: part != "name")
+            if before.get(part) != now.get(part)
+        )
+        return f"its {name}'s {part} is {before.get(part)!r}, asked for {now.get(part)!r}"
+    return f"its {name} is {before!r:.60}, asked for {now!r:.60}"
 
 
 def _make(study: Study, title: str, items: Sequence[Item], every: Sequence[Item], note: str) -> None:
