@@ -355,7 +355,7 @@ def _claim(out: Path, described: Mapping[str, Any]) -> None:
     """InputError where the folder is not this study's; else it says from now on that it is."""
     if (out / STUDY).is_file():
         before, now = read_json(out / STUDY), json.loads(json.dumps(described))
-        for name in sorted({*before, *now}, key=lambda name: name != "paper"):
+        for name in sorted({*before, *now}, key=lambda name: (name != "paper", name)):
             if before.get(name) != now.get(name):
                 seen = _differing(before.get(name), now.get(name), name)
                 raise InputError(f"{out}: holds another study, {seen}; expected another folder")
@@ -375,7 +375,7 @@ def _differing(before: Any, now: Any, name: str) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         part = next(
             part
-            for part in sorted({*before, *now}, key=lambda part: part != "name")
+            for part in sorted({*before, *now}, key=lambda part: (part != "name", part))
             if before.get(part) != now.get(part)
         )
         return f"its {name}'s {part} is {before.get(part)!r}, asked for {now.get(part)!r}"
