@@ -1,13 +1,7 @@
 import csv
 import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +18,6 @@ from cmr_fast.methods.cmimh import CMIMHConfig
 from cmr_fast.methods.djsrh import DJSRHConfig
 from cmr_fast.methods.evaluation import evaluate_model
 from cmr_fast.methods.tuned_itq import TunedCCAITQ
-from cmr_fast.ops._dispatch import choose_threads
 from cmr_fast.reports.reproduce import acmr, cmimh, common, reproduce
 
 SMALL = ACMRConfig(
@@ -196,6 +189,13 @@ def test_what_one_item_is_refused_for_leaves_the_others_and_fails_in_the_end(tmp
     with pytest.raises(InputError, match=r"nothing was made\. Table 1: runs/one"):
         common.make(study_in(tmp_path), "title", again, items, "note")
     assert "| kept |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_killed_process_ends_the_command(tmp_path):
+    killed = common.Item("Table 1", "first", refusing(common.KilledError("killed")))
+    rest = common.Item("Table 2", "second", refusing(AssertionError("would be killed as well")))
+    with pytest.raises(common.KilledError):
+        common.make(study_in(tmp_path / "out"), "title", [killed, rest], [killed, rest], "note")
 
 
 def test_a_folder_is_of_one_paper_and_data_and_of_one_process_at_a_time(tmp_path):
@@ -487,65 +487,6 @@ def test_spread_is_mean_and_deviation():
     assert common.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100" and common.spread([0.25]) == "0.250"
 
 
-def _note(folder, number):
-    (folder / f"{number}").touch()
-    if number == 0:
-        raise InputError("the first fails")
-    time.sleep(0.5)
-
-
-def test_a_training_that_fails_leaves_out_those_that_have_not_begun(tmp_path):
-    with pytest.raises(InputError, match="the first fails"):
-        common.Pool(2).run(_note, [(tmp_path, number) for number in range(60)], True)
-    begun = len(list(tmp_path.iterdir()))
-    time.sleep(1.2)
-    assert len(list(tmp_path.iterdir())) == begun < 30, "and none of them runs on"
-
-
-def _note_threads(file):
-    file.write_text(f"{torch.get_num_threads()} {choose_threads()}")
-
-
-def _run_on(folder, number):
-    (folder / f"{number}").touch()
-    time.sleep(2)
-
-
-def test_what_a_process_was_handed_does_not_begin_after_ctrl_c(tmp_path):
-    timer = threading.Timer(6, signal.raise_signal, [signal.SIGINT])
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        common.Pool(1).run(_run_on, [(tmp_path, number) for number in range(60)], True)
-    begun = len(list(tmp_path.iterdir()))
-    time.sleep(2.5)
-    assert len(list(tmp_path.iterdir())) == begun
-
-
-def _be_killed(folder):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_has_one_thread_and_one_that_is_killed_is_said(tmp_path):
-    common.Pool(2).run(_note_threads, [(tmp_path / "0",), (tmp_path / "1",)], True)
-    assert [(tmp_path / name).read_text() for name in "01"] == ["1 1", "1 1"]
-    pool = common.Pool(2)
-    with pytest.raises(common.KilledError, match="one of 2 processes was killed, as for lack of memory"):
-        pool.run(_be_killed, [(tmp_path,), (tmp_path,)], True)
-    pool.run(_note_threads, [(tmp_path / "2",)], True)  # anew
-    (worker,) = pool._executor._processes
-    os.kill(worker, signal.SIGKILL)  # while it has nothing to do
-    while alive(worker):
-        time.sleep(0.05)
-    with pytest.raises(common.KilledError):
-        for _ in range(100):  # until the executor has seen it
-            pool.run(_note_threads, [(tmp_path / "3",)], True)
-            time.sleep(0.05)
-    killed = common.Item("Table 1", "first", refusing(common.KilledError("killed")))
-    rest = common.Item("Table 2", "second", refusing(AssertionError("would be killed as well")))
-    with pytest.raises(common.KilledError):
-        common.make(study_in(tmp_path / "out"), "title", [killed, rest], [killed, rest], "note")
-
-
 def test_scores_without_a_number_are_nan_again(pairs, tmp_path):
     study = common.Study("acmr", pairs, tmp_path / "out", 1, True)
     given = {"probe": [float("nan"), 0.5], "n": {"epoch": 2}}
@@ -582,34 +523,3 @@ def test_table_2_without_the_file_of_tf_idf_has_its_other_half(tmp_path, monkeyp
     reproduce("acmr", str(tmp_path / "wikipedia.npz"), tmp_path / "out", tables=[2], seeds=1, quiet=True)
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| ACMR, default" in page and "tf-idf 1,000-d (not in the paper)\n\nNot made: " in page
-
-
-def _say_and_stay(folder, number):
-    (folder / f"{number}").write_text(str(os.getpid()))
-    time.sleep(600)
-
-
-def _two_that_stay(folder):
-    common.Pool(2).run(_say_and_stay, [(folder, 0), (folder, 1)], True)
-
-
-@pytest.mark.timeout(180)
-def test_what_trains_ends_with_a_parent_that_is_killed(tmp_path):
-    parent = multiprocessing.get_context("spawn").Process(target=_two_that_stay, args=(tmp_path,))
-    parent.start()
-    files = [tmp_path / "0", tmp_path / "1"]
-    while not all(file.exists() and file.read_text() for file in files):
-        time.sleep(0.1)
-    parent.kill()
-    parent.join()
-    for file in files:
-        while alive(int(file.read_text())):
-            time.sleep(0.1)
-
-
-def alive(pid):
-    """Whether a process runs; one that is dead and not waited for does not."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
